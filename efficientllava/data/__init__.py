@@ -1,0 +1,1 @@
+"""Records, prompts, label masks, batches."""

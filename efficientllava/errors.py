@@ -1,0 +1,21 @@
+"""The two kinds of failure that a user sees; everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """A fault in configuration, paths, model folder or data: one line that names the fix."""
+
+
+class ConfigError(UserError):
+    """All problems that were found before the first stage, raised once.
+
+    Args:
+        problems: One line each: key path, value, what is allowed, the fix.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))

@@ -1,0 +1,204 @@
+"""One forward pass for every family: frozen vision tower, projector, decoder, head on chosen positions.
+
+The vision tower is never trained and never pruned, so its output (the *projector input*) is computed once per image
+and handed to whoever needs it: student, teacher, search candidates, and every evaluated stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .anatomy import projector_of
+
+Batch = Mapping[str, Any]
+
+
+class _ProjectorInput(Exception):  # noqa: N818 - control flow, never an error a user sees
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def vision_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Run the frozen vision tower and return what the projector receives.
+
+    Args:
+        model: An image-text-to-text model.
+        pixel_values: Images or tiles, ``(images, channels, height, width)``.
+
+    Returns:
+        The projector's input, ``(images, tokens, vision width)``, without gradient.
+    """
+
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _ProjectorInput(args[0])
+
+    handle = projector_of(model).register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            model.get_image_features(pixel_values=pixel_values)  # pyright: ignore[reportCallIssue]
+    except _ProjectorInput as reached:
+        return reached.value.detach()
+    finally:
+        handle.remove()
+    raise RuntimeError(f"{type(model).__name__}: the projector was not called; see models/anatomy.py")
+
+
+def segment_mask(attention_mask: Tensor, segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Causal mask in which each packed question sees the shared prefix and itself only.
+
+    Args:
+        attention_mask: 1 for real tokens, ``(batch, seq)``.
+        segment_ids: 0 for the shared prefix, ``k > 0`` for a question that sees the prefix, ``k < 0`` for a question
+            that sees itself alone, ``(batch, seq)``.
+        dtype: Floating type of the decoder.
+
+    Returns:
+        Additive mask ``(batch, 1, seq, seq)``: 0 where attention is allowed, the most negative number elsewhere.
+    """
+    query, key = segment_ids.unsqueeze(2), segment_ids.unsqueeze(1)
+    allowed = (query == key) | ((key == 0) & (query > 0))
+    allowed &= attention_mask.bool().unsqueeze(1)
+    allowed = allowed.tril()
+    # A padded query attends to itself, so that no row is empty (an empty row is NaN in softmax).
+    allowed |= torch.eye(allowed.shape[-1], dtype=torch.bool, device=allowed.device)
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = None) -> dict[str, Any]:
+    """Turn a collated batch into keyword arguments of ``model.forward``.
+
+    Args:
+        model: An image-text-to-text model.
+        batch: A batch of `efficientllava.data.collator`.
+        features: Output of `vision_features` for the batch's images; computed here when absent.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (4-D for packed batches), ``position_ids`` where given, and the projected
+        image features as ``mm_encoder_outputs``.
+    """
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    if batch.get("segment_ids") is not None:
+        dtype = next(model.parameters()).dtype
+        inputs["attention_mask"] = segment_mask(batch["attention_mask"], batch["segment_ids"], dtype)
+    if batch.get("position_ids") is not None:
+        inputs["position_ids"] = batch["position_ids"]
+    if features is None and batch.get("pixel_values") is not None:
+        features = vision_features(model, batch["pixel_values"].to(next(model.parameters()).dtype))
+    if features is not None and len(features):
+        projected = projector_of(model)(features)
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(projected))}  # pyright: ignore[reportArgumentType]
+    return inputs
+
+
+def forward_hidden(model: nn.Module, batch: Batch, features: Tensor | None = None) -> Tensor:
+    """Run the decoder without the head.
+
+    Args:
+        model: An image-text-to-text model.
+        batch: A collated batch.
+        features: Output of `vision_features`, to skip the tower.
+
+    Returns:
+        Hidden states after the final norm, ``(batch, seq, hidden)``.
+    """
+    base = model.model
+    return base(**decoder_inputs(model, batch, features), use_cache=False).last_hidden_state  # pyright: ignore[reportCallIssue]
+
+
+def supervised_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions that predict a supervised token, and these tokens.
+
+    Label ``t`` is predicted from hidden state ``t - 1``.
+
+    Args:
+        labels: ``(batch, seq)``, -100 where unsupervised.
+
+    Returns:
+        ``mask`` ``(batch, seq)``, true at position ``t - 1`` where label ``t`` is supervised; ``targets`` ``(count,)``.
+    """
+    mask = torch.zeros_like(labels, dtype=torch.bool)
+    mask[:, :-1] = labels[:, 1:] != -100
+    return mask, labels[:, 1:][mask[:, :-1]]
+
+
+def answer_loss(model: nn.Module, batch: Batch, features: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of the supervised tokens; the head runs on their positions only.
+
+    Args:
+        model: An image-text-to-text model.
+        batch: A collated batch with ``labels``.
+        features: Output of `vision_features`, to skip the tower.
+        reduction: ``mean`` over supervised tokens, or ``sum``.
+
+    Returns:
+        Scalar loss in nats.
+    """
+    mask, targets = supervised_positions(batch["labels"])
+    logits = model.lm_head(forward_hidden(model, batch, features)[mask])
+    return nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)
+
+
+def to_device(batch: Batch, device: torch.device | str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Move the tensors of a batch; floating tensors are cast to ``dtype`` where given.
+
+    Args:
+        batch: A collated batch.
+        device: Target device.
+        dtype: Target type of floating tensors.
+
+    Returns:
+        A new dictionary; values that are no tensors are passed on.
+    """
+
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype) if dtype and value.is_floating_point() else value.to(device)
+
+    return {key: move(value) for key, value in batch.items()}
+
+
+class FeatureCache:
+    """Vision features by image id, computed once and kept on the host.
+
+    Args:
+        compute: Maps ``pixel_values`` to features; usually `vision_features` with a model bound.
+        limit_bytes: Features beyond this size are computed anew instead of kept.
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], limit_bytes: int = 4 << 30) -> None:
+        self._compute = compute
+        self._limit = limit_bytes
+        self._bytes = 0
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, batch: Batch) -> Tensor | None:
+        """Return the features of a batch's images, in order.
+
+        Args:
+            batch: A collated batch with ``pixel_values``, ``image_ids`` and, where one image has several tiles,
+                ``image_tiles`` (tiles per image).
+
+        Returns:
+            ``(tiles, tokens, width)`` on the device of ``pixel_values``; None when the batch has no image.
+        """
+        pixels = batch.get("pixel_values")
+        if pixels is None or not len(pixels):
+            return None
+        ids: list[str] = batch["image_ids"]
+        tiles: list[int] = batch.get("image_tiles") or [1] * len(ids)
+        if all(key in self._kept for key in ids):
+            return torch.cat([self._kept[key] for key in ids]).to(pixels.device)
+        features = self._compute(pixels)
+        for key, value in zip(ids, features.split(tiles), strict=True):
+            size = value.numel() * value.element_size()
+            if key not in self._kept and self._bytes + size <= self._limit:
+                self._kept[key] = value.to("cpu", copy=True)
+                self._bytes += size
+        return features

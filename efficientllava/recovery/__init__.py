@@ -1,0 +1,1 @@
+"""Recovery finetuning: supervised, logit and hidden-state distillation."""
