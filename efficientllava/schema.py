@@ -1,0 +1,184 @@
+"""Dataclass schemas of our own configuration nodes. Importing this file is cheap, so that ``--help`` is fast.
+
+Every field's comment states its meaning, unit and range; `efficientllava.config.check` enforces the ranges.
+Nodes that belong to other libraries (trainer, logger, callbacks) stay plain dictionaries with a ``_target_``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+IMPORTANCES = (
+    "obs",
+    "param_first",
+    "param_second",
+    "param_mix",
+    "vectorize",
+    "activation",
+    "wanda",
+    "magnitude",
+    "random",
+)
+TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
+
+
+@dataclass
+class ModelConfig:
+    """Which checkpoint a run starts from."""
+
+    name: str = MISSING  # short name for folders and tables
+    path: str = MISSING  # folder, hub id, or "builtin:<name>" for a checkpoint shipped with this package
+    revision: str | None = None  # hub revision; None is the default branch
+    dtype: str = "auto"  # auto | float32 | float16 | bfloat16; auto: float32 on CPU, as stored elsewhere
+
+
+@dataclass
+class CalibrationConfig:
+    """Samples that importance and refit statistics come from."""
+
+    samples: int = 64  # number of records, >= 1
+    path: str | None = None  # the user's own records (LLaVA-style JSON); None: the data's calibration split
+    image_root: str | None = None  # folder that relative image paths of `path` start from
+    batch_size: int = 8  # records per forward pass, >= 1
+
+
+@dataclass
+class DataConfig:
+    """Recovery, calibration and test records."""
+
+    name: str = MISSING  # digits_vqa | conversations
+    path: str | None = None  # LLaVA-style JSON or JSONL (conversations)
+    image_root: str | None = None  # folder that relative image paths start from
+    images: int = 4000  # size of the recovery pool (digits_vqa)
+    test_questions: int = 2000  # size of the test split (digits_vqa)
+    max_length: int | None = None  # tokens per record; None: the model's context
+    max_bad_fraction: float = 0.0  # share of corrupt records that is tolerated, [0, 1)
+    batch_size: int = 16  # records per process and step, >= 1
+    global_batch_size: int | None = None  # records per optimiser step over all processes; None: batch_size x processes
+    num_workers: int = 0  # loader processes
+
+
+@dataclass
+class PruneConfig:
+    """What is removed, by which score, and how the rest is refitted."""
+
+    method: str = MISSING  # none | layerwise | widthwise
+    ratio: float | None = 0.3  # share of language-model parameters to remove, [0, 1)
+    importance: str = "obs"  # widthwise: see schema.IMPORTANCES
+    selection: str = "shape"  # widthwise: shape | local | global
+    refit: bool = False  # least-squares refit of o_proj and down_proj on the kept set
+    refit_target: str = "residual"  # layer: the layer's own dense output; residual: the dense model's residual stream
+    damping: float = 0.01  # added to Gram matrices, in units of their mean diagonal, > 0
+    round_to: int = 1  # kept MLP channels are a multiple of this, >= 1
+    tokens: str = "all"  # which positions count: all | image | text | answer
+    iterative: bool = False  # layerwise: score again after each removed block
+    block_influence: str = "mean"  # layerwise: mean over tokens, or sum (as published)
+    final_norm: bool = False  # layerwise: compare the last block's output after the final norm (as published)
+    taylor_mean: str = "sample"  # sample: |w g| per micro-batch, averaged; batch: |w mean g| (as published)
+    protect: list[int] = field(default_factory=list)  # layers that widthwise leaves whole; negative from the end
+    protect_attention: list[int] = field(default_factory=list)  # layers whose heads stay
+    protect_mlp: list[int] = field(default_factory=list)  # layers whose channels stay
+    protect_scaled: bool = False  # the published ranges of 32 layers (heads 3-30, channels 4-29), scaled to the depth
+    share: float | None = None  # widthwise: nominal share per pruned layer, bypasses the ratio solver, [0, 1)
+    drop_layers: int | None = None  # layerwise: number of blocks, bypasses the ratio solver
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on every decoder linear; merged at the end."""
+
+    r: int = 16  # rank, >= 1
+    alpha: float = 32.0  # scale is alpha / r
+    dropout: float = 0.0  # [0, 1)
+
+
+@dataclass
+class WeightsConfig:
+    """Weights of the summed recovery losses; a weight of 0 switches a loss off."""
+
+    sft: float = 0.0  # cross-entropy on supervised tokens
+    logit: float = 0.0  # KL between student and teacher
+    hidden: float = 0.0  # distance of hidden states
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen teacher."""
+
+    path: str | None = None  # None: the original unpruned checkpoint from the provenance
+    dtype: str = "auto"  # as model.dtype
+
+
+@dataclass
+class RecoverConfig:
+    """How the pruned model gets its skill back."""
+
+    method: str = MISSING  # none | projector | sft | kd_logit | kd_hidden | kd_both
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    train: str = "full"  # projector | lora (with the projector) | full (decoder and projector)
+    lr: float = 1e-3  # peak learning rate of the decoder, > 0
+    projector_lr: float | None = None  # None: lr
+    steps: int | None = None  # optimiser steps; None: from epochs
+    epochs: float | None = None  # passes over the drawn subset; None: from steps
+    optimizer: str = "adamw"  # adamw | sgd
+    weight_decay: float = 0.0
+    scheduler: str = "cosine"  # cosine | linear | constant
+    warmup: float = 0.03  # share of the steps with rising learning rate, [0, 1)
+    max_grad_norm: float = 1.0
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    kl: str = "forward"  # forward: KL(teacher || student); reverse: KL(student || teacher)
+    temperature: float = 2.0  # > 0
+    hidden_metric: str = "l2"  # l2 (divided by the teacher's power) | cosine
+    hidden_layers: Any = "last"  # last | all | list of original layer indices
+    parity: str | None = None  # vlmcompression: the study's unmasked, batch-summed losses
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    gradient_checkpointing: bool = False
+    chunk: int = 1024  # positions per head call of CE and KL, bounds memory, >= 1
+    save_every: int = 100  # optimiser steps between resume points, >= 1
+
+
+@dataclass
+class EvaluateConfig:
+    """What base, pruned and recovered models are measured on."""
+
+    tasks: list[str] = field(default_factory=list)  # benchmark names; empty: none
+    limit: int | None = None  # first N questions of each task
+    batch_size: int = 128  # questions per generate call
+    max_new_tokens: int = 8
+    efficiency: bool = True  # FLOPs and latency of one image-question
+    repeats: int = 9  # latency repeats after warm-up; the median is reported
+    new_tokens: int = 16  # tokens generated for the decode latency
+
+
+@dataclass
+class PathsConfig:
+    """The only place that names folders."""
+
+    root: str = "."
+    output_dir: str = "outputs"
+    cache_dir: str = "outputs/cache"
+
+
+@dataclass
+class RunConfig:
+    """The root of the configuration."""
+
+    name: str = MISSING  # part of the run folder's name
+    seed: int = 0
+    data_frac: float = 1.0  # fraction of the recovery data, (0, 1]
+    optimized_metric: str | None = None  # dotted key into results.json that a sweeper optimises
+    reuse: bool = True  # take finished stages from the cache
+    model: ModelConfig = field(default_factory=ModelConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    recover: RecoverConfig = field(default_factory=RecoverConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    pretrain: Any = None  # trains a tiny teacher instead of a run; see models/pretraining.py
+    trainer: dict[str, Any] = field(default_factory=dict)
+    logger: Any = None
+    callbacks: Any = None
+    paths: PathsConfig = field(default_factory=PathsConfig)
