@@ -92,7 +92,9 @@ def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = Non
         features = vision_features(model, batch["pixel_values"].to(next(model.parameters()).dtype))
     if features is not None and len(features):
         projected = projector_of(model)(features)
-        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(projected))}  # pyright: ignore[reportArgumentType]
+        # InternVL takes the features as one tensor, LLaVA as a list with one tensor per image.
+        pooled = projected if hasattr(model.model, "pixel_shuffle") else list(projected)
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=pooled)}  # pyright: ignore[reportArgumentType]
     return inputs
 
 
