@@ -1,21 +1,227 @@
-"""Where a backbone keeps its decoder, heads, channels and projector: the only place that knows attribute names."""
+"""Where a backbone keeps its decoder, heads, channels and projector: the only place that knows attribute names.
+
+A decoder layer has two prunable *components*: ``attention``, whose units are KV groups (one key/value head with all the
+query heads that share it), and ``mlp``, whose units are channels. A component is described by its *readers* (linear
+layers whose rows belong to the units; fused projections appear once per part, as row offsets) and its *writer* (the
+linear layer whose columns belong to the units). Scoring, refit and surgery are written against components alone.
+
+To support another decoder, add one row to `DECODERS`.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
 
 PROJECTORS = ("multi_modal_projector", "connector")
 
 
+@dataclass(frozen=True)
+class DecoderNames:
+    """Attribute names of one decoder family.
+
+    Args:
+        layer: Class name of a decoder layer in the family's modelling file.
+        qkv: Query, key and value projections, or the one fused projection.
+        attention_out: Writer of the attention.
+        mlp_in: Gate and up projections, the one plain input projection, or the one fused projection.
+        mlp_out: Writer of the MLP.
+        fused: Whether ``qkv`` and ``mlp_in`` each name one fused projection.
+        gated: Whether the MLP has a gate.
+    """
+
+    layer: str
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    attention_out: str = "o_proj"
+    mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
+    mlp_out: str = "down_proj"
+    fused: bool = False
+    gated: bool = True
+
+
+# model_type of the text configuration -> names
+DECODERS: dict[str, DecoderNames] = {
+    "llama": DecoderNames("LlamaDecoderLayer"),
+    "mistral": DecoderNames("MistralDecoderLayer"),
+    "qwen2": DecoderNames("Qwen2DecoderLayer"),
+    "qwen3": DecoderNames("Qwen3DecoderLayer"),
+    "phi": DecoderNames("PhiDecoderLayer", attention_out="dense", mlp_in=("fc1",), mlp_out="fc2", gated=False),
+    "phi3": DecoderNames("Phi3DecoderLayer", qkv=("qkv_proj",), mlp_in=("gate_up_proj",), fused=True),
+}
+PER_LAYER_PREFIX = "pruned_"  # model_type of our registered per-layer configurations: prefix + host type
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Rows of a linear layer that belong to the units of a component.
+
+    Args:
+        linear: The projection.
+        offset: First row of unit 0.
+        width: Rows per unit.
+    """
+
+    linear: nn.Linear
+    offset: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Component:
+    """The attention or the MLP of one decoder layer.
+
+    Args:
+        kind: ``attention`` or ``mlp``.
+        module: The module that owns the projections.
+        readers: Projections whose rows belong to the units.
+        writer: Projection whose columns belong to the units.
+        units: Number of KV groups or channels.
+        width: Columns of the writer per unit.
+    """
+
+    kind: str
+    module: nn.Module
+    readers: tuple[Reader, ...]
+    writer: nn.Linear
+    units: int
+    width: int
+
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters that go with one unit, biases of the readers included."""
+        rows = sum(r.width * (r.linear.in_features + (r.linear.bias is not None)) for r in self.readers)
+        return rows + self.width * self.writer.out_features
+
+    def columns(self, units: Sequence[int]) -> Tensor:
+        """Columns of the writer that belong to ``units``, ``(len(units) * width,)``."""
+        return _expand(units, 0, self.width)
+
+    def reduce_rows(self, reader: Reader, scores: Tensor) -> Tensor:
+        """Sum per-row scores ``(out_features,)`` of a reader to per-unit scores ``(units,)``."""
+        return scores[reader.offset : reader.offset + self.units * reader.width].view(self.units, -1).sum(1)
+
+    def reduce_columns(self, scores: Tensor) -> Tensor:
+        """Sum per-column scores ``(in_features,)`` of the writer to per-unit scores ``(units,)``."""
+        return scores.view(self.units, -1).sum(1)
+
+
+def _expand(units: Sequence[int], offset: int, width: int) -> Tensor:
+    starts = offset + torch.as_tensor(units, dtype=torch.long) * width
+    return (starts.unsqueeze(1) + torch.arange(width)).flatten()
+
+
+def reader_rows(component: Component, units: Sequence[int]) -> Iterator[tuple[nn.Linear, Tensor]]:
+    """Yield every distinct reader of a component with the rows that belong to ``units``, in order.
+
+    Fused projections are yielded once, their parts concatenated as they lie in memory.
+    """
+    rows: dict[int, tuple[nn.Linear, list[Tensor]]] = {}
+    for reader in component.readers:
+        rows.setdefault(id(reader.linear), (reader.linear, []))[1].append(_expand(units, reader.offset, reader.width))
+    for linear, parts in rows.values():
+        yield linear, torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer.
+
+    Args:
+        module: The layer.
+        attention: Its attention component; units are KV groups.
+        mlp: Its MLP component; units are channels.
+        heads_per_group: Query heads per KV group.
+        head_dim: Width of one head.
+    """
+
+    module: nn.Module
+    attention: Component
+    mlp: Component
+    heads_per_group: int
+    head_dim: int
+
+    @property
+    def components(self) -> tuple[Component, Component]:
+        """Attention and MLP, in this order."""
+        return self.attention, self.mlp
+
+
 def projector_of(model: nn.Module) -> nn.Module:
     """Return the vision projector of an image-text-to-text model."""
-    base = model.model
+    base: Any = model.model
     for name in PROJECTORS:
         if hasattr(base, name):
-            return getattr(base, name)  # pyright: ignore[reportReturnType]
-    raise TypeError(f"{type(model).__name__}: no projector among {PROJECTORS}")
+            return getattr(base, name)
+    raise UserError(f"model {type(model).__name__}: no vision projector among {PROJECTORS}; add its name to {__name__}")
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def decoder_of(model: nn.Module) -> Any:
     """Return the bare decoder (embeddings, ``layers``, final norm) of an image-text-to-text model."""
     return model.get_decoder()  # pyright: ignore[reportCallIssue]
+
+
+def final_norm_of(model: nn.Module) -> nn.Module:
+    """Return the norm between the last decoder layer and the head."""
+    decoder = decoder_of(model)
+    return decoder.final_layernorm if hasattr(decoder, "final_layernorm") else decoder.norm
+
+
+def host_type(text_config: Any) -> str:
+    """Return the stock ``model_type`` of a text configuration, also of a per-layer one.
+
+    Raises:
+        UserError: The decoder is in no row of `DECODERS`.
+    """
+    name = str(text_config.model_type).removeprefix(PER_LAYER_PREFIX)
+    if name not in DECODERS:
+        raise UserError(
+            f"model: decoder {name!r} is not supported; supported: {', '.join(sorted(DECODERS))}; "
+            "a row in efficientllava/models/anatomy.py adds one"
+        )
+    return name
+
+
+def language_parameters(model: nn.Module) -> int:
+    """Count the language model: embeddings, decoder layers, final norm and head; tied weights once."""
+    modules = (decoder_of(model), model.lm_head)
+    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """Describe every decoder layer as it is now; sizes are read off the weights, so pruned models are seen as cut."""
+    decoder = decoder_of(model)
+    names = DECODERS[host_type(decoder.config)]
+    return [_layer(module, names) for module in decoder.layers]
+
+
+def _layer(module: Any, names: DecoderNames) -> Layer:
+    attention, mlp = module.self_attn, module.mlp
+    head_dim, per_group = int(attention.head_dim), int(attention.num_key_value_groups)
+    writer = getattr(attention, names.attention_out)
+    groups = writer.in_features // (per_group * head_dim)
+    widths = (per_group * head_dim, head_dim, head_dim)
+    if names.fused:
+        fused = getattr(attention, names.qkv[0])
+        offsets = (0, groups * widths[0], groups * (widths[0] + widths[1]))
+        qkv = tuple(Reader(fused, offset, width) for offset, width in zip(offsets, widths, strict=True))
+    else:
+        qkv = tuple(Reader(getattr(attention, n), 0, width) for n, width in zip(names.qkv, widths, strict=True))
+    mlp_writer = getattr(mlp, names.mlp_out)
+    channels = mlp_writer.in_features
+    inputs = [getattr(mlp, name) for name in names.mlp_in]
+    readers = tuple(Reader(linear, 0, 1) for linear in inputs)
+    if names.fused and names.gated:
+        readers = (Reader(inputs[0], 0, 1), Reader(inputs[0], channels, 1))
+    return Layer(
+        module=module,
+        attention=Component("attention", attention, qkv, writer, groups, per_group * head_dim),
+        mlp=Component("mlp", mlp, readers, mlp_writer, channels, 1),
+        heads_per_group=per_group,
+        head_dim=head_dim,
+    )

@@ -1,0 +1,211 @@
+"""Text configurations of pruned decoders, and the registered classes that build a decoder layer by layer.
+
+Two formats leave this project. *Uniform*: every layer has the same heads and channels, and a stock class loads it; a
+Llama whose head count does not divide its hidden size is written as Mistral with an explicit ``head_dim``, which
+computes the same function. *Per layer*: transformers' own field ``per_layer_config`` inside one of our registered text
+configurations, ``pruned_<host>``; loading needs ``import efficientllava``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from ..errors import UserError
+from .anatomy import DECODERS, PER_LAYER_PREFIX, host_type
+
+MISTRAL_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "attention_dropout",
+)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one decoder layer.
+
+    Args:
+        heads: Query heads.
+        groups: Key/value heads.
+        channels: MLP channels.
+    """
+
+    heads: int
+    groups: int
+    channels: int
+
+    def overrides(self) -> dict[str, int]:
+        """The configuration fields that these sizes go into."""
+        return {
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.groups,
+            "intermediate_size": self.channels,
+        }
+
+
+def head_dim_of(config: Any) -> int:
+    """Return the width of one head, explicit or implied."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def is_per_layer(config: Any) -> bool:
+    """Whether a text configuration is one of ours."""
+    return str(config.model_type).startswith(PER_LAYER_PREFIX)
+
+
+def text_config_for(source: Any, kept: Sequence[int], shapes: Sequence[LayerShape], head_dim: int) -> Any:
+    """Build the text configuration of a pruned decoder.
+
+    Args:
+        source: Text configuration before pruning; stays unchanged.
+        kept: Indices of the kept layers.
+        shapes: Sizes of the kept layers.
+        head_dim: Width of one head; does not change.
+
+    Returns:
+        A stock configuration where all shapes are equal and a stock class can hold them, else a per-layer one.
+    """
+    fields = _plain_fields(source, kept, head_dim)
+    host = host_type(source)
+    if len(set(shapes)) == 1:
+        fields |= shapes[0].overrides()
+        # Llama's validator wants hidden_size % heads == 0 even when head_dim is explicit.
+        if host != "llama" or source.hidden_size % shapes[0].heads == 0:
+            return _configuration(CONFIG_MAPPING[host], fields)
+        if not (source.attention_bias or source.mlp_bias):
+            mistral = {name: fields[name] for name in MISTRAL_FIELDS if name in fields}
+            return _configuration(CONFIG_MAPPING["mistral"], {**mistral, "sliding_window": None})
+    widest = LayerShape(*(max(getattr(s, name) for s in shapes) for name in ("heads", "groups", "channels")))
+    fields |= widest.overrides()
+    config = _configuration(per_layer_classes(host)[0], fields)
+    changed = {i: _difference(shape, widest) for i, shape in enumerate(shapes) if shape != widest}
+    config.per_layer_config = changed
+    config.allow_global_per_layer_attribute_access = True
+    return config
+
+
+def _difference(shape: LayerShape, widest: LayerShape) -> dict[str, int]:
+    reference = widest.overrides()
+    return {name: value for name, value in shape.overrides().items() if value != reference[name]}
+
+
+def _plain_fields(source: Any, kept: Sequence[int], head_dim: int) -> dict[str, Any]:
+    fields = copy.deepcopy(source.to_dict())
+    for name in ("model_type", "per_layer_config", "allow_global_per_layer_attribute_access", "transformers_version"):
+        fields.pop(name, None)
+    fields |= {"num_hidden_layers": len(kept), "head_dim": head_dim}
+    if fields.get("layer_types"):
+        fields["layer_types"] = [fields["layer_types"][i] for i in kept]
+    return fields
+
+
+def _configuration(cls: Any, fields: dict[str, Any]) -> Any:
+    return cls(**fields)
+
+
+@cache
+def per_layer_classes(host: str) -> tuple[type[PreTrainedConfig], Any]:
+    """Make the registered configuration and model class of a host decoder.
+
+    Args:
+        host: Stock ``model_type``, a key of `efficientllava.models.anatomy.DECODERS`.
+
+    Returns:
+        ``(configuration class, model class)``. The model class is made on first use, because it imports the host's
+        modelling file.
+    """
+    base = CONFIG_MAPPING[host]
+
+    def validate_architecture(self: Any) -> None:
+        """Check what per-layer sizes must satisfy; the host's rule (hidden size % heads == 0) does not apply."""
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+
+    namespace = {
+        "__doc__": f"Text configuration of a pruned {host} decoder whose layers differ in size.",
+        "__module__": __name__,
+        "model_type": PER_LAYER_PREFIX + host,
+        "validate_architecture": validate_architecture,
+    }
+    config_class = type(f"Pruned{base.__name__}", (base,), namespace)
+    return config_class, _model_class(host, config_class)
+
+
+def _model_class(host: str, config_class: type[PreTrainedConfig]) -> Any:
+    import sys
+
+    from torch import nn
+
+    base: Any = MODEL_MAPPING[CONFIG_MAPPING[host]]
+    layer_class = getattr(sys.modules[base.__module__], DECODERS[host].layer)
+
+    def __init__(self: Any, config: Any) -> None:  # noqa: N807
+        # The host's constructor builds everything but the layers, so that no full-size layer is ever allocated.
+        empty = copy.deepcopy(config)
+        empty.num_hidden_layers = 0
+        if getattr(empty, "layer_types", None):
+            empty.layer_types = []
+        empty.per_layer_config = {}
+        base.__init__(self, empty)
+        config._attn_implementation = empty._attn_implementation
+        self.config = config
+        self.layers = nn.ModuleList(
+            layer_class(config.per_layer_config[index], index) for index in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+    namespace = {
+        "__doc__": f"A {host} decoder built from one configuration per layer.",
+        "__module__": __name__,
+        "__init__": __init__,
+        "config_class": config_class,
+    }
+    return type(f"Pruned{base.__name__}", (base,), namespace)
+
+
+def register() -> None:
+    """Register the per-layer classes of every supported decoder with transformers; calling it again does nothing."""
+    for host in DECODERS:
+        name = PER_LAYER_PREFIX + host
+        if name in CONFIG_MAPPING:
+            continue
+        config_class, model_class = per_layer_classes(host)
+        AutoConfig.register(name, config_class)
+        AutoModel.register(config_class, model_class)
+
+
+def require_supported(config: Any) -> None:
+    """Refuse a text configuration whose decoder is in no table row, before any weight is read.
+
+    Raises:
+        UserError: Names the decoder and the file where a row is added.
+    """
+    host = host_type(config)
+    if host == "phi" and getattr(config, "qk_layernorm", False):
+        raise UserError("model: phi with qk_layernorm=True is not supported: its norms are as wide as the attention")

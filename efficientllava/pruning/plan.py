@@ -1,0 +1,102 @@
+"""The pruning plan: what is kept, as frozen data. No tensors, no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one kept layer keeps.
+
+    Args:
+        index: Index of the layer in the checkpoint that is pruned.
+        groups: Kept KV groups, ascending. A group is one key/value head with the query heads that share it.
+        channels: Kept MLP channels, ascending.
+    """
+
+    index: int
+    groups: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of kept groups and of kept channels."""
+        return len(self.groups), len(self.channels)
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which layers, KV groups and MLP channels of a checkpoint are kept.
+
+    Args:
+        method: ``none``, ``layerwise``, ``widthwise`` or ``auto``.
+        layers: Kept layers in ascending order.
+        source_layers: Number of layers before pruning.
+        heads_per_group: Query heads per KV group.
+        requested: Requested share of language-model parameters to remove; None where no share was asked for.
+        achieved: Share of language-model parameters that the plan removes.
+        calibration_ids: Records the plan was made from.
+        details: Scores and choices worth keeping; plain JSON values.
+    """
+
+    method: str
+    layers: tuple[LayerPlan, ...]
+    source_layers: int
+    heads_per_group: int
+    requested: float | None
+    achieved: float
+    calibration_ids: tuple[str, ...] = ()
+    details: dict[str, Any] | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all kept layers have the same shape, so that a stock class can hold them."""
+        return len({layer.shape for layer in self.layers}) == 1
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Indices of the kept layers."""
+        return tuple(layer.index for layer in self.layers)
+
+    def to_json(self) -> str:
+        """Serialise; `from_json` restores an equal plan."""
+        return json.dumps(asdict(self), indent=None, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """Restore a plan.
+
+        Raises:
+            UserError: The text is no plan.
+        """
+        try:
+            raw = json.loads(text)
+            layers = tuple(LayerPlan(v["index"], tuple(v["groups"]), tuple(v["channels"])) for v in raw.pop("layers"))
+            return cls(layers=layers, calibration_ids=tuple(raw.pop("calibration_ids")), **raw)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"plan.json: not a pruning plan ({error}); write one with PruningPlan.to_json") from error
+
+    @classmethod
+    def read(cls, path: str | Path) -> PruningPlan:
+        """Read a plan from a file."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def compose_layers(original: Sequence[int], plan: PruningPlan) -> list[int]:
+    """Map a plan's kept layers to indices of the original model.
+
+    Args:
+        original: For every layer of the pruned checkpoint, its index in the original model.
+        plan: A plan for that checkpoint.
+
+    Returns:
+        Original indices of the plan's kept layers.
+    """
+    return [original[index] for index in plan.kept_layers]

@@ -1,0 +1,164 @@
+"""Cut: tensors become physically smaller, and the model becomes an instance of the class that will load it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.anatomy import Component, Layer, decoder_of, language_parameters, layers_of, reader_rows
+from ..models.pruned import LayerShape, text_config_for
+from .plan import PruningPlan
+
+
+def cut_component(component: Component, units: Sequence[int], writer_weight: Tensor | None = None) -> None:
+    """Keep ``units`` of a component, in place.
+
+    Args:
+        component: An attention or MLP, as `efficientllava.models.anatomy.layers_of` describes it. The description is
+            stale afterwards.
+        units: Kept units, ascending.
+        writer_weight: Refitted columns of the writer, ``(out_features, len(units) * width)``; None keeps the old ones.
+    """
+    for linear, rows in reader_rows(component, units):
+        index = rows.to(linear.weight.device)
+        linear.weight = nn.Parameter(linear.weight.detach()[index], requires_grad=linear.weight.requires_grad)
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(linear.bias.detach()[index], requires_grad=linear.bias.requires_grad)
+        linear.out_features = len(rows)
+    writer = component.writer
+    if writer_weight is None:
+        writer_weight = writer.weight.detach()[:, component.columns(units).to(writer.weight.device)]
+    writer.weight = nn.Parameter(writer_weight.to(writer.weight.dtype), requires_grad=writer.weight.requires_grad)
+    writer.in_features = writer_weight.shape[1]
+    if component.kind == "attention":
+        _resize_heads(component.module, len(units))
+
+
+def _resize_heads(attention: Any, groups: int) -> None:
+    # Phi3 slices its fused projection by the head counts of its configuration, so every layer gets its own copy.
+    config = copy.copy(attention.config)
+    config.num_attention_heads = groups * attention.num_key_value_groups
+    config.num_key_value_heads = groups
+    attention.config = config
+    if hasattr(attention, "num_key_value_heads"):
+        attention.num_key_value_heads = groups
+
+
+def drop_layers(model: nn.Module, kept: Sequence[int]) -> None:
+    """Remove all decoder layers but ``kept``, in place, and renumber the rest for the KV cache."""
+    decoder = decoder_of(model)
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
+    decoder.config.num_hidden_layers = len(kept)
+    for position, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = position
+
+
+def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """Apply a plan without refit.
+
+    Args:
+        model: An image-text-to-text model; consumed.
+        plan: A plan that was made for this checkpoint.
+
+    Returns:
+        The smaller model; an instance of the class that loads its checkpoint.
+
+    Raises:
+        ValueError: The plan was made for other sizes.
+    """
+    check_plan(model, plan)
+    layers = layers_of(model)
+    for entry in plan.layers:
+        layer = layers[entry.index]
+        for component, units in ((layer.attention, entry.groups), (layer.mlp, entry.channels)):
+            if len(units) < component.units:
+                cut_component(component, units)
+    return rebuild(model, plan.kept_layers)
+
+
+def check_plan(model: nn.Module, plan: PruningPlan) -> None:
+    """Refuse a plan that does not fit the model.
+
+    Raises:
+        ValueError: Names the first unit that the model lacks.
+    """
+    layers = layers_of(model)
+    if len(layers) != plan.source_layers or not plan.layers:
+        raise ValueError(f"plan is for {plan.source_layers} layers, the model has {len(layers)}")
+    for entry in plan.layers:
+        layer = layers[entry.index]
+        for component, units in ((layer.attention, entry.groups), (layer.mlp, entry.channels)):
+            if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= component.units:
+                raise ValueError(f"plan: {component.kind} of layer {entry.index} must keep some of 0..{component.units - 1}")
+
+
+def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
+    """Turn a model with cut layers into an instance of the class that its checkpoint loads as.
+
+    The weights move, nothing is copied: the new model is made on the meta device and takes over the tensors.
+
+    Args:
+        model: A model whose layers have been cut in place; consumed.
+        kept: Indices of the layers to keep.
+
+    Returns:
+        The model that `transformers.AutoModelForImageTextToText.from_pretrained` would give for its saved folder.
+    """
+    layers = layers_of(model)
+    shapes = [_shape(layers[index]) for index in kept]
+    drop_layers(model, kept)
+    config = copy.deepcopy(model.config)
+    text = text_config_for(_source_text_config(config, len(layers)), kept, shapes, layers[0].head_dim)
+    text._attn_implementation = decoder_of(model).config._attn_implementation
+    config.text_config = text
+    with torch.device("meta"):
+        fresh: Any = type(model)(config)
+    fresh.load_state_dict(model.state_dict(), strict=True, assign=True)
+    if fresh.config.tie_word_embeddings:
+        fresh.tie_weights()
+    _take_buffers(fresh, model)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in fresh.named_parameters():
+        parameter.requires_grad_(flags[name])
+    fresh.generation_config = model.generation_config
+    return fresh.train(model.training)
+
+
+def _source_text_config(config: Any, depth: int) -> Any:
+    # drop_layers has already lowered num_hidden_layers of the live configuration; layer lists are still whole.
+    text = config.get_text_config()
+    text.num_hidden_layers = depth
+    return text
+
+
+def _shape(layer: Layer) -> LayerShape:
+    groups = layer.attention.units
+    return LayerShape(groups * layer.heads_per_group, groups, layer.mlp.units)
+
+
+def _take_buffers(fresh: nn.Module, model: nn.Module) -> None:
+    # Non-persistent buffers (rotary frequencies, position ids) are in no state dict.
+    for name, buffer in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        target = fresh.get_submodule(owner)
+        if leaf not in target._buffers:
+            raise RuntimeError(f"rebuild: {type(fresh).__name__} has no buffer {name}")
+        target._buffers[leaf] = buffer
+    missing = [name for name, buffer in fresh.named_buffers() if buffer.is_meta]
+    missing += [name for name, parameter in fresh.named_parameters() if parameter.is_meta]
+    if missing:
+        raise RuntimeError(f"rebuild: without values: {missing}")
+
+
+def achieved_ratio(before: int, model: nn.Module) -> float:
+    """Share of language-model parameters that are gone.
+
+    Args:
+        before: `efficientllava.models.anatomy.language_parameters` of the checkpoint.
+        model: The pruned model.
+    """
+    return 1.0 - language_parameters(model) / before
