@@ -1,0 +1,204 @@
+"""Size, FLOPs and latency of models, measured side by side on one image-question."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ..errors import UserError
+from ..models.anatomy import language_parameters
+from ..models.forward import Batch, decoder_inputs, to_device
+from ..schema import EvaluateConfig
+
+WARM_UP = 2  # rounds that are run and not counted
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_args: Any, **_kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# torch's counter has no formula for the attention kernel of the CPU.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def parameters(model: nn.Module) -> int:
+    """All parameters of a model: vision tower, projector and language model; tied weights once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
+    """Size on disk of a checkpoint's weights (its safetensors files), in bytes.
+
+    Args:
+        folder: A checkpoint folder.
+
+    Returns:
+        Bytes; links are followed.
+
+    Raises:
+        UserError: If the folder holds no safetensors file.
+    """
+    sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
+    if not sizes:
+        raise UserError(f"checkpoint {folder}: has no *.safetensors file; give a complete checkpoint folder")
+    return sum(sizes)
+
+
+def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What the stock forward takes. No mask: one prompt has no padding, and ``generate`` drops a mask of ones too."""
+    weight = next(model.parameters())
+    moved = to_device(batch, weight.device, weight.dtype)
+    return {key: moved[key] for key in ("input_ids", "pixel_values") if moved.get(key) is not None}
+
+
+def _count(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    # Not under inference mode: there the attention is not seen by the counter.
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        model(**inputs, logits_to_keep=1)
+    return counter.get_total_flops()
+
+
+def prefill_flops(model: nn.Module, batch: Batch) -> dict[str, int]:
+    """Floating-point operations up to the first token (a multiplication and an addition are two).
+
+    Matrix products, convolutions and attention are counted, as torch's counter does: causal attention at its full
+    square, norms and activations not at all. The head runs on the last position only, as in ``generate``.
+
+    Args:
+        model: An image-text-to-text model.
+        batch: One prompt: ``input_ids`` ``(1, T)`` and ``pixel_values`` where it has an image.
+
+    Returns:
+        ``prefill``: the whole model; ``prefill_language``: embeddings, decoder and head alone.
+    """
+    inputs = _inputs(model, batch)
+    with torch.no_grad():
+        language = decoder_inputs(model, {**inputs, "attention_mask": None})
+    return {"prefill": _count(model, inputs), "prefill_language": _count(model, language)}
+
+
+def _now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def _round(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float]:
+    """Greedy decoding of one prompt without early stop; milliseconds to the first token and per further token."""
+    device = inputs["input_ids"].device
+    start = _now(device)
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    token: Tensor = output.logits[:, -1:].argmax(-1)
+    first = _now(device)
+    for _ in range(new_tokens - 1):
+        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
+    return 1e3 * (first - start), 1e3 * (_now(device) - first) / (new_tokens - 1)
+
+
+def _latencies(
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, Any]], repeats: int, new_tokens: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Rounds over all models in turn, so that drift of the machine (clock, heat, neighbours) hits all alike."""
+    names = list(models)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for index in range(WARM_UP + repeats):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            measured = _round(models[name], inputs[name], new_tokens)
+            if index >= WARM_UP:
+                times[name].append(measured)
+    return times
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Interquartile range."""
+    if len(values) < 2:
+        return 0.0
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return quartiles[2] - quartiles[0]
+
+
+def _memory(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, int]:
+    """Bytes of the weights and, on an accelerator, weights plus what decoding allocates on top of what was there."""
+    weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
+    device = inputs["input_ids"].device
+    if device.type != "cuda":
+        return {"weights": weights}
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    _round(model, inputs, new_tokens)
+    return {"weights": weights, "peak": weights + torch.cuda.max_memory_allocated(device) - before}
+
+
+def _setup(model: nn.Module, batch: Batch, cfg: EvaluateConfig) -> dict[str, Any]:
+    weight = next(model.parameters())
+    pixels = batch.get("pixel_values")
+    return {
+        "device": torch.cuda.get_device_name(weight.device) if weight.is_cuda else weight.device.type,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "batch_size": 1,
+        "prompt_tokens": batch["input_ids"].shape[1],
+        "image_size": list(pixels.shape[-2:]) if pixels is not None else [],
+        "tiles": len(pixels) if pixels is not None else 0,
+        "new_tokens": cfg.new_tokens,
+        "repeats": cfg.repeats,
+    }
+
+
+def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """Measure several models on the same prompt, interleaved.
+
+    Args:
+        models: For example ``{"base": ..., "pruned": ..., "recovered": ...}``, each on the device it is measured on.
+        batch: One prompt, without padding: ``input_ids`` ``(1, T)``, ``pixel_values`` where it has an image.
+        cfg: ``repeats`` (>= 1) and ``new_tokens`` (>= 2).
+
+    Returns:
+        Per model the entries of a stage in ``results.json``: ``parameters``, ``language_parameters``, ``memory_bytes``
+        (``weights``; ``peak`` on CUDA), ``flops`` (see `prefill_flops`), ``latency_ms`` (medians ``prefill`` = time to
+        first token from pixels on, and ``decode`` per token; ``prefill_iqr`` and ``decode_iqr`` are interquartile
+        ranges) and ``setup``, the conditions.
+
+    Raises:
+        UserError: If ``repeats`` or ``new_tokens`` is too small.
+    """
+    for key, value, least in (("repeats", cfg.repeats, 1), ("new_tokens", cfg.new_tokens, 2)):
+        if value < least:
+            raise UserError(f"evaluate.{key}: {value} is below {least}; set it to {least} or more")
+    if batch["input_ids"].shape[0] != 1:
+        raise ValueError(f"latency is measured on one prompt, got {batch['input_ids'].shape[0]}")
+    training = {name: model.training for name, model in models.items()}
+    for model in models.values():
+        model.eval()
+    inputs = {name: _inputs(model, batch) for name, model in models.items()}
+    times = _latencies(models, inputs, cfg.repeats, cfg.new_tokens)
+    measured = {}
+    for name, model in models.items():
+        prefill, decode = zip(*times[name], strict=True)
+        measured[name] = {
+            "parameters": parameters(model),
+            "language_parameters": language_parameters(model),
+            "memory_bytes": _memory(model, inputs[name], cfg.new_tokens),
+            "flops": prefill_flops(model, batch),
+            "latency_ms": {
+                "prefill": statistics.median(prefill),
+                "decode": statistics.median(decode),
+                "prefill_iqr": _spread(prefill),
+                "decode_iqr": _spread(decode),
+            },
+            "setup": _setup(model, batch, cfg),
+        }
+        model.train(training[name])
+    return measured

@@ -1,0 +1,99 @@
+"""Greedy answers and reference losses of one batch, with vision features computed elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from ..data.conversations import Record
+from ..models.forward import Batch, decoder_inputs, forward_hidden, supervised_positions
+
+
+def length_batches(records: Sequence[Record], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Batches of questions of like length, longest first; a rank's share of them.
+
+    Questions with and without an image do not mix, except in one batch at most. The order depends on the records alone.
+
+    Args:
+        records: Questions: records of one turn.
+        batch_size: Most questions per batch; smaller where several ranks would else get nothing to do.
+        rank: This process.
+        world: Number of processes.
+
+    Returns:
+        Indices into ``records``. Over all ranks every index occurs exactly once.
+    """
+
+    def length(index: int) -> tuple[bool, int]:
+        # The prompt's own length would need its tokens; characters order the questions nearly as well.
+        return records[index].image is not None, len(records[index].turns[0].question)
+
+    order = sorted(range(len(records)), key=length, reverse=True)
+    size = max(1, min(batch_size, math.ceil(len(order) / world)))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    return batches[rank::world]
+
+
+def greedy_config(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Greedy decoding that stops at the model's own end tokens, whatever else its folder suggests.
+
+    Args:
+        model: The model; its ``generation_config`` names the end tokens.
+        tokenizer: Names the end and padding token where the model does not.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        The configuration for ``model.generate``.
+    """
+    stop = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+    stop = tokenizer.eos_token_id if stop is None else stop
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = stop[0] if isinstance(stop, list) else stop
+    return GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=padding
+    )
+
+
+@torch.inference_mode()
+def generate(model: nn.Module, tokenizer: Any, batch: Batch, features: Tensor | None, max_new_tokens: int) -> list[str]:
+    """Answer left-padded prompts through the stock ``generate``.
+
+    Args:
+        model: An image-text-to-text model in eval mode.
+        tokenizer: Its tokenizer.
+        batch: A batch of `efficientllava.data.collator.GenerationCollator` on the model's device.
+        features: Output of `efficientllava.models.forward.vision_features` for the batch's images, or None.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        Text per row, without special tokens, stripped.
+    """
+    inputs = decoder_inputs(model, batch, features)
+    tokens = model.generate(**inputs, generation_config=greedy_config(model, tokenizer, max_new_tokens))  # pyright: ignore[reportCallIssue]
+    answers = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]
+
+
+@torch.inference_mode()
+def reference_losses(model: nn.Module, batch: Batch, features: Tensor | None) -> tuple[list[float], list[int]]:
+    """Cross-entropy of the reference answers, teacher-forced.
+
+    Args:
+        model: An image-text-to-text model in eval mode.
+        batch: A batch of `efficientllava.data.collator.Collator` with one question per row.
+        features: As in `generate`.
+
+    Returns:
+        Per row the sum over its supervised tokens in nats, and their number.
+    """
+    mask, targets = supervised_positions(batch["labels"])
+    logits = model.lm_head(forward_hidden(model, batch, features)[mask]).float()  # pyright: ignore[reportCallIssue]
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0].cpu(), losses.double().cpu())
+    return sums.tolist(), mask.sum(1).tolist()

@@ -1,0 +1,209 @@
+"""The closing table of a run, and tables over runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from ..errors import UserError
+from ..results import STAGES, Results
+
+ABSENT = "-"
+Row = tuple[str, str, list[str]]  # label, style, one cell per stage
+
+
+def quantity(value: float) -> str:
+    """A count in three significant digits with a unit prefix: 812345 is ``812 k``, 1.2e9 is ``1.20 G``."""
+    units = ["", " k", " M", " G", " T", " P"]
+    # Compared after rounding, so that 999.96 becomes 1.00 k and not 1000.
+    while float(f"{value:.3g}") >= 1000 and len(units) > 1:
+        value /= 1000
+        del units[0]
+    whole = units[0] == "" and value == int(value)
+    digits = 0 if value >= 99.95 or whole else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f}{units[0]}"
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal."""
+    return f"{100 * value:.1f} %"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _find(stage: Mapping[str, Any], *keys: str) -> Any:
+    node: Any = stage
+    for key in keys:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def _row(
+    label: str, stages: Sequence[Mapping[str, Any]], keys: Sequence[str], show: Callable[[Any], str], style: str = ""
+) -> Iterator[Row]:
+    """One row, or none when no stage has the number."""
+    values = [_find(stage, *keys) for stage in stages]
+    if any(value is not None for value in values):
+        yield label, style, [ABSENT if value is None else show(value) for value in values]
+
+
+def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    yield from _row("parameters", stages, ["parameters"], quantity)
+    yield from _row("language-model parameters", stages, ["language_parameters"], quantity)
+    requested, whole = (
+        results["ratio"].get("requested"),
+        _find(results["stages"].get("base", {}), "language_parameters"),
+    )
+    if whole and len(stages) > 1:
+        label = "  removed" if requested is None else f"  removed ({percent(requested)} requested)"
+        shares = [
+            {"removed": 1 - size / whole} if (size := stage.get("language_parameters")) else {} for stage in stages
+        ]
+        yield from _row(label, [{}, *shares[1:]], ["removed"], percent)
+    yield from _row("checkpoint, MiB", stages, ["checkpoint_bytes"], lambda size: f"{size / 2**20:.2f}")
+    yield from _row("memory peak, MiB", stages, ["memory_bytes", "peak"], lambda size: f"{size / 2**20:.0f}")
+
+
+def _speed_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    yield from _row("FLOPs per image-question", stages, ["flops", "prefill"], quantity)
+    yield from _row("  in the language model", stages, ["flops", "prefill_language"], quantity, "dim")
+    yield from _row("prefill latency, ms", stages, ["latency_ms", "prefill"], _milliseconds)
+    yield from _row("per-token latency, ms", stages, ["latency_ms", "decode"], _milliseconds)
+
+
+def _metric_label(metrics: Mapping[str, float], name: str) -> str:
+    """Accuracies by type are indented below their group; the count stands behind the name."""
+    head, _, kind = name.partition("/")
+    label = kind.replace("_", " ").removeprefix("text ") if kind else head.replace("_", " ")
+    label = {"accuracy image": "image questions", "accuracy text": "text-only questions"}.get(label, label)
+    count = metrics.get(name.replace("accuracy", "n", 1)) if name.startswith("accuracy") else None
+    indent = 4 if kind else 2 if "_" in head and head.startswith("accuracy") else 0
+    return " " * indent + label + (f" ({count:.0f})" if count is not None else "")
+
+
+def _task_rows(results: Results, stages: Sequence[Mapping[str, Any]], task: str) -> Iterator[Row]:
+    metrics: dict[str, float] = next(found for stage in stages if (found := _find(stage, "metrics", task)))
+    for name in metrics:
+        if name == "n" or name.startswith(("n_", "n/")):
+            continue
+        show = percent if name.startswith("accuracy") else lambda value: f"{value:.3f}"
+        label = _metric_label(metrics, name)
+        if name == "answer_loss":
+            label = "answer loss, nats per token"
+        yield from _row(label, stages, ["metrics", task, name], show, "dim" if "/" in name else "")
+    names = (
+        [("accuracy", "retained accuracy")]
+        if "accuracy" in metrics
+        else [(name, f"retained {name}") for name in metrics]
+    )
+    for name, label in names:
+        yield from _row(label, stages, ["retained", f"{task}/{name}"], percent, "bold")
+
+
+def tabulate(results: Results, title: str | None = None) -> Table:
+    """The closing table of a run: one column per stage; fits 80 columns, and a file as well as a terminal.
+
+    Args:
+        results: Output of `results.build` or `results.read`.
+        title: Line above the table.
+
+    Returns:
+        A table for ``rich.print``.
+    """
+    names = [name for name in STAGES if name in results["stages"]]
+    stages = [results["stages"][name] for name in names]
+    tasks = list(dict.fromkeys(task for stage in stages for task in stage.get("metrics", {})))
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_style="bold", caption=_caption(results, stages), caption_style="dim"
+    )
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True, min_width=9, style="bold" if name == "recovered" else "")
+    sections = [(None, [*_size_rows(results, stages)]), (None, [*_speed_rows(stages)])]
+    sections += [(task, [*_task_rows(results, stages, task)]) for task in tasks]
+    for task, rows in sections:
+        if task is not None and rows:
+            table.add_row(f"[bold]{task}[/]")
+        for label, style, cells in rows:
+            table.add_row(label, *cells, style=style)
+        if rows:
+            table.add_section()
+    return table
+
+
+def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | None:
+    """The conditions of the speed measurement and what was not measured anew in this run."""
+    lines = []
+    setup = next((found for stage in stages if (found := stage.get("setup"))), None)
+    if setup:
+        size = "x".join(str(side) for side in setup["image_size"])
+        lines.append(
+            f"speed: {setup['device']}, {setup['dtype']}, {setup['threads']} threads, batch {setup['batch_size']}, "
+            f"image {size}, prompt {setup['prompt_tokens']} tokens, median of {setup['repeats']}"
+        )
+    if results.get("reused"):
+        lines.append(f"from the cache: {', '.join(results['reused'])}")
+    return "\n".join(lines) or None
+
+
+def _runs_by_overrides(results: Sequence[Results]) -> dict[tuple[str, ...], list[Results]]:
+    """Runs that differ in nothing but the seed, in the order of first appearance."""
+    groups: dict[tuple[str, ...], list[Results]] = {}
+    for result in results:
+        key = tuple(sorted(item for item in result["overrides"] if not item.startswith("seed=")))
+        groups.setdefault(key, []).append(result)
+    return groups
+
+
+def _spread(values: Sequence[float | None], scale: float = 100, digits: int = 1) -> str:
+    """Mean and, from two values on, the sample standard deviation."""
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return ABSENT
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return mean if len(known) < 2 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+
+
+def markdown(results: Sequence[Results], metric: str = "digits_vqa/accuracy") -> str:
+    """A table over runs: a row per configuration, mean ± sample standard deviation over its seeds.
+
+    Args:
+        results: Contents of several ``results.json``.
+        metric: ``task/metric`` to show for every stage, in percent.
+
+    Returns:
+        Markdown. Rows are named by the overrides in which the configurations differ.
+
+    Raises:
+        UserError: If there are no results, or ``metric`` names no task.
+    """
+    task, slash, name = metric.partition("/")
+    if not results or not slash:
+        raise UserError(
+            f"table of {len(results)} runs by {metric!r}: give at least one run and a metric like task/accuracy"
+        )
+    groups = _runs_by_overrides(results)
+    common = set.intersection(*(set(key) for key in groups))
+    head = ["run", "seeds", "removed, %", *(f"{stage}, %" for stage in STAGES), "retained, %", "answer loss"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
+    for key, runs in groups.items():
+        label = " ".join(item for item in key if item not in common) or "default"
+        last = [_last_stage(run) for run in runs]
+        cells = [f"`{label}`", str(len({run["seed"] for run in runs}))]
+        cells.append(_spread([run["ratio"].get("achieved") for run in runs]))
+        cells += [_spread([_find(run["stages"], stage, "metrics", task, name) for run in runs]) for stage in STAGES]
+        cells.append(_spread([_find(stage, "retained", metric) for stage in last]))
+        cells.append(_spread([_find(stage, "metrics", task, "answer_loss") for stage in last], scale=1, digits=3))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _last_stage(run: Results) -> Mapping[str, Any]:
+    """What the run ends with: recovered if it recovered, else pruned, else base."""
+    return next(run["stages"][stage] for stage in reversed(STAGES) if stage in run["stages"])
