@@ -196,11 +196,17 @@ def language_parameters(model: nn.Module) -> int:
 def layers_of(model: nn.Module) -> list[Layer]:
     """Describe every decoder layer as it is now; sizes are read off the weights, so pruned models are seen as cut."""
     decoder = decoder_of(model)
-    names = DECODERS[host_type(decoder.config)]
-    return [_layer(module, names) for module in decoder.layers]
+    return [describe_layer(module, decoder.config) for module in decoder.layers]
 
 
-def _layer(module: Any, names: DecoderNames) -> Layer:
+def describe_layer(module: Any, text_config: Any) -> Layer:
+    """Describe one decoder layer.
+
+    Args:
+        module: A decoder layer; need not be part of a model.
+        text_config: The decoder's configuration; only its ``model_type`` is read.
+    """
+    names = DECODERS[host_type(text_config)]
     attention, mlp = module.self_attn, module.mlp
     head_dim, per_group = int(attention.head_dim), int(attention.num_key_value_groups)
     writer = getattr(attention, names.attention_out)

@@ -93,7 +93,9 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
         layer = layers[entry.index]
         for component, units in ((layer.attention, entry.groups), (layer.mlp, entry.channels)):
             if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= component.units:
-                raise ValueError(f"plan: {component.kind} of layer {entry.index} must keep some of 0..{component.units - 1}")
+                raise ValueError(
+                    f"plan: {component.kind} of layer {entry.index} must keep some of 0..{component.units - 1}"
+                )
 
 
 def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:

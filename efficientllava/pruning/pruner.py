@@ -1,0 +1,390 @@
+"""Calibration batches to statistics, statistics to scores, scores to a plan, and a plan to a smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.anatomy import Layer, decoder_of, final_norm_of, language_parameters, layers_of
+from ..models.forward import Batch, FeatureCache
+from ..schema import TAYLOR, PruneConfig
+from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
+from .plan import LayerPlan, PruningPlan
+from .refit import LayerError, SequentialPruner
+from .selection import (
+    Space,
+    global_counts,
+    layers_to_drop,
+    local_shape,
+    nominal_shape,
+    ranked_plan,
+    scaled_protection,
+    uniform_candidates,
+)
+from .statistics import BlockInfluence, CalibrationStream, Gram, Reduce, no_reduce
+from .surgery import achieved_ratio, check_plan, cut, rebuild
+from .taylor import TaylorScores
+
+Tick = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
+COARSE = 6  # splits of the first pass when heads are too many to try every split
+
+
+def silent(_what: str, _done: int, _total: int) -> None:
+    """Progress that nobody sees."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What scoring and refit look at.
+
+    Args:
+        batches: Collated batches on the model's device.
+        features: Vision features by image, shared with other stages.
+        reduce: Sums over processes.
+        storage: Device that keeps hidden states between layers; None is the compute device.
+        tick: Progress.
+    """
+
+    batches: Sequence[Batch]
+    features: FeatureCache | None = None
+    reduce: Reduce = no_reduce
+    storage: torch.device | str | None = None
+    tick: Tick = silent
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the calibration records of this process."""
+        return tuple(record for batch in self.batches for record in batch["ids"])
+
+
+@dataclass
+class PruneReport:
+    """What happened besides the plan; plain values for results.json and the console.
+
+    Args:
+        loss_dense: Answer loss of the dense model on the calibration batches, in nats per token.
+        loss_pruned: The same after cut and refit.
+        errors: Relative output error of every refitted writer, before and after the refit.
+        block_influence: Score of every block (layerwise).
+        candidates: Tried shapes with their calibration loss (selection ``shape``).
+        damping: Damping of Gram matrices, in units of their mean diagonal.
+    """
+
+    loss_dense: float | None = None
+    loss_pruned: float | None = None
+    errors: list[LayerError] = field(default_factory=list)
+    block_influence: list[float] = field(default_factory=list)
+    candidates: list[dict[str, float]] = field(default_factory=list)
+    damping: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def make_plan(
+    model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int = 0
+) -> tuple[PruningPlan, PruneReport]:
+    """Score and select: decide what a checkpoint keeps. The model is unchanged.
+
+    Args:
+        model: An image-text-to-text model in eval mode.
+        calibration: Batches and how to run them.
+        config: Method, ratio, importance, selection.
+        seed: Seed of random importance.
+
+    Returns:
+        The plan, and the scores behind it.
+
+    Raises:
+        UserError: The ratio is infeasible.
+    """
+    report = PruneReport()
+    if config.method == "layerwise":
+        layers = _layerwise(model, calibration, config, report)
+    elif config.ratio == 0 and config.share is None:
+        layers = whole_layers(model)
+    else:
+        layers = _widthwise(model, calibration, config, seed, report)
+    found = layers_of(model)
+    plan = PruningPlan(
+        method=config.method,
+        layers=layers,
+        source_layers=len(found),
+        heads_per_group=found[0].heads_per_group,
+        requested=None if config.share is not None or config.drop_layers is not None else config.ratio,
+        achieved=plan_ratio(model, layers),
+        calibration_ids=calibration.ids,
+    )
+    return plan, report
+
+
+def whole_layers(model: nn.Module) -> tuple[LayerPlan, ...]:
+    """The plan that keeps everything."""
+    return tuple(
+        LayerPlan(i, tuple(range(layer.attention.units)), tuple(range(layer.mlp.units)))
+        for i, layer in enumerate(layers_of(model))
+    )
+
+
+def plan_ratio(model: nn.Module, plans: Sequence[LayerPlan]) -> float:
+    """Share of language-model parameters that a plan removes, counted without cutting."""
+    layers = layers_of(model)
+    by_index = {plan.index: plan for plan in plans}
+    removed = 0
+    for index, layer in enumerate(layers):
+        plan = by_index.get(index)
+        if plan is None:
+            removed += sum(p.numel() for p in layer.module.parameters())
+            continue
+        removed += (layer.attention.units - len(plan.groups)) * layer.attention.unit_parameters
+        removed += (layer.mlp.units - len(plan.channels)) * layer.mlp.unit_parameters
+    return removed / language_parameters(model)
+
+
+@torch.no_grad()
+def apply_plan(
+    model: nn.Module, plan: PruningPlan, calibration: Calibration | None, config: PruneConfig
+) -> tuple[nn.Module, PruneReport]:
+    """Refit and cut: turn a plan into a smaller model.
+
+    Args:
+        model: The checkpoint that the plan was made for; consumed.
+        plan: What is kept.
+        calibration: Batches for the refit; None cuts without looking at data.
+        config: Refit settings.
+
+    Returns:
+        The smaller model, an instance of the class that loads its checkpoint, and a report.
+    """
+    check_plan(model, plan)
+    report = PruneReport(damping=config.damping if config.refit else None)
+    before = language_parameters(model)
+    if calibration is None:
+        return cut(model, plan), report
+    stream = _stream(model, calibration, config)
+    pruner = SequentialPruner(stream, config.refit, config.refit_target, config.damping, calibration.reduce)
+    depth = plan.source_layers
+    what = "refit and cut" if config.refit else "cut"
+    outcome = pruner.run(plan.layers, True, lambda layer: calibration.tick(what, layer + 1, depth))
+    report.loss_pruned, report.errors = outcome.loss, outcome.errors
+    smaller = rebuild(model, plan.kept_layers)
+    if abs(achieved_ratio(before, smaller) - plan.achieved) > 1e-9:
+        raise RuntimeError(
+            f"plan says {plan.achieved:.6f} removed, the model says {achieved_ratio(before, smaller):.6f}"
+        )
+    return smaller, report
+
+
+def _stream(model: nn.Module, calibration: Calibration, config: PruneConfig) -> CalibrationStream:
+    return CalibrationStream(model, calibration.batches, config.tokens, calibration.features, calibration.storage)
+
+
+@torch.no_grad()
+def block_influences(
+    stream: CalibrationStream, kept: Sequence[int], config: PruneConfig, reduce: Reduce
+) -> list[float]:
+    """Block influence of the kept layers, measured on the model that consists of them.
+
+    Args:
+        stream: The calibration stream.
+        kept: Original indices of the layers.
+        config: ``block_influence``: mean or sum over positions; ``final_norm``: whether the last block's output is
+            compared after the final norm, as published.
+        reduce: Sums over processes.
+
+    Returns:
+        One score per kept layer.
+    """
+    layers = decoder_of(stream.model).layers
+    hidden, scores = list(stream.hidden), []
+    for index in kept:
+        influence, after = BlockInfluence(), []
+        for batch, inputs, outputs in stream.run(layers[index], index, hidden):
+            compared = final_norm_of(stream.model)(outputs) if config.final_norm and index == kept[-1] else outputs
+            influence.add(inputs, compared, stream.counted[batch])
+            after.append(stream.store(outputs))
+        scores.append(influence.value(config.block_influence, reduce))
+        hidden = after
+    return scores
+
+
+def _layerwise(
+    model: nn.Module, calibration: Calibration, config: PruneConfig, report: PruneReport
+) -> tuple[LayerPlan, ...]:
+    whole = whole_layers(model)
+    sizes = [sum(p.numel() for p in layer.module.parameters()) for layer in layers_of(model)]
+    count = config.drop_layers
+    if count is None:
+        count = layers_to_drop(sizes, language_parameters(model), config.ratio or 0.0)
+    stream = _stream(model, calibration, config)
+    kept = list(range(len(whole)))
+    scores = block_influences(stream, kept, config, calibration.reduce)
+    report.block_influence = scores
+    for step in range(count):
+        if config.iterative and step:
+            scores = block_influences(stream, kept, config, calibration.reduce)
+        lowest = min(range(len(kept)), key=lambda position: scores[position])
+        kept.pop(lowest)
+        scores = scores[:lowest] + scores[lowest + 1 :]
+        calibration.tick("score blocks", step + 1, count)
+    return tuple(whole[index] for index in kept)
+
+
+@dataclass
+class LayerScores:
+    """Removal orders of one layer, with costs relative to the power of the residual stream where a cost is an error."""
+
+    attention: Ranking
+    mlp: Ranking
+
+    @property
+    def pair(self) -> tuple[Ranking, Ranking]:
+        """Attention and MLP."""
+        return self.attention, self.mlp
+
+
+def rank_units(
+    model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int = 0
+) -> tuple[list[LayerScores], CalibrationStream]:
+    """Score every KV group and channel of every layer on the dense prefix.
+
+    Args:
+        model: The model in eval mode.
+        calibration: Batches and how to run them.
+        config: ``importance``, ``damping``, ``tokens``, ``taylor_mean``.
+        seed: Seed of random importance.
+
+    Returns:
+        Rankings of all layers, and the calibration stream for reuse.
+    """
+    layers = layers_of(model)
+    taylor = None
+    if config.importance in TAYLOR:
+        scorer = TaylorScores(model, config.importance, config.taylor_mean)
+        taylor = scorer.run(calibration.batches, calibration.features, calibration.reduce)
+    stream = _stream(model, calibration, config)
+    generator = torch.Generator().manual_seed(seed)
+    if taylor is not None:
+        ranked = [LayerScores(Ranking.from_scores(a), Ranking.from_scores(m)) for a, m in taylor]
+        return ranked, stream
+    if config.importance in ("magnitude", "random"):
+        simple = magnitude_scores if config.importance == "magnitude" else lambda c: random_scores(c, generator)
+        ranked = [
+            LayerScores(*(_unit_mean(Ranking.from_scores(simple(c))) for c in layer.components)) for layer in layers
+        ]
+        return ranked, stream
+    ranked, hidden = [], list(stream.hidden)
+    for index, layer in enumerate(layers):
+        grams, power, hidden = _layer_statistics(stream, layer, index, hidden, calibration.reduce)
+        ranked.append(LayerScores(*(_rank(c, g, power, config) for c, g in zip(layer.components, grams, strict=True))))
+        calibration.tick("score units", index + 1, len(layers))
+    return ranked, stream
+
+
+@torch.no_grad()
+def _layer_statistics(
+    stream: CalibrationStream, layer: Layer, index: int, hidden: Sequence[torch.Tensor], reduce: Reduce
+) -> tuple[list[torch.Tensor], float, list[torch.Tensor]]:
+    grams = [Gram(c.writer.in_features, c.writer.weight.device) for c in layer.components]
+    captured: dict[int, torch.Tensor] = {}
+    handles = [
+        c.writer.register_forward_pre_hook(lambda _m, args, kind=kind: captured.__setitem__(kind, args[0]))
+        for kind, c in enumerate(layer.components)
+    ]
+    power, after = torch.zeros(2, dtype=torch.float64), []
+    try:
+        for batch, _, outputs in stream.run(layer.module, index, hidden):
+            counted = stream.counted[batch]
+            for kind, gram in enumerate(grams):
+                gram.add(captured[kind][counted])
+            square = outputs[counted].double().square().sum()
+            power += torch.tensor([float(square), float(counted.sum())], dtype=torch.float64)
+            after.append(stream.store(outputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    power = reduce(power)
+    return [gram.reduced(reduce) for gram in grams], float(power[0] / power[1].clamp(min=1)), after
+
+
+def _rank(component: Any, gram: torch.Tensor, power: float, config: PruneConfig) -> Ranking:
+    if config.importance == "obs":
+        ranking = obs_ranking(component.writer.weight, gram, component.width, config.damping)
+        return replace(ranking, costs=tuple(cost / max(power, 1e-30) for cost in ranking.costs))
+    scores = activation_scores if config.importance == "activation" else wanda_scores
+    return _unit_mean(Ranking.from_scores(scores(component, gram)))
+
+
+def _unit_mean(ranking: Ranking) -> Ranking:
+    """Divide scores without a common unit by their mean, so that components can be ranked together at all."""
+    mean = sum(ranking.costs) / len(ranking.costs) or 1.0
+    return replace(ranking, costs=tuple(cost / mean for cost in ranking.costs))
+
+
+def prune_space(model: nn.Module, config: PruneConfig) -> Space:
+    """What a configuration lets a widthwise plan remove."""
+    attention, mlp = [*config.protect, *config.protect_attention], [*config.protect, *config.protect_mlp]
+    if config.protect_scaled:
+        heads, channels = scaled_protection(len(layers_of(model)))
+        attention, mlp = attention + heads, mlp + channels
+    return Space.of(model, attention, mlp, config.round_to)
+
+
+def _widthwise(
+    model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int, report: PruneReport
+) -> tuple[LayerPlan, ...]:
+    space = prune_space(model, config)
+    shapes: list[tuple[int, int]] = []
+    if config.share is not None:
+        first = layers_of(model)[0]
+        shapes = [nominal_shape(space, config.share, first.head_dim, first.heads_per_group)]
+    elif config.selection == "local":
+        shapes = [local_shape(space, config.ratio or 0.0)]
+    elif config.selection == "shape":
+        shapes = uniform_candidates(space, config.ratio or 0.0)
+    scores, stream = rank_units(model, calibration, config, seed)
+    rankings = [s.pair for s in scores]
+    if config.share is None and config.selection == "global":
+        costs = [(attention.costs, mlp.costs) for attention, mlp in rankings]
+        return ranked_plan(global_counts(space, config.ratio or 0.0, costs), rankings)
+    if len(shapes) == 1:
+        return ranked_plan(space.counts(*shapes[0]), rankings)
+    pruner = SequentialPruner(stream, config.refit, config.refit_target, config.damping, calibration.reduce)
+
+    def loss(shape: tuple[int, int]) -> float:
+        value = pruner.run(ranked_plan(space.counts(*shape), rankings), commit=False).loss
+        report.candidates.append({"groups": shape[0], "channels": shape[1], "loss": value})
+        calibration.tick("choose heads against channels", len(report.candidates), min(len(shapes), 2 * COARSE))
+        return value
+
+    best = lowest(shapes, loss)
+    return ranked_plan(space.counts(*best), rankings)
+
+
+def lowest(candidates: Sequence[tuple[int, int]], loss: Callable[[tuple[int, int]], float]) -> tuple[int, int]:
+    """Find the candidate with the lowest loss: all of a short list, else a coarse grid that is refined around its best.
+
+    Args:
+        candidates: Shapes in order, so that neighbours are similar.
+        loss: Costly objective.
+
+    Returns:
+        The best candidate that was tried.
+    """
+    known: dict[int, float] = {}
+    step = 1 if len(candidates) <= 2 * COARSE else -(-len(candidates) // COARSE)
+    tried = range(0, len(candidates), step)
+    while True:
+        for position in tried:
+            if position not in known:
+                known[position] = loss(candidates[position])
+        best = min(known, key=lambda position: (known[position], position))
+        if step == 1:
+            return candidates[best]
+        step = -(-step // 2)
+        tried = [p for p in (best - step, best + step) if 0 <= p < len(candidates)]

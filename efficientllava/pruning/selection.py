@@ -1,0 +1,287 @@
+"""Select: a requested ratio becomes kept counts, and with a ranking a plan. The achieved ratio is solved for."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..errors import UserError
+from ..models.anatomy import Layer, language_parameters, layers_of
+from .importance import Ranking
+from .plan import LayerPlan
+
+TOLERANCE = 0.01  # widthwise plans meet the request within one point
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a widthwise plan can remove from a model.
+
+    Args:
+        groups: KV groups of every layer.
+        channels: MLP channels of every layer.
+        group_cost: Parameters of one KV group, per layer.
+        channel_cost: Parameters of one channel, per layer.
+        total: Parameters of the language model, embeddings and head included.
+        whole_attention: Layers whose heads are protected.
+        whole_mlp: Layers whose channels are protected.
+        round_to: Kept channels are a multiple of this, or all.
+    """
+
+    groups: tuple[int, ...]
+    channels: tuple[int, ...]
+    group_cost: tuple[int, ...]
+    channel_cost: tuple[int, ...]
+    total: int
+    whole_attention: frozenset[int] = frozenset()
+    whole_mlp: frozenset[int] = frozenset()
+    round_to: int = 1
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, protect_attention: Sequence[int] = (), protect_mlp: Sequence[int] = (), round_to: int = 1
+    ) -> Space:
+        """Read the space off a model.
+
+        Args:
+            model: An image-text-to-text model; may live on the meta device.
+            protect_attention: Layers whose heads stay; negative indices count from the end.
+            protect_mlp: Layers whose channels stay.
+            round_to: See the class.
+
+        Raises:
+            UserError: A protected layer does not exist.
+        """
+        layers: list[Layer] = layers_of(model)
+        return cls(
+            tuple(layer.attention.units for layer in layers),
+            tuple(layer.mlp.units for layer in layers),
+            tuple(layer.attention.unit_parameters for layer in layers),
+            tuple(layer.mlp.unit_parameters for layer in layers),
+            language_parameters(model),
+            _indices("prune.protect_attention", protect_attention, len(layers)),
+            _indices("prune.protect_mlp", protect_mlp, len(layers)),
+            round_to,
+        )
+
+    @property
+    def depth(self) -> int:
+        """Number of layers."""
+        return len(self.groups)
+
+    def ratio(self, counts: Sequence[tuple[int, int]]) -> float:
+        """Share of language-model parameters that go when layer ``l`` keeps ``counts[l] = (groups, channels)``."""
+        removed = sum(
+            (self.groups[i] - groups) * self.group_cost[i] + (self.channels[i] - channels) * self.channel_cost[i]
+            for i, (groups, channels) in enumerate(counts)
+        )
+        return removed / self.total
+
+    def counts(self, groups: int, channels: int) -> list[tuple[int, int]]:
+        """Kept counts of every layer when all unprotected layers keep the same; already smaller layers stay so."""
+        return [
+            (
+                self.groups[i] if i in self.whole_attention else min(groups, self.groups[i]),
+                self.channels[i] if i in self.whole_mlp else min(channels, self.channels[i]),
+            )
+            for i in range(self.depth)
+        ]
+
+    @property
+    def smallest(self) -> list[tuple[int, int]]:
+        """The least that every layer can keep: one KV group and ``round_to`` channels."""
+        return self.counts(1, self.round_to)
+
+    def rounded(self, channels: float) -> int:
+        """Nearest allowed number of kept channels in the widest layer."""
+        widest = max(self.channels)
+        if channels >= widest:
+            return widest
+        return min(max(self.round_to, round(channels / self.round_to) * self.round_to), widest)
+
+
+def _indices(key: str, values: Sequence[int], depth: int) -> frozenset[int]:
+    bad = [v for v in values if not -depth <= v < depth]
+    if bad:
+        raise UserError(f"{key}={list(values)}: the model has layers 0..{depth - 1}; remove {bad}")
+    return frozenset(v % depth for v in values)
+
+
+def scaled_protection(depth: int) -> tuple[list[int], list[int]]:
+    """Layers that the published widthwise models leave whole, scaled to a depth.
+
+    Of 32 layers, heads are pruned in 3-30 and channels in 4-29 (arXiv 2604.24380, released code's 2024 defaults).
+
+    Returns:
+        Protected layers of the attention and of the MLP.
+    """
+
+    def outer(first: int, last: int) -> list[int]:
+        head, tail = math.ceil(first * depth / 32), math.ceil(last * depth / 32)
+        return [*range(head), *range(depth - tail, depth)]
+
+    return outer(3, 1), outer(4, 2)
+
+
+def require_feasible(space: Space, ratio: float) -> None:
+    """Refuse a ratio that no widthwise plan reaches.
+
+    Raises:
+        UserError: Names the feasible maximum.
+    """
+    largest = space.ratio(space.smallest)
+    if ratio > largest + TOLERANCE:
+        raise UserError(
+            f"prune.ratio={ratio:g}: at most {largest:.3f} can be removed widthwise "
+            "(one KV group and prune.round_to channels stay in every unprotected layer); lower prune.ratio"
+        )
+
+
+def uniform_candidates(space: Space, ratio: float) -> list[tuple[int, int]]:
+    """All shapes ``(groups, channels)``, the same for every unprotected layer, that meet the ratio within one point.
+
+    Args:
+        space: What can be removed.
+        ratio: Requested share of language-model parameters, (0, 1).
+
+    Returns:
+        Shapes with the number of groups ascending; for each number of groups the best number of channels.
+
+    Raises:
+        UserError: No shape meets the ratio.
+    """
+    require_feasible(space, ratio)
+    result: list[tuple[int, int]] = []
+    nearest = 0.0
+    per_channel = space.ratio(space.counts(max(space.groups), 0)) / max(space.channels)
+    for groups in range(1, max(space.groups) + 1):
+        from_heads = space.ratio(space.counts(groups, max(space.channels)))
+        wanted = max(space.channels) - (ratio - from_heads) / per_channel if per_channel else max(space.channels)
+        channels = space.rounded(wanted)
+        achieved = space.ratio(space.counts(groups, channels))
+        if abs(achieved - ratio) < abs(nearest - ratio):
+            nearest = achieved
+        if abs(achieved - ratio) <= TOLERANCE:
+            result.append((groups, channels))
+    if not result:
+        raise UserError(
+            f"prune.ratio={ratio:g}: the nearest ratio that prune.round_to={space.round_to} allows is {nearest:.3f}; "
+            "ask for that, or lower prune.round_to"
+        )
+    return result
+
+
+def local_shape(space: Space, ratio: float) -> tuple[int, int]:
+    """The shape that removes the same share of groups and of channels, as nearly as whole groups allow.
+
+    Args:
+        space: What can be removed.
+        ratio: Requested share of language-model parameters.
+
+    Returns:
+        Kept ``(groups, channels)`` of every unprotected layer.
+    """
+    groups, channels = max(space.groups), max(space.channels)
+    return min(uniform_candidates(space, ratio), key=lambda s: abs(s[0] / groups - s[1] / channels))
+
+
+def nominal_shape(space: Space, share: float, head_dim: int, heads_per_group: int) -> tuple[int, int]:
+    """Kept counts for a nominal share per pruned layer, with the published rounding.
+
+    Removed channels are ``C - int(C (1 - share))``; removed heads are the same count over all head channels, divided by
+    the head width and rounded down (arXiv 2604.24380, released code). With GQA whole groups of heads go.
+    """
+    groups, channels = max(space.groups), max(space.channels)
+    width = groups * heads_per_group * head_dim
+    removed_heads = (width - int(width * (1 - share))) // head_dim
+    return groups - removed_heads // heads_per_group, int(channels * (1 - share))
+
+
+def ranked_plan(
+    counts: Sequence[tuple[int, int]], rankings: Sequence[tuple[Ranking, Ranking]]
+) -> tuple[LayerPlan, ...]:
+    """Keep the highest-ranked units of every layer.
+
+    Args:
+        counts: Kept groups and channels of every layer.
+        rankings: Removal orders of groups and channels of every layer.
+    """
+    return tuple(
+        LayerPlan(i, rank[0].kept(groups), rank[1].kept(channels))
+        for i, ((groups, channels), rank) in enumerate(zip(counts, rankings, strict=True))
+    )
+
+
+def global_counts(
+    space: Space, ratio: float, costs: Sequence[tuple[Sequence[float], Sequence[float]]]
+) -> list[tuple[int, int]]:
+    """Rank heads and channels of all layers together, by cost per parameter removed, and remove the cheapest.
+
+    Args:
+        space: What can be removed.
+        ratio: Requested share of language-model parameters.
+        costs: Per layer, marginal costs of its groups and of its channels in removal order, in one common unit.
+
+    Returns:
+        Kept groups and channels of every layer.
+
+    Raises:
+        UserError: The ratio is infeasible.
+    """
+    require_feasible(space, ratio)
+    kept = [list(pair) for pair in zip(space.groups, space.channels, strict=True)]
+    steps = (1, space.round_to)
+    prices = (space.group_cost, space.channel_cost)
+    protected = (space.whole_attention, space.whole_mlp)
+    heap: list[tuple[float, int, int]] = []
+
+    def push(layer: int, kind: int) -> None:
+        step = kept[layer][kind] % steps[kind] or steps[kind]
+        start = len(costs[layer][kind]) - kept[layer][kind]
+        if layer not in protected[kind] and kept[layer][kind] - step >= steps[kind]:
+            cost = sum(costs[layer][kind][start : start + step]) / (step * prices[kind][layer])
+            heapq.heappush(heap, (cost, layer, kind))
+
+    for layer in range(space.depth):
+        push(layer, 0)
+        push(layer, 1)
+    missing = ratio * space.total
+    while heap and missing > 0:
+        _, layer, kind = heapq.heappop(heap)
+        step = kept[layer][kind] % steps[kind] or steps[kind]
+        price = step * prices[kind][layer]
+        if price - missing > missing:
+            continue  # overshoots by more than it closes
+        kept[layer][kind] -= step
+        missing -= price
+        push(layer, kind)
+    return [(groups, channels) for groups, channels in kept]
+
+
+def layers_to_drop(layer_parameters: Sequence[int], total: int, ratio: float) -> int:
+    """Number of blocks whose removal comes nearest to a ratio.
+
+    Args:
+        layer_parameters: Parameters of every block.
+        total: Parameters of the language model.
+        ratio: Requested share, [0, 1).
+
+    Raises:
+        UserError: The nearest number is 0 although more was asked for, or no block would stay.
+    """
+    if ratio == 0:
+        return 0
+    block = sum(layer_parameters) / len(layer_parameters) / total
+    count = math.floor(ratio / block + 0.5)
+    largest = len(layer_parameters) - 1
+    if count < 1 or count > largest:
+        raise UserError(
+            f"prune.ratio={ratio:g}: layerwise pruning removes whole blocks of {block:.3f} each, so the ratio must be 0 "
+            f"or between {block / 2:.3f} and {(largest + 0.5) * block:.3f} here; "
+            "change prune.ratio or set prune.drop_layers"
+        )
+    return count

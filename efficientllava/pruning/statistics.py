@@ -1,0 +1,213 @@
+"""Calibration statistics, layer by layer: nothing ever holds the hidden states of more than one layer boundary.
+
+`CalibrationStream` runs the model once up to its first decoder layer, records what every layer is called with, and then
+moves the hidden states of all calibration batches through one layer at a time. Gram matrices, block influence and refit
+targets are collected on the way and freed with the layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.anatomy import decoder_of, final_norm_of
+from ..models.forward import Batch, FeatureCache, forward_hidden, supervised_positions
+
+Reduce = Callable[[Tensor], Tensor]
+TOKENS = ("all", "image", "text", "answer")
+
+
+def no_reduce(tensor: Tensor) -> Tensor:
+    """The reduction of a single process."""
+    return tensor
+
+
+def counted_positions(batch: Batch, tokens: str, image_token_id: int) -> Tensor:
+    """Positions that enter the statistics; padding never does.
+
+    Args:
+        batch: A collated batch.
+        tokens: ``all``, ``image``, ``text`` (all but image) or ``answer`` (supervised tokens).
+        image_token_id: Id of the image placeholder.
+
+    Returns:
+        Boolean mask ``(batch, seq)``.
+    """
+    real = batch["attention_mask"].bool()
+    if tokens == "all":
+        return real
+    image = batch["input_ids"] == image_token_id
+    if tokens == "image":
+        return real & image
+    if tokens == "text":
+        return real & ~image
+    if tokens == "answer":
+        return real & (batch["labels"] != -100)
+    raise ValueError(f"tokens must be one of {TOKENS}, got {tokens!r}")
+
+
+@contextlib.contextmanager
+def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
+    """Replace every layer by the identity and record what it is called with."""
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise RuntimeError("decoder layers are expected to be called with keywords")
+        calls.append((hidden, kwargs))
+        return hidden
+
+    for layer in layers:
+        layer.forward = record
+    try:
+        yield calls
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+class CalibrationStream:
+    """Hidden states of all calibration batches at one layer boundary.
+
+    Args:
+        model: An image-text-to-text model in eval mode.
+        batches: Collated batches on the model's device.
+        tokens: Which positions count, see `counted_positions`.
+        features: Vision features by image, shared with other stages.
+        storage: Device that keeps the hidden states between layers; None keeps them where they are.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        tokens: str = "all",
+        features: FeatureCache | None = None,
+        storage: torch.device | str | None = None,
+    ) -> None:
+        self.model = model
+        self.batches = batches
+        decoder = decoder_of(model)
+        self.depth = len(decoder.layers)
+        image_token_id = model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self.counted = [counted_positions(b, tokens, image_token_id) for b in batches]  # pyright: ignore[reportArgumentType]
+        self.hidden: list[Tensor] = []
+        self._kwargs: list[list[dict[str, Any]]] = []
+        self._storage = storage
+        for batch in batches:
+            with recorded_calls(decoder.layers) as calls:
+                forward_hidden(model, batch, features(batch) if features else None)
+            self.hidden.append(self.store(calls[0][0]))
+            self._kwargs.append([kwargs for _, kwargs in calls])
+
+    def store(self, hidden: Tensor) -> Tensor:
+        """Move hidden states to the device that keeps them between layers."""
+        return hidden if self._storage is None else hidden.to(self._storage)
+
+    def _device(self, index: int) -> torch.device:
+        return self.counted[index].device
+
+    @torch.no_grad()
+    def run(
+        self, layer: nn.Module, position: int, hidden: Sequence[Tensor] | None = None
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Run one layer over all batches.
+
+        Args:
+            layer: The layer, original or cut.
+            position: Its index in the original decoder, which decides mask and position embeddings.
+            hidden: Layer inputs; the stream's own where absent.
+
+        Yields:
+            ``(batch index, input, output)``, both ``(batch, seq, hidden)`` on the compute device.
+        """
+        for index, stored in enumerate(self.hidden if hidden is None else hidden):
+            inputs = stored.to(self._device(index))
+            yield index, inputs, layer(inputs, **self._kwargs[index][position])
+
+    def advance(self, layer: nn.Module, position: int, hidden: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Return the layer's outputs for all batches, on the storage device."""
+        return [self.store(output) for _, _, output in self.run(layer, position, hidden)]
+
+    @torch.no_grad()
+    def answer_loss(self, hidden: Sequence[Tensor], reduce: Reduce = no_reduce) -> float:
+        """Mean cross-entropy of the supervised tokens, from the last layer's outputs.
+
+        Args:
+            hidden: Outputs of the last layer, before the final norm.
+            reduce: Sums over processes.
+
+        Returns:
+            Nats per supervised token.
+        """
+        norm, head = final_norm_of(self.model), self.model.lm_head
+        total = torch.zeros(2, dtype=torch.float64)
+        for batch, state in zip(self.batches, hidden, strict=True):
+            mask, targets = supervised_positions(batch["labels"])
+            logits = head(norm(state.to(mask.device)[mask])).float()  # pyright: ignore[reportCallIssue]
+            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            total += torch.tensor([float(loss), float(len(targets))], dtype=torch.float64)
+        total = reduce(total)
+        return float(total[0] / total[1].clamp(min=1))
+
+
+def gram_dtype(size: int) -> torch.dtype:
+    """Small Gram matrices are kept in float64, so that plans do not depend on the number of processes."""
+    return torch.float64 if size <= 2048 else torch.float32
+
+
+class Gram:
+    """Sum of ``x x^T`` over counted positions.
+
+    Args:
+        size: Width of ``x``.
+        device: Where the sum is kept.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.matrix = torch.zeros(size, size, dtype=gram_dtype(size), device=device)
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows ``(positions, size)``."""
+        rows = rows.to(self.matrix.dtype)
+        self.matrix.addmm_(rows.T, rows)
+        self.count += len(rows)
+
+    def reduced(self, reduce: Reduce) -> Tensor:
+        """The sum over processes, divided by the number of positions: ``E[x x^T]``, ``(size, size)``."""
+        count = reduce(torch.tensor([float(self.count)], dtype=torch.float64))
+        return reduce(self.matrix) / max(float(count), 1.0)
+
+
+@dataclass
+class BlockInfluence:
+    """Block influence ``1 - cos(h, h')`` of one block, summed over counted positions.
+
+    Source: arXiv 2604.24380, eq. 2. The sum over positions is the released code's variant, the mean is the paper's.
+    """
+
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, inputs: Tensor, outputs: Tensor, counted: Tensor) -> None:
+        """Add one batch: inputs and outputs ``(batch, seq, hidden)``, counted ``(batch, seq)``; fp32, O(N d)."""
+        cosine = nn.functional.cosine_similarity(inputs[counted].float(), outputs[counted].float(), dim=-1)
+        self.total += float((1.0 - cosine).double().sum())
+        self.count += int(counted.sum())
+
+    def value(self, how: str, reduce: Reduce = no_reduce) -> float:
+        """Reduce over processes.
+
+        Args:
+            how: ``mean`` over positions, or ``sum``.
+            reduce: Sums over processes.
+        """
+        both = reduce(torch.tensor([self.total, float(self.count)], dtype=torch.float64))
+        return float(both[0]) if how == "sum" else float(both[0] / both[1].clamp(min=1))
