@@ -1,1 +1,1 @@
-"""Recovery finetuning: supervised, logit and hidden-state distillation."""
+"""Recovery: train a pruned model against data, against its unpruned teacher, or both."""

@@ -1,0 +1,232 @@
+"""The one Lightning module that recovers a pruned model: any weighted sum of the losses in `losses`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models.anatomy import decoder_of, projector_of
+from ..models.forward import forward_hidden
+from .alignment import Match, captured
+from .objective import build_terms, divisors, positions, term_sums
+from .teacher import Teacher, tower_features
+from .trainable import parameter_groups, trainable
+
+SCHEDULERS = ("cosine", "linear", "constant")
+OPTIMIZERS = ("adamw", "sgd")
+RECENT = 20
+
+
+def learning_rate_factor(step: int, total: int, warmup: float, scheduler: str) -> float:
+    """Learning rate of an optimiser step as a share of the peak.
+
+    Args:
+        step: Number of steps done, from 0.
+        total: Number of steps of the run.
+        warmup: Share of the steps with linearly rising rate; the first of them is not 0.
+        scheduler: What follows the warm-up: ``cosine`` or ``linear`` to 0, or ``constant``.
+
+    Returns:
+        A number in [0, 1].
+    """
+    rising = round(warmup * total)
+    if step < rising:
+        return (step + 1) / rising
+    progress = min(1.0, (step - rising) / max(1, total - rising))
+    if scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if scheduler == "linear" else 1.0
+
+
+class RecoveryModule(L.LightningModule):
+    """Trains a student against data, a teacher, or both.
+
+    The loss is a mean over *all* supervised tokens of a global batch: micro-batches back-propagate sums, and gradients
+    are divided once per optimiser step by the number of tokens of all micro-batches and processes. With
+    ``recover.parity=vlmcompression`` each micro-batch is reduced on its own, as arXiv 2604.24380 does: cross-entropy by
+    its token mean, KL by the batch size, L2 by all elements, both over all positions, padding included.
+
+    Args:
+        student: The pruned model, after `trainable.prepare`.
+        cfg: A `efficientllava.schema.RecoverConfig`.
+        total_steps: Optimiser steps of the whole run, for the schedule.
+        teacher: The frozen teacher; needed by the distillation losses.
+        matches: Pairs of layers of the hidden-state loss, from `alignment.match_layers`.
+        seed: Seeds what is random in a step (the dropout of adapters), so that a resumed run repeats it.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        cfg: Any,
+        total_steps: int,
+        teacher: Teacher | None = None,
+        matches: tuple[Match, ...] = (),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for key, value, allowed in (("scheduler", cfg.scheduler, SCHEDULERS), ("optimizer", cfg.optimizer, OPTIMIZERS)):
+            if value not in allowed:
+                raise UserError(f"recover.{key}={value}: unknown; choose one of {', '.join(allowed)}")
+        self.strict_loading = False
+        self.student = student
+        self.cfg = cfg
+        self.terms = build_terms(cfg)
+        self.teacher = teacher
+        self.matches = matches
+        self.total_steps = total_steps
+        self.seconds, self.tokens = 0.0, 0
+        self.recent: deque[Tensor] = deque(maxlen=RECENT)
+        self._seed = seed
+        self._features = tower_features(student)
+        self._projector_width = next(projector_of(student).parameters()).shape[-1]
+        self._group = torch.zeros(2)
+        self._started = 0.0
+
+    # Loss
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Loss of a micro-batch: a sum over its tokens, or in parity mode a mean.
+
+        Args:
+            batch: A collated batch.
+            batch_idx: Position in the run.
+
+        Returns:
+            Scalar loss, connected to every trainable parameter.
+        """
+        if self.cfg.lora.dropout and self.cfg.train == "lora":
+            torch.manual_seed((self._seed * 1_000_003 + batch_idx) * 8191 + self.global_rank)
+        sums = self._sums(batch)
+        weights = torch.tensor([weight for weight, _ in self.terms], device=sums.device)
+        values = sums / divisors(self.terms, batch["labels"], self.cfg.parity).clamp_min(1)
+        total = (weights * (sums if self.cfg.parity is None else values)).sum()
+        tokens = (batch["labels"][:, 1:] != -100).sum()
+        self.tokens += int(tokens)
+        self._group = self._group.to(total.device) + torch.stack([tokens.float(), total.detach()])
+        self._log(values.detach(), weights)
+        return total
+
+    def _sums(self, batch: Mapping[str, Any]) -> Tensor:
+        """Unweighted loss sums of a micro-batch, in the order of `terms`, connected to all trainable parameters."""
+        mask, targets = positions(batch["labels"], self.cfg.parity)
+
+        def select(hidden: Tensor) -> Tensor:
+            return hidden[mask]
+
+        features = self._features(batch)
+        projector = projector_of(self.student)
+        dtype = next(projector.parameters()).dtype
+        inner = [match for match in self.matches if not match.final]
+        with captured(decoder_of(self.student), [match.student for match in inner], select) as states:
+            rows = select(forward_hidden(self.student, batch, None if features is None else features.to(dtype)))
+        reference, taught = None, {}
+        if self.teacher is not None:
+            final, taught = self.teacher(batch, features, [match.teacher for match in inner], select)
+            reference = final, self.teacher.head
+        pairs = [
+            (rows, reference[0]) if match.final and reference else (states[match.student], taught[match.teacher])
+            for match in self.matches
+        ]
+        head: Any = self.student.lm_head
+        sums = term_sums(self.terms, rows, targets, head, reference, pairs, self.cfg.chunk)
+        # Text-only batches and losses on inner layers leave parameters out; DDP needs a gradient for each.
+        sums = sums + 0.0 * rows.float().sum()
+        if features is None:
+            sums = sums + 0.0 * projector(rows.new_zeros(1, 1, self._projector_width, dtype=dtype)).float().sum()
+        return sums
+
+    def _log(self, values: Tensor, weights: Tensor) -> None:
+        self.recent.append(values)
+        named = {f"recover/{loss.name}": value for (_, loss), value in zip(self.terms, values, strict=True)}
+        self.log("recover/loss", (weights * values).sum(), prog_bar=True, batch_size=1)
+        self.log_dict({**named, "recover/tokens": float(self.tokens)}, batch_size=1)
+
+    # Optimisation
+
+    def configure_optimizers(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """AdamW or SGD over the parameter groups, with a schedule by optimiser step."""
+        groups = parameter_groups(self.student, self.cfg.lr, self.cfg.projector_lr, self.cfg.weight_decay)
+        if self.cfg.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9)
+        else:
+            # The fused step hides its unscaled gradients from clipping under fp16.
+            optimizer = torch.optim.AdamW(groups, fused=self.trainer.precision != "16-mixed")
+        total, warmup, name = self.total_steps, self.cfg.warmup, self.cfg.scheduler
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, total, warmup, name)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn summed gradients into the mean over all tokens of the global batch."""
+        tokens, loss = self.trainer.strategy.reduce(self._group, reduce_op="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        self._group = torch.zeros_like(self._group)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"recover.lr={self.cfg.lr}: the loss is {loss} at step {self.global_step}; "
+                "lower it, or set trainer.precision to bf16-mixed or 32-true"
+            )
+        self.log("recover/lr", optimizer.param_groups[-1]["lr"], batch_size=1)
+        if self.cfg.parity is not None:
+            return
+        # Lightning divides by the micro-batches of a group and DDP by the processes; undo both.
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0)
+        for parameter in trainable(self.student):
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
+        """Clip by the norm over all parameters, ``recover.max_grad_norm``; 0 or less switches it off."""
+        if self.cfg.max_grad_norm <= 0:
+            return
+        sharded = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP knows the norm over all shards
+        if sharded is not None:
+            sharded(self.cfg.max_grad_norm)
+        else:
+            nn.utils.clip_grad_norm_(list(trainable(self.student)), self.cfg.max_grad_norm)
+
+    # State
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the student's device."""
+        if self.teacher is not None:
+            self.teacher.to(self.device)
+        self._started = time.monotonic() - self.seconds
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Keep the training time, over resumed runs."""
+        self.seconds = time.monotonic() - self._started
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trainable parameters only; the rest comes from the pruned checkpoint."""
+        wanted = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in wanted}
+        recent = [values.tolist() for values in self.recent]
+        checkpoint["recovery"] = {"seconds": self.seconds, "tokens": self.tokens, "recent": recent}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a resume point belongs to this run and restore its counters."""
+        wanted = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        if {name: value.shape for name, value in checkpoint["state_dict"].items()} != wanted:
+            raise UserError(
+                "recover: the resume point last.ckpt was written for another model; delete it to start anew"
+            )
+        state = checkpoint["recovery"]
+        self.seconds, self.tokens = state["seconds"], state["tokens"]
+        self.recent.extend(torch.tensor(values) for values in state["recent"])
+
+    def final_losses(self) -> dict[str, float]:
+        """Mean of each loss over the last micro-batches of this process, by name."""
+        if not self.recent:
+            return {}
+        mean = torch.stack([values.cpu() for values in self.recent]).mean(0).tolist()
+        return {loss.name: value for (_, loss), value in zip(self.terms, mean, strict=True)}

@@ -1,0 +1,220 @@
+"""The recovery stage: a pruned model, a datamodule and a configuration in; the recovered model and its numbers out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from ..errors import UserError
+from ..models.anatomy import decoder_of
+from .alignment import match_layers
+from .losses import HiddenStateKDLoss
+from .module import RecoveryModule
+from .objective import build_terms, describe
+from .stream import RESUME_POINT, BatchStream, ResumePoint
+from .teacher import Teacher, check_teacher
+from .trainable import prepare, trainable
+
+
+@dataclass(frozen=True)
+class RecoveryStats:
+    """What a recovery did.
+
+    Attributes:
+        loss: What was minimised, such as ``0.5 x CE + 0.5 x L2(hidden)``.
+        train: ``projector``, ``lora`` or ``full``.
+        trainable_parameters: Number of parameters that trained.
+        steps: Optimiser steps.
+        samples: Records seen, counted with repetition, over all processes.
+        tokens: Supervised tokens seen by this process.
+        seconds: Training time, over resumed runs, without loading and set-up.
+        final_losses: Mean of each unweighted loss over the last 20 micro-batches, by name (sft, logit, hidden).
+    """
+
+    loss: str
+    train: str
+    trainable_parameters: int
+    steps: int
+    samples: int
+    tokens: int
+    seconds: float
+    final_losses: dict[str, float]
+
+
+def recover(
+    student: nn.Module,
+    datamodule: L.LightningDataModule,
+    cfg: Any,
+    trainer_factory: Callable[..., L.Trainer],
+    workdir: Path,
+    *,
+    batch_size: int,
+    global_batch_size: int | None = None,
+    teacher: nn.Module | None = None,
+    original_layers: Sequence[int] | None = None,
+    seed: int = 0,
+) -> RecoveryStats:
+    """Train a pruned model; goes on from ``workdir/last.ckpt`` where that exists, with the same result.
+
+    Args:
+        student: The pruned model; changed in place, adapters merged at the end, storage types kept.
+        datamodule: Gives the training loader: map-style, its batch sampler sharded over processes and, where it has
+            ``set_epoch``, in an order of the epoch's own.
+        cfg: A `efficientllava.schema.RecoverConfig`.
+        trainer_factory: Makes a trainer from keyword arguments: ``callbacks`` (to be added to the user's own),
+            ``max_epochs``, ``default_root_dir``, ``enable_checkpointing``, ``use_distributed_sampler``.
+        workdir: Folder of the resume point; only the caller knows when it may be deleted.
+        batch_size: Records per process and micro-batch.
+        global_batch_size: Records per optimiser step over all processes; None: ``batch_size`` times the processes.
+        teacher: The original model; needed when a distillation loss has weight. Frozen in place.
+        original_layers: Index of each of the student's layers in the teacher; None when no layer was dropped.
+        seed: Seed of adapters and of dropout within them.
+
+    Returns:
+        Numbers for the record.
+
+    Raises:
+        UserError: A faulty configuration, a teacher that does not fit, or a loss that is not finite.
+    """
+    terms = build_terms(cfg)
+    frozen, matches = None, ()
+    if any(loss.needs_hidden or loss.needs_teacher_logits for _, loss in terms):
+        frozen, matches = _teach(student, teacher, terms, original_layers)
+    finish = prepare(student, cfg, seed, train_head=any(loss.needs_logits for _, loss in terms))
+    count = sum(p.numel() for p in trainable(student))
+    trainer = trainer_factory(
+        callbacks=[ResumePoint(workdir, cfg.save_every)],
+        max_epochs=1,
+        default_root_dir=workdir,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+    )
+    module = RecoveryModule(student, cfg, cfg.steps or 0, frozen, matches, seed)
+    workdir.mkdir(parents=True, exist_ok=True)
+    resume = workdir / RESUME_POINT
+    trainer.fit(
+        module,
+        datamodule=_Stage(datamodule, module, batch_size, global_batch_size),
+        ckpt_path=resume if resume.exists() else None,
+        weights_only=True,
+    )
+    finish()
+    return RecoveryStats(
+        loss=describe(cfg),
+        train=cfg.train,
+        trainable_parameters=count,
+        steps=trainer.global_step,
+        samples=trainer.global_step * trainer.accumulate_grad_batches * batch_size * trainer.world_size,
+        tokens=module.tokens,
+        seconds=module.seconds,
+        final_losses=module.final_losses(),
+    )
+
+
+def accumulation(batch_size: int, global_batch_size: int | None, processes: int) -> int:
+    """Micro-batches per optimiser step and process.
+
+    Args:
+        batch_size: Records per process and micro-batch.
+        global_batch_size: Records per optimiser step over all processes; None: one micro-batch each.
+        processes: Number of processes.
+
+    Returns:
+        A number >= 1.
+
+    Raises:
+        UserError: The global batch is no multiple of what one round of all processes holds.
+    """
+    if global_batch_size is None:
+        return 1
+    groups, rest = divmod(global_batch_size, batch_size * processes)
+    if rest or not groups:
+        raise UserError(
+            f"data.global_batch_size={global_batch_size}: must be a multiple of data.batch_size x processes "
+            f"= {batch_size} x {processes}; change one of them"
+        )
+    return groups
+
+
+def optimiser_steps(steps: int | None, epochs: float | None, batches_per_epoch: int, accumulate: int) -> int:
+    """Number of optimiser steps of a run.
+
+    Args:
+        steps: Given directly, >= 1, or None.
+        epochs: Passes over the data, > 0, or None.
+        batches_per_epoch: Micro-batches per process and epoch.
+        accumulate: Micro-batches per optimiser step.
+
+    Returns:
+        ``steps``, or what ``epochs`` amount to, rounded up.
+
+    Raises:
+        UserError: None or both are given, or one is not positive.
+    """
+    if (steps is None) == (epochs is None):
+        raise UserError(f"recover.steps={steps}, recover.epochs={epochs}: set exactly one of them, the other to null")
+    if (steps if epochs is None else epochs) <= 0:  # pyright: ignore[reportOptionalOperand]
+        raise UserError(f"recover.steps={steps}, recover.epochs={epochs}: must be greater than 0")
+    return steps if steps is not None else math.ceil(epochs * batches_per_epoch / accumulate)  # pyright: ignore[reportOptionalOperand]
+
+
+def _teach(
+    student: nn.Module, teacher: nn.Module | None, terms: tuple, original_layers: Sequence[int] | None
+) -> tuple[Teacher, tuple]:
+    hidden = [loss for _, loss in terms if isinstance(loss, HiddenStateKDLoss)]
+    if teacher is None:
+        raise UserError("recover.weights: distillation needs a teacher; set recover.teacher.path to the original model")
+    check_teacher(teacher, student, any(loss.needs_teacher_logits for _, loss in terms), bool(hidden))
+    frozen = Teacher(teacher, student)
+    layers = len(decoder_of(student).layers)
+    kept = list(range(layers)) if original_layers is None else list(original_layers)
+    if len(kept) != layers or kept[-1] >= frozen.depth or (original_layers is None and layers != frozen.depth):
+        raise UserError(
+            f"recover.teacher.path: the teacher's {frozen.depth} layers do not match the student's {layers}, "
+            f"which are taken to be its layers {kept}; give the checkpoint that was pruned"
+        )
+    return frozen, match_layers(hidden[0].layers, kept, frozen.depth) if hidden else ()
+
+
+class _Stage(L.LightningDataModule):
+    """Sets the length of a run once processes are up and the size of the data is known."""
+
+    def __init__(
+        self,
+        inner: L.LightningDataModule,
+        module: RecoveryModule,
+        batch_size: int,
+        global_batch_size: int | None,
+    ) -> None:
+        super().__init__()
+        self._inner, self._module = inner, module
+        self._sizes = batch_size, global_batch_size
+        self._stream: BatchStream | None = None
+
+    def prepare_data(self) -> None:
+        self._inner.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        trainer, cfg = self.trainer, self._module.cfg
+        assert trainer is not None
+        self._inner.trainer = trainer
+        self._inner.setup(stage)
+        loader = self._inner.train_dataloader()
+        batch_size, global_batch_size = self._sizes
+        accumulate = accumulation(batch_size, global_batch_size, trainer.world_size)
+        steps = optimiser_steps(cfg.steps, cfg.epochs, len(loader), accumulate)
+        trainer.accumulate_grad_batches = accumulate
+        self._module.total_steps = steps
+        self._stream = BatchStream(loader, steps * accumulate)
+
+    def train_dataloader(self) -> BatchStream | None:
+        return self._stream
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        return self._inner.transfer_batch_to_device(batch, device, dataloader_idx)

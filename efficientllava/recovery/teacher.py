@@ -1,0 +1,134 @@
+"""The frozen teacher: the original unpruned model, outside every module tree, so that no checkpoint contains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..models.anatomy import decoder_of, projector_of
+from ..models.forward import FeatureCache, forward_hidden, vision_features
+from .alignment import captured
+from .trainable import silence_dropout
+
+
+def tower_features(model: nn.Module) -> FeatureCache:
+    """Cache of a model's vision features, in the type that its projector reads.
+
+    Args:
+        model: An image-text-to-text model whose vision tower is frozen.
+
+    Returns:
+        A cache; call it with a batch.
+    """
+
+    def compute(pixel_values: Tensor) -> Tensor:
+        return vision_features(model, pixel_values.to(next(model.parameters()).dtype))
+
+    return FeatureCache(compute)
+
+
+def same_tower(one: nn.Module, other: nn.Module) -> bool:
+    """Tell whether two models have the same vision tower, bit for bit in the coarser of their two types.
+
+    Args:
+        one: An image-text-to-text model.
+        other: Another.
+
+    Returns:
+        True when everything but decoder, head and projector has the same names, shapes and values.
+    """
+    first, second = _tower(one), _tower(other)
+    return first.keys() == second.keys() and all(_equal(first[name], second[name]) for name in first)
+
+
+class Teacher:
+    """A frozen model that gives hidden states and logits at chosen positions; not an `nn.Module` on purpose.
+
+    It runs its *own* projector. Vision features are handed in when student and teacher have the same tower.
+
+    Args:
+        model: The original model; put in eval mode, without dropout and gradients.
+        student: The model that learns from it, to see whether the vision tower is the same.
+    """
+
+    def __init__(self, model: nn.Module, student: nn.Module) -> None:
+        model.eval().requires_grad_(False)
+        silence_dropout(model)
+        self.model = model
+        self.depth = len(decoder_of(model).layers)
+        self._features = None if same_tower(model, student) else tower_features(model)
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Move the model and return self."""
+        self.model.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch: Mapping[str, Any],
+        features: Tensor | None,
+        layers: Sequence[int],
+        select: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the decoder once.
+
+        Args:
+            batch: A collated batch.
+            features: The student's vision features for the batch.
+            layers: Layers whose raw outputs are wanted.
+            select: Picks rows of ``(batch, seq, hidden)``.
+
+        Returns:
+            The chosen rows after the final norm, and of each wanted layer by index.
+        """
+        if self._features is not None:
+            features = self._features(batch)
+        if features is not None:
+            features = features.to(next(projector_of(self.model).parameters()).dtype)
+        with captured(decoder_of(self.model), layers, select) as states:
+            final = select(forward_hidden(self.model, batch, features))
+        return final, states
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Logits of rows after the final norm, ``(rows, hidden)`` to ``(rows, vocab)``."""
+        return self.model.lm_head(rows)  # pyright: ignore[reportCallIssue]
+
+
+def check_teacher(teacher: nn.Module, student: nn.Module, logits: bool, hidden: bool) -> None:
+    """Refuse a teacher that cannot teach this student.
+
+    Args:
+        teacher: The candidate.
+        student: The pruned model.
+        logits: Logits are compared.
+        hidden: Hidden states are compared.
+
+    Raises:
+        UserError: The vocabularies or the widths of the residual stream differ.
+    """
+    for needed, field, what in ((logits, "vocab_size", "vocabulary"), (hidden, "hidden_size", "hidden width")):
+        ours, theirs = (getattr(m.config.get_text_config(), field) for m in (student, teacher))  # pyright: ignore
+        if needed and ours != theirs:
+            raise UserError(
+                f"recover.teacher.path: the teacher's {what} is {theirs}, the student's {ours}; "
+                "they must be equal, choose the checkpoint that was pruned"
+            )
+
+
+def _tower(model: nn.Module) -> dict[str, Tensor]:
+    ours: set[int] = set()
+    for part in (decoder_of(model), projector_of(model), model.lm_head):
+        ours |= {id(p) for p in part.parameters()}  # pyright: ignore[reportAttributeAccessIssue]
+    return {name: p for name, p in model.named_parameters() if id(p) not in ours}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    coarse = min(one.dtype, other.dtype, key=lambda t: t.itemsize)
+    return torch.equal(one.to(coarse), other.to(one.device, coarse))

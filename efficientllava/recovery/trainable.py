@@ -1,0 +1,137 @@
+"""Which parameters train, in which type, and how they are grouped for the optimizer.
+
+``projector`` trains the projector; ``lora`` low-rank adapters on every linear layer of the decoder's blocks, and the
+projector; ``full`` the projector and the whole language model with embeddings, final norm and head. The vision tower
+never trains. Trained parameters are kept in fp32 while they train (half-precision weights lose small updates) and go
+back to their storage type at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UserError
+from ..models.anatomy import decoder_of, projector_of
+
+MODES = ("projector", "lora", "full")
+_DROPOUT_RATES = ("attention_dropout", "dropout", "drop_prob", "drop_path_rate")
+
+
+def silence_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of a model to 0, so that train and eval mode compute the same.
+
+    Args:
+        model: Changed in place.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        for name in _DROPOUT_RATES:
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def prepare(model: nn.Module, cfg: Any, seed: int = 0, train_head: bool = True) -> Callable[[], None]:
+    """Choose what trains and add adapters.
+
+    Args:
+        model: The student; changed in place.
+        cfg: A `efficientllava.schema.RecoverConfig`; reads ``train``, ``lora`` and ``gradient_checkpointing``.
+        seed: Seed of the adapters' initial values.
+        train_head: Train the head in mode ``full``; False when no loss reads logits (it would get no gradient).
+
+    Returns:
+        A function without arguments that undoes this after training: merges adapters and restores storage types.
+
+    Raises:
+        UserError: An unknown mode.
+    """
+    if cfg.train not in MODES:
+        raise UserError(f"recover.train={cfg.train}: unknown; choose one of {', '.join(MODES)}")
+    silence_dropout(model)
+    model.requires_grad_(False)
+    unload = _add_adapters(model, cfg.lora, seed) if cfg.train == "lora" else None
+    parts = [projector_of(model)]
+    if cfg.train == "full":
+        # The head first: an embedding tied to it stays trainable, as it gets gradients from the input side.
+        parts += [model.lm_head.requires_grad_(train_head), decoder_of(model)]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    for part in parts:
+        if part is not model.lm_head:
+            part.requires_grad_(True)
+    restore = _upcast(parts)
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
+    model.train()
+
+    def finish() -> None:
+        if cfg.gradient_checkpointing:
+            model.gradient_checkpointing_disable()  # pyright: ignore[reportCallIssue]
+        if unload is not None:
+            unload()
+        restore()
+        model.requires_grad_(False).eval()
+
+    return finish
+
+
+def parameter_groups(model: nn.Module, lr: float, projector_lr: float | None, weight_decay: float) -> list[dict]:
+    """Group trainable parameters: {decay, no decay (norms, biases)} x {projector, decoder}.
+
+    Args:
+        model: The student, after `prepare`.
+        lr: Learning rate of the decoder and its adapters.
+        projector_lr: Learning rate of the projector; None is ``lr``.
+        weight_decay: Decay of matrices.
+
+    Returns:
+        Groups with ``name``, ``lr``, ``weight_decay`` and ``params``; empty ones are left out.
+    """
+    projector = {id(p) for p in projector_of(model).parameters()}
+    groups = {}
+    for name, rate in (("projector", lr if projector_lr is None else projector_lr), ("decoder", lr)):
+        groups[name, True] = {"name": f"{name}", "lr": rate, "weight_decay": weight_decay, "params": []}
+        groups[name, False] = {"name": f"{name}_no_decay", "lr": rate, "weight_decay": 0.0, "params": []}
+    for parameter in trainable(model):
+        name = "projector" if id(parameter) in projector else "decoder"
+        groups[name, parameter.ndim > 1]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Iterate over the parameters that train."""
+    return (p for p in model.parameters() if p.requires_grad)
+
+
+def _add_adapters(model: nn.Module, lora: Any, seed: int) -> Callable[[], None]:
+    from peft import LoraConfig, get_peft_model
+
+    inside = {id(m) for m in decoder_of(model).layers.modules()}  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    targets = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
+    settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(model, settings)  # pyright: ignore[reportArgumentType]
+
+    def unload() -> None:
+        adapted.merge_and_unload(safe_merge=True)  # pyright: ignore[reportCallIssue]
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+    return unload
+
+
+def _upcast(parts: list[nn.Module]) -> Callable[[], None]:
+    """Hold the floating parameters of modules in fp32; the returned function restores their types."""
+    stored = {p: p.dtype for part in parts for p in part.parameters() if p.is_floating_point() and p.itemsize < 4}
+    for parameter in stored:
+        parameter.data = parameter.data.float()
+
+    def restore() -> None:
+        for parameter, dtype in stored.items():
+            parameter.data = parameter.data.to(dtype)
+
+    return restore
