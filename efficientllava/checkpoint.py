@@ -1,0 +1,258 @@
+"""Checkpoints: Hugging Face folders or hub ids, loaded strictly and saved whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .card import model_card
+from .errors import UserError
+from .models.anatomy import layers_of
+from .models.pruned import is_per_layer, require_supported
+from .models.processors import load_processor
+
+BUILTIN = "builtin:"
+PROVENANCE = "efficientllava.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SAMPLED = 64  # blocks of 1 MiB that the digest of a large weight file reads
+
+
+@dataclass
+class Checkpoint:
+    """A model with its processor and where it comes from.
+
+    Args:
+        model: An image-text-to-text model in eval mode.
+        processor: Its processor.
+        path: Folder or hub id as given.
+        storage: Type the weights are stored in; exports keep it.
+        digest: Content digest of the folder.
+        provenance: Base checkpoint, original layer indices and history; see `Checkpoint.original_layers`.
+    """
+
+    model: Any
+    processor: Any
+    path: str
+    storage: torch.dtype
+    digest: str
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def original_layers(self) -> list[int]:
+        """For every decoder layer, its index in the original unpruned model."""
+        return self.provenance.get("original_layers") or list(range(len(layers_of(self.model))))
+
+    @property
+    def base(self) -> dict[str, str]:
+        """Path and digest of the original unpruned checkpoint; this checkpoint's own when it was never pruned."""
+        return self.provenance.get("base") or {"path": self.path, "digest": self.digest}
+
+
+def resolve(path: str, revision: str | None = None) -> Path:
+    """Find the folder of a checkpoint.
+
+    Args:
+        path: A folder, a hub id, or ``builtin:<name>``.
+        revision: Hub revision.
+
+    Returns:
+        A local folder with a ``config.json``; hub ids are downloaded.
+
+    Raises:
+        UserError: There is no such checkpoint.
+    """
+    if path.startswith(BUILTIN):
+        folder = Path(__file__).parent / "assets" / path.removeprefix(BUILTIN)
+    elif Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        folder = Path(path).expanduser()
+    else:
+        folder = _download(path, revision)
+    if not folder.is_dir():
+        raise UserError(f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
+    return folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.msgpack", "*.h5"]))
+    except Exception as error:  # the hub client raises a dozen kinds; all mean the same to the user
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model.path={name}: neither a folder nor a hub id that can be fetched ({reason}); check the name and the "
+            "network, or give a local folder"
+        ) from error
+
+
+def compute_dtype(name: str, storage: torch.dtype, device: str) -> torch.dtype:
+    """Type that a model computes in: float32 on a CPU and the stored type elsewhere, unless named."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if device == "cpu" else storage
+
+
+def load(path: str, dtype: str = "auto", device: str = "cpu", revision: str | None = None) -> Checkpoint:
+    """Load a checkpoint, strictly: every tensor of the model is in the folder, and the other way round.
+
+    Args:
+        path: A folder, a hub id, or ``builtin:<name>``.
+        dtype: ``auto``, ``float32``, ``float16`` or ``bfloat16``; see `compute_dtype`.
+        device: Device that the weights are loaded to.
+        revision: Hub revision.
+
+    Returns:
+        The checkpoint; its model is in eval mode.
+
+    Raises:
+        UserError: Missing, unexpected or mismatched tensors, an unsupported model, or an unreadable folder.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    folder = resolve(path, revision)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}") from error
+    require_supported(config.get_text_config())
+    storage = getattr(config, "dtype", None) or torch.float32
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=config,
+            dtype=compute_dtype(dtype, storage, device),
+            output_loading_info=True,
+            device_map=None if device == "cpu" else {"": device},
+        )
+    except Exception as error:  # safetensors, transformers and torch raise different kinds for a broken folder
+        raise UserError(f"model.path={path}: the weights cannot be loaded: {_first_line(error)}") from error
+    problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+    if problems:
+        listed = "; ".join(f"{name}: {', '.join(keys[:3])} ({len(keys)})" for name, keys in problems.items())
+        raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
+    provenance = folder / PROVENANCE
+    return Checkpoint(
+        model=model.eval(),
+        processor=load_processor(folder),
+        path=path,
+        storage=storage,
+        digest=digest(folder),
+        provenance=json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else {},
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def digest(folder: Path) -> str:
+    """Content digest of a checkpoint folder.
+
+    Small files are read whole. Of a weight file above `SAMPLED` MiB the size, the header and evenly spread blocks are.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    total = hashlib.blake2b(digest_size=16)
+    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model")):
+        if file.name == PROVENANCE:
+            continue
+        size = file.stat().st_size
+        total.update(f"{file.name}:{size}\n".encode())
+        with file.open("rb") as handle:
+            block = 1 << 20
+            for start in range(0, size, block if size <= SAMPLED * block else size // SAMPLED):
+                handle.seek(start)
+                total.update(handle.read(block))
+    return total.hexdigest()
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, storage: torch.dtype) -> None:
+    """Round all floating weights to the storage type, in place, so that memory equals what is saved."""
+    for parameter in model.parameters():
+        if parameter.dtype != storage and parameter.is_floating_point():
+            parameter.copy_(parameter.to(storage))
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder under a temporary name and rename it when the block ends well; a failure leaves nothing.
+
+    Args:
+        folder: Final name; an existing folder is replaced.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{folder}: the disk is full; free some space or set paths.output_dir elsewhere") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+    """Save a checkpoint as a Hugging Face folder, whole or not at all.
+
+    Args:
+        checkpoint: What to save. Weights are stored as ``checkpoint.storage``; round them first (`round_weights`) where
+            memory has to equal the folder bit by bit.
+        folder: Target; replaced where it exists.
+        card: Facts for the model card, see `efficientllava.card.model_card`.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    with whole_folder(folder) as partial:
+        write(checkpoint, partial, card)
+    return folder
+
+
+def write(checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None = None) -> None:
+    """Write all files of a checkpoint into an existing folder; see `save`."""
+    model, storage = checkpoint.model, checkpoint.storage
+    state = {
+        name: tensor.to(storage) if tensor.is_floating_point() else tensor
+        for name, tensor in model.state_dict().items()
+    }
+    in_memory = model.config.dtype
+    try:
+        model.config.dtype = storage
+        model.save_pretrained(folder, state_dict=state)
+    finally:
+        model.config.dtype = in_memory
+    checkpoint.processor.save_pretrained(folder)
+    provenance = {**checkpoint.provenance, "base": checkpoint.base, "original_layers": checkpoint.original_layers}
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    needs_import = is_per_layer(model.config.get_text_config())
+    (folder / "README.md").write_text(model_card(provenance, needs_import, card or {}), encoding="utf-8")
