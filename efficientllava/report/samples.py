@@ -1,0 +1,143 @@
+"""``samples.png``: what the base, the pruned and the recovered model say to the same test images."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..data.conversations import Record, open_image
+from ..errors import UserError
+
+SHOWN = 8
+COLUMNS = 2
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+INK, FAINT, PAPER, CARD = "#1f2328", "#6e7781", "#ffffff", "#f6f8fa"
+CARD_WIDTH, CARD_HEIGHT, GAP = 6.2, 1.95, 0.14  # inches
+NEAREST_BELOW = 128  # pixels; smaller images are enlarged without smoothing
+
+
+def choose(records: Sequence[Record], count: int = SHOWN) -> list[int]:
+    """Pick questions with an image to show: the first of each type in turn, whatever was answered.
+
+    Args:
+        records: Questions: records of one turn.
+        count: How many.
+
+    Returns:
+        Indices into ``records``, ascending; fewer than ``count`` if there are not enough.
+    """
+    by_kind: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        if record.image is not None:
+            by_kind.setdefault(record.turns[0].kind, []).append(index)
+    chosen: list[int] = []
+    for position in range(max(map(len, by_kind.values()), default=0)):
+        chosen += [indices[position] for indices in by_kind.values() if position < len(indices)]
+        if len(chosen) >= count:
+            break
+    return sorted(chosen[:count])
+
+
+def _short(text: str, width: int) -> str:
+    return textwrap.shorten(text, width, placeholder=" …") if text.strip() else "(nothing)"
+
+
+def _image(figure: Any, record: Record, left: float, bottom: float) -> None:
+    image = open_image(record)
+    if image is None:
+        return
+    width, height = figure.get_size_inches()
+    side = CARD_HEIGHT - 0.3
+    axes = figure.add_axes((
+        (left + 0.15) / width, (bottom + 0.15) / height, side / width, side / height
+    ))  # fmt: skip
+    axes.imshow(image, interpolation="nearest" if max(image.size) < NEAREST_BELOW else "antialiased")
+    axes.axis("off")
+
+
+def _card(figure: Any, record: Record, answers: Mapping[str, str], left: float, bottom: float) -> None:
+    """One question: the image, the question, the reference, and a line per model."""
+    from matplotlib.patches import FancyBboxPatch
+
+    width, height = figure.get_size_inches()
+
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text((left + x) / width, (bottom + CARD_HEIGHT - y) / height, text, va="baseline", **style)
+
+    figure.add_artist(
+        FancyBboxPatch(
+            (left, bottom),
+            CARD_WIDTH,
+            CARD_HEIGHT,
+            boxstyle="round,pad=0,rounding_size=0.08",
+            transform=figure.dpi_scale_trans,
+            facecolor=CARD,
+            edgecolor="#d0d7de",
+            linewidth=0.8,
+            zorder=0,
+        )
+    )
+    _image(figure, record, left, bottom)
+    (turn,) = record.turns
+    text_left = CARD_HEIGHT + 0.12
+    lines = textwrap.wrap(turn.question, 40, max_lines=2, placeholder=" …")
+    for number, line in enumerate(lines):
+        write(text_left, 0.36 + 0.23 * number, line, size=12, color=INK, weight="bold")
+    rows = [("reference", turn.answer, INK, "")]
+    for stage, answer in answers.items():
+        right = answer.strip() == turn.answer.strip()
+        rows.append((stage, answer, RIGHT if right else WRONG, "✓" if right else "✗"))
+    step = 0.27
+    top = CARD_HEIGHT - 0.24 - step * (len(rows) - 1)
+    for number, (label, answer, colour, mark) in enumerate(rows):
+        y = top + step * number
+        write(text_left, y, label, size=10, color=FAINT)
+        write(text_left + 0.92, y, mark, size=11, color=colour, weight="bold")
+        write(text_left + 1.14, y, _short(answer, 28), size=11, color=colour, weight="bold" if mark else "normal")
+
+
+def draw_samples(
+    records: Sequence[Record],
+    answers: Mapping[str, Sequence[str]],
+    path: str | os.PathLike[str],
+    indices: Sequence[int] | None = None,
+) -> None:
+    """Draw test images with the question, the reference and every model's answer: green if right, red if wrong.
+
+    Args:
+        records: Questions: records of one turn.
+        answers: Per stage (``base``, ``pruned``, ``recovered``) one answer per record.
+        path: PNG to write.
+        indices: Which records to show; default: `choose`.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    indices = choose(records) if indices is None else indices
+    columns = min(COLUMNS, max(1, len(indices)))
+    rows = max(1, -(-len(indices) // columns))
+    width = columns * CARD_WIDTH + (columns + 1) * GAP
+    height = rows * CARD_HEIGHT + (rows + 1) * GAP
+    figure = Figure(figsize=(width, height), facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    for place, index in enumerate(indices):
+        row, column = divmod(place, columns)
+        left = GAP + column * (CARD_WIDTH + GAP)
+        bottom = height - (row + 1) * (CARD_HEIGHT + GAP)
+        _card(figure, records[index], {stage: texts[index] for stage, texts in answers.items()}, left, bottom)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, dpi=120, format="png")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free the disk or set paths.output_dir"
+        ) from error

@@ -1,0 +1,32 @@
+from functools import lru_cache
+
+import pytest
+import torch
+
+from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
+from efficientllava.models.tiny import BUILDERS
+
+torch.set_num_threads(1)
+
+
+@lru_cache
+def build(name):
+    torch.manual_seed(0)
+    model, processor = BUILDERS[name]()
+    # Double precision: equal answers must not hang on the rounding of a padded batch.
+    return model.double().eval(), processor
+
+
+@pytest.fixture(params=list(BUILDERS))
+def family(request):
+    return build(request.param)
+
+
+@pytest.fixture
+def tiny():
+    return build("tiny_llava")
+
+
+@pytest.fixture(scope="session")
+def questions():
+    return list(DigitsVQA(24).records())

@@ -1,0 +1,106 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from efficientllava.data.collator import Collator, GenerationCollator
+from efficientllava.evaluation.generation import generate, greedy_config, length_batches, reference_losses
+from efficientllava.models.forward import answer_loss, decoder_inputs, to_device, vision_features
+
+
+def _features(model, batch):
+    return vision_features(model, batch["pixel_values"].double()) if "pixel_values" in batch else None
+
+
+def _answers(model, processor, records):
+    batch = GenerationCollator(processor)(records)
+    return generate(model, processor.tokenizer, batch, _features(model, batch), 6)
+
+
+def test_batched_generation_equals_one_by_one(family, questions):
+    model, processor = family
+    prompts = GenerationCollator(processor)(questions)
+    assert (prompts["attention_mask"] == 0).any(), "the batch must hold padding"
+    assert {record.image is None for record in questions} == {True, False}
+    together = _answers(model, processor, questions)
+    assert together == [_answers(model, processor, [record])[0] for record in questions]
+    assert len(set(together)) > 3, "answers that do not depend on the question would prove nothing"
+
+
+def test_features_give_the_same_answer_as_pixels(family, questions):
+    model, processor = family
+    batch = GenerationCollator(processor)([record for record in questions if record.image is not None][:4])
+    config = greedy_config(model, processor.tokenizer, 6)
+    stock = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        pixel_values=batch["pixel_values"].double(),
+        generation_config=config,
+    )
+    expected = processor.tokenizer.batch_decode(stock[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    actual = generate(model, processor.tokenizer, batch, _features(model, batch), 6)
+    assert actual == [text.strip() for text in expected]
+
+
+def test_generation_equals_full_forward_without_cache(family, questions):
+    model, processor = family
+    batch = GenerationCollator(processor)(questions[:1])
+    inputs = decoder_inputs(model, to_device(batch, "cpu", torch.float64))
+    config = greedy_config(model, processor.tokenizer, 5)
+    with torch.no_grad():
+        cached = model.generate(**inputs, generation_config=config)
+        ids = batch["input_ids"]
+        for _ in range(cached.shape[1] - ids.shape[1]):
+            features = {key: value for key, value in inputs.items() if key == "mm_encoder_outputs"}
+            logits = model(input_ids=ids, use_cache=False, **features).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(ids, cached)
+
+
+def test_decoding_is_greedy_whatever_the_folder_suggests(tiny, questions, monkeypatch):
+    model, processor = tiny
+    plain = _answers(model, processor, questions[:6])
+    monkeypatch.setattr(model.generation_config, "do_sample", True)
+    monkeypatch.setattr(model.generation_config, "temperature", 5.0)
+    assert _answers(model, processor, questions[:6]) == plain
+
+
+def test_end_token_of_the_model_wins_over_the_tokenizer(tiny, monkeypatch):
+    model, _ = tiny
+    tokenizer = SimpleNamespace(eos_token_id=3, pad_token_id=None)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [7, 8])
+    config = greedy_config(model, tokenizer, 3)
+    assert config.eos_token_id == [7, 8] and config.pad_token_id == 7
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    config = greedy_config(model, tokenizer, 3)
+    assert config.eos_token_id == 3 and config.pad_token_id == 3
+
+
+def test_reference_losses_per_row_sum_to_the_answer_loss(family, questions):
+    model, processor = family
+    batch = Collator(processor, pack=False)(questions)
+    features = _features(model, batch)
+    sums, counts = reference_losses(model, batch, features)
+    with torch.no_grad():
+        expected = answer_loss(model, batch, features, reduction="sum").item()
+    assert sum(sums) == pytest.approx(expected, rel=1e-5)
+    assert counts == (batch["labels"] != -100).sum(1).tolist() and min(counts) >= 1
+    alone = Collator(processor, pack=False)(questions[3:4])
+    assert reference_losses(model, alone, _features(model, alone))[0][0] == pytest.approx(sums[3], rel=1e-5)
+
+
+@pytest.mark.parametrize(("size", "batch_size", "world"), [(24, 5, 1), (24, 128, 2), (24, 4, 3), (3, 8, 4), (1, 1, 2)])
+def test_every_question_lies_in_exactly_one_batch(questions, size, batch_size, world):
+    records = questions[:size]
+    shares = [length_batches(records, batch_size, rank, world) for rank in range(world)]
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(size))
+    assert all(len(batch) <= batch_size for share in shares for batch in share)
+    assert sum(1 for share in shares if share) == min(size, world), "no process may idle while there is work"
+
+
+def test_batches_hold_questions_of_like_length(questions):
+    batches = length_batches(questions, 6)
+    mixed = [batch for batch in batches if len({questions[i].image is None for i in batch}) > 1]
+    assert len(mixed) <= 1
+    lengths = [len(questions[i].turns[0].question) for batch in batches for i in batch if questions[i].image]
+    assert lengths == sorted(lengths, reverse=True)

@@ -1,0 +1,87 @@
+import random
+
+import pytest
+
+from efficientllava.data.conversations import Record, Turn
+from efficientllava.data.digits import IMAGE_KINDS, TEXT_KINDS
+from efficientllava.errors import UserError
+from efficientllava.evaluation import tasks
+from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
+from efficientllava.schema import DataConfig
+
+
+def _predictions(records, wrong=lambda record: False):
+    return [
+        {
+            "id": record.id,
+            "question": record.turns[0].question,
+            "kind": record.turns[0].kind,
+            "answer": record.turns[0].answer,
+            "prediction": "" if wrong(record) else record.turns[0].answer,
+        }
+        for record in records
+    ]
+
+
+def test_registry_finds_the_benchmark_by_its_file():
+    assert "digits_vqa" in tasks.available()
+    assert tasks.load("digits_vqa", DataConfig(name="digits_vqa", test_questions=7)) == DigitsVQA(7)
+    with pytest.raises(UserError, match=r"evaluate\.tasks: 'nonsense' is not one of .*digits_vqa"):
+        tasks.load("nonsense", DataConfig(name="digits_vqa"))
+
+
+def test_records_are_single_questions_with_distinct_ids():
+    records = DigitsVQA(200).records()
+    assert len(records) == 200 == len({record.id for record in records})
+    assert all(len(record.turns) == 1 for record in records)
+    text_only = [record for record in records if record.image is None]
+    assert len(text_only) >= 0.15 * 200
+    assert {record.turns[0].kind for record in text_only} == set(TEXT_KINDS)
+
+
+def test_perfect_and_empty_answers():
+    records = DigitsVQA(200).records()
+    perfect = DigitsVQA(200).score(_predictions(records))
+    assert {value for name, value in perfect.items() if name.startswith("accuracy")} == {1.0}
+    assert perfect["n"] == 200 == perfect["n_image"] + perfect["n_text"]
+    assert {name.removeprefix("accuracy/") for name in perfect if "accuracy/" in name} == {*IMAGE_KINDS, *TEXT_KINDS}
+    nothing = DigitsVQA(200).score(_predictions(records, wrong=lambda record: True))
+    assert {value for name, value in nothing.items() if name.startswith("accuracy")} == {0.0}
+
+
+def test_text_only_questions_are_scored_separately():
+    records = DigitsVQA(200).records()
+    metrics = DigitsVQA(200).score(_predictions(records, wrong=lambda record: record.image is None))
+    assert metrics["accuracy_image"] == 1 and metrics["accuracy_text"] == 0
+    assert metrics["accuracy"] == metrics["n_image"] / 200
+    assert metrics["accuracy/count"] == 1 and metrics["accuracy/text_copying"] == 0
+
+
+def test_the_order_of_predictions_does_not_matter():
+    predictions = _predictions(DigitsVQA(60).records(), wrong=lambda record: record.id.endswith("3"))
+    shuffled = random.Random(0).sample(predictions, len(predictions))
+    assert DigitsVQA(60).score(shuffled) == DigitsVQA(60).score(predictions)
+
+
+def test_answer_loss_is_a_mean_over_tokens():
+    first, second = _predictions(DigitsVQA(2).records())
+    metrics = DigitsVQA(2).score([first | {"loss": 3.0, "tokens": 1}, second | {"loss": 1.0, "tokens": 3}])
+    assert metrics["answer_loss"] == 1.0
+    assert "answer_loss" not in DigitsVQA(2).score([first, second])
+
+
+def test_almost_right_is_wrong_and_spaces_do_not_count():
+    (item,) = _predictions(DigitsVQA(1).records())
+    score = DigitsVQA(1).score
+    assert score([item | {"prediction": f" {item['answer']}\n"}])["accuracy"] == 1
+    assert score([item | {"prediction": f"{item['answer']} red"}])["accuracy"] == 0
+
+
+def test_independent_turns_become_questions():
+    turns = (Turn("what?", "red"), Turn("what is 1 plus 1?", "2", sees_image=False))
+    questions = tasks.single_questions(
+        [Record("a", "image.png", turns, True, "x"), Record("b", None, turns[1:], True, "x")]
+    )
+    assert [record.id for record in questions] == ["a/0", "a/1", "b"]
+    assert [record.image for record in questions] == ["image.png", None, None]
+    assert [record.turns for record in questions] == [turns[:1], turns[1:], turns[1:]]

@@ -1,0 +1,170 @@
+import io
+import re
+import statistics
+
+import pytest
+from rich.console import Console
+
+from efficientllava.errors import UserError
+from efficientllava.report.tables import markdown, quantity, tabulate
+from efficientllava.results import build
+
+SETUP = {
+    "device": "cpu",
+    "dtype": "float32",
+    "threads": 1,
+    "batch_size": 1,
+    "image_size": [32, 32],
+    "prompt_tokens": 24,
+    "repeats": 9,
+}
+
+
+def stage(parameters, language, accuracy):
+    metrics = {
+        "accuracy": accuracy,
+        "accuracy_image": accuracy,
+        "accuracy/colour_by_place": accuracy - 0.1,
+        "accuracy_text": 0.875,
+        "accuracy/text_copying": 0.5,
+        "answer_loss": 0.1234,
+    }
+    counts = {"n": 2000, "n_image": 1600, "n_text": 400, "n/colour_by_place": 160, "n/text_copying": 130}
+    return {
+        "parameters": parameters,
+        "language_parameters": language,
+        "checkpoint_bytes": 2 * parameters,
+        "flops": {"prefill": 49_742_976, "prefill_language": 40_710_144},
+        "latency_ms": {"prefill": 5.358, "decode": 2.05},
+        "metrics": {"digits_vqa": metrics | counts},
+        "setup": SETUP,
+    }
+
+
+def make(recovered=0.95, seed=0, overrides=(), reused=(), stages=("base", "pruned", "recovered")):
+    made = {
+        "base": stage(1_076_160, 812_640, 0.975),
+        "pruned": stage(669_840, 406_320, 0.8),
+        "recovered": stage(669_840, 406_320, recovered),
+    }
+    return build(
+        {name: made[name] for name in stages},
+        ratio={"requested": 0.5, "achieved": 0.5},
+        samples={},
+        seconds={},
+        seed=seed,
+        config_digest="",
+        overrides=overrides,
+        reused=reused,
+    )
+
+
+def printed(results, width=80):
+    file = io.StringIO()
+    Console(file=file, width=width).print(tabulate(results, "tiny_llava"))
+    return file.getvalue()
+
+
+def row(text, label):
+    (line,) = [line for line in text.splitlines() if line.strip().startswith(label)]
+    return re.split(r"\s{2,}", line.strip())[1:]
+
+
+def test_table_holds_every_number_of_the_main_job():
+    text = printed(make())
+    assert row(text, "parameters") == ["1.08 M", "670 k", "670 k"]
+    assert row(text, "language-model parameters") == ["813 k", "406 k", "406 k"]
+    assert row(text, "removed (50.0 % requested)") == ["-", "50.0 %", "50.0 %"]
+    assert row(text, "checkpoint, MiB") == ["2.05", "1.28", "1.28"]
+    assert row(text, "FLOPs per image-question")[0] == "49.7 M"
+    assert row(text, "prefill latency, ms")[0] == "5.36"
+    assert row(text, "per-token latency, ms")[0] == "2.05"
+    assert row(text, "accuracy (2000)") == ["97.5 %", "80.0 %", "95.0 %"]
+    assert row(text, "image questions (1600)") == ["97.5 %", "80.0 %", "95.0 %"]
+    assert row(text, "colour by place (160)") == ["87.5 %", "70.0 %", "85.0 %"]
+    assert row(text, "text-only questions (400)") == ["87.5 %"] * 3
+    assert row(text, "copying (130)") == ["50.0 %"] * 3
+    assert row(text, "answer loss, nats per token")[0] == "0.123"
+    assert row(text, "retained accuracy") == ["-", "82.1 %", "97.4 %"]
+    assert "prompt 24 tokens" in " ".join(text.split())
+
+
+def test_table_fits_a_narrow_terminal_and_a_file():
+    text = printed(make(reused=["evaluate/base"]))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text and "\x1b" not in text
+    assert "from the cache: evaluate/base" in text
+
+
+def test_table_of_a_run_that_stops_early():
+    text = printed(make(stages=("base",)))
+    assert "recovered" not in text and "removed" not in text and "retained" not in text
+    assert row(text, "parameters") == ["1.08 M"]
+
+
+def test_table_without_measurements_has_no_empty_rows():
+    results = make()
+    for entry in results["stages"].values():
+        for key in ("flops", "latency_ms", "setup", "checkpoint_bytes"):
+            del entry[key]
+    text = printed(results)
+    assert "latency" not in text and "FLOPs" not in text and "MiB" not in text
+    assert row(text, "accuracy (2000)")[0] == "97.5 %"
+
+
+def test_table_shows_other_metrics_as_they_are():
+    results = make()
+    for entry in results["stages"].values():
+        entry["metrics"] = {"mme": {"perception": 1510.7, "n": 2374}}
+    results["stages"]["pruned"]["retained"] = {"mme/perception": 0.5}
+    text = printed(results)
+    assert row(text, "perception")[0] == "1510.700"
+    assert row(text, "retained perception") == ["-", "50.0 %", "-"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (1000, "1.00 k"),
+        (9994, "9.99 k"),
+        (12_345, "12.3 k"),
+        (99_960, "100 k"),
+        (812_640, "813 k"),
+        (999_960, "1.00 M"),
+        (7_062_902_784, "7.06 G"),
+        (1.5e12, "1.50 T"),
+    ],
+)
+def test_quantities_have_three_digits(value, text):
+    assert quantity(value) == text
+
+
+def test_markdown_has_a_row_per_configuration_and_a_spread_over_seeds():
+    runs = [
+        make(recovered, seed, ["prune=widthwise", f"seed={seed}"]) for seed, recovered in enumerate([0.93, 0.95, 0.97])
+    ]
+    runs.append(make(0.7, 0, ["prune=layerwise"]))
+    head, rule, first, second = markdown(runs).splitlines()
+    assert head.count("|") == rule.count("|") == first.count("|")
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells[:2] == ["`prune=widthwise`", "3"]
+    assert cells[5] == "95.0 ± 2.0"
+    ratios = [100 * value / 0.975 for value in (0.93, 0.95, 0.97)]
+    assert cells[6] == f"{statistics.fmean(ratios):.1f} ± {statistics.stdev(ratios):.1f}"
+    cells = [cell.strip() for cell in second.strip("|").split("|")]
+    assert cells == ["`prune=layerwise`", "1", "50.0", "97.5", "80.0", "70.0", "71.8", "0.123"]
+
+
+def test_markdown_names_rows_by_what_differs():
+    runs = [make(overrides=["model=a", "prune.ratio=0.3"]), make(overrides=["model=a"])]
+    lines = markdown(runs).splitlines()
+    assert lines[2].startswith("| `prune.ratio=0.3` |") and lines[3].startswith("| `default` |")
+
+
+@pytest.mark.parametrize(("runs", "metric"), [([], "digits_vqa/accuracy"), ([make()], "accuracy")])
+def test_markdown_of_nothing_is_a_user_error(runs, metric):
+    with pytest.raises(UserError, match="at least one run"):
+        markdown(runs, metric)
