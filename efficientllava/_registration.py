@@ -1,4 +1,4 @@
-"""Register the per-layer classes as soon as transformers' auto classes exist, without importing transformers ourselves."""
+"""Register the per-layer classes once transformers' auto classes exist, without importing transformers ourselves."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from torch import nn
 from .card import model_card
 from .errors import UserError
 from .models.anatomy import layers_of
-from .models.pruned import is_per_layer, require_supported
 from .models.processors import load_processor
+from .models.pruned import is_per_layer, require_supported
 
 BUILTIN = "builtin:"
 PROVENANCE = "efficientllava.json"

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A fault in configuration, paths, model folder or data: one line that names the fix."""
+    """A fault in configuration, paths, model folder or data: one line that names the fix.
+
+    Attributes:
+        exit_code: 2 while nothing has been done yet; the pipeline sets 1 once the first stage has begun.
+    """
+
+    exit_code = 2
 
 
 class ConfigError(UserError):

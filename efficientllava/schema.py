@@ -33,6 +33,7 @@ class ModelConfig:
     path: str = MISSING  # folder, hub id, or "builtin:<name>" for a checkpoint shipped with this package
     revision: str | None = None  # hub revision; None is the default branch
     dtype: str = "auto"  # auto | float32 | float16 | bfloat16; auto: float32 on CPU, as stored elsewhere
+    train: str = "full"  # what recoveries that train the decoder train by default: lora | full
 
 
 @dataclass
@@ -65,6 +66,7 @@ class DataConfig:
 class PruneConfig:
     """What is removed, by which score, and how the rest is refitted."""
 
+    name: str = MISSING  # name of the option
     method: str = MISSING  # none | layerwise | widthwise
     ratio: float | None = 0.3  # share of language-model parameters to remove, [0, 1)
     importance: str = "obs"  # widthwise: see schema.IMPORTANCES
@@ -116,7 +118,7 @@ class TeacherConfig:
 class RecoverConfig:
     """How the pruned model gets its skill back."""
 
-    method: str = MISSING  # none | projector | sft | kd_logit | kd_hidden | kd_both
+    name: str = MISSING  # none | projector | sft | kd_logit | kd_hidden | kd_both
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     train: str = "full"  # projector | lora (with the projector) | full (decoder and projector)
     lr: float = 1e-3  # peak learning rate of the decoder, > 0
@@ -157,7 +159,6 @@ class EvaluateConfig:
 class PathsConfig:
     """The only place that names folders."""
 
-    root: str = "."
     output_dir: str = "outputs"
     cache_dir: str = "outputs/cache"
 

@@ -1,0 +1,284 @@
+"""Everything that can be wrong with a configuration, found before any weight is read; and the instantiate helper."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import ConfigError, UserError
+from .schema import IMPORTANCES, TAYLOR, RunConfig
+
+Check = tuple[str, Callable[[Any], bool], str]
+
+
+def _one_of(*options: Any) -> tuple[Callable[[Any], bool], str]:
+    shown = ", ".join("null" if option is None else str(option) for option in options)
+    return (lambda value: value in options), f"one of {shown}"
+
+
+def _number(low: float, high: float | None, *, open_low: bool = False, open_high: bool = True) -> Any:
+    def inside(value: float) -> bool:
+        above = value > low if open_low else value >= low
+        return above and (high is None or (value < high if open_high else value <= high))
+
+    left = "(" if open_low else "["
+    right = "infinity)" if high is None else f"{high:g}{')' if open_high else ']'}"
+    return inside, f"in {left}{low:g}, {right}"
+
+
+POSITIVE = _number(0, None, open_low=True)
+AT_LEAST_1 = _number(1, None)
+SHARE = _number(0, 1)
+DTYPE = _one_of("auto", "float32", "float16", "bfloat16")
+
+# key -> (predicate, what is allowed); null passes where the schema allows it
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "data_frac": _number(0, 1, open_low=True, open_high=False),
+    "seed": _number(0, 2**32),
+    "model.dtype": DTYPE,
+    "model.train": _one_of("lora", "full"),
+    "calibration.samples": AT_LEAST_1,
+    "calibration.batch_size": AT_LEAST_1,
+    "data.name": _one_of("digits_vqa", "conversations"),
+    "data.images": AT_LEAST_1,
+    "data.test_questions": AT_LEAST_1,
+    "data.max_length": AT_LEAST_1,
+    "data.max_bad_fraction": SHARE,
+    "data.batch_size": AT_LEAST_1,
+    "data.global_batch_size": AT_LEAST_1,
+    "data.num_workers": _number(0, None),
+    "prune.method": _one_of("none", "layerwise", "widthwise"),
+    "prune.ratio": SHARE,
+    "prune.importance": _one_of(*IMPORTANCES),
+    "prune.selection": _one_of("shape", "local", "global"),
+    "prune.refit_target": _one_of("layer", "residual"),
+    "prune.damping": POSITIVE,
+    "prune.round_to": AT_LEAST_1,
+    "prune.tokens": _one_of("all", "image", "text", "answer"),
+    "prune.block_influence": _one_of("mean", "sum"),
+    "prune.taylor_mean": _one_of("sample", "batch"),
+    "prune.share": SHARE,
+    "prune.drop_layers": _number(0, None),
+    "recover.name": _one_of("none", "projector", "sft", "kd_logit", "kd_hidden", "kd_both"),
+    "recover.weights.sft": _number(0, None),
+    "recover.weights.logit": _number(0, None),
+    "recover.weights.hidden": _number(0, None),
+    "recover.train": _one_of("projector", "lora", "full"),
+    "recover.lr": POSITIVE,
+    "recover.projector_lr": POSITIVE,
+    "recover.steps": AT_LEAST_1,
+    "recover.epochs": POSITIVE,
+    "recover.optimizer": _one_of("adamw", "sgd"),
+    "recover.weight_decay": _number(0, None),
+    "recover.scheduler": _one_of("cosine", "linear", "constant"),
+    "recover.warmup": SHARE,
+    "recover.max_grad_norm": POSITIVE,
+    "recover.lora.r": AT_LEAST_1,
+    "recover.lora.alpha": POSITIVE,
+    "recover.lora.dropout": SHARE,
+    "recover.kl": _one_of("forward", "reverse"),
+    "recover.temperature": POSITIVE,
+    "recover.hidden_metric": _one_of("l2", "cosine"),
+    "recover.parity": _one_of(None, "vlmcompression"),
+    "recover.teacher.dtype": DTYPE,
+    "recover.chunk": AT_LEAST_1,
+    "recover.save_every": AT_LEAST_1,
+    "evaluate.limit": AT_LEAST_1,
+    "evaluate.batch_size": AT_LEAST_1,
+    "evaluate.max_new_tokens": AT_LEAST_1,
+    "evaluate.repeats": AT_LEAST_1,
+    "evaluate.new_tokens": _number(2, None),
+}
+
+# (typed key or prefix, whether it has an effect, what would give it one)
+EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
+    ("data_frac", lambda c: c.recover.name != "none" or bool(c.pretrain), "choose a recovery with recover="),
+    ("data.images", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
+    ("data.test_questions", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
+    ("prune.", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
+    ("prune.importance", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    (
+        "prune.selection",
+        lambda c: c.prune.method == "widthwise" and c.prune.share is None,
+        "it belongs to prune=widthwise without prune.share",
+    ),
+    ("prune.round_to", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    ("prune.share", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    ("prune.protect", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    (
+        "prune.taylor_mean",
+        lambda c: c.prune.method == "widthwise" and c.prune.importance in TAYLOR,
+        f"it needs prune.importance={'|'.join(TAYLOR)}",
+    ),
+    ("prune.refit_target", lambda c: c.prune.refit, "set prune.refit=true"),
+    (
+        "prune.damping",
+        lambda c: c.prune.refit or c.prune.importance == "obs",
+        "set prune.refit=true or prune.importance=obs",
+    ),
+    ("prune.drop_layers", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
+    ("prune.iterative", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
+    ("prune.block_influence", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
+    ("prune.final_norm", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
+    ("recover.", lambda c: c.recover.name != "none", "choose a recovery with recover="),
+    ("recover.lora", lambda c: c.recover.train == "lora", "set recover.train=lora"),
+    ("recover.kl", lambda c: c.recover.weights.logit > 0, "set recover.weights.logit above 0"),
+    ("recover.temperature", lambda c: c.recover.weights.logit > 0, "set recover.weights.logit above 0"),
+    ("recover.hidden_metric", lambda c: c.recover.weights.hidden > 0, "set recover.weights.hidden above 0"),
+    ("recover.hidden_layers", lambda c: c.recover.weights.hidden > 0, "set recover.weights.hidden above 0"),
+    (
+        "recover.teacher",
+        lambda c: c.recover.weights.logit + c.recover.weights.hidden > 0,
+        "set recover.weights.logit or recover.weights.hidden above 0",
+    ),
+)
+
+
+def register_schema() -> None:
+    """Make the schema available to the configuration files under the name ``_schema``."""
+    ConfigStore.instance().store(name="_schema", node=RunConfig)
+
+
+def instantiate(node: Any, **overrides: Any) -> Any:
+    """Build the object that a node with ``_target_`` describes; every instantiation goes through here.
+
+    Args:
+        node: A plain dictionary or configuration node.
+        **overrides: Arguments that only the program knows.
+
+    Raises:
+        UserError: The target does not exist or refuses its arguments.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate as build
+
+    try:
+        return build(node, **overrides, _convert_="all")
+    except InstantiationException as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{node.get('_target_')}: cannot be built: {'; '.join(lines)}") from error
+
+
+def typed(config: DictConfig) -> RunConfig:
+    """Turn the composed configuration into dataclasses.
+
+    Raises:
+        ConfigError: A value is missing, of the wrong type, or an interpolation leads nowhere.
+    """
+    unknown = [f"{key}: unknown key; remove it" for key in _unknown(config)]
+    missing = [f"{key}: not set; give it on the command line as {key}=…" for key in OmegaConf.missing_keys(config)]
+    if unknown or missing:
+        raise ConfigError([*unknown, *missing])
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError([" ".join(str(error).split())]) from error
+    assert isinstance(result, RunConfig)
+    return result
+
+
+def _unknown(config: DictConfig) -> Iterator[str]:
+    """Keys that ``+key=value`` added beside the schema: OmegaConf lets them pass, nothing would read them."""
+
+    def walk(node: Any, cls: type, prefix: str) -> Iterator[str]:
+        names = {field.name: field for field in dataclasses.fields(cls)}
+        for key in node:
+            if key not in names:
+                yield prefix + str(key)
+                continue
+            child = OmegaConf.get_type(node, key)
+            if isinstance(child, type) and dataclasses.is_dataclass(child):
+                yield from walk(node[key], child, f"{prefix}{key}.")
+
+    yield from walk(config, RunConfig, "")
+
+
+def check(config: RunConfig, overrides: Sequence[str] = ()) -> None:
+    """Find every problem at once.
+
+    Args:
+        config: The typed configuration.
+        overrides: What the user typed, such as ``prune.ratio=0.3``; a typed key must have an effect.
+
+    Raises:
+        ConfigError: One line per problem: key, value, what is allowed, the fix.
+    """
+    problems = [*_ranges(config), *_combinations(config), *_effects(config, overrides), *_paths(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _value(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _ranges(config: RunConfig) -> Iterator[str]:
+    for key, (allowed, description) in RULES.items():
+        value = _value(config, key)
+        if value is not None and not allowed(value):
+            yield f"{key}={value}: must be {description}"
+
+
+def _combinations(config: RunConfig) -> Iterator[str]:
+    prune, recover = config.prune, config.recover
+    if prune.method != "none" and prune.ratio is None and prune.share is None and prune.drop_layers is None:
+        yield "prune.ratio=null: set it, in [0, 1), or prune.share (widthwise) or prune.drop_layers (layerwise)"
+    if recover.name == "none" or config.pretrain:
+        return
+    if not any((recover.weights.sft, recover.weights.logit, recover.weights.hidden)):
+        yield "recover.weights: all are 0, nothing would be learnt; set one above 0 or choose recover=none"
+    if (recover.steps is None) == (recover.epochs is None):
+        yield (
+            f"recover.steps={recover.steps}, recover.epochs={recover.epochs}: exactly one must be set; "
+            "set the other to null"
+        )
+    layers = recover.hidden_layers
+    if layers not in ("last", "all") and not (
+        isinstance(layers, list) and layers and all(type(v) is int for v in layers)
+    ):
+        yield f"recover.hidden_layers={layers}: must be last, all or a list of layer indices such as [3,7]"
+
+
+def _effects(config: RunConfig, overrides: Sequence[str]) -> Iterator[str]:
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides if not override.startswith("~")]
+    for key in keys:
+        for prefix, has_effect, fix in EFFECTS:
+            if (key == prefix or key.startswith(prefix if prefix.endswith(".") else prefix + ".")) and not has_effect(
+                config
+            ):
+                yield f"{key}: has no effect here; {fix}, or leave it out"
+                break
+
+
+def _paths(config: RunConfig) -> Iterator[str]:
+    if config.pretrain:
+        return
+    for key in ("data.path", "calibration.path"):
+        value = _value(config, key)
+        if value is not None and not Path(value).expanduser().is_file():
+            yield f"{key}={value}: no such file; give a LLaVA-style JSON or JSONL file"
+    for key in ("data.image_root", "calibration.image_root"):
+        value = _value(config, key)
+        if value is not None and not Path(value).expanduser().is_dir():
+            yield f"{key}={value}: no such folder; give the folder that image paths start from"
+    output = Path(config.paths.output_dir)
+    existing = next((p for p in [output, *output.absolute().parents] if p.exists()), None)
+    if existing is not None and not existing.is_dir():
+        yield f"paths.output_dir={output}: {existing} is a file; give a folder"
+
+
+def digest(value: Any) -> str:
+    """Digest of plain data, 16 hexadecimal digits; the same on every machine."""
+    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,33 @@
+"""Prune, recover and evaluate a vision-language model: ``python run.py [group=option] [key=value]``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from efficientllava.config import register_schema
+from efficientllava.outcome import exit_code
+
+register_schema()
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """Run all stages and return the value that a sweeper optimises."""
+    from efficientllava.pipeline import run
+
+    choices = HydraConfig.get()
+    return run(cfg, choices.runtime.output_dir, list(choices.overrides.task))
+
+
+if __name__ == "__main__":
+    if int(os.environ.get("RANK", "0")) > 0:
+        # Only the first process owns the run's folder and its log.
+        quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
+        sys.argv += [*quiet, f"hydra.run.dir={tempfile.mkdtemp(prefix='efficientllava-')}"]
+    sys.exit(exit_code(main))
