@@ -63,9 +63,7 @@ class Prompts:
         self.image_token_id: int = processor.image_token_id
         self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         if not self._template:
-            raise UserError(
-                f"processor {type(processor).__name__}: no chat template; save one beside the model as chat_template.jinja"
-            )
+            raise UserError(f"processor {type(processor).__name__}: no chat template; save one as chat_template.jinja")
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._expansions: dict[tuple[int, int], tuple[int, ...]] = {}
 
@@ -249,6 +247,17 @@ class Collator:
             batch["pixel_values"], batch["image_tiles"] = self.prompts.pixels(images)
             batch["image_ids"] = names
         return batch
+
+    def check(self, record: Record) -> None:
+        """Open a record's image and measure its prompts.
+
+        Args:
+            record: Any record.
+
+        Raises:
+            UserError: As for `__call__`.
+        """
+        self._rows(record, open_image(record))
 
     def _padded(self, rows: Sequence[_Row]) -> dict[str, Any]:
         def stack(lists: list[list[int]], fill: int) -> Tensor:

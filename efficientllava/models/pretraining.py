@@ -1,7 +1,8 @@
 """Train a tiny model from nothing on the embedded data, once, to ship it.
 
-Two stages. First the tower and the projector learn to place each patch near the word embeddings of what it shows (digit,
-colour, place). Then the tower is frozen and the decoder learns to answer, Muon on its matrices and AdamW on the rest.
+Two stages. First the tower and the projector learn to place each patch near the word embeddings of what it shows
+(digit, colour, place). Then the tower is frozen and the decoder learns to answer: Muon on its matrices, AdamW on
+the rest.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.collator import Collator, GenerationCollator
 from ..data.conversations import Record
-from ..data.digits import COLOURS, FULL, NOTHING, PLACES, WORDS, Digits, Scene, strokes
+from ..data.digits import Digits
+from ..data.questions import NOTHING
+from ..data.scenes import COLOURS, FULL, PLACES, WORDS, Scene, strokes
 from ..errors import UserError
 from .anatomy import decoder_of, projector_of
 from .forward import answer_loss, forward_hidden, supervised_positions
@@ -222,7 +225,9 @@ class PretrainModule(lightning.LightningModule):
         table = self.model.get_input_embeddings().weight.detach()  # pyright: ignore[reportCallIssue]
         score = [projected @ table[ids].T for ids in self.words]
         targets = (batch["digits"][:, place], batch["colours"][:, place], place.expand(len(projected), -1))
-        loss = sum(nn.functional.cross_entropy(s.flatten(0, 1), t.flatten()) for s, t in zip(score, targets, strict=True))
+        loss = sum(
+            nn.functional.cross_entropy(s.flatten(0, 1), t.flatten()) for s, t in zip(score, targets, strict=True)
+        )
         votes = torch.stack([score[0][:, place == cell].mean(1) for cell in range(4)], 1).argmax(-1)
         truth = batch["digits"]
         return torch.as_tensor(loss), (votes == truth)[truth < len(WORDS)].float().mean()
@@ -260,7 +265,9 @@ class PretrainModule(lightning.LightningModule):
             batch = {"pixel_values": pixels, **scene_targets([data.scene(i) for i in range(len(data))])}
             row["digits"] = round(float(self.alignment(batch)[1]), 4)
         else:
-            row |= {k: round(v["accuracy"], 3) for k, v in forced_match(self.model, self.processor, self.minival).items()}
+            row |= {
+                k: round(v["accuracy"], 3) for k, v in forced_match(self.model, self.processor, self.minival).items()
+            }
         self.model.train()
         self.history.append(row)
         print(row, flush=True)
@@ -397,7 +404,9 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, dict[str,
 def _resume(module: PretrainModule, folder: Path) -> None:
     state = torch.load(folder / STATE, weights_only=True)
     if state["config"] != asdict(module.config):
-        raise UserError(f"{folder}: holds the training state of another recipe; choose another folder or remove {STATE}")
+        raise UserError(
+            f"{folder}: holds the training state of another recipe; choose another folder or remove {STATE}"
+        )
     module.model.load_state_dict(state["model"])
     module.step, module.seconds, module.history = state["step"], state["seconds"], state["history"]
 

@@ -27,7 +27,7 @@ class InternVLPilProcessor(ProcessorMixin):
     """
 
     text_kwargs = {"padding_side": "left"}  # noqa: RUF012 - the stock class's own convention
-    images_kwargs = {"crop_to_patches": True}  # noqa: RUF012
+    images_kwargs = {"crop_to_patches": True}  # noqa: RUF012 # pyright: ignore[reportAssignmentType]
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class InternVLPilProcessor(ProcessorMixin):
 
 
 def _processor_class(folder: str | Path) -> str | None:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)

@@ -8,7 +8,7 @@ heads and channels are all partly redundant and none is free.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -29,7 +29,8 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from ..data.digits import IMAGE_SIZE, vocabulary
+from ..data.questions import vocabulary
+from ..data.scenes import IMAGE_SIZE
 from .processors import InternVLPilProcessor
 
 PATCH = 8
@@ -78,7 +79,11 @@ def word_tokenizer(specials: list[str], words: list[str], **names: Any) -> PreTr
         )
     tokenizer.add_special_tokens(specials)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", model_max_length=CONTEXT, clean_up_tokenization_spaces=False, **names
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+        **names,
     )
 
 
@@ -106,14 +111,18 @@ def _phi3_tokenizer() -> PreTrainedTokenizerFast:
         "video_token": "<video>",
     }
     specials = ["<pad>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", *images.values()]
-    return word_tokenizer(
-        specials, _words(), pad_token="<pad>", eos_token="<|end|>", extra_special_tokens=images
-    )
+    return word_tokenizer(specials, _words(), pad_token="<pad>", eos_token="<|end|>", extra_special_tokens=images)
 
 
-_STILL = {"do_resize": True, "resample": 3, "do_convert_rgb": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-_SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-_TOWER = {
+_STILL: dict[str, Any] = {
+    "do_resize": True,
+    "resample": 3,
+    "do_convert_rgb": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+_SQUARE: dict[str, Any] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+_TOWER: dict[str, Any] = {
     "hidden_size": 96,
     "intermediate_size": 192,
     "num_hidden_layers": 3,
@@ -132,7 +141,7 @@ def _ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     }
 
 
-def _llava(tower: Any, text: Any, image_id: int, strategy: str) -> LlavaForConditionalGeneration:
+def _llava(tower: Any, text: Any, image_id: int, strategy: Literal["default", "full"]) -> LlavaForConditionalGeneration:
     tokens = (IMAGE_SIZE // PATCH) ** 2
     return LlavaForConditionalGeneration(
         LlavaConfig(
@@ -168,7 +177,7 @@ def tiny_llava() -> tuple[Any, Any]:
         num_additional_image_tokens=1,
         chat_template=_template(VICUNA, "<image>\n"),
     )
-    return _llava(tower, text, tokenizer.image_token_id, "default"), processor
+    return _llava(tower, text, tokenizer.vocab["<image>"], "default"), processor
 
 
 def tiny_bunny() -> tuple[Any, Any]:
@@ -193,7 +202,7 @@ def tiny_bunny() -> tuple[Any, Any]:
         num_additional_image_tokens=0,
         chat_template=_template(VICUNA, "<image>\n"),
     )
-    return _llava(tower, text, tokenizer.image_token_id, "full"), processor
+    return _llava(tower, text, tokenizer.vocab["<image>"], "full"), processor
 
 
 def tiny_internvl() -> tuple[Any, Any]:
@@ -219,7 +228,7 @@ def tiny_internvl() -> tuple[Any, Any]:
     config = InternVLConfig(
         vision_config=tower,
         text_config=text,
-        image_token_id=tokenizer.context_image_token_id,
+        image_token_id=tokenizer.vocab["<IMG_CONTEXT>"],
         image_seq_length=tokens,
         downsample_ratio=0.5,
         vision_feature_layer=-1,
