@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from .anatomy import projector_of
+from .anatomy import decoder_of, projector_of
 
 Batch = Mapping[str, Any]
 
@@ -84,7 +84,8 @@ def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = Non
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if batch.get("segment_ids") is not None:
-        dtype = next(model.parameters()).dtype
+        # The decoder's type: while it trains in fp32, a frozen tower may stay in half precision.
+        dtype = next(decoder_of(model).parameters()).dtype
         inputs["attention_mask"] = segment_mask(batch["attention_mask"], batch["segment_ids"], dtype)
     if batch.get("position_ids") is not None:
         inputs["position_ids"] = batch["position_ids"]

@@ -124,18 +124,20 @@ def make_batch(size: int = 8, **options: Any) -> dict[str, Any]:
 class Shuffled(BatchSampler):
     """An order of its own for each epoch."""
 
-    def __init__(self, size: int, batch_size: int) -> None:
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
         self.size, self.batch_size, self.epoch = size, batch_size, 0
+        self.share = slice(rank, None, world)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.size // self.batch_size
+        return len(range(self.size // self.batch_size)[self.share])
 
     def __iter__(self):
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.epoch)).tolist()
-        return iter([order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))])
+        batches = [order[i : i + self.batch_size] for i in range(0, self.size, self.batch_size)]
+        return iter(batches[self.share])
 
 
 class Data(L.LightningDataModule):
@@ -144,12 +146,14 @@ class Data(L.LightningDataModule):
         self.samples, self.batch_size = Samples(size, **options), batch_size
 
     def train_dataloader(self) -> DataLoader:
-        sampler = Shuffled(len(self.samples), self.batch_size)
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        sampler = Shuffled(len(self.samples), self.batch_size, rank, world)
         return DataLoader(self.samples, batch_sampler=sampler, collate_fn=collate)
 
 
 def make_cfg(sft: float = 0.0, logit: float = 0.0, hidden: float = 0.0, **changes: Any) -> RecoverConfig:
-    options: dict[str, Any] = {"method": "test", "steps": 6, "lr": 1e-2, "save_every": 1000, "warmup": 0.2}
+    options: dict[str, Any] = {"steps": 6, "lr": 1e-2, "save_every": 1000, "warmup": 0.2}
     return RecoverConfig(weights=WeightsConfig(sft, logit, hidden), **{**options, **changes})
 
 

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from efficientllava.errors import UserError
+from efficientllava.models.anatomy import projector_of
+from efficientllava.models.forward import answer_loss
+from efficientllava.recovery.recover import accumulation, optimiser_steps, recover
+from efficientllava.recovery.stream import RESUME_POINT
+from efficientllava.schema import LoraConfig
+
+from .conftest import Data, drop_layers, make_batch, make_cfg, make_factory, make_model, perturb
+
+HIDDEN = {"sft": 0.5, "hidden": 0.5}
+
+
+class KilledError(Exception):
+    pass
+
+
+class Kill(L.Callback):
+    """Stops like a killed process: between two batches, without any clean-up."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KilledError
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def run(student: Any, workdir: Any, teacher: Any = None, data: Data | None = None, extra=(), **changes: Any) -> Any:
+    data = data or Data()
+    options = {k: changes.pop(k) for k in ("global_batch_size", "original_layers") if k in changes}
+    cfg = make_cfg(**{**HIDDEN, **changes})
+    factory = make_factory(extra)
+    return recover(student, data, cfg, factory, workdir, batch_size=data.batch_size, teacher=teacher, **options)
+
+
+@pytest.mark.parametrize("weights", [HIDDEN, {"sft": 1.0, "hidden": 0.0}, {"sft": 0.0, "logit": 1.0, "hidden": 0.0}])
+def test_the_loss_goes_down(tmp_path, weights):
+    teacher = make_model()
+    student = perturb(teacher, 0.2)
+    stats = run(student, tmp_path / "short", teacher, steps=1, **weights)
+    after = run(student, tmp_path / "long", teacher, steps=30, lr=3e-3, **weights)
+    first = sum(stats.final_losses.values())
+    assert sum(after.final_losses.values()) < 0.9 * first
+    assert after.steps == 30 and after.samples == 120 and after.seconds > 0 and after.tokens > 30
+
+
+def test_projector_mode_changes_the_projector_only(tmp_path):
+    student = perturb(make_model())
+    before = state(student)
+    stats = run(student, tmp_path, sft=1.0, hidden=0.0, train="projector")
+    changed = {name for name, value in state(student).items() if not torch.equal(value, before[name])}
+    assert changed and all("multi_modal_projector" in name for name in changed)
+    assert stats.trainable_parameters == sum(p.numel() for p in projector_of(student).parameters())
+    assert stats.loss == "1 x CE" and stats.train == "projector"
+
+
+def test_lora_leaves_a_plain_model_that_learned(tmp_path):
+    teacher = make_model()
+    student = perturb(teacher)
+    before, batch = state(student), make_batch()
+    loss = answer_loss(student, batch).item()
+    run(student, tmp_path, teacher, train="lora", lora=LoraConfig(r=4, dropout=0.1), steps=10)
+    after = state(student)
+    assert set(after) == set(before)
+    assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    assert not torch.equal(*(s["model.language_model.layers.0.mlp.up_proj.weight"] for s in (before, after)))
+    assert answer_loss(student, batch).item() < loss
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_accumulated_micro_batches_equal_one_big_batch(tmp_path, optimizer):
+    teacher, results = make_model(), []
+    weights = {"sft": 0.3, "logit": 0.3, "hidden": 0.4, "hidden_layers": "all"}
+    for batch_size in (2, 8):
+        student = perturb(teacher)
+        data = Data(batch_size=batch_size)
+        stats = run(
+            student, tmp_path / str(batch_size), teacher, data, steps=4, lr=1e-3, optimizer=optimizer,
+            global_batch_size=8, **weights,
+        )  # fmt: skip
+        assert stats.steps == 4 and stats.samples == 32
+        results.append(state(student))
+    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-4)
+    assert not torch.equal(results[0]["lm_head.weight"], perturb(teacher).state_dict()["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("train", "stop"), [("full", 3), ("full", 8), ("full", 10), ("lora", 5)])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, train, stop):
+    """Step 4 begins the second epoch; 3 is just after a resume point, the others lose steps; 10 ended unharmed."""
+    teacher = make_model()
+    options: dict[str, Any] = {
+        "train": train, "steps": 10, "save_every": 3, "global_batch_size": 8, "lora": LoraConfig(r=4, dropout=0.2),
+    }  # fmt: skip
+    whole, killed = perturb(teacher), perturb(teacher)
+    expected = run(whole, tmp_path / "whole", teacher, **options)
+    if stop < 10:
+        with pytest.raises(KilledError):
+            run(copy.deepcopy(killed), tmp_path / "killed", teacher, extra=(Kill(stop),), **options)
+    else:
+        run(copy.deepcopy(killed), tmp_path / "killed", teacher, **options)
+    saved = torch.load(tmp_path / "killed" / RESUME_POINT, weights_only=True)
+    assert saved["global_step"] == 3 * (stop // 3)
+    stats = run(killed, tmp_path / "killed", teacher, **options)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in killed.state_dict().items())
+    assert (stats.steps, stats.tokens, stats.samples) == (expected.steps, expected.tokens, expected.samples)
+    assert stats.final_losses == expected.final_losses
+
+
+def test_a_run_that_ended_on_a_resume_point_is_not_trained_again(tmp_path):
+    teacher = make_model()
+    first, second = perturb(teacher), perturb(teacher)
+    expected = run(first, tmp_path, teacher, save_every=3)
+    stats = run(second, tmp_path, teacher, save_every=3)
+    assert all(torch.equal(value, first.state_dict()[name]) for name, value in second.state_dict().items())
+    assert (stats.steps, stats.tokens, stats.final_losses) == (expected.steps, expected.tokens, expected.final_losses)
+
+
+def test_resume_points_are_small_and_whole(tmp_path):
+    teacher = make_model()
+    run(perturb(teacher), tmp_path, teacher, train="projector", save_every=2)
+    assert [path.name for path in tmp_path.iterdir()] == [RESUME_POINT]
+    weights = torch.load(tmp_path / RESUME_POINT, weights_only=True)["state_dict"]
+    assert weights and all("multi_modal_projector" in name for name in weights)
+
+
+def test_a_resume_point_of_another_run_is_refused(tmp_path):
+    teacher = make_model()
+    run(perturb(teacher), tmp_path, teacher, train="projector", save_every=2)
+    with pytest.raises(UserError, match=r"last\.ckpt"):
+        run(perturb(teacher), tmp_path, teacher, train="full", save_every=2)
+
+
+def test_a_student_with_dropped_layers_learns_from_the_whole_teacher(tmp_path):
+    teacher = make_model()
+    student = drop_layers(teacher, {1})
+    options = {"original_layers": [0, 2, 3], "hidden_layers": "all", "sft": 0.0, "hidden": 1.0, "lr": 1e-3}
+    stats = run(student, tmp_path / "a", teacher, steps=1, **options)
+    after = run(student, tmp_path / "b", teacher, steps=20, **options)
+    assert after.final_losses["hidden"] < stats.final_losses["hidden"]
+    with pytest.raises(UserError, match="4 layers do not match the student's 3"):
+        run(student, tmp_path / "c", teacher)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    student = make_model()
+    student.lm_head.weight.data[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"recover\.lr=.*nan at step 0"):
+        run(student, tmp_path, sft=1.0, hidden=0.0)
+
+
+def test_distillation_without_a_teacher_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"recover\.teacher\.path"):
+        run(make_model(), tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    script = """
+import sys, torch
+from tests.recovery.conftest import Data, make_cfg, make_factory, make_model, perturb
+from efficientllava.recovery.recover import recover
+from pathlib import Path
+torch.set_num_threads(1)
+out, world = Path(sys.argv[1]), int(sys.argv[2])
+teacher = make_model()
+student = perturb(teacher)
+cfg = make_cfg(sft=0.3, logit=0.3, hidden=0.4, steps=4, lr=1e-3, save_every=2)
+factory = make_factory(devices=world, strategy="ddp" if world > 1 else "auto")
+stats = recover(student, Data(), cfg, factory, out, batch_size=4, global_batch_size=16, teacher=teacher)
+rank = torch.distributed.get_rank() if world > 1 else 0
+torch.save((student.state_dict(), stats.steps, stats.samples), out / f"{rank}.pt")
+"""
+    results = []
+    for world in (1, 2):
+        out = tmp_path / str(world)
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
+        (tmp_path / "script.py").write_text(script)
+        root = Path(__file__).parents[2]
+        command = [sys.executable, *launch, str(tmp_path / "script.py"), str(out), str(world)]
+        subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, timeout=280)
+        results += [torch.load(path, weights_only=True) for path in sorted(out.glob("*.pt"))]
+    assert len(results) == 3
+    for weights, steps, samples in results[1:]:
+        assert (steps, samples) == (4, 64) == results[0][1:]
+        torch.testing.assert_close(weights, results[0][0], atol=2e-5, rtol=1e-4)
+    assert all(torch.equal(value, results[2][0][name]) for name, value in results[1][0].items())
+
+
+def test_parity_mode_trains(tmp_path):
+    teacher = make_model()
+    stats = run(perturb(teacher), tmp_path, teacher, parity="vlmcompression", global_batch_size=8)
+    assert stats.loss == "0.5 x CE + 0.5 x L2(hidden) [as vlmcompression]" and stats.steps == 6
+
+
+def test_epochs_become_steps():
+    assert optimiser_steps(7, None, 100, 4) == 7
+    assert optimiser_steps(None, 2, 10, 4) == 5
+    assert optimiser_steps(None, 0.5, 11, 1) == 6
+    for steps, epochs in ((None, None), (1, 1), (0, None), (None, -1)):
+        with pytest.raises(UserError, match=r"recover\.steps"):
+            optimiser_steps(steps, epochs, 10, 1)
+
+
+def test_the_global_batch_is_a_whole_number_of_rounds():
+    assert [accumulation(4, None, 2), accumulation(4, 8, 2), accumulation(4, 32, 2)] == [1, 1, 4]
+    for size in (4, 12):
+        with pytest.raises(UserError, match=r"data\.global_batch_size"):
+            accumulation(4, size, 2)
