@@ -1,0 +1,42 @@
+"""Loggers of recovery training: CSV by default, W&B offline unless the user is logged in."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .config import instantiate
+from .schema import RunConfig
+
+
+def make_logger(settings: RunConfig, folder: Path) -> Any:
+    """Make the configured logger, writing into the run's folder.
+
+    Args:
+        settings: The run's configuration.
+        folder: The run's folder.
+
+    Returns:
+        A Lightning logger, or False for none.
+    """
+    node = dict(settings.logger or {})
+    target = node.get("_target_")
+    if not target:
+        return False
+    if target.endswith("WandbLogger"):
+        node.setdefault("offline", not _logged_in())
+        # Weights are only uploaded on request; offline runs cannot.
+        logger = instantiate(node, save_dir=str(folder))
+        logger.log_hyperparams(asdict(settings))
+        return logger
+    return instantiate(node, save_dir=str(folder / "logs"))
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return False
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,75 @@
+"""The pruner as a Lightning module: run it with ``trainer.predict`` and read `plan`, `pruned` and `report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..models.forward import FeatureCache
+from ..processes import sum_over
+from ..schema import PruneConfig
+from .plan import PruningPlan
+from .pruner import Calibration, PruneReport, Tick, apply_plan, make_plan, silent
+
+
+class PruningModule(LightningModule):
+    """Calibration batches to statistics, statistics to scores, scores to a plan, and the plan to a smaller model.
+
+    Every process looks at its share of the calibration records; statistics are summed, so that all arrive at the same
+    plan and the same weights. Needs a Trainer with ``use_distributed_sampler=False`` and ``inference_mode=False``.
+
+    Args:
+        model: The model to prune; consumed.
+        records: All calibration records.
+        collate: Turns records into a batch.
+        config: Method, ratio, importance, selection, refit.
+        batch_size: Records per batch.
+        seed: Seed of random importance.
+        features: Vision features by image.
+        tick: Progress.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        records: Sequence[Any],
+        collate: Any,
+        config: PruneConfig,
+        batch_size: int = 8,
+        seed: int = 0,
+        features: FeatureCache | None = None,
+        tick: Tick = silent,
+    ) -> None:
+        super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self.model = model
+        self.plan: PruningPlan | None = None
+        self.pruned: nn.Module | None = None
+        self.report: PruneReport | None = None
+        self._records, self._collate, self._config = records, collate, config
+        self._batch_size, self._seed, self._features, self._tick = batch_size, seed, features, tick
+        self._batches: list[dict[str, Any]] = []
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """This process's share of the calibration records."""
+        mine = list(self._records)[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader(mine, batch_size=self._batch_size, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Keep a batch, already on the device; the statistics go over all of them, layer by layer."""
+        self._batches.append(batch)
+
+    def on_predict_epoch_end(self) -> None:
+        """Score, select, refit, cut."""
+        calibration = Calibration(self._batches, self._features, reduce=sum_over, tick=self._tick)
+        plan, scored = make_plan(self.model, calibration, self._config, self._seed)
+        self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
+        self.pruned, applied = apply_plan(self.model, self.plan, calibration, self._config)
+        self.model = self.pruned
+        self.report = replace(scored, loss_pruned=applied.loss_pruned, errors=applied.errors, damping=applied.damping)
+        self._batches = []
