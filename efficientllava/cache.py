@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -118,25 +118,21 @@ class StageCache:
         with FileLock(folder.with_name(folder.name + ".lock")):
             yield
 
-    @staticmethod
-    def forget(entry: Entry) -> None:
-        """Remove an entry that turned out to be bad."""
-        shutil.rmtree(entry.folder, ignore_errors=True)
-
 
 def link(source: Path, target: Path) -> None:
     """Put a file or folder of the cache into a run, by hard links where the file system can, whole or not at all.
 
     Args:
         source: File or folder.
-        target: Its new name; must not exist.
+        target: Its new name; what stands there is replaced.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     if source.is_dir():
         shutil.copytree(source, partial, copy_function=_link_or_copy)
+        shutil.rmtree(target, ignore_errors=True)
     else:
         _link_or_copy(source, partial)
-    partial.rename(target)
+    partial.replace(target)
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -148,6 +144,13 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target)
 
 
-def ids_digest(ids: Sequence[str]) -> str:
-    """Digest of record ids in their order."""
-    return digest(list(ids))
+def file_digest(path: str | Path | None) -> str:
+    """Digest of a file's content; empty for None.
+
+    Args:
+        path: File.
+    """
+    if path is None:
+        return ""
+    with Path(path).expanduser().open("rb") as handle:
+        return hashlib.file_digest(handle, "blake2b").hexdigest()[:16]

@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from . import processes
-from .cache import Entry, StageCache, ids_digest, link, source_digest
+from .cache import Entry, StageCache, file_digest, link, source_digest
 from .config import check, digest, instantiate, typed
 from .console import Ticker, progress, quiet_libraries, say
 from .errors import UserError
@@ -105,7 +105,6 @@ class Run:
         self.seconds = {"prune": 0.0, "recover": 0.0, "evaluate": 0.0}
         self.samples = {"calibration": 0, "recovery": 0}
         self.answers: dict[str, list[str]] = {}
-        self.gates: list[tuple[Any, Entry]] = []
 
     def execute(self) -> None:
         """Run all stages and write the record."""
@@ -124,8 +123,6 @@ class Run:
             error.exit_code = 1
             raise
         finally:
-            for gate, _ in self.gates:
-                gate.cancel()
             processes.finish()
 
     def _prepare(self) -> None:
@@ -222,13 +219,13 @@ class Run:
                     (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
                 return {"metrics": outcome.metrics}
 
-            evaluation = {
-                k: v
-                for k, v in asdict(self.settings.evaluate).items()
-                if k in ("limit", "max_new_tokens", "batch_size")
-            }
+            relevant = ("limit", "max_new_tokens", "batch_size")
             inputs = self._inputs(
-                "evaluate", model=checkpoint.digest, task=task.name, data=asdict(self.settings.data), **evaluation
+                "evaluate",
+                model=checkpoint.digest,
+                task=task.name,
+                evaluate={key: getattr(self.settings.evaluate, key) for key in relevant},
+                questions=digest([r.id for r in task.records("test")]),
             )
             entry = self.cache.stage("evaluate", inputs, compute)
             self.entries[f"evaluate/{stage}/{task.name}"] = entry
@@ -274,15 +271,17 @@ class Run:
         inputs = self._inputs(
             "prune",
             model=self.base.digest,
-            prune=asdict(settings.prune),
-            calibration=[asdict(settings.calibration), ids_digest([r.id for r in self.calibration])],
-            data=asdict(settings.data),
+            prune={k: v for k, v in asdict(settings.prune).items() if k != "name"},
+            calibration=[asdict(settings.calibration), digest([r.id for r in self.calibration])],
+            files=[file_digest(settings.calibration.path), file_digest(settings.data.path)],
+            max_length=settings.data.max_length,
             seed=settings.seed,
         )
-        entry = self._verified_stage("prune", inputs, compute)
-        return self._adopt("pruned", entry)
+        return self._adopt("prune", "pruned", self.cache.stage("prune", inputs, compute))
 
     def _recover(self, student: Any) -> Any:
+        from .checkpoint import digest as digest_of
+        from .checkpoint import resolve
         from .recovery.objective import describe
         from .recovery.recover import recover
 
@@ -316,13 +315,14 @@ class Run:
         inputs = self._inputs(
             "recover",
             model=student.digest,
-            teacher=teacher_path,
-            recover=asdict(settings.recover),
-            data=[asdict(settings.data), settings.data_frac, self.samples["recovery"]],
+            teacher=student.base["digest"]
+            if settings.recover.teacher.path is None
+            else digest_of(resolve(teacher_path)),
+            recover={k: v for k, v in asdict(settings.recover).items() if k != "name"},
+            data=[asdict(settings.data), settings.data_frac, file_digest(settings.data.path)],
             seed=settings.seed,
         )
-        entry = self._verified_stage("recover", inputs, compute)
-        return self._adopt("recovered", entry)
+        return self._adopt("recover", "recovered", self.cache.stage("recover", inputs, compute))
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -331,7 +331,7 @@ class Run:
     ) -> None:
         """Round, save, and start the comparison with what a fresh process loads."""
         from .checkpoint import Checkpoint, round_weights, write
-        from .reload import ReloadGate
+        from .reload import reload_gate
 
         round_weights(model, source.storage)
         original = source.original_layers
@@ -346,32 +346,28 @@ class Run:
         target = folder / name
         target.mkdir()
         write(Checkpoint(model, source.processor, str(target), source.storage, "", provenance), target)
-        gate = ReloadGate.start(target, model, self._probe())
-        gate.wait()
+        reload_gate(target, model, self._probe())
 
     def _probe(self) -> dict[str, Any]:
         """A prompt with an image, as a stock forward pass takes it."""
         from .data.collator import prompt
         from .data.conversations import open_image
+        from .data.splits import load_split
 
-        records = self.calibration or [self.recovery.records[0]]  # pyright: ignore[reportOptionalMemberAccess]
+        records = self.calibration or [record for task in self.tasks for record in task.records("test")]
+        if not records:
+            records = [load_split(self.settings.data, "train")[0]]
         record = next((r for r in records if r.image is not None), records[0])
         turn = next((t for t in record.turns if t.sees_image), record.turns[0])
         return prompt(self.base.processor, turn.question, open_image(record) if turn.sees_image else None)
 
-    def _verified_stage(
-        self, name: str, inputs: dict[str, Any], compute: Callable[[Path, Path], dict[str, Any]]
-    ) -> Entry:
-        entry = self.cache.stage(name, inputs, compute)
-        self.entries[name] = entry
-        self.seconds[name] = entry.record["seconds"]
-        return entry
-
-    def _adopt(self, name: str, entry: Entry) -> Any:
+    def _adopt(self, stage: str, name: str, entry: Entry) -> Any:
         """Link a finished checkpoint into the run and load it from there."""
+        self.entries[stage] = entry
+        self.seconds[stage] = entry.record["seconds"]
         if processes.rank() == 0:
-            for path in sorted(entry.folder.iterdir()):
-                if path.name in (name, "plan.json") and not (self.folder / path.name).exists():
+            for path in entry.folder.iterdir():
+                if path.name in (name, "plan.json"):
                     link(path, self.folder / path.name)
         processes.barrier()
         checkpoint = self.load(self.folder / name, self.settings.model.dtype)
@@ -417,16 +413,18 @@ class Run:
     def _efficiency(self) -> dict[str, dict[str, Any]]:
         """Sizes and speeds of all stages, measured together so that drift of the machine cancels."""
         from .checkpoint import resolve
-        from .evaluation.efficiency import checkpoint_bytes, measure
+        from .evaluation.efficiency import checkpoint_bytes, measure, sizes
 
-        if processes.rank() or not self.settings.evaluate.efficiency or not (self.calibration or self.recovery):
+        if processes.rank():
             return {}
         models = {"base": self.load(self.settings.model.path, self.settings.model.dtype).model, **self.models}
-        stages = measure(models, self._probe(), self.settings.evaluate)
-        folders = {"base": resolve(self.settings.model.path), "pruned": self.folder / "pruned"}
-        folders["recovered"] = self.folder / "recovered"
+        if self.settings.evaluate.efficiency:
+            stages = measure(models, self._probe(), self.settings.evaluate)
+        else:
+            stages = {name: sizes(model) for name, model in models.items()}
+        folders = {"base": resolve(self.settings.model.path, self.settings.model.revision)}
         for name, stage in stages.items():
-            stage["checkpoint_bytes"] = checkpoint_bytes(folders[name])
+            stage["checkpoint_bytes"] = checkpoint_bytes(folders.get(name, self.folder / name))
         return stages
 
     def _samples(self) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,65 +46,34 @@ if not difference <= bound:
 """
 
 
-@dataclass
-class ReloadGate:
-    """A running comparison of a folder with the model in memory.
+@torch.no_grad()
+def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> None:
+    """Compare an exported folder with the model in memory.
 
     Args:
         folder: The exported folder.
-        process: The fresh process.
-        scratch: Folder with the probe; removed with the gate.
+        model: The model in memory, its weights rounded to the storage type.
+        inputs: Keyword tensors of ``model.forward``: a prompt with an image.
+
+    Raises:
+        RuntimeError: The reloaded model differs; the message says how.
     """
-
-    folder: Path
-    process: subprocess.Popen[str]
-    scratch: tempfile.TemporaryDirectory[str]
-
-    @classmethod
-    @torch.no_grad()
-    def start(cls, folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> ReloadGate:
-        """Start the comparison and return at once.
-
-        Args:
-            folder: The exported folder.
-            model: The model in memory, its weights rounded to the storage type.
-            inputs: Keyword tensors of ``model.forward``: a prompt with an image.
-        """
-        scratch = tempfile.TemporaryDirectory(prefix="efficientllava-")
-        device = next(model.parameters()).device
-        threads = torch.get_num_threads()
-        # The number of threads decides the order of sums; one on both sides makes the comparison exact.
-        torch.set_num_threads(1)
-        try:
-            logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
-        finally:
-            torch.set_num_threads(threads)
-        probe = Path(scratch.name) / "probe.safetensors"
-        tensors = {**inputs, "logits": logits}
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, probe)
-        package = str(Path(__file__).resolve().parents[1]) if is_per_layer(model.config.get_text_config()) else ""
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        command = [sys.executable, "-I", "-c", CHECK, str(folder), str(probe), dtype, device.type, package]
+    device = next(model.parameters()).device
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    package = str(Path(__file__).resolve().parents[1]) if is_per_layer(model.config.get_text_config()) else ""
+    threads = torch.get_num_threads()
+    # The number of threads decides the order of sums; one on both sides makes the comparison exact.
+    torch.set_num_threads(1)
+    try:
+        logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+    finally:
+        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
+        probe = str(Path(scratch) / "probe.safetensors")
+        save_file({name: value.cpu().contiguous() for name, value in {**inputs, "logits": logits}.items()}, probe)
+        command = [sys.executable, "-I", "-c", CHECK, str(folder), probe, dtype, device.type, package]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        return cls(folder, process, scratch)
-
-    def wait(self) -> None:
-        """Wait for the verdict.
-
-        Raises:
-            RuntimeError: The reloaded model differs; the message says how.
-        """
-        _, errors = self.process.communicate()
-        self.scratch.cleanup()
-        if self.process.returncode:
-            reason = (errors.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"{self.folder}: the reloaded checkpoint differs from the model in memory: {reason}")
-
-    def cancel(self) -> None:
-        """Stop the comparison without a verdict."""
-        self.process.kill()
-        self.process.communicate()
-        self.scratch.cleanup()
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{folder}: the reloaded checkpoint differs from the model in memory: {reason}")

@@ -157,6 +157,11 @@ def _setup(model: nn.Module, batch: Batch, cfg: EvaluateConfig) -> dict[str, Any
     }
 
 
+def sizes(model: nn.Module) -> dict[str, Any]:
+    """What is known of a model without running it: ``parameters`` and ``language_parameters``."""
+    return {"parameters": parameters(model), "language_parameters": language_parameters(model)}
+
+
 def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """Measure several models on the same prompt, interleaved.
 
@@ -188,8 +193,7 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) 
     for name, model in models.items():
         prefill, decode = zip(*times[name], strict=True)
         measured[name] = {
-            "parameters": parameters(model),
-            "language_parameters": language_parameters(model),
+            **sizes(model),
             "memory_bytes": _memory(model, inputs[name], cfg.new_tokens),
             "flops": prefill_flops(model, batch),
             "latency_ms": {

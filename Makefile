@@ -1,0 +1,53 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RUN ?= prune=widthwise recover=kd_hidden data_frac=0.05
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-test install-dev run test test-all bench lint format type clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed ## Make .venv and install
+install-test: $(VENV)/installed-test
+install-dev: $(VENV)/installed-dev
+
+run: install ## Prune, recover and evaluate the embedded model; RUN='...' changes the overrides
+	$(BIN)/python run.py $(RUN)
+
+test: install-test ## Run the tests, under 5 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+
+test-all: test ## Also run what is slow: kills, several processes
+	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu'
+
+bench: install ## Print measured ratios of time and memory
+	$(BIN)/python -m efficientllava.bench
+
+lint: install-dev ## Check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install-dev ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type: install-dev ## Check types
+	$(BIN)/pyright
+
+clean: ## Remove what was built; outputs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
