@@ -143,7 +143,7 @@ def answer_loss(model: nn.Module, batch: Batch, features: Tensor | None = None, 
         Scalar loss in nats.
     """
     mask, targets = supervised_positions(batch["labels"])
-    logits = model.lm_head(forward_hidden(model, batch, features)[mask])
+    logits = model.lm_head(forward_hidden(model, batch, features)[mask])  # pyright: ignore[reportCallIssue]
     return nn.functional.cross_entropy(logits.float(), targets, reduction=reduction)
 
 
