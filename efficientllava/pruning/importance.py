@@ -103,7 +103,7 @@ def obs_ranking(weight: Tensor, gram: Tensor, width: int, damping: float, rounds
 
     Args:
         weight: Writer ``(out_features, units * width)``.
-        gram: ``E[x x^T]``, ``(units * width, units * width)``.
+        gram: ``E[x x^T]``, ``(units * width, units * width)``; used up, so that only one more of its size is needed.
         width: Columns per unit.
         damping: Multiple of the mean diagonal added to ``gram``.
         rounds: Rounds in which all channels would go.
@@ -111,35 +111,39 @@ def obs_ranking(weight: Tensor, gram: Tensor, width: int, damping: float, rounds
     Returns:
         Removal order of all units; costs are rises of the mean square output error.
     """
-    columns = weight.detach().to(gram.dtype).clone()
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    damped = gram + (damping * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny) * eye
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    columns = weight.detach().to(gram.dtype, copy=True)
+    gram.diagonal().add_(damping * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram), out=gram)
     units = len(gram) // width
     alive = torch.arange(units, device=gram.device)
     step = 1 if width > 1 else max(1, units // rounds)
     order: list[int] = []
     costs: list[float] = []
     while len(alive):
-        scores = _block_scores(columns, inverse, width)
-        lowest = torch.argsort(scores, stable=True)[: min(step, len(alive))]
+        scores = _block_scores(columns, inverse, alive, width)
+        lowest = torch.argsort(scores, stable=True)[:step]
         order += alive[lowest].tolist()
         costs += scores[lowest].clamp(min=0).tolist()
-        gone = (lowest.unsqueeze(1) * width + torch.arange(width, device=gram.device)).flatten()
-        stay = torch.ones(len(alive) * width, dtype=torch.bool, device=gram.device)
-        stay[gone] = False
-        # Block elimination: W <- W - W_B R_BB^-1 R_B,  R <- R - R_B^T R_BB^-1 R_B
-        solved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stay])
-        columns = columns[:, stay] - columns[:, gone] @ solved
-        inverse = inverse[stay][:, stay] - inverse[stay][:, gone] @ solved
-        alive = alive[stay.view(-1, width)[:, 0]]
+        gone = _expand(alive[lowest], width)
+        # Block elimination: W <- W - W_B R_BB^-1 R_B,  R <- R - R_B^T R_BB^-1 R_B; removed rows and columns become 0.
+        rows = inverse[gone]
+        solved = torch.linalg.solve(rows[:, gone], rows)
+        columns.addmm_(columns[:, gone], solved, alpha=-1)
+        inverse.addmm_(rows.T, solved, alpha=-1)
+        stay = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
+        stay[lowest] = False
+        alive = alive[stay]
     return Ranking(tuple(order), tuple(costs))
 
 
-def _block_scores(columns: Tensor, inverse: Tensor, width: int) -> Tensor:
+def _expand(units: Tensor, width: int) -> Tensor:
+    return (units.unsqueeze(1) * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _block_scores(columns: Tensor, inverse: Tensor, alive: Tensor, width: int) -> Tensor:
     if width == 1:
-        return columns.square().sum(0) / inverse.diagonal()
-    units = columns.shape[1] // width
-    blocks = columns.view(columns.shape[0], units, width).permute(1, 2, 0)  # (units, width, out)
-    corners = torch.stack([inverse[u * width : (u + 1) * width, u * width : (u + 1) * width] for u in range(units)])
+        return columns[:, alive].square().sum(0) / inverse.diagonal()[alive]
+    places = _expand(alive, width).view(-1, width)
+    blocks = columns[:, places].permute(1, 2, 0)  # (alive, width, out)
+    corners = inverse[places.unsqueeze(2), places.unsqueeze(1)]
     return (blocks * torch.linalg.solve(corners, blocks)).sum((1, 2))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.anatomy import Layer, decoder_of, final_norm_of, language_parameters, layers_of
 from ..models.forward import Batch, FeatureCache
@@ -203,13 +203,11 @@ def block_influences(
     layers = decoder_of(stream.model).layers
     hidden, scores = list(stream.hidden), []
     for index in kept:
-        influence, after = BlockInfluence(), []
+        influence = BlockInfluence()
         for batch, inputs, outputs in stream.run(layers[index], index, hidden):
             compared = final_norm_of(stream.model)(outputs) if config.final_norm and index == kept[-1] else outputs
             influence.add(inputs, compared, stream.counted[batch])
-            after.append(stream.store(outputs))
         scores.append(influence.value(config.block_influence, reduce))
-        hidden = after
     return scores
 
 
@@ -280,23 +278,24 @@ def rank_units(
         return ranked, stream
     ranked, hidden = [], list(stream.hidden)
     for index, layer in enumerate(layers):
-        grams, power, hidden = _layer_statistics(stream, layer, index, hidden, calibration.reduce)
-        ranked.append(LayerScores(*(_rank(c, g, power, config) for c, g in zip(layer.components, grams, strict=True))))
+        grams, power = _layer_statistics(stream, layer, index, hidden, calibration.reduce)
+        ranked.append(LayerScores(*(_rank(c, grams.pop(0), power, config) for c in layer.components)))
         calibration.tick("score units", index + 1, len(layers))
     return ranked, stream
 
 
 @torch.no_grad()
 def _layer_statistics(
-    stream: CalibrationStream, layer: Layer, index: int, hidden: Sequence[torch.Tensor], reduce: Reduce
-) -> tuple[list[torch.Tensor], float, list[torch.Tensor]]:
+    stream: CalibrationStream, layer: Layer, index: int, hidden: list[Tensor], reduce: Reduce
+) -> tuple[list[Tensor], float]:
+    """Gram matrices of both writers' inputs, and the power of the layer's output; advances ``hidden``."""
     grams = [Gram(c.writer.in_features, c.writer.weight.device) for c in layer.components]
-    captured: dict[int, torch.Tensor] = {}
+    captured: dict[int, Tensor] = {}
     handles = [
         c.writer.register_forward_pre_hook(lambda _m, args, kind=kind: captured.__setitem__(kind, args[0]))
         for kind, c in enumerate(layer.components)
     ]
-    power, after = torch.zeros(2, dtype=torch.float64), []
+    power = torch.zeros(2, dtype=torch.float64)
     try:
         for batch, _, outputs in stream.run(layer.module, index, hidden):
             counted = stream.counted[batch]
@@ -304,15 +303,14 @@ def _layer_statistics(
                 gram.add(captured[kind][counted])
             square = outputs[counted].double().square().sum()
             power += torch.tensor([float(square), float(counted.sum())], dtype=torch.float64)
-            after.append(stream.store(outputs))
     finally:
         for handle in handles:
             handle.remove()
     power = reduce(power)
-    return [gram.reduced(reduce) for gram in grams], float(power[0] / power[1].clamp(min=1)), after
+    return [gram.mean(reduce) for gram in grams], float(power[0] / power[1].clamp(min=1))
 
 
-def _rank(component: Any, gram: torch.Tensor, power: float, config: PruneConfig) -> Ranking:
+def _rank(component: Any, gram: Tensor, power: float, config: PruneConfig) -> Ranking:
     if config.importance == "obs":
         ranking = obs_ranking(component.writer.weight, gram, component.width, config.damping)
         return replace(ranking, costs=tuple(cost / max(power, 1e-30) for cost in ranking.costs))

@@ -12,16 +12,19 @@ towards the plain slice, so that the error on the calibration data can never exc
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import Component, decoder_of, describe_layer
 from .plan import LayerPlan
-from .statistics import CalibrationStream, Gram, Reduce, no_reduce
+from .statistics import CalibrationStream, Gram, Reduce, add_product, no_reduce
 from .surgery import cut_component
 
 TARGETS = ("layer", "residual")
@@ -57,26 +60,12 @@ class Target:
     power: float
 
 
-def own_target(weight: Tensor, gram: Tensor) -> tuple[Tensor, float]:
-    """Moments of the layer's own dense output ``y = W x``.
-
-    Args:
-        weight: ``(out_features, inputs)``.
-        gram: ``E[x x^T]``, ``(inputs, inputs)``.
-
-    Returns:
-        ``E[y x^T]``, ``(out_features, inputs)``, and ``E ||y||^2``.
-    """
-    cross = weight.to(gram.dtype) @ gram
-    return cross, float((cross * weight.to(gram.dtype)).sum())
-
-
 def solve(weight: Tensor, gram: Tensor, target: Target, damping: float) -> tuple[Tensor, float, float]:
     """Refit kept columns in closed form.
 
     Args:
         weight: Kept columns ``W_S``, ``(out_features, kept)``.
-        gram: ``H_SS``, ``(kept, kept)``.
+        gram: ``H_SS``, ``(kept, kept)``; its diagonal is raised while this runs.
         target: Moments of the target with the kept inputs.
         damping: Multiple of the mean diagonal of ``gram`` that is added to it, > 0.
 
@@ -84,10 +73,11 @@ def solve(weight: Tensor, gram: Tensor, target: Target, damping: float) -> tuple
         Refitted columns in the type of ``gram``, and the mean square error before and after.
     """
     plain = weight.to(gram.dtype)
-    scale = float(gram.diagonal().mean())
-    damped = gram + (damping * scale + torch.finfo(gram.dtype).tiny) * torch.eye(len(gram)).to(gram)
     residual = target.cross - plain @ gram
-    refitted = plain + torch.cholesky_solve(residual.T, torch.linalg.cholesky(damped)).T
+    shift = damping * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny
+    gram.diagonal().add_(shift)
+    refitted = plain + torch.cholesky_solve(residual.T, torch.linalg.cholesky(gram)).T
+    gram.diagonal().sub_(shift)
     return refitted, _error(plain, gram, target), _error(refitted, gram, target)
 
 
@@ -111,18 +101,28 @@ class RefitResult:
 
 
 @dataclass
-class _Dense:
-    """The dense model's residual stream behind the attention and behind the MLP of one layer, for all batches."""
+class _Flow:
+    """Hidden states of all batches at one layer boundary.
 
-    middle: list[Tensor]
-    after: list[Tensor]
+    Args:
+        pruned: Of the pruned prefix.
+        dense: Of the dense model; None where the refit does not look at it.
+        touched: Whether the two differ.
+    """
+
+    pruned: list[Tensor]
+    dense: list[Tensor] | None
+    touched: bool = False
 
 
 class SequentialPruner:
     """Cuts a model layer by layer on the calibration stream, so that later layers are fitted on pruned inputs.
 
+    Held between layers: the hidden states of the pruned prefix, for the target ``residual`` those of the dense model as
+    well, and inside a layer the kept inputs of the attention's writer, so that no attention is computed twice.
+
     Args:
-        stream: The calibration stream; its hidden states stay unchanged.
+        stream: The calibration stream.
         refit: Whether writers are refitted.
         target: ``layer``: the layer's own output on the pruned prefix. ``residual``: the dense model's residual
             stream behind the component, so that a layer also repairs what earlier layers lost.
@@ -144,6 +144,7 @@ class SequentialPruner:
         self._to_residual = refit and target == "residual"
         self._config = decoder_of(stream.model).config
 
+    @torch.no_grad()
     def run(
         self, plans: Sequence[LayerPlan], commit: bool, on_layer: Callable[[int], None] | None = None
     ) -> RefitResult:
@@ -152,131 +153,177 @@ class SequentialPruner:
         Args:
             plans: Kept layers in ascending order.
             commit: Whether the model's own layers are cut in place; the caller then has to call
-                `efficientllava.pruning.surgery.rebuild`. A trial cuts a copy of one layer at a time.
+                `efficientllava.pruning.surgery.rebuild`, and the stream is used up. A trial cuts a copy of one layer at
+                a time and leaves model and stream as they are.
             on_layer: Called with the index of every finished layer.
 
         Returns:
             The loss and the errors.
         """
         by_index = {plan.index: plan for plan in plans}
-        pruned = dense_hidden = list(self._stream.hidden)
-        touched = False
+        start = list(self._stream.hidden)
+        if commit:
+            self._stream.hidden.clear()
+        flow = _Flow(start, list(start) if self._to_residual else None)
         result = RefitResult(0.0)
         for index, original in enumerate(decoder_of(self._stream.model).layers):
-            dense = self._run_dense(original, index, dense_hidden) if self._to_residual else None
             plan = by_index.get(index)
-            if plan is None:
-                touched = True
+            if plan is not None:
+                self._cut_layer(original if commit else copy.deepcopy(original), plan, flow, result.errors)
             else:
-                layer = original if commit else copy.deepcopy(original)
-                touched = self._cut_layer(layer, plan, dense, pruned, touched, result.errors)
-                pruned = dense.after if dense and not touched else self._stream.advance(layer, index, pruned)
-            if dense:
-                dense_hidden = dense.after
+                flow.touched = True
+                if flow.dense is not None:
+                    self._stream.advance(original, index, flow.dense)
             if on_layer:
                 on_layer(index)
-        result.loss = self._stream.answer_loss(pruned, self._reduce)
+        result.loss = self._stream.answer_loss(flow.pruned, self._reduce)
         return result
 
-    def _run_dense(self, layer: nn.Module, index: int, hidden: Sequence[Tensor]) -> _Dense:
-        writer = describe_layer(layer, self._config).attention.writer
-        outputs: list[Tensor] = []
-        dense = _Dense([], [])
-        handle = writer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-        try:
-            for _, inputs, after in self._stream.run(layer, index, hidden):
-                dense.middle.append(self._stream.store(inputs + outputs.pop()))
-                dense.after.append(self._stream.store(after))
-        finally:
-            handle.remove()
-        return dense
+    def _cut_layer(self, layer: nn.Module, plan: LayerPlan, flow: _Flow, errors: list[LayerError]) -> None:
+        attention = describe_layer(layer, self._config).attention
+        moments = self._moments(attention, plan.groups, flow.touched)
+        kept_inputs = self._run_attention(layer, plan, attention, flow, moments)
+        self._cut(attention, plan.groups, plan.index, moments, errors)
+        flow.touched |= len(plan.groups) < attention.units
+        with _replayed(attention, kept_inputs):
+            mlp = describe_layer(layer, self._config).mlp
+            moments = self._moments(mlp, plan.channels, flow.touched)
+            if moments is not None:
+                self._run_mlp(layer, plan.index, mlp, flow, moments)
+            self._cut(mlp, plan.channels, plan.index, moments, errors)
+            flow.touched |= len(plan.channels) < mlp.units
+            if flow.touched or flow.dense is None:
+                self._stream.advance(layer, plan.index, flow.pruned)
+            else:
+                flow.pruned = list(flow.dense)
 
-    def _cut_layer(
-        self,
-        layer: nn.Module,
-        plan: LayerPlan,
-        dense: _Dense | None,
-        pruned: Sequence[Tensor],
-        touched: bool,
-        errors: list[LayerError],
-    ) -> bool:
-        for kind, units in (("attention", plan.groups), ("mlp", plan.channels)):
-            component: Component = getattr(describe_layer(layer, self._config), kind)
-            whole = len(units) == component.units
-            if self._refit and (not whole or (touched and self._to_residual)):
-                goal = None if dense is None else (dense.middle if kind == "attention" else dense.after)
-                weight, error = self._refit_writer(layer, plan.index, component, units, goal, pruned)
-                errors.append(error)
-                cut_component(component, units, weight)
-            elif not whole:
-                cut_component(component, units)
-            touched = touched or not whole
-        return touched
+    def _moments(self, component: Component, units: Sequence[int], touched: bool) -> _Moments | None:
+        whole = len(units) == component.units
+        if not self._refit or (whole and not (touched and self._to_residual)):
+            return None
+        return _Moments(component.writer, component.columns(units))
 
-    def _refit_writer(
+    def _run_attention(
+        self, layer: nn.Module, plan: LayerPlan, attention: Component, flow: _Flow, moments: _Moments | None
+    ) -> list[Tensor]:
+        """Move the dense stream through the layer, which is still whole; return what the kept heads write from."""
+        stream, result = self._stream, []
+        kept = attention.columns(plan.groups).to(attention.writer.weight.device)
+        for batch, stored in enumerate(flow.pruned):
+            inputs, wanted = stream.load(stored, batch), None
+            seen = _Seen()
+            if flow.dense is not None:
+                start = stream.load(flow.dense[batch], batch)
+                with _captured(attention.writer, seen):
+                    after = stream.call(layer, plan.index, batch, start)
+                flow.dense[batch] = stream.store(after)
+                # What the attention would have to write for the residual stream to equal the dense model's.
+                wanted = start + seen.output - inputs
+            if flow.dense is None or flow.touched:
+                with _captured(attention.writer, seen, stop=True):
+                    stream.call(layer, plan.index, batch, inputs)
+            if moments is not None:
+                counted = stream.counted[batch]
+                moments.add(seen.inputs[counted], (seen.output if wanted is None else wanted)[counted])
+            result.append(stream.store(seen.inputs[..., kept]))
+        return result
+
+    def _run_mlp(self, layer: nn.Module, index: int, mlp: Component, flow: _Flow, moments: _Moments) -> None:
+        stream = self._stream
+        for batch, stored in enumerate(flow.pruned):
+            seen = _Seen()
+            with _captured(mlp.writer, seen):
+                output = stream.call(layer, index, batch, stream.load(stored, batch))
+            wanted = seen.output
+            if flow.dense is not None:
+                wanted = stream.load(flow.dense[batch], batch) - (output - seen.output)
+            counted = stream.counted[batch]
+            moments.add(seen.inputs[counted], wanted[counted])
+
+    def _cut(
         self,
-        layer: nn.Module,
-        index: int,
         component: Component,
         units: Sequence[int],
-        goal: Sequence[Tensor] | None,
-        pruned: Sequence[Tensor],
-    ) -> tuple[Tensor, LayerError]:
-        weight = component.writer.weight.detach()
-        kept = component.columns(units).to(weight.device)
-        moments = self._collect(layer, index, component, goal, pruned)
-        gram = moments.gram.reduced(self._reduce)
-        cross, power = moments.target(self._reduce) if goal is not None else own_target(weight, gram)
-        refitted, before, after = solve(
-            weight[:, kept], gram[kept][:, kept], Target(cross[:, kept], power), self._damping
-        )
-        scale = max(power, torch.finfo(torch.float32).tiny)
-        return refitted, LayerError(index, component.kind, before / scale, after / scale)
-
-    def _collect(
-        self,
-        layer: nn.Module,
         index: int,
-        component: Component,
-        goal: Sequence[Tensor] | None,
-        pruned: Sequence[Tensor],
-    ) -> _Moments:
-        writer = component.writer
-        moments = _Moments(writer)
-        seen: list[tuple[Tensor, Tensor]] = []
-        handle = writer.register_forward_hook(lambda _module, args, output: seen.append((args[0], output)))
-        try:
-            for batch, inputs, output in self._stream.run(layer, index, pruned):
-                counted = self._stream.counted[batch]
-                written_from, written = seen.pop()
-                wanted = None
-                if goal is not None:
-                    # What the writer would have to write for the residual stream to equal the dense model's.
-                    rest = inputs if component.kind == "attention" else output - written
-                    wanted = (goal[batch].to(rest.device) - rest)[counted]
-                moments.add(written_from[counted], wanted)
-        finally:
-            handle.remove()
-        return moments
+        moments: _Moments | None,
+        errors: list[LayerError],
+    ) -> None:
+        weight = None
+        if moments is not None:
+            gram, target = moments.means(self._reduce)
+            plain = component.writer.weight.detach()[:, moments.kept]
+            weight, before, after = solve(plain, gram, target, self._damping)
+            scale = max(target.power, torch.finfo(torch.float32).tiny)
+            errors.append(LayerError(index, component.kind, before / scale, after / scale))
+        if weight is not None or len(units) < component.units:
+            cut_component(component, units, weight)
 
 
 class _Moments:
-    """Sums over counted positions: Gram matrix of a writer's inputs, and moments of its target."""
+    """Sums over counted positions: Gram matrix of a writer's kept inputs, and their moments with its target."""
 
-    def __init__(self, writer: nn.Linear) -> None:
+    def __init__(self, writer: nn.Linear, kept: Tensor) -> None:
         device = writer.weight.device
-        self.gram = Gram(writer.in_features, device)
+        self.kept = kept.to(device)
+        self._gram = Gram(len(kept), device)
         self._bias = writer.bias
-        self._cross = torch.zeros(writer.out_features, writer.in_features, dtype=self.gram.matrix.dtype, device=device)
+        self._cross = torch.zeros(writer.out_features, len(kept), dtype=self._gram.matrix.dtype, device=device)
         self._power = torch.zeros(1, dtype=torch.float64)
 
-    def add(self, rows: Tensor, wanted: Tensor | None) -> None:
-        self.gram.add(rows)
-        if wanted is not None:
-            wanted = (wanted if self._bias is None else wanted - self._bias).to(self._cross.dtype)
-            self._cross.addmm_(wanted.T, rows.to(self._cross.dtype))
-            self._power += wanted.double().square().sum().cpu()
+    def add(self, rows: Tensor, wanted: Tensor) -> None:
+        """Add the writer's whole inputs, ``(positions, in_features)``, and what it should write."""
+        rows = rows[:, self.kept]
+        wanted = wanted if self._bias is None else wanted - self._bias
+        self._gram.add(rows)
+        add_product(self._cross, wanted, rows)
+        self._power += wanted.double().square().sum().cpu()
 
-    def target(self, reduce: Reduce) -> tuple[Tensor, float]:
-        count = float(reduce(torch.tensor([float(self.gram.count)], dtype=torch.float64)).clamp(min=1))
-        return reduce(self._cross) / count, float(reduce(self._power)) / count
+    def means(self, reduce: Reduce) -> tuple[Tensor, Target]:
+        """Close the sums over all processes."""
+        count = float(reduce(torch.tensor([float(self._gram.count)], dtype=torch.float64)).clamp(min=1))
+        target = Target(reduce(self._cross).div_(count), float(reduce(self._power)) / count)
+        return self._gram.mean(reduce), target
+
+
+class _Reached(Exception):  # noqa: N818 - control flow, never an error a user sees
+    pass
+
+
+class _Seen:
+    """What went into a writer and what it wrote, in its latest call."""
+
+    inputs: Tensor
+    output: Tensor
+
+
+@contextlib.contextmanager
+def _captured(writer: nn.Linear, seen: _Seen, stop: bool = False) -> Iterator[None]:
+    """Note a writer's next call; with ``stop`` the rest of the block does not run."""
+
+    def note(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.inputs, seen.output = args[0], output
+        if stop:
+            raise _Reached
+
+    handle = writer.register_forward_hook(note)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def _replayed(attention: Component, kept_inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Run only the writer of an attention, on what its heads gave before; batches come in order, pass after pass."""
+    turns = itertools.cycle(kept_inputs)
+
+    def forward(*_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
+        return attention.writer(next(turns).to(attention.writer.weight.device)), None
+
+    attention.module.forward = forward
+    try:
+        yield
+    finally:
+        del attention.module.forward

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..models.anatomy import decoder_of, final_norm_of
 from ..models.forward import Batch, FeatureCache, forward_hidden, supervised_positions
 
@@ -110,30 +111,60 @@ class CalibrationStream:
         """Move hidden states to the device that keeps them between layers."""
         return hidden if self._storage is None else hidden.to(self._storage)
 
-    def _device(self, index: int) -> torch.device:
-        return self.counted[index].device
+    def load(self, stored: Tensor, batch: int) -> Tensor:
+        """Move hidden states of a batch to the device that computes on them."""
+        return stored.to(self.counted[batch].device)
 
     @torch.no_grad()
-    def run(
-        self, layer: nn.Module, position: int, hidden: Sequence[Tensor] | None = None
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Run one layer over all batches.
+    def call(self, layer: nn.Module, position: int, batch: int, inputs: Tensor) -> Tensor:
+        """Run one layer on one batch.
 
         Args:
             layer: The layer, original or cut.
             position: Its index in the original decoder, which decides mask and position embeddings.
-            hidden: Layer inputs; the stream's own where absent.
+            batch: Index of the batch.
+            inputs: ``(batch, seq, hidden)`` on the compute device.
+
+        Returns:
+            The layer's output, like ``inputs``.
+        """
+        return layer(inputs, **self._kwargs[batch][position])
+
+    def run(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Move all batches through one layer: its outputs take the place of its inputs as they are made.
+
+        Args:
+            layer: See `call`.
+            position: See `call`.
+            hidden: Layer inputs by batch; overwritten.
 
         Yields:
             ``(batch index, input, output)``, both ``(batch, seq, hidden)`` on the compute device.
         """
-        for index, stored in enumerate(self.hidden if hidden is None else hidden):
-            inputs = stored.to(self._device(index))
-            yield index, inputs, layer(inputs, **self._kwargs[index][position])
+        for batch, stored in enumerate(hidden):
+            inputs = self.load(stored, batch)
+            output = self.call(layer, position, batch, inputs)
+            hidden[batch] = self.store(output)
+            yield batch, inputs, output
 
-    def advance(self, layer: nn.Module, position: int, hidden: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Return the layer's outputs for all batches, on the storage device."""
-        return [self.store(output) for _, _, output in self.run(layer, position, hidden)]
+    def advance(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> None:
+        """Replace the layer's inputs by its outputs, for all batches."""
+        for _ in self.run(layer, position, hidden):
+            pass
+
+    def require_counted(self, tokens: str, reduce: Reduce = no_reduce) -> None:
+        """Refuse calibration records in which no position counts.
+
+        Args:
+            tokens: What was asked for, see `counted_positions`.
+            reduce: Sums over processes.
+
+        Raises:
+            UserError: No batch of any process has such a position.
+        """
+        count = sum(float(mask.sum()) for mask in self.counted)
+        if not float(reduce(torch.tensor([count], dtype=torch.float64))):
+            raise UserError(f"prune.tokens={tokens}: the calibration records have no such token; use prune.tokens=all")
 
     @torch.no_grad()
     def answer_loss(self, hidden: Sequence[Tensor], reduce: Reduce = no_reduce) -> float:
@@ -162,6 +193,25 @@ def gram_dtype(size: int) -> torch.dtype:
     return torch.float64 if size <= 2048 else torch.float32
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left^T right`` of one batch to a running sum.
+
+    Batches are multiplied in float32 (float64 if they are) and summed in the type of ``total``: much faster than float64
+    products, and as independent of how batches are spread over processes.
+
+    Args:
+        total: ``(m, n)``; changed in place.
+        left: ``(positions, m)``.
+        right: ``(positions, n)``.
+    """
+    dtype = torch.promote_types(right.dtype, torch.float32)
+    left, right = left.to(dtype), right.to(dtype)
+    if dtype == total.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.T @ right
+
+
 class Gram:
     """Sum of ``x x^T`` over counted positions.
 
@@ -176,14 +226,13 @@ class Gram:
 
     def add(self, rows: Tensor) -> None:
         """Add rows ``(positions, size)``."""
-        rows = rows.to(self.matrix.dtype)
-        self.matrix.addmm_(rows.T, rows)
+        add_product(self.matrix, rows, rows)
         self.count += len(rows)
 
-    def reduced(self, reduce: Reduce) -> Tensor:
-        """The sum over processes, divided by the number of positions: ``E[x x^T]``, ``(size, size)``."""
+    def mean(self, reduce: Reduce) -> Tensor:
+        """Close the sum: ``E[x x^T]`` over the positions of all processes, ``(size, size)``; takes the sum's memory."""
         count = reduce(torch.tensor([float(self.count)], dtype=torch.float64))
-        return reduce(self.matrix) / max(float(count), 1.0)
+        return reduce(self.matrix).div_(max(float(count), 1.0))
 
 
 @dataclass
