@@ -97,9 +97,8 @@ class Prompts:
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a rendered text and the characters that each one covers."""
         bos = self.tokenizer.bos_token
-        out = self.tokenizer(
-            text, return_offsets_mapping=True, add_special_tokens=not (bos and text.startswith(bos)), truncation=False
-        )
+        special = not (bos and text.startswith(bos))
+        out = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
         ids, offsets = list(out["input_ids"]), list(out["offset_mapping"])
         # Some tokenizers close the text by themselves; the template is what decides that here.
         while ids and offsets[-1][0] == offsets[-1][1] and ids[-1] == self.tokenizer.eos_token_id:

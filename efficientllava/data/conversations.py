@@ -18,6 +18,9 @@ from ..errors import UserError
 log = logging.getLogger(__name__)
 
 IMAGE_TAG = "<image>"
+# Files of up to this many records are read in full before a run, so that every fault is found early. In larger ones a
+# broken image or an overlong answer is found when its record is used.
+CHECK_LIMIT = 5000
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -93,7 +96,8 @@ def read_conversations(
 
     One record is ``{"id"?, "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`` or
     ``{"id"?, "images"?: [...], "messages": [{"role": "user" | "assistant", "content"}]}``, with at most one image, a
-    path relative to ``image_root``. Text-only records are kept. Images are not opened, only looked for.
+    path relative to ``image_root``. Text-only records are kept. Up to ``CHECK_LIMIT`` records every image is
+    decoded once to find broken ones; of more records it is only asked whether the files exist.
 
     Args:
         path: The file; one JSON list, or one JSON object per line.
@@ -123,11 +127,10 @@ def read_conversations(
         seen[record.id] += 1
         count = seen[record.id]
         records.append(record if count == 1 else replace(record, id=f"{record.id}#{count}"))
-    missing = missing_images(records)
-    bad += [f"record {record.id!r}: image {str(record.image)!r} does not exist" for record in missing]
-    lost = {record.id for record in missing}
-    report_bad(str(file), bad, len(records) - len(missing) + len(bad), max_bad_fraction)
-    return [record for record in records if record.id not in lost]
+    problems = image_problems(records)
+    total = len(records) + len(bad)
+    report_bad(str(file), [*bad, *problems.values()], total, max_bad_fraction)
+    return [record for record in records if record.id not in problems]
 
 
 def report_bad(where: str, bad: Sequence[str], total: int, max_bad_fraction: float) -> None:
@@ -152,12 +155,26 @@ def report_bad(where: str, bad: Sequence[str], total: int, max_bad_fraction: flo
     log.warning("%s; they are left out", found)
 
 
-def missing_images(records: Sequence[Record]) -> list[Record]:
-    """Records whose image file does not exist; asked in parallel, since image folders are often on a network."""
-    filed = [record for record in records if isinstance(record.image, Path)]
+def image_problems(records: Sequence[Record]) -> dict[str, str]:
+    """What is wrong with the image files of records, by record id.
+
+    Up to ``CHECK_LIMIT`` records every image is decoded; of more records it is only asked whether the files exist. In
+    parallel, since image folders are often on a network.
+    """
+    decode = len(records) <= CHECK_LIMIT
+
+    def problem(record: Record) -> str | None:
+        if isinstance(record.image, Path) and not record.image.is_file():
+            return f"record {record.id!r}: image {str(record.image)!r} does not exist"
+        try:
+            open_image(record) if decode else None
+        except UserError as error:
+            return str(error)
+        return None
+
     with ThreadPoolExecutor(16) as pool:
-        there = pool.map(lambda record: record.image.is_file(), filed, chunksize=256)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
-        return [record for record, found in zip(filed, there, strict=True) if not found]
+        found = pool.map(problem, records, chunksize=256)
+        return {record.id: text for record, text in zip(records, found, strict=True) if text}
 
 
 def _raw_records(file: Path) -> Iterator[Any]:

@@ -13,14 +13,10 @@ from torch.utils.data import DataLoader, Sampler
 from ..errors import UserError
 from ..schema import DataConfig
 from .collator import Collator
-from .conversations import Record, report_bad
+from .conversations import CHECK_LIMIT, Record, report_bad
 from .splits import Subset, digest, draw, load_split
 
 log = logging.getLogger(__name__)
-
-# Up to this many drawn records are read in full before training starts, so that a fault is found early. More records
-# are checked as they come.
-CHECK_LIMIT = 5000
 
 
 class ShardedBatches(Sampler[list[int]]):

@@ -23,7 +23,7 @@ def test_enlarged_digits_keep_their_range_and_their_ink() -> None:
     assert every.shape[1:] == (GLYPH, GLYPH)
     assert every.min() == 0
     assert every.max() <= FULL
-    # Bilinear enlargement spreads the ink over (GLYPH / 8)^2 times as many pixels, all but what the rim cuts or repeats.
+    # Bilinear enlargement spreads the ink over (GLYPH / 8)^2 times as many pixels, but for the rim.
     ratio = every.mean() / GLYPH**2 / load_digits().images.mean()  # pyright: ignore[reportAttributeAccessIssue]
     assert 0.9 < ratio < 1.1
 

@@ -46,7 +46,9 @@ def test_a_file_is_divided_without_overlap(talks: DataConfig) -> None:
 def test_calibration_is_a_seeded_draw(talks: DataConfig) -> None:
     eight = calibration_records(CalibrationConfig(samples=8), DIGITS, 0)
     assert len(eight) == 8
-    assert [record.id for record in eight] == [record.id for record in calibration_records(CalibrationConfig(8), DIGITS)]
+    assert [record.id for record in eight] == [
+        record.id for record in calibration_records(CalibrationConfig(8), DIGITS)
+    ]
     own = calibration_records(CalibrationConfig(samples=12, path=talks.path), DIGITS, 1)
     assert len({record.id for record in own}) == 12
     with pytest.raises(UserError, match=r"calibration.samples=51: only 50"):

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+
+from efficientllava.data.collator import Collator
+from efficientllava.data.datamodule import RecoveryData, ShardedBatches, usable
+from efficientllava.data.splits import digest, load_split
+from efficientllava.errors import UserError
+from efficientllava.models.tiny import BUILDERS
+from efficientllava.schema import DataConfig
+
+DATA = DataConfig(name="digits_vqa", images=60, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return BUILDERS["tiny_llava"]()[1]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    sampler = ShardedBatches(10, 2, seed=3)
+    first = list(sampler)
+    assert first == list(ShardedBatches(10, 2, seed=3))
+    assert first != list(ShardedBatches(10, 2, seed=4))
+    assert sorted(index for batch in first for index in batch) == list(range(10))
+    sampler.set_epoch(1)
+    assert first != list(sampler)
+    sampler.set_epoch(0)
+    assert first == list(sampler)
+
+
+def test_ranks_share_an_epoch_without_overlap() -> None:
+    shards = [list(ShardedBatches(12, 2, 0, rank, 3)) for rank in range(3)]
+    assert [len(shard) for shard in shards] == [2, 2, 2]
+    assert sorted(index for shard in shards for batch in shard for index in batch) == list(range(12))
+    # Together the ranks see the batches of one process with the same global batch.
+    together = [[index for shard in shards for index in shard[step]] for step in range(2)]
+    assert together == list(ShardedBatches(12, 6))
+
+
+@pytest.mark.parametrize(("size", "world"), [(5, 1), (1, 2), (7, 2)])
+def test_every_batch_is_full(size: int, world: int) -> None:
+    shards = [list(ShardedBatches(size, 2, 0, rank, world)) for rank in range(world)]
+    assert all(len(batch) == 2 for shard in shards for batch in shard)
+    assert {index for shard in shards for batch in shard for index in batch} == set(range(size))
+    assert len({len(shard) for shard in shards}) == 1
+
+
+def test_batches_reach_a_trainer(processor) -> None:
+    class Counter(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen: list[str] = []
+
+        def training_step(self, batch, _index):
+            self.seen += batch["ids"]
+            return self.weight * batch["input_ids"].shape[0]
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module, data = Counter(), RecoveryData(DATA, processor, data_frac=0.2, seed=1)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    Trainer(max_epochs=1, use_distributed_sampler=False, enable_model_summary=False, **options).fit(module, data)
+    assert len(module.seen) == 12
+    assert set(module.seen) == {data.records[index].id for index in range(12)}
+    assert digest(data.records) == digest(RecoveryData(DATA, processor, data_frac=0.2, seed=1).records)
+    assert digest(data.records) != digest(RecoveryData(DATA, processor, data_frac=0.2, seed=2).records)
+
+
+def test_overlong_answers_fail_before_training(processor, tmp_path: Path) -> None:
+    def turns(answer: str) -> list[dict[str, str]]:
+        return [{"from": "human", "value": "repeat red"}, {"from": "gpt", "value": answer}]
+
+    records = [{"id": f"good{i}", "conversations": turns("red")} for i in range(19)]
+    records.append({"id": "long", "conversations": turns("red " * 600)})
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records))
+    config = DataConfig(name="conversations", path=str(path), batch_size=2)
+    every = [record for split in ("train", "calibration", "minival") for record in load_split(config, split)]
+    with pytest.raises(UserError, match=r"1 of 20 records are corrupt.*'long'.*data.max_bad_fraction allows 0"):
+        usable(every, Collator(processor), config)
+    config.max_bad_fraction = 0.1
+    assert {record.id for record in usable(every, Collator(processor), config)} == {f"good{i}" for i in range(19)}
+    assert all(record.id.startswith("good") for record in RecoveryData(config, processor).records)
+
+
+def test_faulty_batch_size_is_named(processor) -> None:
+    with pytest.raises(UserError, match=r"data.batch_size=0"):
+        RecoveryData(DataConfig(name="digits_vqa", batch_size=0), processor)
