@@ -245,14 +245,22 @@ def write(checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None =
         name: tensor.to(storage) if tensor.is_floating_point() else tensor
         for name, tensor in model.state_dict().items()
     }
-    in_memory = model.config.dtype
-    try:
-        model.config.dtype = storage
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config.dtype = in_memory
+    model.save_pretrained(folder, state_dict=state)
+    _declare_dtype(folder / "config.json", storage)
     checkpoint.processor.save_pretrained(folder)
     provenance = {**checkpoint.provenance, "base": checkpoint.base, "original_layers": checkpoint.original_layers}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     needs_import = is_per_layer(model.config.get_text_config())
     (folder / "README.md").write_text(model_card(provenance, needs_import, card or {}), encoding="utf-8")
+
+
+def _declare_dtype(file: Path, storage: torch.dtype) -> None:
+    # save_pretrained writes the type that the model computes in, which is not the type of the tensors handed over.
+    def walk(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {
+            key: str(storage).removeprefix("torch.") if key == "dtype" else walk(value) for key, value in node.items()
+        }
+
+    file.write_text(json.dumps(walk(json.loads(file.read_text("utf-8"))), indent=2) + "\n", encoding="utf-8")

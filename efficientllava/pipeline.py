@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,7 @@ class Run:
 
         from .checkpoint import load
 
+        quiet_libraries()
         self.settings, self.folder, self.overrides = settings, folder, list(overrides)
         self.cache = StageCache(Path(settings.paths.cache_dir), settings.reuse)
         accelerator = str(settings.trainer.get("accelerator", "auto"))
@@ -113,7 +114,6 @@ class Run:
         from .evaluation.module import feature_cache
 
         settings = self.settings
-        quiet_libraries()
         self._prepare()
         seed_everything(settings.seed, verbose=False)
         self.features = feature_cache(self.base.model)
@@ -287,7 +287,10 @@ class Run:
 
         settings = self.settings
         assert self.recovery is not None
-        say(f"recovery minimises [bold]{describe(settings.recover)}[/bold], trains {settings.recover.train}")
+        say(
+            f"recovery minimises [bold]{describe(settings.recover)}[/bold], trains {settings.recover.train}, "
+            f"{self.samples['recovery']} samples (data_frac {settings.data_frac:g})"
+        )
         weights = settings.recover.weights
         teacher_path = settings.recover.teacher.path or student.base["path"]
 
