@@ -68,24 +68,22 @@ def match_layers(which: str | Sequence[int], kept: Sequence[int], depth: int) ->
 
 
 @contextmanager
-def captured(
-    decoder: nn.Module, layers: Sequence[int], select: Callable[[Tensor], Tensor]
-) -> Iterator[dict[int, Tensor]]:
+def captured(decoder: nn.Module, layers: Sequence[int], mask: Tensor) -> Iterator[dict[int, Tensor]]:
     """Collect block outputs of one forward pass.
 
     Args:
         decoder: A bare decoder with ``layers``.
         layers: Positions of the wanted layers.
-        select: Applied to each output ``(batch, seq, hidden)`` before it is kept, to keep the wanted rows only.
+        mask: Wanted positions, ``(batch, seq)``.
 
     Yields:
-        A dictionary that fills, by position, as the layers run.
+        A dictionary that fills, by layer, with ``(positions, hidden)`` as the layers run.
     """
     states: dict[int, Tensor] = {}
 
     def keep(position: int) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            states[position] = select(output[0] if isinstance(output, tuple) else output)
+            states[position] = (output[0] if isinstance(output, tuple) else output)[mask]
 
         return hook
 

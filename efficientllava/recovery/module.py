@@ -118,19 +118,15 @@ class RecoveryModule(L.LightningModule):
     def _sums(self, batch: Mapping[str, Any]) -> Tensor:
         """Unweighted loss sums of a micro-batch, in the order of `terms`, connected to all trainable parameters."""
         mask, targets = positions(batch["labels"], self.cfg.parity)
-
-        def select(hidden: Tensor) -> Tensor:
-            return hidden[mask]
-
         features = self._features(batch)
         projector = projector_of(self.student)
         dtype = next(projector.parameters()).dtype
         inner = [match for match in self.matches if not match.final]
-        with captured(decoder_of(self.student), [match.student for match in inner], select) as states:
-            rows = select(forward_hidden(self.student, batch, None if features is None else features.to(dtype)))
+        with captured(decoder_of(self.student), [match.student for match in inner], mask) as states:
+            rows = forward_hidden(self.student, batch, None if features is None else features.to(dtype))[mask]
         reference, taught = None, {}
         if self.teacher is not None:
-            final, taught = self.teacher(batch, features, [match.teacher for match in inner], select)
+            final, taught = self.teacher(batch, features, [match.teacher for match in inner], mask)
             reference = final, self.teacher.head
         pairs = [
             (rows, reference[0]) if match.final and reference else (states[match.student], taught[match.teacher])

@@ -212,6 +212,9 @@ class _Stage(L.LightningDataModule):
         trainer.accumulate_grad_batches = accumulate
         self._module.total_steps = steps
         self._stream = BatchStream(loader, steps * accumulate)
+        # Parity counts padding too, which is no property of a record.
+        if self._module.teacher is not None and len(loader) < len(self._stream) and cfg.parity is None:
+            self._module.teacher.remember()
 
     def train_dataloader(self) -> BatchStream | None:
         return self._stream

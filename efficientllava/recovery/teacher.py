@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
 from ..models.forward import FeatureCache, forward_hidden, vision_features
 from .alignment import captured
+from .memory import RowMemory
 from .trainable import silence_dropout
 
 
@@ -61,6 +62,11 @@ class Teacher:
         self.model = model
         self.depth = len(decoder_of(model).layers)
         self._features = None if same_tower(model, student) else tower_features(model)
+        self._memory: RowMemory | None = None
+
+    def remember(self) -> None:
+        """Keep what is said about each record for later epochs; needs batches whose ``ids`` name each row's record."""
+        self._memory = RowMemory()
 
     def to(self, device: torch.device | str) -> Teacher:
         """Move the model and return self."""
@@ -73,25 +79,38 @@ class Teacher:
         batch: Mapping[str, Any],
         features: Tensor | None,
         layers: Sequence[int],
-        select: Callable[[Tensor], Tensor],
+        mask: Tensor,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Run the decoder once.
+        """Run the decoder once, or recall what it said about the same records.
 
         Args:
             batch: A collated batch.
             features: The student's vision features for the batch.
-            layers: Layers whose raw outputs are wanted.
-            select: Picks rows of ``(batch, seq, hidden)``.
+            layers: Layers whose raw outputs are wanted; the same in every call.
+            mask: Wanted positions, ``(batch, seq)``; a function of the records.
 
         Returns:
-            The chosen rows after the final norm, and of each wanted layer by index.
+            States of the wanted positions after the final norm, and of each wanted layer by index.
         """
+        known = self._memory.get(batch) if self._memory else None
+        if known is not None:
+            final, *states = known.to(mask.device)
+            return final, dict(zip(layers, states, strict=True))
+        final, states = self._run(batch, features, layers, mask)
+        if self._memory:
+            stacked = torch.stack([final, *(states[layer] for layer in layers)])
+            self._memory.put(batch, mask.sum(1).tolist(), stacked)
+        return final, states
+
+    def _run(
+        self, batch: Mapping[str, Any], features: Tensor | None, layers: Sequence[int], mask: Tensor
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         if self._features is not None:
             features = self._features(batch)
         if features is not None:
             features = features.to(next(projector_of(self.model).parameters()).dtype)
-        with captured(decoder_of(self.model), layers, select) as states:
-            final = select(forward_hidden(self.model, batch, features))
+        with captured(decoder_of(self.model), layers, mask) as states:
+            final = forward_hidden(self.model, batch, features)[mask]
         return final, states
 
     def head(self, rows: Tensor) -> Tensor:

@@ -35,8 +35,9 @@ def test_impossible_choices_are_refused(which, kept):
 def test_captured_states_are_raw_block_outputs_and_hooks_go():
     model = make_model()
     decoder, batch = decoder_of(model), make_batch(4)
-    with torch.no_grad(), captured(decoder, [1, 3], lambda hidden: hidden) as states:
-        final = forward_hidden(model, batch)
+    mask = batch["labels"] != -100
+    with torch.no_grad(), captured(decoder, [1, 3], mask) as states:
+        final = forward_hidden(model, batch)[mask]
     assert sorted(states) == [1, 3]
     torch.testing.assert_close(decoder.norm(states[3]), final)
     assert not torch.allclose(states[3], final)

@@ -7,11 +7,16 @@ import torch
 
 from efficientllava.errors import UserError
 from efficientllava.models.anatomy import projector_of
-from efficientllava.models.forward import forward_hidden
+from efficientllava.models.forward import forward_hidden, supervised_positions
 from efficientllava.recovery import teacher as module
+from efficientllava.recovery.memory import RowMemory
 from efficientllava.recovery.teacher import Teacher, check_teacher, same_tower, tower_features
 
-from .conftest import make_batch, make_model
+from .conftest import Samples, collate, make_batch, make_model
+
+
+def everywhere(batch):
+    return torch.ones_like(batch["labels"], dtype=torch.bool)
 
 
 def test_the_teacher_is_frozen_and_without_dropout():
@@ -19,7 +24,8 @@ def test_the_teacher_is_frozen_and_without_dropout():
     teacher = Teacher(model, make_model())
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(getattr(m, "attention_dropout", 0.0) == 0.0 for m in model.modules())
-    final, states = teacher(make_batch(2), tower_features(model)(make_batch(2)), [0], lambda hidden: hidden)
+    batch = make_batch(2)
+    final, states = teacher(batch, tower_features(model)(batch), [0], everywhere(batch))
     assert not final.requires_grad and not states[0].requires_grad
 
 
@@ -32,16 +38,16 @@ def test_the_tower_runs_once_for_both_when_it_is_the_same(monkeypatch):
     monkeypatch.setattr(module, "vision_features", lambda *args: runs.append(1) or original(*args))
     features, teacher, batch = tower_features(student), Teacher(model, student), make_batch(4)
     for _ in range(3):
-        final, _ = teacher(batch, features(batch), [], lambda hidden: hidden)
+        final, _ = teacher(batch, features(batch), [], everywhere(batch))
     assert len(runs) == 1
-    torch.testing.assert_close(final, forward_hidden(model, batch))
+    torch.testing.assert_close(final, forward_hidden(model, batch).flatten(0, 1))
 
 
 def test_a_teacher_with_another_tower_sees_through_its_own():
     model, student, batch = make_model(0), make_model(1), make_batch(4)
     assert not same_tower(model, student) and same_tower(model, copy.deepcopy(model).half())
-    final, _ = Teacher(model, student)(batch, tower_features(student)(batch), [], lambda hidden: hidden)
-    torch.testing.assert_close(final, forward_hidden(model, batch))
+    final, _ = Teacher(model, student)(batch, tower_features(student)(batch), [], everywhere(batch))
+    torch.testing.assert_close(final, forward_hidden(model, batch).flatten(0, 1))
 
 
 def test_the_teacher_keeps_its_own_projector():
@@ -50,8 +56,8 @@ def test_the_teacher_keeps_its_own_projector():
     for p in projector_of(student).parameters():
         p.data.zero_()
     batch = make_batch(4)
-    final, _ = Teacher(model, student)(batch, tower_features(student)(batch), [], lambda hidden: hidden)
-    torch.testing.assert_close(final, forward_hidden(model, batch))
+    final, _ = Teacher(model, student)(batch, tower_features(student)(batch), [], everywhere(batch))
+    torch.testing.assert_close(final, forward_hidden(model, batch).flatten(0, 1))
 
 
 def test_a_teacher_of_another_size_is_refused():
@@ -60,3 +66,32 @@ def test_a_teacher_of_another_size_is_refused():
     check_teacher(other, student, logits=False, hidden=True)
     with pytest.raises(UserError, match=r"recover\.teacher\.path.*vocabulary is 38.*37"):
         check_teacher(other, student, logits=True, hidden=False)
+
+
+def test_a_remembered_record_is_the_same_in_any_batch(monkeypatch):
+    model = make_model()
+    teacher, fresh = Teacher(model, model), Teacher(model, model)
+    teacher.remember()
+    data, runs = Samples(), []
+    monkeypatch.setattr(teacher, "_run", lambda *args: runs.append(1) or fresh._run(*args))
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 0], [6, 2, 1, 5], [3], [0, 7], [2, 2]):
+        batch = collate([data[i] for i in rows])
+        mask, _ = supervised_positions(batch["labels"])
+        got = teacher(batch, tower_features(model)(batch), [0, 2], mask)
+        torch.testing.assert_close(got, fresh(batch, tower_features(model)(batch), [0, 2], mask))
+    assert len(runs) == 4  # all but the third and the fourth hold something new
+
+
+def test_memory_is_bounded():
+    memory = RowMemory(limit_bytes=100)
+    first, second = (collate([Samples()[i]]) for i in (0, 1))
+    both = collate([Samples()[i] for i in (0, 1)])
+    memory.put(both, [2, 3], torch.ones(1, 5, 6))
+    assert memory.get(first) is not None and memory.get(second) is None and memory.get(both) is None
+
+
+def test_records_that_share_an_id_are_told_apart():
+    memory, one, other = RowMemory(), collate([Samples()[0]]), collate([Samples()[1]])
+    other["ids"] = one["ids"]
+    memory.put(one, [2], torch.ones(1, 2, 6))
+    assert memory.get(one) is not None and memory.get(other) is None
