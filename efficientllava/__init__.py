@@ -6,8 +6,22 @@ registration waits until transformers' auto classes are imported, so that ``impo
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from ._registration import register_when_transformers_loads
 
+if TYPE_CHECKING:
+    from .api import load, plan, prune, recover, save
+
 __version__ = "0.1.0"
+__all__ = ["load", "plan", "prune", "recover", "save"]
 
 register_when_transformers_loads()
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

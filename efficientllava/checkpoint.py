@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from .card import model_card
 from .errors import UserError
-from .models.anatomy import layers_of
+from .models.anatomy import decoder_of
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 
@@ -51,12 +51,29 @@ class Checkpoint:
     @property
     def original_layers(self) -> list[int]:
         """For every decoder layer, its index in the original unpruned model."""
-        return self.provenance.get("original_layers") or list(range(len(layers_of(self.model))))
+        return self.provenance["original_layers"]
 
     @property
     def base(self) -> dict[str, str]:
         """Path and digest of the original unpruned checkpoint; this checkpoint's own when it was never pruned."""
         return self.provenance.get("base") or {"path": self.path, "digest": self.digest}
+
+    def after(self, model: Any, step: Mapping[str, Any], kept: Sequence[int] | None = None) -> Checkpoint:
+        """The checkpoint that a stage makes of this one.
+
+        Args:
+            model: The stage's model.
+            step: What the stage did, for the provenance.
+            kept: Indices of the layers that are left; None where none was dropped.
+        """
+        original = self.original_layers
+        provenance = {
+            **self.provenance,
+            "base": self.base,
+            "original_layers": original if kept is None else [original[index] for index in kept],
+            "history": [*self.provenance.get("history", []), dict(step)],
+        }
+        return replace(self, model=model, digest="", provenance=provenance)
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -145,15 +162,11 @@ def load(path: str, dtype: str = "auto", device: str = "cpu", revision: str | No
     if problems:
         listed = "; ".join(f"{name}: {', '.join(keys[:3])} ({len(keys)})" for name, keys in problems.items())
         raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
-    provenance = folder / PROVENANCE
-    return Checkpoint(
-        model=model.eval(),
-        processor=load_processor(folder),
-        path=path,
-        storage=storage,
-        digest=digest(folder),
-        provenance=json.loads(provenance.read_text(encoding="utf-8")) if provenance.is_file() else {},
-    )
+    # Written down at once, because pruning consumes the model.
+    provenance: dict[str, Any] = {"original_layers": list(range(len(decoder_of(model).layers)))}
+    if (folder / PROVENANCE).is_file():
+        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    return Checkpoint(model.eval(), load_processor(folder), path, storage, digest(folder), provenance)
 
 
 def _first_line(error: BaseException) -> str:

@@ -333,22 +333,15 @@ class Run:
         self, folder: Path, name: str, model: Any, source: Any, step: dict[str, Any], kept: Sequence[int] | None
     ) -> None:
         """Round, save, and start the comparison with what a fresh process loads."""
-        from .checkpoint import Checkpoint, round_weights, write
+        from .checkpoint import round_weights, write
         from .reload import reload_gate
 
         round_weights(model, source.storage)
-        original = source.original_layers
-        provenance = {
-            **source.provenance,
-            "base": source.base,
-            "original_layers": original if kept is None else [original[index] for index in kept],
-            "history": [*source.provenance.get("history", []), step],
-        }
         if processes.rank():
             return
         target = folder / name
         target.mkdir()
-        write(Checkpoint(model, source.processor, str(target), source.storage, "", provenance), target)
+        write(source.after(model, step, kept), target)
         reload_gate(target, model, self._probe())
 
     def _probe(self) -> dict[str, Any]:

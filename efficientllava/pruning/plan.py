@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,16 +86,3 @@ class PruningPlan:
     def read(cls, path: str | Path) -> PruningPlan:
         """Read a plan from a file."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
-
-
-def compose_layers(original: Sequence[int], plan: PruningPlan) -> list[int]:
-    """Map a plan's kept layers to indices of the original model.
-
-    Args:
-        original: For every layer of the pruned checkpoint, its index in the original model.
-        plan: A plan for that checkpoint.
-
-    Returns:
-        Original indices of the plan's kept layers.
-    """
-    return [original[index] for index in plan.kept_layers]

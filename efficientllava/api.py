@@ -1,0 +1,153 @@
+"""The five lines of the Python interface: load, plan, prune, recover, save.
+
+import efficientllava as ev
+
+checkpoint = ev.load("builtin:tiny_llava")
+plan = ev.plan(checkpoint, ratio=0.5)
+smaller = ev.prune(checkpoint, plan)
+ev.recover(smaller, data_frac=0.05)
+ev.save(smaller, "tiny_llava_half")
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint, load, round_weights, save
+from .data.collator import Collator
+from .data.conversations import Record
+from .data.datamodule import RecoveryData
+from .data.splits import calibration_records
+from .errors import UserError
+from .models.forward import to_device
+from .pruning.plan import PruningPlan
+from .pruning.pruner import Calibration, apply_plan, make_plan
+from .recovery.recover import RecoveryStats
+from .recovery.recover import recover as run_recovery
+from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, WeightsConfig
+
+__all__ = ["load", "plan", "prune", "recover", "save"]
+
+DIGITS = DataConfig(name="digits_vqa")
+WIDTHWISE = PruneConfig(name="widthwise", method="widthwise", ratio=0.5, refit=True)
+KD_HIDDEN = RecoverConfig(name="kd_hidden", weights=WeightsConfig(sft=0.5, hidden=0.5), steps=300)
+
+
+def _with(config: Any, options: dict[str, Any], key: str) -> Any:
+    known = {field.name for field in fields(config)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise UserError(f"{key}: unknown option {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+    return replace(config, **options)
+
+
+def _calibration(checkpoint: Checkpoint, records: Sequence[Record] | None, samples: int, seed: int) -> Calibration:
+    if records is None:
+        records = calibration_records(CalibrationConfig(samples=samples), DIGITS, seed)
+    collate, device = Collator(checkpoint.processor), next(checkpoint.model.parameters()).device
+    chunks = [list(records[start : start + 8]) for start in range(0, len(records), 8)]
+    return Calibration([to_device(collate(chunk), device) for chunk in chunks])
+
+
+def plan(
+    checkpoint: Checkpoint,
+    records: Sequence[Record] | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    **options: Any,
+) -> PruningPlan:
+    """Decide what a checkpoint keeps; the model is unchanged.
+
+    Args:
+        checkpoint: From `load`.
+        records: Calibration records; None draws them from the embedded digits.
+        samples: Number of calibration records drawn where none are given.
+        seed: Seed of the draw and of random importance.
+        **options: Fields of `efficientllava.schema.PruneConfig`: ``ratio``, ``method``, ``importance``, ``selection`` …
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: An unknown option or an infeasible ratio.
+    """
+    config = _with(WIDTHWISE, options, "plan")
+    return make_plan(checkpoint.model, _calibration(checkpoint, records, samples, seed), config, seed)[0]
+
+
+def prune(
+    checkpoint: Checkpoint,
+    plan: PruningPlan,
+    records: Sequence[Record] | None = None,
+    samples: int = 64,
+    seed: int = 0,
+    **options: Any,
+) -> Checkpoint:
+    """Cut a checkpoint by a plan, refitting what is kept.
+
+    Args:
+        checkpoint: The checkpoint that the plan was made for; its model is consumed.
+        plan: From `plan`.
+        records: Calibration records of the refit; None draws them from the embedded digits.
+        samples: Number of calibration records drawn where none are given.
+        seed: Seed of the draw.
+        **options: Fields of `efficientllava.schema.PruneConfig` that concern the refit.
+
+    Returns:
+        The smaller checkpoint, its weights rounded to the storage type.
+    """
+    config = _with(WIDTHWISE, options, "prune")
+    model, _ = apply_plan(checkpoint.model, plan, _calibration(checkpoint, records, samples, seed), config)
+    round_weights(model, checkpoint.storage)
+    step = {"stage": "prune", "method": plan.method, "requested": plan.requested, "achieved": round(plan.achieved, 6)}
+    return checkpoint.after(model, step, plan.kept_layers)
+
+
+def recover(
+    checkpoint: Checkpoint,
+    data: DataConfig = DIGITS,
+    data_frac: float = 1.0,
+    seed: int = 0,
+    workdir: str | Path | None = None,
+    **options: Any,
+) -> RecoveryStats:
+    """Give a pruned checkpoint its skill back, in place.
+
+    Args:
+        checkpoint: A pruned checkpoint.
+        data: Recovery data; the embedded digits by default.
+        data_frac: Fraction of the data, (0, 1].
+        seed: Seed of the draw and of the order.
+        workdir: Folder of the resume point; a temporary one by default.
+        **options: Fields of `efficientllava.schema.RecoverConfig`: ``weights``, ``train``, ``lr``, ``steps`` …
+
+    Returns:
+        What was minimised, for how long, and the final losses.
+    """
+    from lightning.pytorch import Trainer
+
+    config = _with(KD_HIDDEN, options, "recover")
+    teacher = None
+    if config.weights.logit or config.weights.hidden:
+        teacher = load(config.teacher.path or checkpoint.base["path"], config.teacher.dtype).model
+    with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
+        stats = run_recovery(
+            checkpoint.model,
+            RecoveryData(data, checkpoint.processor, data_frac, seed),
+            config,
+            lambda **arguments: Trainer(logger=False, enable_model_summary=False, devices=1, **arguments),
+            Path(workdir or scratch),
+            batch_size=data.batch_size,
+            global_batch_size=data.global_batch_size,
+            teacher=teacher,
+            original_layers=checkpoint.original_layers,
+            seed=seed,
+        )
+    round_weights(checkpoint.model, checkpoint.storage)
+    step = {"stage": "recover", "loss": stats.loss, "train": stats.train, "steps": stats.steps}
+    checkpoint.provenance = checkpoint.after(checkpoint.model, step).provenance
+    return stats
