@@ -13,29 +13,29 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning
-import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..data.collator import Collator, GenerationCollator
-from ..data.conversations import Record
+from ..data.collator import Collator
 from ..data.digits import Digits
 from ..data.questions import NOTHING
-from ..data.scenes import COLOURS, FULL, PLACES, WORDS, Scene, strokes
+from ..data.scenes import COLOURS, PLACES, WORDS
 from ..errors import UserError
 from .anatomy import decoder_of, projector_of
-from .forward import answer_loss, forward_hidden, supervised_positions
+from .forward import answer_loss
+from .pretraining_data import Scenes, quadrants, scene_targets
+from .scoring import Scores, exact_match, forced_match
 from .tiny import BUILDERS
 
 STATE = "training.pt"
+PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ class PretrainConfig:
         save_every: Steps between saved training states; a killed run goes on from the last one.
         check_every: Steps between checks of accuracy on held-out scenes.
         threads: CPU threads.
+        test_questions: Questions of the final score.
     """
 
     name: str
     seed: int = 0
-    align_steps: int = 1500
+    align_steps: int = 2000
     align_images: int = 64
-    steps: int = 7000
+    steps: int = 6000
     images: int = 16
     questions: int = 12
     easy_steps: int = 400
@@ -73,6 +74,7 @@ class PretrainConfig:
     save_every: int = 250
     check_every: int = 500
     threads: int = 1
+    test_questions: int = 2000
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -97,82 +99,6 @@ def initialise(model: nn.Module, seed: int) -> None:
                 module.bias.data.zero_()
 
 
-def augmented(images: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """Digit images after small random rotations, scalings, shears and shifts.
-
-    Args:
-        images: ``(count, size, size)``, 0..``FULL``.
-        seed: Seed of this version.
-
-    Returns:
-        An int64 array of the same shape.
-    """
-    rng = np.random.default_rng(list(seed))
-    count = len(images)
-    angle, shear = rng.uniform(-0.22, 0.22, count), rng.uniform(-0.2, 0.2, count)
-    scale, shift = rng.uniform(0.9, 1.12, (2, count)), rng.uniform(-0.12, 0.12, (2, count))
-    cos, sin = np.cos(angle), np.sin(angle)
-    affine = np.stack(
-        [cos / scale[0], (shear - sin) / scale[0], shift[0], sin / scale[1], cos / scale[1], shift[1]], axis=1
-    ).reshape(count, 2, 3)
-    source = torch.from_numpy(images / FULL).float().unsqueeze(1)
-    grid = nn.functional.affine_grid(torch.from_numpy(affine).float(), list(source.shape), align_corners=False)
-    warped = nn.functional.grid_sample(source, grid, align_corners=False).squeeze(1)
-    return (warped.clamp(0, 1) * FULL).round().long().numpy()
-
-
-def scene_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """What each quadrant shows: ``digits`` (10: nothing) and ``colours`` (-100: none), ``(scenes, 4)``."""
-    digits = torch.full((len(scenes), 4), len(WORDS))
-    colours = torch.full((len(scenes), 4), -100)
-    for row, scene in enumerate(scenes):
-        for glyph in scene:
-            digits[row, glyph.place] = glyph.digit
-            colours[row, glyph.place] = list(COLOURS).index(glyph.colour)
-    return {"digits": digits, "colours": colours}
-
-
-def quadrants(tokens: int) -> Tensor:
-    """Index of the quadrant that each of ``tokens`` image tokens (a square grid, row by row) lies in."""
-    side = math.isqrt(tokens)
-    half = torch.arange(side) * 2 // side
-    return (half[:, None] * 2 + half[None, :]).flatten()
-
-
-class Scenes(Dataset[Any]):
-    """One item per training step: scenes with their pixels in the first stage, a collated batch in the second.
-
-    Args:
-        config: The recipe.
-        processor: The model's processor.
-        start: First step.
-    """
-
-    def __init__(self, config: PretrainConfig, processor: Any, start: int) -> None:
-        self.config, self.start = config, start
-        self.collate = Collator(processor)
-
-    def __len__(self) -> int:
-        return self.config.align_steps + self.config.steps - self.start
-
-    def __getitem__(self, index: int) -> Any:
-        if index >= len(self):
-            raise IndexError(index)
-        config, step = self.config, index + self.start
-        align = step < config.align_steps
-        easy = not align and step < config.align_steps + config.easy_steps
-        images = augmented(strokes("train").images, (config.seed, step))
-        data = Digits("pretrain", None, config.seed, 2 if easy else 4, config.questions, images)
-        size = config.align_images if align else config.images
-        # Blocks of indices that no two steps share, whatever the sizes.
-        indices = range(step * 4096, step * 4096 + size)
-        records = [data[i] for i in indices]
-        if not align:
-            return self.collate(records)
-        pixels, _ = self.collate.prompts.pixels([record.image for record in records if record.image is not None])  # pyright: ignore[reportArgumentType]
-        return {"pixel_values": pixels, **scene_targets([data.scene(i) for i in indices])}
-
-
 class PretrainModule(lightning.LightningModule):
     """Both stages, with optimisers driven by hand.
 
@@ -193,6 +119,7 @@ class PretrainModule(lightning.LightningModule):
         self.seconds = 0.0
         self.began = time.monotonic()
         self.history: list[dict[str, Any]] = []
+        self.saved_optimizers: list[dict[str, Any]] = []
         minival = Digits("minival", 60)
         self.minival = [minival[i] for i in range(len(minival))]
 
@@ -284,107 +211,59 @@ class PretrainModule(lightning.LightningModule):
         torch.save(state, self.folder / f"{STATE}.part")
         os.replace(self.folder / f"{STATE}.part", self.folder / STATE)
 
+    def restore(self) -> None:
+        """Take up the saved state of a killed run, where there is one.
+
+        Raises:
+            UserError: If it belongs to another recipe.
+        """
+        if not (self.folder / STATE).exists():
+            return
+        state = torch.load(self.folder / STATE, weights_only=True)
+        _same_recipe(state["config"], self.config, self.folder / STATE)
+        self.model.load_state_dict(state["model"])
+        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.saved_optimizers = state["optimizers"]
+
     def on_train_start(self) -> None:
-        """Set the peak rates, and go on from a saved state where there is one."""
+        """Remember the peak rates, and go on with the optimisers of the saved state where there is one."""
         optimizers: list[Any] = list(self.optimizers())  # pyright: ignore[reportArgumentType]
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
-        if (self.folder / STATE).exists():
-            state = torch.load(self.folder / STATE, weights_only=True)
-            for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+        for optimizer, saved in zip(optimizers, self.saved_optimizers, strict=False):
+            optimizer.load_state_dict(saved)
         self.model.train()
         self.began = time.monotonic()
 
 
-def _score(kinds: Sequence[str], right: Sequence[bool]) -> dict[str, dict[str, float]]:
-    scores: dict[str, dict[str, float]] = {}
-    for kind in ("all", *sorted(set(kinds))):
-        hits = [hit for name, hit in zip(kinds, right, strict=True) if kind in ("all", name)]
-        scores[kind] = {"accuracy": sum(hits) / len(hits), "n": len(hits)}
-    return scores
-
-
-def _chunks(records: Sequence[Record], size: int) -> Iterator[list[Record]]:
-    for start in range(0, len(records), size):
-        yield [records[i] for i in range(start, min(start + size, len(records)))]
-
-
-@torch.no_grad()
-def forced_match(model: nn.Module, processor: Any, records: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """Share of questions whose answer is the most likely continuation, token by token; all and by kind.
-
-    Args:
-        model: The model, in eval mode.
-        processor: Its processor.
-        records: Records of independent questions.
-
-    Returns:
-        ``{"all": {"accuracy", "n"}, kind: ...}``.
-    """
-    collate = Collator(processor, pack=False)
-    right: list[bool] = []
-    for chunk in _chunks(records, 32):
-        batch = collate(chunk)
-        mask, targets = supervised_positions(batch["labels"])
-        hits = torch.ones_like(mask)
-        hits[mask] = model.lm_head(forward_hidden(model, batch)[mask]).argmax(-1) == targets  # pyright: ignore[reportCallIssue]
-        right += hits.all(1).tolist()
-    return _score([turn.kind for record in records for turn in record.turns], right)
-
-
-@torch.no_grad()
-def exact_match(
-    model: nn.Module, processor: Any, records: Sequence[Record], batch_size: int = 100
-) -> dict[str, dict[str, float]]:
-    """Share of questions whose generated text equals the answer; all and by kind.
-
-    Args:
-        model: The model, in eval mode.
-        processor: Its processor.
-        records: Records of independent questions.
-        batch_size: Records per call of ``generate``.
-
-    Returns:
-        ``{"all": {"accuracy", "n"}, kind: ...}``.
-    """
-    collate = GenerationCollator(processor)
-    kinds: list[str] = []
-    right: list[bool] = []
-    for chunk in _chunks(records, batch_size):
-        batch = collate(chunk)
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
-        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)  # pyright: ignore[reportCallIssue]
-        texts = processor.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += [text.strip() == answer for text, answer in zip(texts, batch["answers"], strict=True)]
-        kinds += batch["kinds"]
-    return _score(kinds, right)
-
-
-def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, dict[str, float]]:
+def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
     """Train a tiny model and leave a half-precision checkpoint folder.
 
     Args:
         config: The recipe.
-        out_dir: Folder of the checkpoint; the training state lies beside its files until the run is complete.
+        out_dir: Folder of the checkpoint. The training state lies in it until the training is complete; a complete
+            folder of the same recipe is not trained again.
 
     Returns:
         Exact match of generated text on ``test``, ``{"all": {"accuracy", "n"}, kind: ...}``.
 
     Raises:
-        UserError: If the model's name is unknown or the folder holds the state of another recipe.
+        UserError: If the model's name is unknown or the folder belongs to another recipe.
     """
     if config.name not in BUILDERS:
         raise UserError(f"pretrain.name: {config.name!r} is not one of {', '.join(BUILDERS)}")
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / PROVENANCE).exists():
+        done = json.loads((folder / PROVENANCE).read_text("utf-8"))
+        _same_recipe(done.get("recipe"), config, folder / PROVENANCE)
+        return done["test"]
     torch.set_num_threads(config.threads)
     model, processor = BUILDERS[config.name]()
     initialise(model, config.seed)
     module = PretrainModule(config, model, processor, folder)
-    if (folder / STATE).exists():
-        _resume(module, folder)
+    module.restore()
     trainer = lightning.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -401,21 +280,16 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> dict[str, dict[str,
     return _finish(module, folder)
 
 
-def _resume(module: PretrainModule, folder: Path) -> None:
-    state = torch.load(folder / STATE, weights_only=True)
-    if state["config"] != asdict(module.config):
-        raise UserError(
-            f"{folder}: holds the training state of another recipe; choose another folder or remove {STATE}"
-        )
-    module.model.load_state_dict(state["model"])
-    module.step, module.seconds, module.history = state["step"], state["seconds"], state["history"]
+def _same_recipe(found: Any, config: PretrainConfig, file: Path) -> None:
+    if found != asdict(config):
+        raise UserError(f"{file}: belongs to another recipe; choose another folder or remove this one")
 
 
-def _finish(module: PretrainModule, folder: Path) -> dict[str, dict[str, float]]:
+def _finish(module: PretrainModule, folder: Path) -> Scores:
     """Round to half precision, score, and write the checkpoint with its provenance."""
     model, processor, config = module.model, module.processor, module.config
     model.half().float().eval()
-    scores = exact_match(model, processor, Digits("test"))
+    scores = exact_match(model, processor, Digits("test", config.test_questions))
     model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     processor.save_pretrained(folder)
     provenance = {
@@ -429,7 +303,10 @@ def _finish(module: PretrainModule, folder: Path) -> dict[str, dict[str, float]]
         "test": {kind: {"accuracy": round(v["accuracy"], 4), "n": v["n"]} for kind, v in scores.items()},
         "history": module.history,
     }
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
+    part = folder / f"{PROVENANCE}.part"
+    part.write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
+    os.replace(part, folder / PROVENANCE)
+    (folder / STATE).unlink()
     return scores
 
 
