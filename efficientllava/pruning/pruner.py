@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Layer, decoder_of, final_norm_of, language_parameters, layers_of
+from ..errors import UserError
+from ..models.anatomy import Component, Layer, decoder_of, final_norm_of, language_parameters, layers_of
 from ..models.forward import Batch, FeatureCache
 from ..schema import TAYLOR, PruneConfig
 from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
@@ -30,7 +31,7 @@ from .surgery import achieved_ratio, check_plan, cut, rebuild
 from .taylor import TaylorScores
 
 Tick = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
-COARSE = 6  # splits of the first pass when heads are too many to try every split
+COARSE = 6  # splits between heads and channels that are tried before the best one's neighbours
 
 
 def silent(_what: str, _done: int, _total: int) -> None:
@@ -47,6 +48,7 @@ class Calibration:
         reduce: Sums over processes.
         storage: Device that keeps hidden states between layers; None is the compute device.
         tick: Progress.
+        record_ids: Ids of the records of all processes; None: those of ``batches``.
     """
 
     batches: Sequence[Batch]
@@ -54,11 +56,13 @@ class Calibration:
     reduce: Reduce = no_reduce
     storage: torch.device | str | None = None
     tick: Tick = silent
+    record_ids: tuple[str, ...] | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Ids of the calibration records of this process."""
-        return tuple(record for batch in self.batches for record in batch["ids"])
+        """Ids of the calibration records, each once."""
+        found = (record for batch in self.batches for record in batch["ids"])
+        return tuple(dict.fromkeys(found)) if self.record_ids is None else self.record_ids
 
 
 @dataclass
@@ -101,7 +105,7 @@ def make_plan(
         The plan, and the scores behind it.
 
     Raises:
-        UserError: The ratio is infeasible.
+        UserError: The ratio is infeasible, or no calibration token is of the kind that ``config.tokens`` names.
     """
     report = PruneReport()
     if config.method == "layerwise":
@@ -155,16 +159,22 @@ def apply_plan(
     Args:
         model: The checkpoint that the plan was made for; consumed.
         plan: What is kept.
-        calibration: Batches for the refit; None cuts without looking at data.
+        calibration: Batches for the refit and for the loss afterwards; None cuts without looking at data.
         config: Refit settings.
 
     Returns:
         The smaller model, an instance of the class that loads its checkpoint, and a report.
+
+    Raises:
+        UserError: A refit is asked for without calibration batches.
+        ValueError: The plan was made for other sizes.
     """
     check_plan(model, plan)
     report = PruneReport(damping=config.damping if config.refit else None)
     before = language_parameters(model)
     if calibration is None:
+        if config.refit:
+            raise UserError("prune.refit=true needs calibration batches; pass some, or set prune.refit=false")
         return cut(model, plan), report
     stream = _stream(model, calibration, config)
     pruner = SequentialPruner(stream, config.refit, config.refit_target, config.damping, calibration.reduce)
@@ -181,7 +191,16 @@ def apply_plan(
 
 
 def _stream(model: nn.Module, calibration: Calibration, config: PruneConfig) -> CalibrationStream:
-    return CalibrationStream(model, calibration.batches, config.tokens, calibration.features, calibration.storage)
+    stream = CalibrationStream(model, calibration.batches, config.tokens, calibration.features, calibration.storage)
+    stream.require_counted(config.tokens, calibration.reduce)
+    return stream
+
+
+def _dense_loss(stream: CalibrationStream, reduce: Reduce) -> float:
+    hidden = list(stream.hidden)
+    for index, layer in enumerate(decoder_of(stream.model).layers):
+        stream.advance(layer, index, hidden)
+    return stream.answer_loss(hidden, reduce)
 
 
 @torch.no_grad()
@@ -219,7 +238,10 @@ def _layerwise(
     count = config.drop_layers
     if count is None:
         count = layers_to_drop(sizes, language_parameters(model), config.ratio or 0.0)
+    elif not 0 <= count < len(whole):
+        raise UserError(f"prune.drop_layers={count}: the model has {len(whole)} layers; allowed: 0..{len(whole) - 1}")
     stream = _stream(model, calibration, config)
+    report.loss_dense = _dense_loss(stream, calibration.reduce)
     kept = list(range(len(whole)))
     scores = block_influences(stream, kept, config, calibration.reduce)
     report.block_influence = scores
@@ -272,9 +294,7 @@ def rank_units(
         return ranked, stream
     if config.importance in ("magnitude", "random"):
         simple = magnitude_scores if config.importance == "magnitude" else lambda c: random_scores(c, generator)
-        ranked = [
-            LayerScores(*(_unit_mean(Ranking.from_scores(simple(c))) for c in layer.components)) for layer in layers
-        ]
+        ranked = [LayerScores(*(_levelled(c, simple(c)) for c in layer.components)) for layer in layers]
         return ranked, stream
     ranked, hidden = [], list(stream.hidden)
     for index, layer in enumerate(layers):
@@ -310,18 +330,19 @@ def _layer_statistics(
     return [gram.mean(reduce) for gram in grams], float(power[0] / power[1].clamp(min=1))
 
 
-def _rank(component: Any, gram: Tensor, power: float, config: PruneConfig) -> Ranking:
+def _rank(component: Component, gram: Tensor, power: float, config: PruneConfig) -> Ranking:
     if config.importance == "obs":
         ranking = obs_ranking(component.writer.weight, gram, component.width, config.damping)
         return replace(ranking, costs=tuple(cost / max(power, 1e-30) for cost in ranking.costs))
     scores = activation_scores if config.importance == "activation" else wanda_scores
-    return _unit_mean(Ranking.from_scores(scores(component, gram)))
+    return _levelled(component, scores(component, gram))
 
 
-def _unit_mean(ranking: Ranking) -> Ranking:
-    """Divide scores without a common unit by their mean, so that components can be ranked together at all."""
-    mean = sum(ranking.costs) / len(ranking.costs) or 1.0
-    return replace(ranking, costs=tuple(cost / mean for cost in ranking.costs))
+def _levelled(component: Component, scores: Tensor) -> Ranking:
+    """Rank by scores that have no common unit: a parameter costs 1 on average in every component of every layer."""
+    ranking = Ranking.from_scores(scores)
+    scale = component.unit_parameters * len(ranking.costs) / (sum(ranking.costs) or 1.0)
+    return replace(ranking, costs=tuple(cost * scale for cost in ranking.costs))
 
 
 def prune_space(model: nn.Module, config: PruneConfig) -> Space:
@@ -346,6 +367,7 @@ def _widthwise(
     elif config.selection == "shape":
         shapes = uniform_candidates(space, config.ratio or 0.0)
     scores, stream = rank_units(model, calibration, config, seed)
+    report.loss_dense = _dense_loss(stream, calibration.reduce)
     rankings = [s.pair for s in scores]
     if config.share is None and config.selection == "global":
         costs = [(attention.costs, mlp.costs) for attention, mlp in rankings]
@@ -357,7 +379,7 @@ def _widthwise(
     def loss(shape: tuple[int, int]) -> float:
         value = pruner.run(ranked_plan(space.counts(*shape), rankings), commit=False).loss
         report.candidates.append({"groups": shape[0], "channels": shape[1], "loss": value})
-        calibration.tick("choose heads against channels", len(report.candidates), min(len(shapes), 2 * COARSE))
+        calibration.tick("choose heads against channels", len(report.candidates), search_length(len(shapes)))
         return value
 
     best = lowest(shapes, loss)
@@ -365,17 +387,17 @@ def _widthwise(
 
 
 def lowest(candidates: Sequence[tuple[int, int]], loss: Callable[[tuple[int, int]], float]) -> tuple[int, int]:
-    """Find the candidate with the lowest loss: all of a short list, else a coarse grid that is refined around its best.
+    """Find the candidate with the lowest loss: a coarse grid, refined around its best.
 
     Args:
-        candidates: Shapes in order, so that neighbours are similar.
+        candidates: Shapes in order, so that neighbours are similar; the loss is taken to have one minimum along them.
         loss: Costly objective.
 
     Returns:
         The best candidate that was tried.
     """
     known: dict[int, float] = {}
-    step = 1 if len(candidates) <= 2 * COARSE else -(-len(candidates) // COARSE)
+    step = -(-len(candidates) // COARSE)
     tried = range(0, len(candidates), step)
     while True:
         for position in tried:
@@ -386,3 +408,13 @@ def lowest(candidates: Sequence[tuple[int, int]], loss: Callable[[tuple[int, int
             return candidates[best]
         step = -(-step // 2)
         tried = [p for p in (best - step, best + step) if 0 <= p < len(candidates)]
+
+
+def search_length(candidates: int) -> int:
+    """Most evaluations that `lowest` makes for a number of candidates."""
+    step = -(-candidates // COARSE)
+    length = len(range(0, candidates, step))
+    while step > 1:
+        step = -(-step // 2)
+        length += 2
+    return min(length, candidates)

@@ -285,8 +285,8 @@ class _Moments:
         return self._gram.mean(reduce), target
 
 
-class _Reached(Exception):  # noqa: N818 - control flow, never an error a user sees
-    pass
+class _Reached(Exception):
+    """Control flow, never an error a user sees."""
 
 
 class _Seen:

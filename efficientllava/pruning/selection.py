@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections.abc import Sequence
@@ -63,8 +64,8 @@ class Space:
             tuple(layer.attention.unit_parameters for layer in layers),
             tuple(layer.mlp.unit_parameters for layer in layers),
             language_parameters(model),
-            _indices("prune.protect_attention", protect_attention, len(layers)),
-            _indices("prune.protect_mlp", protect_mlp, len(layers)),
+            _indices("prune.protect or prune.protect_attention", protect_attention, len(layers)),
+            _indices("prune.protect or prune.protect_mlp", protect_mlp, len(layers)),
             round_to,
         )
 
@@ -96,12 +97,11 @@ class Space:
         """The least that every layer can keep: one KV group and ``round_to`` channels."""
         return self.counts(1, self.round_to)
 
-    def rounded(self, channels: float) -> int:
-        """Nearest allowed number of kept channels in the widest layer."""
+    @property
+    def allowed_channels(self) -> list[int]:
+        """Numbers of channels that unprotected layers may keep, ascending."""
         widest = max(self.channels)
-        if channels >= widest:
-            return widest
-        return min(max(self.round_to, round(channels / self.round_to) * self.round_to), widest)
+        return [*range(self.round_to, widest, self.round_to), widest]
 
 
 def _indices(key: str, values: Sequence[int], depth: int) -> frozenset[int]:
@@ -157,11 +157,8 @@ def uniform_candidates(space: Space, ratio: float) -> list[tuple[int, int]]:
     require_feasible(space, ratio)
     result: list[tuple[int, int]] = []
     nearest = 0.0
-    per_channel = space.ratio(space.counts(max(space.groups), 0)) / max(space.channels)
     for groups in range(1, max(space.groups) + 1):
-        from_heads = space.ratio(space.counts(groups, max(space.channels)))
-        wanted = max(space.channels) - (ratio - from_heads) / per_channel if per_channel else max(space.channels)
-        channels = space.rounded(wanted)
+        channels = _channels_for(space, ratio, groups)
         achieved = space.ratio(space.counts(groups, channels))
         if abs(achieved - ratio) < abs(nearest - ratio):
             nearest = achieved
@@ -173,6 +170,17 @@ def uniform_candidates(space: Space, ratio: float) -> list[tuple[int, int]]:
             "ask for that, or lower prune.round_to"
         )
     return result
+
+
+def _channels_for(space: Space, ratio: float, groups: int) -> int:
+    """The allowed number of channels that comes nearest to a ratio beside ``groups`` kept groups.
+
+    The ratio falls with every channel that is kept, but not by the same amount where layers are of different sizes.
+    """
+    allowed = space.allowed_channels
+    first = bisect.bisect_left(allowed, -ratio, key=lambda channels: -space.ratio(space.counts(groups, channels)))
+    near = allowed[max(first - 1, 0) : first + 1]
+    return min(near, key=lambda channels: abs(space.ratio(space.counts(groups, channels)) - ratio))
 
 
 def local_shape(space: Space, ratio: float) -> tuple[int, int]:
@@ -193,12 +201,13 @@ def nominal_shape(space: Space, share: float, head_dim: int, heads_per_group: in
     """Kept counts for a nominal share per pruned layer, with the published rounding.
 
     Removed channels are ``C - int(C (1 - share))``; removed heads are the same count over all head channels, divided by
-    the head width and rounded down (arXiv 2604.24380, released code). With GQA whole groups of heads go.
+    the head width and rounded down (arXiv 2604.24380, released code). With GQA whole groups of heads go. One group and
+    one channel always stay.
     """
     groups, channels = max(space.groups), max(space.channels)
     width = groups * heads_per_group * head_dim
     removed_heads = (width - int(width * (1 - share))) // head_dim
-    return groups - removed_heads // heads_per_group, int(channels * (1 - share))
+    return max(1, groups - removed_heads // heads_per_group), max(1, int(channels * (1 - share)))
 
 
 def ranked_plan(
@@ -280,8 +289,8 @@ def layers_to_drop(layer_parameters: Sequence[int], total: int, ratio: float) ->
     largest = len(layer_parameters) - 1
     if count < 1 or count > largest:
         raise UserError(
-            f"prune.ratio={ratio:g}: layerwise pruning removes whole blocks of {block:.3f} each, so the ratio must be 0 "
-            f"or between {block / 2:.3f} and {(largest + 0.5) * block:.3f} here; "
+            f"prune.ratio={ratio:g}: layerwise pruning removes whole blocks of {block:.3f} each, so the ratio must be "
+            f"0 or between {block / 2:.3f} and {(largest + 0.5) * block:.3f} here; "
             "change prune.ratio or set prune.drop_layers"
         )
     return count

@@ -196,8 +196,8 @@ def gram_dtype(size: int) -> torch.dtype:
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add ``left^T right`` of one batch to a running sum.
 
-    Batches are multiplied in float32 (float64 if they are) and summed in the type of ``total``: much faster than float64
-    products, and as independent of how batches are spread over processes.
+    Batches are multiplied in float32 (float64 if they are) and summed in the type of ``total``: much faster than
+    float64 products, and as independent of how batches are spread over processes.
 
     Args:
         total: ``(m, n)``; changed in place.

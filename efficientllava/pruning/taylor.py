@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import UserError
 from ..models.anatomy import Layer, layers_of
 from ..models.forward import Batch, FeatureCache, answer_loss
 from ..schema import TAYLOR
@@ -47,9 +48,9 @@ class TaylorScores:
         self._model, self._variant, self._mean = model, variant, mean
         self._layers = layers_of(model)
         self._axes = _scored_weights(self._layers)
-        self._scores: dict[nn.Parameter, Tensor] = {}
-        self._gradient: dict[nn.Parameter, Tensor] = {}
-        self._square: dict[nn.Parameter, Tensor] = {}
+        self._scores: dict[Tensor, Tensor] = {}
+        self._gradient: dict[Tensor, Tensor] = {}
+        self._square: dict[Tensor, Tensor] = {}
         self._batches = 0
         self._share = 1.0
 
@@ -68,9 +69,16 @@ class TaylorScores:
 
         Returns:
             Per layer, scores of its KV groups and of its channels.
+
+        Raises:
+            UserError: No batch has a supervised token.
         """
         tokens = [float((b["labels"][:, 1:] != -100).sum()) for b in batches]
         total = float(reduce(torch.tensor([sum(tokens)], dtype=torch.float64)))
+        if not total:
+            raise UserError(
+                f"prune.importance={self._variant}: the calibration records have no answer to take a loss of"
+            )
         flags = {p: p.requires_grad for p in self._model.parameters()}
         for parameter in flags:
             parameter.requires_grad_(parameter in self._axes)
@@ -78,7 +86,9 @@ class TaylorScores:
         try:
             with torch.enable_grad(), checkpointed(self._layers):
                 for batch, count in zip(batches, tokens, strict=True):
-                    self._share = count / max(total, 1.0)
+                    if not count:
+                        continue
+                    self._share = count / total
                     self._batches += 1
                     answer_loss(self._model, batch, features(batch) if features else None).backward()
         finally:
@@ -90,36 +100,47 @@ class TaylorScores:
 
     def _consume(self, parameter: Tensor) -> None:
         gradient = parameter.grad
-        assert gradient is not None and isinstance(parameter, nn.Parameter)
+        assert gradient is not None
         parameter.grad = None
         gradient = gradient.float()
         if self._mean == "sample":
-            _add(self._scores, parameter, self._reduce(parameter, gradient, gradient.square()))
+            _add(self._scores, parameter, self._reduce(parameter, gradient, gradient))
             return
         if self._variant != "param_second":
             _add(self._gradient, parameter, gradient * self._share)
         if self._variant in ("param_second", "param_mix"):
-            _add(self._square, parameter, gradient.square())
+            _add(self._square, parameter, gradient.square_())
 
-    def _reduce(self, parameter: nn.Parameter, gradient: Tensor, square: Tensor) -> Tensor:
-        """Reduce elementwise scores to the parameter's scored axis: rows of a reader, columns of a writer."""
+    def _reduce(self, parameter: Tensor, gradient: Tensor, rms: Tensor) -> Tensor:
+        """Reduce elementwise scores to the parameter's scored axis: rows of a reader, columns of a writer.
+
+        Args:
+            parameter: A scored weight.
+            gradient: Its mean gradient.
+            rms: The root of its mean squared gradient.
+        """
         weight = parameter.detach().float()
         other = 1 - self._axes[parameter]
         if self._variant == "param_first":
-            return (weight * gradient).abs().sum(other).double()
+            return (weight * gradient).abs_().sum(other).double()
         if self._variant == "vectorize":
-            return (weight * gradient).sum(other).abs().double()
+            return (weight * gradient).sum(other).abs_().double()
+        second = (weight * rms).square_()
         if self._variant == "param_second":
-            return (weight.square() * square).sum(other).double()
-        return (weight * gradient - 0.5 * weight.square() * square).abs().sum(other).double()
+            return second.sum(other).double()
+        return second.mul_(-0.5).addcmul_(weight, gradient).abs_().sum(other).double()
 
-    def _axis_scores(self, parameter: nn.Parameter, batches: float, reduce: Reduce) -> Tensor:
+    def _axis_scores(self, parameter: Tensor, batches: float, reduce: Reduce) -> Tensor:
+        # A process without batches takes part in every reduction, with zeros.
         if self._mean == "sample":
-            return reduce(self._scores[parameter]) / batches
-        zero = torch.zeros_like(parameter)
-        gradient = reduce(self._gradient[parameter]) if parameter in self._gradient else zero
-        square = reduce(self._square[parameter]) / batches if parameter in self._square else zero
-        return self._reduce(parameter, gradient, square)
+            empty = parameter.new_zeros(parameter.shape[self._axes[parameter]], dtype=torch.float64)
+            return reduce(self._scores.pop(parameter, empty)) / batches
+        gradient = rms = torch.zeros_like(parameter, dtype=torch.float32)
+        if self._variant != "param_second":
+            gradient = reduce(self._gradient.pop(parameter, gradient))
+        if self._variant in ("param_second", "param_mix"):
+            rms = (reduce(self._square.pop(parameter, rms)) / batches).sqrt_()
+        return self._reduce(parameter, gradient, rms)
 
     def _units(self, reduce: Reduce) -> list[tuple[Tensor, Tensor]]:
         batches = float(reduce(torch.tensor([float(self._batches)], dtype=torch.float64)))
@@ -151,13 +172,13 @@ def checkpointed(layers: Sequence[Layer]) -> Iterator[None]:
             del layer.module.forward
 
 
-def _add(store: dict[nn.Parameter, Tensor], parameter: nn.Parameter, value: Tensor) -> None:
+def _add(store: dict[Tensor, Tensor], parameter: Tensor, value: Tensor) -> None:
     store[parameter] = store[parameter].add_(value) if parameter in store else value
 
 
-def _scored_weights(layers: Sequence[Layer]) -> dict[nn.Parameter, int]:
+def _scored_weights(layers: Sequence[Layer]) -> dict[Tensor, int]:
     """Scored weights with the axis that belongs to units: 0 for readers, 1 for writers."""
-    axes: dict[nn.Parameter, int] = {}
+    axes: dict[Tensor, int] = {}
     for layer in layers:
         for component in layer.components:
             axes[component.writer.weight] = 1
