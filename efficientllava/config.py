@@ -43,6 +43,7 @@ DTYPE = _one_of("auto", "float32", "float16", "bfloat16")
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "data_frac": _number(0, 1, open_low=True, open_high=False),
     "seed": _number(0, 2**32),
+    "threads": AT_LEAST_1,
     "model.dtype": DTYPE,
     "model.train": _one_of("lora", "full"),
     "calibration.samples": AT_LEAST_1,

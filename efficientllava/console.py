@@ -50,8 +50,9 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in [*logging.root.manager.loggerDict, "lightning.pytorch", "lightning.fabric"]:
+        if name.startswith(("lightning", "httpx")):
+            logging.getLogger(name).setLevel(logging.WARNING)
     # Lightning's own deprecations, its view on loader workers, and predictions that are returned on another way.
     for message in (
         ".*LeafSpec.*",

@@ -93,6 +93,8 @@ class Run:
         from .checkpoint import load
 
         quiet_libraries()
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
         self.settings, self.folder, self.overrides = settings, folder, list(overrides)
         self.cache = StageCache(Path(settings.paths.cache_dir), settings.reuse)
         accelerator = str(settings.trainer.get("accelerator", "auto"))
@@ -171,6 +173,7 @@ class Run:
             "device": self.device.partition(":")[0],
             "processes": processes.world_size(),
             "precision": self.settings.trainer.get("precision"),
+            "threads": self.settings.threads,
             **more,
         }
 

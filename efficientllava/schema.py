@@ -172,6 +172,7 @@ class RunConfig:
     data_frac: float = 1.0  # fraction of the recovery data, (0, 1]
     optimized_metric: str | None = None  # dotted key into results.json that a sweeper optimises
     reuse: bool = True  # take finished stages from the cache
+    threads: int | None = None  # CPU threads per process; None: as many as torch likes
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     data: DataConfig = field(default_factory=DataConfig)
