@@ -20,8 +20,9 @@ from .pruner import Calibration, PruneReport, Tick, apply_plan, make_plan, silen
 class PruningModule(LightningModule):
     """Calibration batches to statistics, statistics to scores, scores to a plan, and the plan to a smaller model.
 
-    Every process looks at its share of the calibration records; statistics are summed, so that all arrive at the same
-    plan and the same weights. Needs a Trainer with ``use_distributed_sampler=False`` and ``inference_mode=False``.
+    Every process looks at its share of the calibration batches, which are the same for any number of processes;
+    statistics are summed, so that all arrive at the same plan and the same weights. Needs a Trainer with
+    ``use_distributed_sampler=False`` and ``inference_mode=False``.
 
     Args:
         model: The model to prune; consumed.
@@ -56,9 +57,10 @@ class PruningModule(LightningModule):
         self._batches: list[dict[str, Any]] = []
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """This process's share of the calibration records."""
-        mine = list(self._records)[self.trainer.global_rank :: self.trainer.world_size]
-        return DataLoader(mine, batch_size=self._batch_size, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
+        """This process's share of the calibration batches."""
+        starts = range(0, len(self._records), self._batch_size)[self.trainer.global_rank :: self.trainer.world_size]
+        chunks = [list(self._records[start : start + self._batch_size]) for start in starts]
+        return DataLoader(chunks, batch_size=None, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Keep a batch, already on the device; the statistics go over all of them, layer by layer."""

@@ -48,7 +48,6 @@ class Calibration:
         reduce: Sums over processes.
         storage: Device that keeps hidden states between layers; None is the compute device.
         tick: Progress.
-        record_ids: Ids of the records of all processes; None: those of ``batches``.
     """
 
     batches: Sequence[Batch]
@@ -56,13 +55,11 @@ class Calibration:
     reduce: Reduce = no_reduce
     storage: torch.device | str | None = None
     tick: Tick = silent
-    record_ids: tuple[str, ...] | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Ids of the calibration records, each once."""
-        found = (record for batch in self.batches for record in batch["ids"])
-        return tuple(dict.fromkeys(found)) if self.record_ids is None else self.record_ids
+        """Ids of the calibration records of this process, each once."""
+        return tuple(dict.fromkeys(record for batch in self.batches for record in batch["ids"]))
 
 
 @dataclass
@@ -310,17 +307,18 @@ def _layer_statistics(
 ) -> tuple[list[Tensor], float]:
     """Gram matrices of both writers' inputs, and the power of the layer's output; advances ``hidden``."""
     grams = [Gram(c.writer.in_features, c.writer.weight.device) for c in layer.components]
-    captured: dict[int, Tensor] = {}
-    handles = [
-        c.writer.register_forward_pre_hook(lambda _m, args, kind=kind: captured.__setitem__(kind, args[0]))
-        for kind, c in enumerate(layer.components)
-    ]
+    captured: dict[nn.Module, Tensor] = {}
+
+    def note(writer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        captured[writer] = args[0]
+
+    handles = [c.writer.register_forward_pre_hook(note) for c in layer.components]
     power = torch.zeros(2, dtype=torch.float64)
     try:
         for batch, _, outputs in stream.run(layer.module, index, hidden):
             counted = stream.counted[batch]
-            for kind, gram in enumerate(grams):
-                gram.add(captured[kind][counted])
+            for component, gram in zip(layer.components, grams, strict=True):
+                gram.add(captured[component.writer][counted])
             square = outputs[counted].double().square().sum()
             power += torch.tensor([float(square), float(counted.sum())], dtype=torch.float64)
     finally:

@@ -48,15 +48,6 @@ def _resize_heads(attention: Any, groups: int) -> None:
         attention.num_key_value_heads = groups
 
 
-def drop_layers(model: nn.Module, kept: Sequence[int]) -> None:
-    """Remove all decoder layers but ``kept``, in place, and renumber the rest for the KV cache."""
-    decoder = decoder_of(model)
-    decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
-    decoder.config.num_hidden_layers = len(kept)
-    for position, layer in enumerate(decoder.layers):
-        layer.self_attn.layer_idx = position
-
-
 def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """Apply a plan without refit.
 
@@ -112,11 +103,12 @@ def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
     """
     layers = layers_of(model)
     shapes = [_shape(layers[index]) for index in kept]
-    drop_layers(model, kept)
-    config = copy.deepcopy(model.config)
-    text = text_config_for(_source_text_config(config, len(layers)), kept, shapes, layers[0].head_dim)
+    config: Any = copy.deepcopy(model.config)
+    text = text_config_for(config.get_text_config(), kept, shapes, layers[0].head_dim)
     text._attn_implementation = decoder_of(model).config._attn_implementation
     config.text_config = text
+    decoder = decoder_of(model)
+    decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
     with torch.device("meta"):
         fresh: Any = type(model)(config)
     fresh.load_state_dict(model.state_dict(), strict=True, assign=True)
@@ -128,13 +120,6 @@ def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
         parameter.requires_grad_(flags[name])
     fresh.generation_config = model.generation_config
     return fresh.train(model.training)
-
-
-def _source_text_config(config: Any, depth: int) -> Any:
-    # drop_layers has already lowered num_hidden_layers of the live configuration; layer lists are still whole.
-    text = config.get_text_config()
-    text.num_hidden_layers = depth
-    return text
 
 
 def _shape(layer: Layer) -> LayerShape:
