@@ -81,7 +81,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Fill a model with weights that keep the scale of activations: 1/sqrt(fan-in), residual outputs scaled by depth.
 
     Args:
-        model: A freshly built tiny model; norms keep their ones, biases become zero.
+        model: A freshly built tiny model; norms and the tower's class token stay as built, biases become zero.
         seed: Seed of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -137,6 +137,10 @@ class PretrainModule(lightning.LightningModule):
             torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.01),
         ]
 
+    def raw_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimisers themselves: a state loaded into Lightning's wrappers does not reach them."""
+        return list(self.optimizers(use_pl_optimizer=False))  # pyright: ignore[reportArgumentType]
+
     def rate(self) -> float:
         """Learning rate of this step as a share of the peak: linear warm-up, cosine to zero, in each stage."""
         align = self.step < self.config.align_steps
@@ -161,7 +165,7 @@ class PretrainModule(lightning.LightningModule):
 
     def training_step(self, batch: dict[str, Any], _index: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of the stage that is due."""
-        tower, muon, adam = self.optimizers()  # pyright: ignore[reportGeneralTypeIssues]
+        tower, muon, adam = self.raw_optimizers()
         align = self.step < self.config.align_steps
         used = (tower,) if align else (muon, adam)
         for optimizer in used:
@@ -177,7 +181,7 @@ class PretrainModule(lightning.LightningModule):
         self.step += 1
         self.log("loss", loss.detach(), prog_bar=True)
         if self.step % self.config.check_every == 0 or self.step == self.config.align_steps:
-            self.check(float(loss))
+            self.check(float(loss.detach()))
         if self.step % self.config.save_every == 0:
             self.save_state()
 
@@ -205,7 +209,7 @@ class PretrainModule(lightning.LightningModule):
 
     def save_state(self) -> None:
         """Write weights, optimisers and progress, whole or not at all."""
-        optimizers = [optimizer.state_dict() for optimizer in self.optimizers()]  # pyright: ignore[reportGeneralTypeIssues]
+        optimizers = [optimizer.state_dict() for optimizer in self.raw_optimizers()]
         state = {"model": self.model.state_dict(), "optimizers": optimizers, "step": self.step}
         state |= {"seconds": self.elapsed(), "history": self.history, "config": asdict(self.config)}
         torch.save(state, self.folder / f"{STATE}.part")
@@ -227,7 +231,7 @@ class PretrainModule(lightning.LightningModule):
 
     def on_train_start(self) -> None:
         """Remember the peak rates, and go on with the optimisers of the saved state where there is one."""
-        optimizers: list[Any] = list(self.optimizers())  # pyright: ignore[reportArgumentType]
+        optimizers = self.raw_optimizers()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["initial_lr"] = group["lr"]
@@ -260,6 +264,7 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
         _same_recipe(done.get("recipe"), config, folder / PROVENANCE)
         return done["test"]
     torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
     model, processor = BUILDERS[config.name]()
     initialise(model, config.seed)
     module = PretrainModule(config, model, processor, folder)
