@@ -47,6 +47,7 @@ class Ticker:
 
 def quiet_libraries() -> None:
     """Keep what libraries say about themselves off the console; their warnings about a run stay."""
+    import lightning.pytorch  # noqa: F401 - sets its own log level when first imported
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
