@@ -47,6 +47,9 @@ SPLITS = {
     "pretrain": Split(1 << 40, "train", 10, 4),
 }
 
+# Splits of up to this many records keep what they made.
+KEEP_LIMIT = 20_000
+
 # One cycle of single-question records: each image kind 12 times, each text kind 10 times (20 % text-only).
 _CYCLE = tuple(kind for kind in IMAGE_KINDS for _ in range(12)) + tuple(kind for kind in TEXT_KINDS for _ in range(10))
 
@@ -62,7 +65,7 @@ def _kinds_of(rng: Generator, scene: Scene, count: int) -> list[str]:
 
 
 class Digits(Sequence[Record]):
-    """A split of the embedded data set; records are made on access and are the same each time.
+    """A split of the embedded data set; records are made on first access (about 7 kB each, kept in small splits).
 
     Args:
         split: ``train``, ``calibration``, ``minival``, ``test`` or ``pretrain`` (fresh training scenes without end).
@@ -95,6 +98,7 @@ class Digits(Sequence[Record]):
         self.seed = seed
         self._max_digits = max_digits
         self._images = images
+        self._made: dict[int, Record] = {}
 
     def __len__(self) -> int:
         return self.spec.size
@@ -128,8 +132,13 @@ class Digits(Sequence[Record]):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(index)
+        if index in self._made:
+            return self._made[index]
         scene, kinds, rng = self._compose(index)
         images = strokes(self.spec.strokes).images if self._images is None else self._images
         image = draw(rng, scene, images) if any(kind in IMAGE_KINDS for kind in kinds) else None
         turns = tuple(ask(rng, scene, kind) for kind in kinds)
-        return Record(self.record_id(index), image, turns, True, "digits_vqa")
+        record = Record(self.record_id(index), image, turns, True, "digits_vqa")
+        if self.spec.size <= KEEP_LIMIT:
+            self._made[index] = record
+        return record

@@ -180,3 +180,13 @@ def test_processor_without_template_is_refused(processor: Any) -> None:
     processor.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         Collator(processor)
+
+
+def test_packed_rows_and_conversations_share_a_batch(tiny: tuple[Any, Any]) -> None:
+    model, processor = tiny
+    record, other = Digits("train")[0], talk(("where is the seven?", "top-left"), ("which colour is it?", "red"))
+    together = Collator(processor)([record, other])
+    assert together["segment_ids"][1][together["attention_mask"][1] == 1].unique().tolist() == [1]
+    with torch.no_grad():
+        losses = [answer_loss(model, Collator(processor)([r]), reduction="sum") for r in (record, other)]
+        assert torch.allclose(answer_loss(model, together, reduction="sum"), sum(losses), rtol=1e-4)  # pyright: ignore

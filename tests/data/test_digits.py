@@ -67,3 +67,11 @@ def test_options_change_what_they_name() -> None:
 def test_faulty_requests_are_named(split: str, size: int | None, says: str) -> None:
     with pytest.raises(UserError, match=says):
         Digits(split, size)
+
+
+def test_records_are_made_once() -> None:
+    data = Digits("train")
+    assert data[3] is data[3]
+    endless = Digits("pretrain")
+    assert endless[3] is not endless[3]
+    assert endless[3].turns == endless[3].turns
