@@ -18,7 +18,7 @@ from .anatomy import decoder_of, projector_of
 Batch = Mapping[str, Any]
 
 
-class _ProjectorInput(Exception):  # noqa: N818 - control flow, never an error a user sees
+class _ProjectorInput(Exception):
     def __init__(self, value: Tensor) -> None:
         self.value = value
 

@@ -165,7 +165,7 @@ def _model_class(host: str, config_class: type[PreTrainedConfig]) -> Any:
     base: Any = MODEL_MAPPING[CONFIG_MAPPING[host]]
     layer_class = getattr(sys.modules[base.__module__], DECODERS[host].layer)
 
-    def __init__(self: Any, config: Any) -> None:  # noqa: N807
+    def __init__(self: Any, config: Any) -> None:
         # The host's constructor builds everything but the layers, so that no full-size layer is ever allocated.
         empty = copy.deepcopy(config)
         empty.num_hidden_layers = 0
