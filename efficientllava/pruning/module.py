@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from ..models.forward import FeatureCache
 from ..processes import sum_over
 from ..schema import PruneConfig
+from .control import reinitialise
 from .plan import PruningPlan
 from .pruner import Calibration, PruneReport, Tick, apply_plan, make_plan, silent
 
@@ -72,6 +73,8 @@ class PruningModule(LightningModule):
         plan, scored = make_plan(self.model, calibration, self._config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
         self.pruned, applied = apply_plan(self.model, self.plan, calibration, self._config)
+        if self._config.reinitialise:
+            reinitialise(self.pruned, self._seed)
         self.model = self.pruned
         self.report = replace(scored, loss_pruned=applied.loss_pruned, errors=applied.errors, damping=applied.damping)
         self._batches = []

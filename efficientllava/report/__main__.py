@@ -1,0 +1,73 @@
+"""``python -m efficientllava.report <folder> [metric]``: one table from all runs below a folder.
+
+Writes ``results.csv`` and ``results.md`` into the folder and prints the table: a row per configuration, mean and
+standard deviation over its seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+from ..errors import UserError
+from ..results import STAGES, Results, read
+from .tables import markdown
+
+METRIC = "digits_vqa/accuracy"
+
+
+def rows(results: list[Results], metric: str) -> list[dict[str, object]]:
+    """One row per run, with what tables and plots need.
+
+    Args:
+        results: Contents of several ``results.json``.
+        metric: ``task/metric``.
+    """
+    task, _, name = metric.partition("/")
+    table = []
+    for result in results:
+        row: dict[str, object] = {"overrides": " ".join(result["overrides"]), "seed": result["seed"]}
+        row |= {f"ratio_{key}": result["ratio"][key] for key in ("requested", "achieved")}
+        for stage in STAGES:
+            measured = result["stages"].get(stage, {})
+            row[f"{stage}_{name}"] = measured.get("metrics", {}).get(task, {}).get(name)
+            row[f"{stage}_answer_loss"] = measured.get("metrics", {}).get(task, {}).get("answer_loss")
+            row[f"{stage}_retained"] = measured.get("retained", {}).get(metric)
+        row |= {f"samples_{key}": value for key, value in result["samples"].items()}
+        row |= {f"seconds_{key}": round(value, 1) for key, value in result["seconds"].items()}
+        table.append({**row, "commit": result["commit"]})
+    return table
+
+
+def main(arguments: list[str]) -> None:
+    """Tabulate a folder of runs.
+
+    Args:
+        arguments: The folder and, optionally, ``task/metric``.
+
+    Raises:
+        UserError: There is no finished run below the folder.
+    """
+    if not 1 <= len(arguments) <= 2:
+        raise UserError("usage: python -m efficientllava.report <folder of runs> [task/metric]")
+    folder = Path(arguments[0])
+    files = sorted(folder.rglob("results.json"), key=lambda file: [(len(part), part) for part in file.parts])
+    if not files:
+        raise UserError(f"{folder}: no results.json below this folder; give a folder of finished runs")
+    metric = arguments[1] if len(arguments) == 2 else METRIC
+    results = [read(file) for file in files]
+    table = rows(results, metric)
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+    text = markdown(results, metric)
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    from ..outcome import exit_code
+
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))
