@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -99,7 +98,9 @@ def make_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
     return model.to(dtype).eval()
 
 
-def make_batch(rows: int = 3, seed: int = 0, images: bool = True, seq: int = 20) -> dict[str, Any]:
+def make_batch(
+    rows: int = 3, seed: int = 0, images: bool = True, seq: int = 20, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """Right-padded rows of unequal length; every third row has no image."""
     generator = torch.Generator().manual_seed(1000 + seed)
     ids = torch.randint(3, IMAGE_TOKEN, (rows, seq), generator=generator)
@@ -115,7 +116,7 @@ def make_batch(rows: int = 3, seed: int = 0, images: bool = True, seq: int = 20)
     batch: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     batch["ids"] = [f"{seed}/{row}" for row in range(rows)]
     if shown:
-        batch["pixel_values"] = torch.randn(len(shown), 3, 16, 16, generator=generator)
+        batch["pixel_values"] = torch.randn(len(shown), 3, 16, 16, generator=generator).to(dtype)
         batch["image_ids"] = [f"{seed}/{row}" for row in shown]
         batch["image_tiles"] = [1] * len(shown)
     return batch
@@ -147,10 +148,6 @@ def logits_of(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     keys = ("input_ids", "attention_mask", "pixel_values")
     logits = model(**{key: batch[key] for key in keys if key in batch}, use_cache=False).logits
     return logits[batch["attention_mask"].bool()]
-
-
-def names(values: Sequence[Any]) -> list[str]:
-    return [str(value) for value in values]
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from efficientllava.models.anatomy import Component, describe_layer, layers_of
+from efficientllava.pruning.plan import LayerPlan
+from efficientllava.pruning.pruner import whole_layers
+from efficientllava.pruning.refit import RefitResult, SequentialPruner, Target, solve
+from efficientllava.pruning.statistics import CalibrationStream
+from tests.conftest import FAMILIES, LAYERS, logits_of, make_batches, make_model, make_packed
+
+TARGETS = ["layer", "residual"]
+
+
+def some_plan(model: Any, seed: int = 0, skip: Sequence[int] = ()) -> list[LayerPlan]:
+    """Random units kept: what a refit must cope with after any importance."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(units: int, kept: int) -> tuple[int, ...]:
+        return tuple(sorted(torch.randperm(units, generator=generator)[:kept].tolist()))
+
+    layers = layers_of(model)
+    return [
+        LayerPlan(i, draw(layer.attention.units, layer.attention.units - 1 - i % 2), draw(layer.mlp.units, 40 - i))
+        for i, layer in enumerate(layers)
+        if i not in skip
+    ]
+
+
+def run(model: Any, plan: Sequence[LayerPlan], commit: bool = True, **options: Any) -> RefitResult:
+    stream = CalibrationStream(model, make_batches(), options.pop("tokens", "all"))
+    return SequentialPruner(stream, **options).run(plan, commit)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_refit_never_raises_the_error_of_a_layer(family, target):
+    model = make_model(family)
+    errors = run(model, some_plan(model), target=target).errors
+    assert len(errors) == 2 * LAYERS
+    assert all(error.after <= error.before for error in errors)
+    assert all(error.after < 0.999 * error.before for error in errors if error.component == "mlp")
+    assert {error.component for error in errors} == {"attention", "mlp"}
+
+
+def dense_writes(model: Any, layer: nn.Module, component: Component, kwargs: list[dict[str, Any]], hidden: list[Any]):
+    """Inputs, outputs and residual streams around a writer, as the layer is now; only real positions."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = component.writer.register_forward_hook(lambda _m, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        outputs = [layer(h, **k) for h, k in zip(hidden, kwargs, strict=True)]
+    handle.remove()
+    return seen, outputs
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_refit_is_the_least_squares_solution(name, target):
+    """Every writer of the pruned model solves the damped problem, which is built here from plain rows."""
+    damping = 0.02
+    dense, pruned = make_model(name, dtype=torch.float64), make_model(name, dtype=torch.float64)
+    batches = make_batches(dtype=torch.float64)
+    plans = some_plan(dense)
+    stream = CalibrationStream(pruned, batches)
+    kwargs = [calls[0] for calls in stream._kwargs]
+    dense_hidden = pruned_hidden = list(stream.hidden)
+    masks = [b["attention_mask"].bool() for b in batches]
+    SequentialPruner(stream, True, target, damping).run(plans, True)
+    for plan, before, after in zip(plans, layers_of(dense), layers_of(pruned), strict=True):
+        original = [(c.writer.weight.detach().clone(), c.columns(u)) for c, u in pairs(before, plan)]
+        seen, dense_outputs = dense_writes(dense, before.module, before.attention, kwargs, dense_hidden)
+        middle = [h + out for h, (_, out) in zip(dense_hidden, seen, strict=True)]
+        for kind, goal in ((0, middle), (1, dense_outputs)):
+            component, (weight, kept) = after.components[kind], original[kind]
+            rows, outputs = dense_writes(pruned, after.module, component, kwargs, pruned_hidden)
+            x = stack([r for r, _ in rows], masks)
+            if target == "residual":
+                wrote = [out for _, out in rows]
+                rest = pruned_hidden if kind == 0 else [o - w for o, w in zip(outputs, wrote, strict=True)]
+                y = stack([g - r for g, r in zip(goal, rest, strict=True)], masks)
+                y = y if component.writer.bias is None else y - component.writer.bias
+            else:
+                y = layer_target(dense, before, plan, after, kind, kwargs, pruned_hidden, masks)
+            expected = damped_least_squares(x, y, weight[:, kept], damping)
+            assert torch.allclose(component.writer.weight, expected, atol=1e-9, rtol=1e-7)
+        pruned_hidden = dense_writes(pruned, after.module, after.mlp, kwargs, pruned_hidden)[1]
+        dense_hidden = dense_outputs
+
+
+def pairs(layer: Any, plan: LayerPlan) -> list[tuple[Component, tuple[int, ...]]]:
+    return [(layer.attention, plan.groups), (layer.mlp, plan.channels)]
+
+
+def stack(values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([v[m] for v, m in zip(values, masks, strict=True)])
+
+
+def layer_target(dense: Any, before: Any, plan: LayerPlan, after: Any, kind: int, kwargs: Any, hidden: Any, masks: Any):
+    """What the whole writer gives on the pruned prefix; for the MLP behind the attention that is already cut."""
+    module = before.module
+    if kind == 1:
+        module = copy.deepcopy(module)
+        module.self_attn = after.module.self_attn
+    component = describe_layer(module, dense.get_decoder().config).components[kind]
+    rows, _ = dense_writes(dense, module, component, kwargs, hidden)
+    bias = 0 if component.writer.bias is None else component.writer.bias
+    return stack([out - bias for _, out in rows], masks)
+
+
+def damped_least_squares(x: torch.Tensor, y: torch.Tensor, start: torch.Tensor, damping: float) -> torch.Tensor:
+    """Solve ``min mean ||y - W x||^2 + lambda ||W - start||^2`` by stacking the penalty as rows."""
+    scale = (damping * x.square().mean() * len(x)).sqrt()
+    left = torch.cat([x, scale * torch.eye(x.shape[1], dtype=x.dtype)])
+    right = torch.cat([y - x @ start.T, torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)])
+    return start + torch.linalg.lstsq(left, right, driver="gelsd").solution.T
+
+
+@pytest.mark.parametrize("damping", [1e-6, 0.01, 1.0])
+def test_solve_reports_the_errors_of_the_rows(damping):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    y = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    gram = x.T @ x / 50
+    target = Target(y.T @ x / 50, float(y.square().sum() / 50))
+    refitted, before, after = solve(weight, gram.clone(), target, damping)
+    assert before == pytest.approx(float((y - x @ weight.T).square().sum() / 50))
+    assert after == pytest.approx(float((y - x @ refitted.T).square().sum() / 50))
+    assert after < before
+    assert torch.allclose(refitted, damped_least_squares(x, y, weight, damping))
+
+
+def test_more_damping_stays_closer_to_the_plain_slice():
+    model = make_model()
+    plan = some_plan(model)[:1] + list(whole_layers(model)[1:])
+
+    @torch.no_grad()
+    def distance(damping: float) -> float:
+        refitted = copy.deepcopy(model)
+        run(refitted, plan, target="layer", damping=damping)
+        kept = layers_of(model)[0].mlp.writer.weight[:, list(plan[0].channels)]
+        return float((layers_of(refitted)[0].mlp.writer.weight - kept).norm())
+
+    assert distance(0.001) > distance(0.1) > distance(100.0) > 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_refit_is_exact_when_a_removed_channel_repeats_a_kept_one(family, target):
+    model = make_model(family, dtype=torch.float64)
+    layer = layers_of(model)[1]
+    with torch.no_grad():
+        for reader in layer.mlp.readers:
+            reader.linear.weight[reader.offset + 5] = reader.linear.weight[reader.offset + 9]
+            if reader.linear.bias is not None:
+                reader.linear.bias[reader.offset + 5] = reader.linear.bias[reader.offset + 9]
+    batches = make_batches(dtype=torch.float64)
+    expected = [logits_of(model, b) for b in batches]
+    whole = list(whole_layers(model))
+    whole[1] = LayerPlan(1, whole[1].groups, tuple(c for c in whole[1].channels if c != 5))
+    stream = CalibrationStream(model, batches)
+    result = SequentialPruner(stream, True, target, 1e-9).run(whole, True)
+    error = result.errors[0]
+    assert (error.layer, error.component) == (1, "mlp")
+    assert error.after < 1e-12 < error.before
+    for batch, logits in zip(batches, expected, strict=True):
+        assert torch.allclose(logits_of(model, batch), logits, atol=1e-5)
+
+
+def test_a_trial_changes_nothing_and_predicts_the_loss_of_the_cut():
+    model = make_model("phi")
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    plan, batches = some_plan(model), make_batches()
+    stream = CalibrationStream(model, batches)
+    hidden = [h.clone() for h in stream.hidden]
+    pruner = SequentialPruner(stream)
+    first, second = pruner.run(plan, commit=False), pruner.run(plan, commit=False)
+    assert first == second
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(hidden, stream.hidden, strict=True))
+    committed = pruner.run(plan, commit=True)
+    assert committed == first
+    assert not stream.hidden
+
+
+def test_the_dense_residual_stream_is_the_target_behind_dropped_layers():
+    model = make_model()
+    plan = [layer for layer in whole_layers(model) if layer.index != 1]
+    result = run(model, plan, target="residual")
+    assert [(e.layer, e.component) for e in result.errors] == [
+        (i, kind) for i in (2, 3) for kind in ("attention", "mlp")
+    ]
+    assert all(e.after < e.before for e in result.errors)
+
+
+def test_residual_target_brings_the_pruned_stream_closer_to_the_dense_one():
+    def distance(**options: Any) -> float:
+        model, dense = make_model(seed=3), make_model(seed=3)
+        run(model, some_plan(model), **options)
+        batches = make_batches()
+        ends = []
+        for m in (model, dense):
+            stream = CalibrationStream(m, batches)
+            hidden = list(stream.hidden)
+            for i, layer in enumerate(m.get_decoder().layers):
+                stream.advance(layer, i, hidden)
+            ends.append(stack(hidden, stream.counted))
+        return float((ends[0] - ends[1]).norm())
+
+    assert distance(target="residual") < distance(target="layer") < distance(refit=False)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_attention_is_not_replayed_outside_the_refit(target):
+    model = make_model("phi3")
+    run(model, some_plan(model), target=target)
+    for layer in model.get_decoder().layers:
+        assert "forward" not in vars(layer.self_attn)
+        assert not layer.self_attn.o_proj._forward_hooks
+
+
+def test_packed_batches_refit_like_others():
+    model = make_model("llama_gqa")
+    stream = CalibrationStream(model, [make_packed(seed=s) for s in range(3)])
+    result = SequentialPruner(stream).run(some_plan(model), commit=True)
+    assert all(error.after < error.before for error in result.errors)
+
+
+def test_unknown_target_is_refused():
+    with pytest.raises(ValueError, match="target must be one of"):
+        run(make_model(), [], target="dense")
+
+
+def test_no_graph_is_built_for_biases():
+    model = make_model("phi")
+    assert all(p.requires_grad for p in model.parameters())
+    run(model, some_plan(model))
+    assert all(p.grad_fn is None and p.requires_grad for p in model.parameters())
