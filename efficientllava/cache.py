@@ -101,6 +101,9 @@ class StageCache:
         if rank() == 0:
             if not self._reuse:
                 shutil.rmtree(work, ignore_errors=True)
+            # What a killed process has left; the lock says that nobody else is at work here.
+            for left in folder.parent.glob(f".{folder.name}.*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
             with whole_folder(folder) as partial:
                 record = compute(partial, work)
                 (partial / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from .card import model_card
-from .errors import UserError
+from .errors import UserError, disk_full
 from .models.anatomy import decoder_of
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
@@ -225,8 +224,8 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if disk_full(error):
             raise UserError(f"{folder}: the disk is full; free some space or set paths.output_dir elsewhere") from error
         raise
     finally:

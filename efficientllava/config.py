@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def _one_of(*options: Any) -> tuple[Callable[[Any], bool], str]:
 def _number(low: float, high: float | None, *, open_low: bool = False, open_high: bool = True) -> Any:
     def inside(value: float) -> bool:
         above = value > low if open_low else value >= low
-        return above and (high is None or (value < high if open_high else value <= high))
+        return above and (value < math.inf if high is None else value < high if open_high else value <= high)
 
     left = "(" if open_low else "["
     right = "infinity)" if high is None else f"{high:g}{')' if open_high else ']'}"
@@ -264,6 +265,9 @@ def _effects(config: RunConfig, overrides: Sequence[str]) -> Iterator[str]:
 def _paths(config: RunConfig) -> Iterator[str]:
     if config.pretrain:
         return
+    needs_data = config.recover.name != "none" or (config.prune.method != "none" and config.calibration.path is None)
+    if config.data.name == "conversations" and config.data.path is None and needs_data:
+        yield "data.path: not set; give a LLaVA-style JSON or JSONL file as data.path=…"
     for key in ("data.path", "calibration.path"):
         value = _value(config, key)
         if value is not None and not Path(value).expanduser().is_file():

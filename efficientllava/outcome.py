@@ -6,11 +6,39 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from .errors import UserError
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from .errors import UserError, disk_full
 
 DEBUG = "HYDRA_FULL_ERROR"
+# Lines of Hydra's that mislead: an added key would be refused by the schema.
+HINTS = (
+    "To append to your config use",
+    "Config search path",
+    "provider=",
+    "full_key:",
+    "object_type=",
+    "reference_type=",
+)
+_failed_jobs: list[int] = []
+
+
+class ReportFailedJobs(Callback):
+    """Hydra callback: a bad job of a sweep is reported when it ends, and the others go on."""
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
+        """Print why a job of a sweep has failed."""
+        if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
+            return
+        _failed_jobs.append(int(config.hydra.job.num))
+        for line in _lines(job_return._return_value):
+            print(f"error: job {config.hydra.job.num}: {line}", file=sys.stderr)
 
 
 def exit_code(main: Callable[[], object]) -> int:
@@ -20,36 +48,55 @@ def exit_code(main: Callable[[], object]) -> int:
         main: The decorated Hydra application.
 
     Returns:
-        0 on success; 2 for a fault that was found before the first stage; 1 for what happened later. With
-        ``HYDRA_FULL_ERROR=1`` the traceback is shown.
+        0 on success; 2 for a fault that was found before the first stage; 1 for what happened later, and for a sweep of
+        which a job has failed. With ``HYDRA_FULL_ERROR=1`` the traceback is shown.
     """
+    _failed_jobs.clear()
     debug = os.environ.get(DEBUG) == "1"
     # Hydra would print its own shortened traceback and exit with 1.
     os.environ[DEBUG] = "1"
     try:
         main()
-    except UserError as error:
-        if debug:
-            raise
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.exit_code
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader has seen enough (``| head``); Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if debug:
             raise
-        if type(error).__module__.startswith(("hydra", "omegaconf")):
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-            return 2
-        print(f"error: {type(error).__name__}: {_one_line(error)} (details: {_keep(error)})", file=sys.stderr)
-        return 1
+        if _failed_jobs:
+            print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
+            return 1
+        for line in _lines(error):
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code if isinstance(error, UserError) else 2 if _of_hydra(error) else 1
     return 0
 
 
-def _one_line(error: BaseException) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip()) or "no message"
+def _of_hydra(error: BaseException) -> bool:
+    return type(error).__module__.startswith(("hydra", "omegaconf"))
+
+
+def _lines(error: BaseException) -> Iterator[str]:
+    """What to tell about an error, one line per problem."""
+    if isinstance(error, UserError):
+        yield from str(error).splitlines()
+    elif _of_hydra(error):
+        cause = f"\n{error.__cause__}" if error.__cause__ and _of_hydra(error.__cause__) else ""
+        yield f"{_one_line(f'{error}{cause}')}; --help and --cfg job show what there is"
+    elif disk_full(error):
+        yield f"{getattr(error, 'filename', None) or 'writing'}: the disk is full; free some space and run again"
+    else:
+        yield f"{type(error).__name__}: {_one_line(str(error))} (details: {_keep(error)})"
+
+
+def _one_line(text: str) -> str:
+    kept = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(HINTS)]
+    return "; ".join(kept).replace(":; ", ": ").replace(".; ", "; ") or "no message"
 
 
 def _keep(error: BaseException) -> str:

@@ -1,0 +1,76 @@
+"""Runs of the whole program inside the test process: a tiny random checkpoint, few samples, few steps."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from efficientllava.config import register_schema
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = [sys.executable, str(ROOT / "run.py")]
+SMALL = (
+    "prune.round_to=1",
+    "calibration.samples=4",
+    "data.images=8",
+    "data.test_questions=12",
+    "data.batch_size=4",
+    "recover.epochs=null",
+    "recover.steps=2",
+    "evaluate.repeats=1",
+    "evaluate.new_tokens=2",
+    "logger=none",
+    "callbacks=none",
+    "trainer=cpu",
+)
+
+
+def save_tiny(folder: Path, name: str = "tiny_llava", layers: int = 3, seed: int = 0) -> Path:
+    """A random checkpoint in half precision, of fewer layers than the shipped one."""
+    from efficientllava.models import tiny
+    from efficientllava.models.pretraining import initialise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "LAYERS", layers)
+        model, processor = tiny.BUILDERS[name]()
+    initialise(model, seed)
+    model.half().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
+    """Overrides of a small run; ``overrides`` come last and win."""
+    known = {override.partition("=")[0] for override in overrides}
+    base = [o for o in SMALL if o.partition("=")[0] not in known]
+    if {"recover=none", "prune=none"} & set(overrides):
+        idle = tuple(f"{group}." for group in ("recover", "prune") if f"{group}=none" in overrides)
+        base = [o for o in base if not o.startswith(idle)]
+    if "prune=none" in overrides:
+        base = [o for o in base if not o.startswith("calibration.")]
+    sets = ["model=checkpoint", f"model.path={model}", "model.name=tiny", "model.train=full", "data=digits_vqa"]
+    sets += ["evaluate=digits_vqa"] if not any(o.startswith("evaluate=") for o in overrides) else []
+    return [*sets, f"paths.output_dir={output}", *base, *overrides]
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration as `run.py` sees it, without Hydra's own node."""
+    register_schema()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def run(folder: Path, overrides: list[str]) -> dict[str, Any]:
+    """Run the pipeline in this process and return ``results.json``."""
+    from efficientllava import pipeline
+
+    torch.set_num_threads(1)
+    pipeline.run(composed(*overrides), str(folder), overrides)
+    return json.loads((folder / "results.json").read_text("utf-8"))

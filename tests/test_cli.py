@@ -1,0 +1,171 @@
+"""The command line: exit codes and one clear line per fault, never a traceback."""
+
+import os
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from .runs import ROOT, RUN, save_tiny, small
+
+
+@pytest.fixture
+def cli(monkeypatch, tmp_path, capfd):
+    """Run ``run.py`` in this process; returns the exit code and what went to stderr."""
+
+    def call(*args):
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setattr(
+            sys, "argv", ["run.py", *args, f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
+        )
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+        return int(stop.value.code or 0), capfd.readouterr().err
+
+    return call
+
+
+def errors(text):
+    return [line.removeprefix("error: ") for line in text.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["prune=foo"], ["prune/foo", "layerwise", "widthwise"]),
+        (["nogroup=foo"], ["nogroup"]),
+        (["prune.foo=3"], ["prune.foo", "Key 'foo' not in"]),
+        (["+prune.foo=3"], ["prune.foo: unknown key; remove it"]),
+        (["prune.ratio=abc"], ["prune.ratio=abc", "could not be converted to Float"]),
+        (["seed=1.5"], ["seed=1.5", "Integer"]),
+        (["prune.ratio=1.5"], ["prune.ratio=1.5: must be in [0, 1)"]),
+        (["recover=none", "data_frac=0.5"], ["data_frac: has no effect", "choose a recovery"]),
+        (["model=checkpoint"], ["model.path: not set"]),
+        (["model=checkpoint", "model.path=/no/where", "data=digits_vqa"], ["model.path=/no/where", "no such folder"]),
+        (["prune.ratio"], ["prune.ratio"]),
+    ],
+)
+def test_a_fault_in_the_configuration_is_one_line_and_exit_2(cli, args, told):
+    code, text = cli(*args)
+    assert code == 2
+    assert len(errors(text)) == 1
+    for part in told:
+        assert part in errors(text)[0]
+    assert "Traceback" not in text
+    assert "+prune.foo=3" not in errors(text)[0]
+
+
+def test_all_problems_are_listed_at_once(cli):
+    code, text = cli("prune.ratio=2", "data_frac=0", "recover.temperature=-1", "recover=kd_logit")
+    assert code == 2
+    assert sorted(line.partition("=")[0] for line in errors(text)) == [
+        "data_frac",
+        "prune.ratio",
+        "recover.temperature",
+    ]
+
+
+def test_an_unexpected_failure_is_one_line_with_a_file_of_details(cli, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("first\nsecond")
+
+    monkeypatch.setattr("efficientllava.pipeline.run", fail)
+    code, text = cli()
+    assert code == 1
+    (line,) = errors(text)
+    assert line.startswith("ZeroDivisionError: first; second (details: ")
+    details = line.rpartition("details: ")[2].rstrip(")")
+    with open(details) as file:
+        assert "Traceback" in file.read()
+    os.unlink(details)
+
+
+def test_a_full_disk_is_told_as_such(cli, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device", "/data/metrics.csv")
+
+    monkeypatch.setattr("efficientllava.pipeline.run", fail)
+    code, text = cli()
+    assert code == 1
+    assert errors(text) == ["/data/metrics.csv: the disk is full; free some space and run again"]
+
+
+def test_a_bad_job_of_a_sweep_fails_alone(cli, monkeypatch):
+    from efficientllava.errors import UserError
+
+    done = []
+
+    def body(config, *_):
+        if config.seed == 1:
+            raise UserError("seed=1: not today")
+        if config.seed == 2:
+            raise ZeroDivisionError("zero")
+        done.append(config.seed)
+
+    monkeypatch.setattr("efficientllava.pipeline.run", body)
+    code, text = cli("-m", "seed=0,1,2,3")
+    assert code == 1
+    assert done == [0, 3]
+    lines = errors(text)
+    assert lines[0] == "job 1: seed=1: not today"
+    assert lines[1].startswith("job 2: ZeroDivisionError: zero (details: ")
+    assert lines[2:] == ["2 jobs of the sweep failed: [1, 2]"]
+    os.unlink(lines[1].rpartition("details: ")[2].rstrip(")"))
+
+
+def test_a_sweep_in_which_all_is_well_ends_with_0(cli, monkeypatch):
+    monkeypatch.setattr("efficientllava.pipeline.run", lambda *_: 0.5)
+    assert cli("-m", "seed=0,1")[0] == 0
+
+
+@pytest.mark.parametrize("args", [["--cfg", "job", "--resolve"], ["--info", "defaults"], ["--cfg", "hydra"]])
+def test_hydra_shows_its_configuration(args, capfd, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(sys, "argv", ["run.py", *args])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "run.py"), run_name="__main__")
+    assert not stop.value.code
+    shown = capfd.readouterr().out
+    assert {"--cfg": "tiny_llava", "--info": "conf"}[args[0]] in shown or args[1] == "hydra"
+
+
+def test_help_is_grouped_and_takes_less_than_two_seconds():
+    before = os.times()
+    done = subprocess.run([*RUN, "--help"], capture_output=True, text=True, check=True)
+    after = os.times()
+    for part in ("== Use ==", "== Groups", "prune: layerwise", "recover: kd_both", "== Configuration =="):
+        assert part in done.stdout
+    # Time of the processor, so that a busy machine does not matter.
+    used = after.children_user - before.children_user + after.children_system - before.children_system
+    assert used < 2
+
+
+def test_a_pipe_that_closes_early_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} {ROOT / 'run.py'} --help | head -1; exit ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("efficientllava")
+
+
+def test_a_run_from_the_shell_ends_with_0_and_a_bad_one_with_2(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    args = small(
+        model, tmp_path / "out", "prune=none", "recover=none", "evaluate=none", f"hydra.run.dir={tmp_path}/run"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*RUN, *args], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "results.json").is_file()
+    assert (tmp_path / "run" / ".hydra" / "overrides.yaml").is_file()
+    (model / "model.safetensors").write_bytes(b"no")
+    done = subprocess.run([*RUN, *args], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert len(errors(done.stderr)) == 1
+    assert "Traceback" not in done.stderr

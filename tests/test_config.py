@@ -1,0 +1,180 @@
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from efficientllava.config import EFFECTS, RULES, check, digest, instantiate, typed
+from efficientllava.errors import ConfigError, UserError
+from efficientllava.schema import RunConfig
+
+from .runs import composed
+
+
+def problems(*overrides):
+    try:
+        check(typed(composed(*overrides)), overrides)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def test_defaults_have_no_problem():
+    assert problems() == []
+    assert problems("prune=widthwise", "recover=kd_hidden", "data_frac=0.05") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("data_frac=0", "(0, 1]"),
+        ("data_frac=1.2", "(0, 1]"),
+        ("data_frac=-0.5", "(0, 1]"),
+        ("data_frac=nan", "(0, 1]"),
+        ("prune.ratio=1", "[0, 1)"),
+        ("prune.ratio=1.5", "[0, 1)"),
+        ("prune.ratio=-0.1", "[0, 1)"),
+        ("data.max_bad_fraction=1", "[0, 1)"),
+        ("calibration.samples=0", "[1, infinity)"),
+        ("recover.steps=0", "[1, infinity)"),
+        ("recover.lr=0", "(0, infinity)"),
+        ("recover.lr=inf", "(0, infinity)"),
+        ("prune.importance=best", "obs"),
+        ("prune.selection=greedy", "shape, local, global"),
+        ("recover.train=all", "projector, lora, full"),
+        ("model.dtype=int8", "bfloat16"),
+        ("seed=-1", "[0,"),
+    ],
+)
+def test_a_value_outside_its_range_is_named_with_what_is_allowed(override, allowed):
+    key, _, _ = override.partition("=")
+    (line,) = problems(override)
+    assert line.startswith(f"{key}=")
+    assert allowed in line
+
+
+@pytest.mark.parametrize("override", ["data_frac=1", "prune.ratio=0", "prune.ratio=0.99", "data.max_bad_fraction=0.5"])
+def test_the_ends_of_a_range_are_allowed(override):
+    assert problems(override) == []
+
+
+def test_every_rule_names_a_key_of_the_schema():
+    whole = composed()
+    config = typed(whole)
+    for key in RULES:
+        node = config
+        for part in key.split("."):
+            assert part in {field.name for field in dataclasses.fields(node)}, key
+            node = getattr(node, part)
+    for prefix, _, fix in EFFECTS:
+        assert OmegaConf.select(whole, prefix.rstrip("."), default="none") != "none", prefix
+        assert fix
+
+
+def test_several_problems_come_at_once():
+    found = problems("prune.ratio=2", "data_frac=0", "recover.kl=sideways", "evaluate.batch_size=0")
+    assert {line.partition("=")[0] for line in found} >= {
+        "prune.ratio",
+        "data_frac",
+        "recover.kl",
+        "evaluate.batch_size",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["recover=none", "data_frac=0.5"], "data_frac"),
+        (["prune=none", "prune.ratio=0.5"], "prune.ratio"),
+        (["recover=none", "recover.lr=1e-3"], "recover.lr"),
+        (["prune=layerwise", "prune.importance=obs"], "prune.importance"),
+        (["prune=layerwise", "prune.selection=local"], "prune.selection"),
+        (["prune=widthwise", "prune.iterative=true"], "prune.iterative"),
+        (["prune=widthwise", "prune.drop_layers=2"], "prune.drop_layers"),
+        (["prune.taylor_mean=batch"], "prune.taylor_mean"),
+        (["recover=sft", "recover.kl=reverse"], "recover.kl"),
+        (["recover=sft", "recover.teacher.path=x"], "recover.teacher.path"),
+        (["recover.train=full", "recover.lora.r=4"], "recover.lora.r"),
+        (["model=checkpoint", "model.path=x", "data.path=x.json", "data.images=9"], "data.images"),
+    ],
+)
+def test_a_typed_key_without_effect_is_an_error(overrides, key):
+    assert any(line.startswith(f"{key}: has no effect") for line in problems(*overrides))
+
+
+def test_the_same_key_passes_where_it_has_an_effect():
+    assert problems("prune=layerwise", "prune.iterative=true") == []
+    assert problems("prune.importance=param_first", "prune.taylor_mean=batch") == []
+    assert problems("recover=kd_logit", "recover.kl=reverse") == []
+    assert problems("recover.train=lora", "recover.lora.r=4") == []
+
+
+@pytest.mark.parametrize("key", ["nonsense", "prune.nonsense", "recover.lora.nonsense"])
+def test_an_added_key_that_nothing_reads_is_an_error(key):
+    assert problems(f"+{key}=3") == [f"{key}: unknown key; remove it"]
+
+
+def test_steps_and_epochs_exclude_each_other():
+    (line,) = problems("recover.epochs=2", "recover.steps=5")
+    assert "exactly one" in line
+    assert problems("recover.epochs=2", "recover.steps=null") == []
+
+
+def test_losses_without_weight_are_an_error():
+    assert any("all are 0" in line for line in problems("recover.weights.sft=0", "recover.weights.hidden=0"))
+    assert problems("recover.weights.sft=0") == []
+
+
+@pytest.mark.parametrize("layers", ["first", "[]", "[a]", "3"])
+def test_hidden_layers_are_last_all_or_indices(layers):
+    (line,) = problems(f"recover.hidden_layers={layers}")
+    assert line.startswith("recover.hidden_layers=")
+
+
+def test_missing_files_and_folders_are_found_early(tmp_path):
+    found = problems("model=checkpoint", "model.path=x", "data.path=/no/such.json", f"data.image_root={tmp_path}/none")
+    assert [line.partition("=")[0] for line in found] == ["data.path", "data.image_root"]
+    (tmp_path / "file").write_text("")
+    (line,) = problems(f"paths.output_dir={tmp_path}/file/deeper")
+    assert "is a file" in line
+
+
+def test_a_missing_value_names_its_key():
+    assert any(line.startswith("model.path: not set") for line in problems("model=checkpoint"))
+    (line,) = problems("model=checkpoint", "model.path=x")
+    assert line.startswith("data.path: not set")
+    assert problems("model=checkpoint", "model.path=x", "prune=none", "recover=none") == []
+
+
+def test_choosing_a_model_chooses_its_data_and_benchmarks():
+    config = composed("model=checkpoint")
+    assert (config.data.name, list(config.evaluate.tasks)) == ("conversations", [])
+    config = composed("model=tiny_bunny")
+    assert (config.data.name, list(config.evaluate.tasks)) == ("digits_vqa", ["digits_vqa"])
+    config = composed("model=checkpoint", "data=digits_vqa", "evaluate=digits_vqa")
+    assert (config.data.name, list(config.evaluate.tasks)) == ("digits_vqa", ["digits_vqa"])
+    assert composed("model=tiny_llava", "evaluate=none").evaluate.tasks == []
+
+
+def test_a_typed_value_wins_over_the_defaults_of_the_model():
+    assert composed().prune.ratio == 0.5
+    assert composed("model=checkpoint").prune.ratio == 0.3
+    assert composed("model=checkpoint", "prune.ratio=0.1").prune.ratio == 0.1
+
+
+def test_digest_depends_on_content_alone():
+    one, other = typed(composed()), typed(composed("seed=1"))
+    assert digest(one) == digest(typed(composed())) == digest(dataclasses.asdict(one))
+    assert digest(one) != digest(other)
+    assert len(digest(one)) == 16
+
+
+def test_instantiate_reports_a_bad_target():
+    with pytest.raises(UserError, match=r"no\.such\.Thing"):
+        instantiate({"_target_": "no.such.Thing"})
+    assert instantiate({"_target_": "builtins.dict"}, a=1) == {"a": 1}
+
+
+def test_typed_gives_dataclasses():
+    config = typed(composed())
+    assert isinstance(config, RunConfig)
+    assert dataclasses.is_dataclass(config.recover.lora)
