@@ -54,11 +54,12 @@ KEEP_LIMIT = 20_000
 _CYCLE = tuple(kind for kind in IMAGE_KINDS for _ in range(12)) + tuple(kind for kind in TEXT_KINDS for _ in range(10))
 
 
-def _kinds_of(rng: Generator, scene: Scene, count: int) -> list[str]:
-    """``count`` kinds for one image, a fifth of them text-only; without repeats as long as there are enough."""
+def _kinds_of(rng: Generator, scene: Scene, count: int, extra: Sequence[str] = ()) -> list[str]:
+    """``count`` kinds for one image, a fifth of them text-only, ``extra`` among them; else without needless repeats."""
     possible = [kind for kind in IMAGE_KINDS if kind != "comparison" or len(scene) > 1]
     texts = count // 5
-    kinds = [possible[int(index)] for index in rng.permutation(len(possible))[: count - texts]]
+    kinds = [possible[int(index)] for index in rng.permutation(len(possible))[: count - texts - len(extra)]]
+    kinds += extra
     kinds += [pick(rng, possible) for _ in range(count - texts - len(kinds))]
     kinds += [pick(rng, tuple(TEXT_KINDS)) for _ in range(texts)]
     return [kinds[int(index)] for index in rng.permutation(len(kinds))]
@@ -73,6 +74,7 @@ class Digits(Sequence[Record]):
         seed: Seed of the scenes. The division of the digit images does not depend on it.
         max_digits: Digits per image, 1 to 4; below 4 only for a training curriculum.
         questions: Questions per image; default: the split's own (10; 1 in ``test``).
+        extra: Kinds that every image asks in addition to its draw, within ``questions``.
         images: Other versions of the training strokes to paint with, e.g. augmented, ``(count, GLYPH, GLYPH)``.
 
     Raises:
@@ -86,6 +88,7 @@ class Digits(Sequence[Record]):
         seed: int = 0,
         max_digits: int = 4,
         questions: int | None = None,
+        extra: Sequence[str] = (),
         images: np.ndarray | None = None,
     ) -> None:
         if split not in SPLITS:
@@ -97,6 +100,7 @@ class Digits(Sequence[Record]):
         self.spec = replace(default, size=size or default.size, questions=questions or default.questions)
         self.seed = seed
         self._max_digits = max_digits
+        self._extra = tuple(extra)
         self._images = images
         self._made: dict[int, Record] = {}
 
@@ -117,7 +121,7 @@ class Digits(Sequence[Record]):
         rng = Generator(PCG64(SeedSequence([self.seed, self.spec.code, index])))
         scene = compose(rng, self.spec.strokes, self._max_digits)
         if self.spec.questions > 1:
-            return scene, _kinds_of(rng, scene, self.spec.questions), rng
+            return scene, _kinds_of(rng, scene, self.spec.questions, self._extra), rng
         kind = self._kind(index)
         while kind == "comparison" and len(scene) < 2:
             scene = compose(rng, self.spec.strokes, self._max_digits)

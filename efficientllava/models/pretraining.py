@@ -51,6 +51,9 @@ class PretrainConfig:
         images: Images per step of the second stage.
         questions: Questions per image, a fifth of them text-only.
         easy_steps: First steps of the second stage, in which an image holds two digits at most.
+        extra: Kinds that every image asks in addition to its draw: those that are learnt last, since they need a digit
+            bound to its colour.
+        extra_from: Step of the second stage from which it does.
         lr: Peak learning rate of AdamW (tower, projector, embeddings, norms, biases, head).
         muon_lr: Peak learning rate of Muon (matrices of the decoder).
         warmup: Steps of linear warm-up in each stage; a cosine to zero follows.
@@ -68,6 +71,8 @@ class PretrainConfig:
     images: int = 16
     questions: int = 12
     easy_steps: int = 400
+    extra: tuple[str, ...] = ("count_by_colour", "existence_by_colour")
+    extra_from: int = 3750
     lr: float = 2e-3
     muon_lr: float = 0.03
     warmup: int = 100
@@ -211,7 +216,7 @@ class PretrainModule(lightning.LightningModule):
         """Write weights, optimisers and progress, whole or not at all."""
         optimizers = [optimizer.state_dict() for optimizer in self.raw_optimizers()]
         state = {"model": self.model.state_dict(), "optimizers": optimizers, "step": self.step}
-        state |= {"seconds": self.elapsed(), "history": self.history, "config": asdict(self.config)}
+        state |= {"seconds": self.elapsed(), "history": self.history, "config": _recipe(self.config)}
         torch.save(state, self.folder / f"{STATE}.part")
         os.replace(self.folder / f"{STATE}.part", self.folder / STATE)
 
@@ -285,8 +290,13 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
     return _finish(module, folder)
 
 
+def _recipe(config: PretrainConfig) -> dict[str, Any]:
+    """The recipe as it is after a round trip through JSON."""
+    return json.loads(json.dumps(asdict(config), default=list))
+
+
 def _same_recipe(found: Any, config: PretrainConfig, file: Path) -> None:
-    if found != asdict(config):
+    if found != _recipe(config):
         raise UserError(f"{file}: belongs to another recipe; choose another folder or remove this one")
 
 
@@ -300,7 +310,7 @@ def _finish(module: PretrainModule, folder: Path) -> Scores:
     provenance = {
         "command": f"python run.py experiment=train_{config.name} seed={config.seed}",
         "commit": _commit(),
-        "recipe": asdict(config),
+        "recipe": _recipe(config),
         "minutes": round(module.seconds / 60, 1),
         "device": f"{platform.machine()} CPU, {config.threads} thread(s)",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -84,7 +84,8 @@ class Scenes(Dataset[Any]):
         align = step < config.align_steps
         easy = not align and step < config.align_steps + config.easy_steps
         images = augmented(strokes("train").images, (config.seed, step))
-        data = Digits("pretrain", None, config.seed, 2 if easy else 4, config.questions, images)
+        extra = config.extra if step >= config.align_steps + config.extra_from else ()
+        data = Digits("pretrain", None, config.seed, 2 if easy else 4, config.questions, extra, images)
         size = config.align_images if align else config.images
         # Blocks of indices that no two steps share, whatever the sizes.
         indices = range(step * 4096, step * 4096 + size)

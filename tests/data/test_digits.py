@@ -57,6 +57,9 @@ def test_options_change_what_they_name() -> None:
     assert Digits("train", seed=1)[0].turns != Digits("train")[0].turns
     assert all(len(Digits("pretrain", max_digits=2).scene(i)) <= 2 for i in range(50))
     assert len(Digits("train", questions=15)[0].turns) == 15
+    extra = Digits("train", extra=("count", "count"))[0].turns
+    assert len(extra) == 10
+    assert sum(turn.kind == "count" for turn in extra) >= 2
     blank = Digits("train", images=np.zeros_like(strokes("train").images))
     assert np.asarray(blank[0].image).max() < 60
     assert Digits("train").record_id(7) == Digits("train")[7].id

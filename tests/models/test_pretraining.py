@@ -133,6 +133,11 @@ def test_steps_follow_the_curriculum() -> None:
     assert steps[0]["pixel_values"].shape == (4, 3, 32, 32)
     assert "labels" in steps[3]
     assert len(steps[3]["ids"]) == 2
+    assert steps[5]["segment_ids"].max() == 4
+    hard = Scenes(replace(QUICK, extra=("count",) * 4, extra_from=2), steps.collate.prompts.processor, 0)
+    counts = [str(item["labels"].tolist()) for item in (steps[4], hard[4], steps[5], hard[5])]
+    assert counts[0] == counts[1]
+    assert counts[2] != counts[3]
     later = Scenes(QUICK, steps.collate.prompts.processor, 3)
     assert torch.equal(later[0]["input_ids"], steps[3]["input_ids"])
 
