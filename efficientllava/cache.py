@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from .checkpoint import whole_folder
 from .config import digest
+from .errors import UserError, disk_full
 from .processes import barrier, from_first, rank
 
 RECORD = "stage.json"
@@ -128,14 +129,24 @@ def link(source: Path, target: Path) -> None:
     Args:
         source: File or folder.
         target: Its new name; what stands there is replaced.
+
+    Raises:
+        UserError: The disk is full.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    if source.is_dir():
-        shutil.copytree(source, partial, copy_function=_link_or_copy)
-        shutil.rmtree(target, ignore_errors=True)
-    else:
-        _link_or_copy(source, partial)
-    partial.replace(target)
+    try:
+        if source.is_dir():
+            shutil.copytree(source, partial, copy_function=_link_or_copy)
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            _link_or_copy(source, partial)
+        partial.replace(target)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True) if source.is_dir() else partial.unlink(missing_ok=True)
+        # copytree collects the failures of all files as text.
+        if disk_full(error) or f"[Errno {errno.ENOSPC}]" in str(error):
+            raise UserError(f"{target}: the disk is full; free some space or set paths.output_dir elsewhere") from error
+        raise
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +56,11 @@ class Checkpoint:
     @property
     def base(self) -> dict[str, str]:
         """Path and digest of the original unpruned checkpoint; this checkpoint's own when it was never pruned."""
-        return self.provenance.get("base") or {"path": self.path, "digest": self.digest}
+        if "base" in self.provenance:
+            return self.provenance["base"]
+        # A folder is found again from wherever the next run is started.
+        local = Path(self.path).expanduser()
+        return {"path": str(local.resolve()) if local.is_dir() else self.path, "digest": self.digest}
 
     def after(self, model: Any, step: Mapping[str, Any], kept: Sequence[int] | None = None) -> Checkpoint:
         """The checkpoint that a stage makes of this one.
@@ -147,25 +152,67 @@ def load(path: str, dtype: str = "auto", device: str = "cpu", revision: str | No
         raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}") from error
     require_supported(config.get_text_config())
     storage = getattr(config, "dtype", None) or torch.float32
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            config=config,
-            dtype=compute_dtype(dtype, storage, device),
-            output_loading_info=True,
-            device_map=None if device == "cpu" else {"": device},
-        )
-    except Exception as error:  # safetensors, transformers and torch raise different kinds for a broken folder
-        raise UserError(f"model.path={path}: the weights cannot be loaded: {_first_line(error)}") from error
+    with _load_report() as report:
+        try:
+            model, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                folder,
+                config=config,
+                dtype=compute_dtype(dtype, storage, device),
+                output_loading_info=True,
+                device_map=None if device == "cpu" else {"": device},
+            )
+        except Exception as error:  # safetensors, transformers and torch raise different kinds for a broken folder
+            reason = next((line for line in report if "MISMATCH" in line), None) or _first_line(error)
+            raise UserError(
+                f"model.path={path}: the weights cannot be loaded: {reason}; get the complete folder"
+            ) from error
     problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
     if problems:
         listed = "; ".join(f"{name}: {', '.join(keys[:3])} ({len(keys)})" for name, keys in problems.items())
         raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
-    # Written down at once, because pruning consumes the model.
-    provenance: dict[str, Any] = {"original_layers": list(range(len(decoder_of(model).layers)))}
-    if (folder / PROVENANCE).is_file():
+    try:
+        processor = load_processor(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"model.path={path}: the processor cannot be loaded: {_first_line(error)}; the folder needs the "
+            "tokenizer and processor files beside the weights"
+        ) from error
+    provenance = _provenance(folder, path, len(decoder_of(model).layers))
+    return Checkpoint(model.eval(), processor, path, storage, digest(folder), provenance)
+
+
+def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:
+    """What was done to a checkpoint before; of one that was never pruned, that its layers are the original ones."""
+    if not (folder / PROVENANCE).is_file():
+        return {"original_layers": list(range(layers))}
+    try:
         provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-    return Checkpoint(model.eval(), load_processor(folder), path, storage, digest(folder), provenance)
+        if len(provenance["original_layers"]) == layers:
+            return provenance
+        reason = f"it names {len(provenance['original_layers'])} layers, the model has {layers}"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+    raise UserError(f"model.path={path}: {PROVENANCE} does not fit ({reason}); restore it, or remove it")
+
+
+@contextmanager
+def _load_report() -> Iterator[list[str]]:
+    """Catch the table that transformers prints when tensors do not fit; we say the same in one line."""
+    lines: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        lines.extend(" ".join(line.split()) for line in text.splitlines())
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(keep)
 
 
 def _first_line(error: BaseException) -> str:

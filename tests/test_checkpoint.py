@@ -1,0 +1,277 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from efficientllava import checkpoint as store
+from efficientllava.card import LICENSES, model_card, usage
+from efficientllava.errors import UserError
+
+from .runs import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return store.load(str(folder))
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "broken")
+
+
+def test_half_precision_weights_are_computed_in_fp32_on_a_cpu_and_stored_as_they_were(loaded, folder, tmp_path):
+    assert loaded.storage == torch.float16
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
+    assert not loaded.model.training
+    copy = store.save(loaded, tmp_path / "copy")
+    before, after = load_file(folder / "model.safetensors"), load_file(copy / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == torch.float16 and torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((copy / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert not [
+        node for node in config.values() if isinstance(node, dict) and node.get("dtype", "float16") != "float16"
+    ]
+    again = store.load(str(copy))
+    assert again.storage == torch.float16
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), again.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("name", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_named_type_is_computed_in(folder, name, expected):
+    assert {p.dtype for p in store.load(str(folder), name).model.parameters()} == {expected}
+
+
+def test_stock_transformers_loads_what_was_saved(loaded, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    copy = store.save(loaded, tmp_path / "copy")
+    model = AutoModelForImageTextToText.from_pretrained(copy, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(copy)
+    assert processor.tokenizer.get_vocab() == loaded.processor.tokenizer.get_vocab()
+    assert processor.chat_template == loaded.processor.chat_template
+    ids = torch.tensor([[2, 7, 8, 9]])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, loaded.model(input_ids=ids).logits)
+
+
+def test_saving_replaces_a_folder_and_leaves_nothing_else(loaded, tmp_path):
+    target = tmp_path / "copy"
+    target.mkdir()
+    (target / "stale").write_text("")
+    store.save(loaded, target)
+    assert not (target / "stale").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+def test_digest_follows_content_and_not_place(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert store.digest(copy) == store.digest(folder)
+    (copy / "notes.txt").write_text("read me")
+    (copy / store.PROVENANCE).write_text("{}")
+    assert store.digest(copy) == store.digest(folder)
+    state = load_file(copy / "model.safetensors")
+    last = sorted(state)[-1]
+    state[last].view(-1)[-1] += 1
+    save_file(state, copy / "model.safetensors", {"format": "pt"})
+    assert store.digest(copy) != store.digest(folder)
+    shutil.copy(folder / "model.safetensors", copy / "model.safetensors")
+    assert store.digest(copy) == store.digest(folder)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert store.digest(copy) != store.digest(folder)
+
+
+def test_digest_of_a_large_file_reads_its_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SAMPLED", 1)
+    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
+    before = store.digest(tmp_path)
+    with (tmp_path / "model.safetensors").open("r+b") as handle:
+        handle.seek(100)
+        handle.write(b"x")
+    assert store.digest(tmp_path) != before
+
+
+def test_rounding_makes_memory_equal_to_what_is_saved(folder, tmp_path):
+    checkpoint = store.load(str(folder))
+    for parameter in checkpoint.model.parameters():
+        parameter.data.mul_(1.0001)
+    store.round_weights(checkpoint.model, checkpoint.storage)
+    again = store.load(str(store.save(checkpoint, tmp_path / "copy")))
+    assert all(torch.equal(a, b) for a, b in zip(checkpoint.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_provenance_composes_over_two_prunings(loaded):
+    assert loaded.original_layers == [0, 1]
+    assert loaded.base["digest"] == loaded.digest
+    five = store.Checkpoint(
+        loaded.model, loaded.processor, "org/base", torch.float16, "d", {"original_layers": [*range(5)]}
+    )
+    first = five.after(loaded.model, {"stage": "prune"}, [0, 2, 3, 4])
+    second = first.after(loaded.model, {"stage": "recover"})
+    third = second.after(loaded.model, {"stage": "prune"}, [0, 1, 3])
+    assert first.original_layers == [0, 2, 3, 4]
+    assert second.original_layers == [0, 2, 3, 4]
+    assert third.original_layers == [0, 2, 4]
+    assert third.base == {"path": "org/base", "digest": "d"}
+    assert [step["stage"] for step in third.provenance["history"]] == ["prune", "recover", "prune"]
+    assert five.provenance == {"original_layers": [0, 1, 2, 3, 4]}
+
+
+def test_the_base_is_found_again_from_another_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert store.load(folder.name).base["path"] == str(folder.resolve())
+
+
+def test_the_model_card_is_read_by_hubs(loaded, tmp_path):
+    import yaml
+
+    pruned = loaded.after(loaded.model, {"stage": "prune", "achieved": 0.3}, [0, 1])
+    text = (store.save(pruned, tmp_path / "copy", {"samples": 8}) / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    meta = yaml.safe_load(front)
+    assert meta["library_name"] == "transformers"
+    assert meta["pipeline_tag"] == "image-text-to-text"
+    assert "pruned" in meta["tags"]
+    assert '"achieved": 0.3' in body
+    assert "samples: 8" in body
+    assert "import efficientllava" not in body
+
+
+@pytest.mark.parametrize("base", list(LICENSES))
+def test_the_card_names_base_and_licence(base):
+    import yaml
+
+    card = model_card({"base": {"path": base}, "original_layers": [0]}, True, {})
+    meta = yaml.safe_load(card.split("---\n")[1])
+    assert (meta["base_model"], meta["license"]) == (base, LICENSES[base])
+    assert usage("<this folder>", True) in card
+    assert "import efficientllava" in card
+
+
+def test_the_lines_of_the_card_load_the_model(loaded, tmp_path):
+    copy = store.save(loaded, tmp_path / "copy")
+    scope = {}
+    exec(usage(str(copy), False), scope)
+    assert sum(p.numel() for p in scope["model"].parameters()) == sum(p.numel() for p in loaded.model.parameters())
+    assert scope["processor"].tokenizer.vocab_size > 0
+
+
+def fails(path, *parts):
+    with pytest.raises(UserError) as error:
+        store.load(str(path))
+    line = str(error.value)
+    assert line.startswith(f"model.path={path}: ")
+    assert "\n" not in line
+    for part in parts:
+        assert part in line, line
+    assert error.value.exit_code == 2
+
+
+def test_a_missing_folder(tmp_path):
+    fails(tmp_path / "none", "no such folder", "hub id")
+    fails("builtin:nothing", "no such folder")
+    fails("word", "no such folder")
+
+
+def test_a_folder_without_config_or_weights(broken):
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    fails(broken, "no *.safetensors", "only safetensors")
+    (broken / "config.json").unlink()
+    fails(broken, "no config.json", "save_pretrained")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model_type": "unheard-of"}', "{}"])
+def test_a_config_that_cannot_be_read(broken, text):
+    (broken / "config.json").write_text(text)
+    fails(broken, "config.json")
+
+
+def test_weights_that_do_not_fit(broken):
+    file = broken / "model.safetensors"
+    state = load_file(file)
+    name = next(n for n in state if n.endswith("down_proj.weight"))
+    save_file({n: t for n, t in state.items() if n != name}, file, {"format": "pt"})
+    fails(broken, "missing_keys", "down_proj", "get the complete folder")
+    save_file({**state, "extra.weight": torch.zeros(2)}, file, {"format": "pt"})
+    fails(broken, "unexpected_keys", "extra.weight")
+    save_file({**state, name: state[name][:, :-1].contiguous()}, file, {"format": "pt"})
+    fails(broken, "down_proj")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 2000, -100])
+def test_truncated_weights(broken, keep):
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    fails(broken, "weights cannot be loaded")
+
+
+def test_an_unsupported_decoder(broken):
+    from transformers import GPT2Config
+
+    config = json.loads((broken / "config.json").read_text())
+    config["text_config"] = GPT2Config(n_layer=1).to_dict()
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="gpt2"):
+        store.load(str(broken))
+
+
+def test_a_model_that_sees_nothing(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    fails(tmp_path, "weights cannot be loaded")
+
+
+def test_a_folder_without_processor(broken):
+    for name in ("tokenizer.json", "tokenizer_config.json", "processor_config.json"):
+        (broken / name).unlink()
+    fails(broken, "processor cannot be loaded", "tokenizer")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"original_layers": [0]}'])
+def test_a_provenance_that_does_not_fit(broken, text):
+    (broken / store.PROVENANCE).write_text(text)
+    fails(broken, store.PROVENANCE, "remove it")
+
+
+def test_a_hub_id_without_network(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise ConnectionError("Name or service not known\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    fails("org/name", "neither a folder nor a hub id", "Name or service not known", "local folder")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_leaves_what_was_there(loaded, tmp_path, monkeypatch, error):
+    target = store.save(loaded, tmp_path / "copy")
+    before = sorted(p.name for p in target.iterdir())
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(loaded.processor, "save_pretrained", fail)
+    with pytest.raises(UserError, match=r"copy: the disk is full; free some space or set paths\.output_dir"):
+        store.save(loaded, target)
+    assert sorted(p.name for p in target.iterdir()) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+def test_another_failure_while_saving_leaves_nothing(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(loaded.processor, "save_pretrained", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.save(loaded, tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
