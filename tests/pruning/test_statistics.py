@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from efficientllava.errors import UserError
+from efficientllava.models.forward import FeatureCache, answer_loss, forward_hidden, vision_features
+from efficientllava.pruning.statistics import (
+    TOKENS,
+    BlockInfluence,
+    CalibrationStream,
+    Gram,
+    counted_positions,
+    recorded_calls,
+)
+from tests.conftest import IMAGE_TOKEN, make_batch, make_batches, make_model, make_packed
+
+
+@pytest.mark.parametrize("make", [make_batch, make_packed])
+def test_the_stream_computes_what_the_model_computes(family, make):
+    model, batches = make_model(family), [make(seed=s) for s in range(2)]
+    stream = CalibrationStream(model, batches)
+    hidden = list(stream.hidden)
+    for index, layer in enumerate(model.get_decoder().layers):
+        stream.advance(layer, index, hidden)
+    norm = getattr(model.get_decoder(), "norm", None) or model.get_decoder().final_layernorm
+    with torch.no_grad():
+        for batch, end in zip(batches, hidden, strict=True):
+            real = batch["attention_mask"].bool()
+            assert torch.equal(norm(end)[real], forward_hidden(model, batch)[real])
+        counts = [int((b["labels"][:, 1:] != -100).sum()) for b in batches]
+        total = sum(float(answer_loss(model, b, reduction="sum")) for b in batches)
+    assert stream.answer_loss(hidden) == pytest.approx(total / sum(counts), rel=1e-6)
+
+
+def test_padding_moves_nothing_that_counts():
+    model, batch = make_model(), make_batch()
+    padded = {**batch}
+    for key, fill in (("input_ids", 7), ("attention_mask", 0), ("labels", -100)):
+        padded[key] = torch.cat([batch[key], torch.full((3, 5), fill)], 1)
+    results = []
+    for found in (batch, padded):
+        stream = CalibrationStream(model, [found])
+        hidden, influence, gram = list(stream.hidden), BlockInfluence(), Gram(48, torch.device("cpu"))
+        for b, before, after in stream.run(model.get_decoder().layers[0], 0, hidden):
+            influence.add(before, after, stream.counted[b])
+            gram.add(after[stream.counted[b]])
+        results.append((influence.value("mean"), influence.value("sum"), gram.mean(lambda t: t)))
+    assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-5)
+    assert torch.allclose(results[0][2], results[1][2], rtol=1e-4, atol=1e-6)
+
+
+def test_kinds_of_tokens_split_the_real_ones():
+    batch = make_batch()
+    masks = {kind: counted_positions(batch, kind, IMAGE_TOKEN) for kind in TOKENS}
+    assert torch.equal(masks["all"], batch["attention_mask"].bool())
+    assert torch.equal(masks["image"] | masks["text"], masks["all"])
+    assert not (masks["image"] & masks["text"]).any()
+    assert int(masks["image"].sum()) == int((batch["input_ids"] == IMAGE_TOKEN).sum()) > 0
+    assert torch.equal(masks["answer"], batch["labels"] != -100)
+    with pytest.raises(ValueError, match="tokens must be one of"):
+        counted_positions(batch, "video", IMAGE_TOKEN)
+
+
+def test_a_kind_of_token_that_never_occurs_is_refused():
+    batches = make_batches(images=False)
+    stream = CalibrationStream(make_model(), batches, "image")
+    with pytest.raises(UserError, match=r"prune\.tokens=image"):
+        stream.require_counted("image")
+    stream.require_counted("image", lambda count: count + 1)  # another process has some
+
+
+def test_recorded_calls_leave_the_model_as_it_was():
+    model = make_model()
+    layers, batch = model.get_decoder().layers, make_batch()
+    with torch.no_grad():
+        before = forward_hidden(model, batch)
+        with pytest.raises(ZeroDivisionError), recorded_calls(layers) as calls:
+            forward_hidden(model, batch)
+            assert len(calls) == len(layers)
+            assert all(torch.equal(hidden, calls[0][0]) for hidden, _ in calls)
+            raise ZeroDivisionError
+        assert torch.equal(forward_hidden(model, batch), before)
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+def test_storage_holds_the_hidden_states_between_layers():
+    model = make_model()
+    stream = CalibrationStream(model, make_batches(), storage="cpu")
+    assert stream.store(stream.hidden[0]) is stream.hidden[0]
+    assert stream.load(stream.hidden[0], 0).device == stream.counted[0].device
+
+
+def test_the_stream_uses_the_shared_vision_features():
+    model, batches = make_model(), make_batches()
+    calls: list[int] = []
+
+    def compute(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return vision_features(model, pixels)
+
+    cache = FeatureCache(compute)
+    first, second = (CalibrationStream(model, batches, features=cache) for _ in range(2))
+    plain = CalibrationStream(model, batches)
+    assert calls == [2, 2, 2]
+    for a, b, c in zip(first.hidden, second.hidden, plain.hidden, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gram_is_the_mean_outer_product(dtype):
+    rows = [torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (3, 0, 8)]
+    gram = Gram(5, torch.device("cpu"))
+    for part in rows:
+        gram.add(part)
+    joined = torch.cat(rows).double()
+    assert torch.allclose(gram.mean(lambda t: t), joined.T @ joined / 11, rtol=1e-6)
+
+
+def test_gram_of_a_wide_writer_is_kept_in_single_precision():
+    gram = Gram(2049, torch.device("cpu"))
+    rows = torch.randn(3, 2049)
+    gram.add(rows)
+    assert gram.matrix.dtype == torch.float32
+    assert torch.allclose(gram.mean(lambda t: t), rows.T @ rows / 3, atol=1e-6)
+
+
+def test_statistics_of_two_processes_add_up():
+    rows = torch.randn(10, 4, dtype=torch.float64)
+    whole, parts = Gram(4, torch.device("cpu")), [Gram(4, torch.device("cpu")) for _ in range(2)]
+    whole.add(rows)
+    for part, some in zip(parts, (rows[:3], rows[3:]), strict=True):
+        part.add(some)
+    sums = {1: torch.tensor([10.0], dtype=torch.float64), 2: parts[0].matrix + parts[1].matrix}
+    assert torch.allclose(parts[0].mean(lambda t: sums[t.ndim].clone()), whole.mean(lambda t: t))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_block_influence_is_one_minus_the_mean_cosine(size):
+    inputs = size * torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 2.0]]], dtype=torch.float16)
+    outputs = size * torch.tensor([[[0.0, 3.0], [-1.0, 0.0], [0.0, 1.0]]], dtype=torch.float16)
+    influence = BlockInfluence()
+    influence.add(inputs, outputs, torch.tensor([[True, False, True]]))
+    assert influence.value("mean") == pytest.approx(0.5)
+    assert influence.value("sum") == pytest.approx(1.0)
+
+
+def positions(stream: CalibrationStream) -> list[Any]:
+    return [mask.sum().item() for mask in stream.counted]
+
+
+def test_counted_positions_reach_the_stream():
+    model, batches = make_model(), make_batches()
+    assert positions(CalibrationStream(model, batches, "image")) == [8, 8, 8]
+    assert positions(CalibrationStream(model, batches)) == [54, 54, 54]

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from efficientllava.errors import UserError
+from efficientllava.models.anatomy import layers_of
+from efficientllava.models.forward import answer_loss
+from efficientllava.pruning.taylor import TaylorScores, checkpointed
+from efficientllava.schema import TAYLOR
+from tests.conftest import make_batches, make_model
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    answer_loss(model, batch).backward()
+    found = {p: p.grad.clone() for p in model.get_decoder().parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def elementwise(variant, weight, gradient, square):
+    if variant == "param_second":
+        return weight**2 * square
+    if variant == "param_mix":
+        return (weight * gradient - 0.5 * weight**2 * square).abs()
+    return weight * gradient
+
+
+def expected(model, batches, variant, mean):
+    """Scores from whole gradients: every weight of a unit, row by row and column by column."""
+    found = [gradients(model, batch) for batch in batches]
+    tokens = [float((b["labels"][:, 1:] != -100).sum()) for b in batches]
+    scores = []
+    for layer in layers_of(model):
+        pair = []
+        for component in layer.components:
+            total = torch.zeros(component.units, dtype=torch.float64)
+            parts = [(r.linear.weight, r.offset, r.width, 0) for r in component.readers]
+            for weight, offset, width, axis in [*parts, (component.writer.weight, 0, component.width, 1)]:
+                w = weight.detach()
+                if mean == "batch":
+                    g = sum(f[weight] * n / sum(tokens) for f, n in zip(found, tokens, strict=True))
+                    square = sum(f[weight] ** 2 for f in found) / len(found)
+                    tables = [elementwise(variant, w, g, square)]
+                else:
+                    tables = [elementwise(variant, w, f[weight], f[weight] ** 2) / len(found) for f in found]
+                for table in tables:
+                    lines = table.sum(1 - axis).abs() if variant == "vectorize" else table.abs().sum(1 - axis)
+                    for unit in range(component.units):
+                        total[unit] += lines[offset + unit * width : offset + (unit + 1) * width].sum()
+            pair.append(total)
+        scores.append(pair)
+    return scores
+
+
+@pytest.mark.parametrize("mean", ["sample", "batch"])
+@pytest.mark.parametrize("variant", TAYLOR)
+def test_scores_equal_those_of_whole_gradients(family, variant, mean):
+    model, batches = make_model(family), make_batches(2)
+    found = TaylorScores(model, variant, mean).run(batches)
+    for layer, reference in zip(found, expected(model, batches, variant, mean), strict=True):
+        for scores, right in zip(layer, reference, strict=True):
+            assert scores.tolist() == pytest.approx(right.tolist(), rel=2e-4)
+
+
+@pytest.mark.parametrize("mean", ["sample", "batch"])
+def test_gradients_are_freed_and_flags_restored(mean):
+    model = make_model("phi")
+    model.lm_head.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    TaylorScores(model, "param_mix", mean).run(make_batches(2))
+    assert all(p.grad is None for p in model.parameters())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+def test_no_gradient_outlives_its_layer():
+    """While a layer's gradients arrive, those of the layers behind it are gone."""
+    model, alive = make_model(), []
+    layers = model.get_decoder().layers
+
+    def look(_gradient):
+        alive.append(sum(p.grad is not None for p in model.parameters()))
+
+    handles = [layer.self_attn.q_proj.weight.register_hook(look) for layer in layers]
+    TaylorScores(model, "param_first", "sample").run(make_batches(1))
+    for handle in handles:
+        handle.remove()
+    assert len(alive) == len(layers)
+    assert max(alive) <= 1
+
+
+def test_a_failing_batch_restores_the_model():
+    model, batch = make_model(), make_batches(1)[0]
+    with pytest.raises(KeyError):
+        TaylorScores(model).run([batch, {"labels": batch["labels"]}])
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("forward" in vars(layer) for layer in model.get_decoder().layers)
+
+
+def test_checkpointing_changes_no_value():
+    model, batch = make_model(), make_batches(1)[0]
+    plain = gradients(model, batch)
+    with checkpointed(layers_of(model)):
+        again = gradients(model, batch)
+    assert all(torch.equal(plain[p], again[p]) for p in plain)
+
+
+def test_batches_without_an_answer_do_not_count():
+    model, batches = make_model(), make_batches(2)
+    silent = {**batches[0], "labels": torch.full_like(batches[0]["labels"], -100)}
+    found = TaylorScores(model).run([batches[0], silent, batches[1]])
+    for layer, right in zip(found, TaylorScores(model).run(batches), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer, right, strict=True))
+    with pytest.raises(UserError, match=r"prune\.importance=param_first.*no answer"):
+        TaylorScores(model).run([silent])
+
+
+@pytest.mark.parametrize("mean", ["sample", "batch"])
+@pytest.mark.parametrize("variant", TAYLOR)
+def test_a_process_without_batches_takes_part_in_every_reduction(variant, mean):
+    model, shapes = make_model(), {}
+
+    def counting(key):
+        def reduce(tensor):
+            shapes.setdefault(key, []).append(tuple(tensor.shape))
+            # The other process of this pair has answers.
+            return tensor + 1 if tensor.ndim == 1 and len(tensor) == 1 else tensor
+
+        return reduce
+
+    TaylorScores(model, variant, mean).run(make_batches(1), reduce=counting("some"))
+    scores = TaylorScores(model, variant, mean).run([], reduce=counting("none"))
+    assert shapes["some"] == shapes["none"]
+    assert all(not s.any() for layer in scores for s in layer)
+
+
+@pytest.mark.parametrize("options", [{"variant": "third"}, {"mean": "median"}])
+def test_unknown_options_are_refused(options):
+    with pytest.raises(ValueError, match="must be"):
+        TaylorScores(make_model(), **options)
