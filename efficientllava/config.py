@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,8 @@ def _paths(config: RunConfig) -> Iterator[str]:
     existing = next((p for p in [output, *output.absolute().parents] if p.exists()), None)
     if existing is not None and not existing.is_dir():
         yield f"paths.output_dir={output}: {existing} is a file; give a folder"
+    elif existing is not None and not os.access(existing, os.W_OK):
+        yield f"paths.output_dir={output}: {existing} may not be written; give a folder of yours"
 
 
 def digest(value: Any) -> str:

@@ -61,7 +61,11 @@ def _objective(settings: RunConfig, folder: Path) -> float | None:
 
     if settings.optimized_metric is None:
         return None
-    return lookup(read(folder / "results.json"), settings.optimized_metric)
+    try:
+        return lookup(read(folder / "results.json"), settings.optimized_metric)
+    except UserError as error:
+        error.exit_code = 1
+        raise
 
 
 def _pretrain(settings: RunConfig, folder: Path) -> float | None:
@@ -277,6 +281,7 @@ class Run:
             prune={k: v for k, v in asdict(settings.prune).items() if k != "name"},
             calibration=[asdict(settings.calibration), digest([r.id for r in self.calibration])],
             files=[file_digest(settings.calibration.path), file_digest(settings.data.path)],
+            images=settings.data.image_root,
             max_length=settings.data.max_length,
             seed=settings.seed,
         )

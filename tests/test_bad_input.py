@@ -1,0 +1,225 @@
+"""Bad models and data: one clear line each, exit code 2 before the first stage and 1 after, nothing half-written."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from efficientllava import pipeline
+from efficientllava.errors import UserError
+
+from .runs import composed, save_tiny
+
+RECORDS = 40
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A good data file with images; returns its records and a function that writes them."""
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("RGB", (32, 32), (200, 10, 10)).save(images / "red.png")
+    said = [{"from": "human", "value": "<image>\nwhich colour ?"}, {"from": "gpt", "value": "red"}]
+    records = [{"id": f"r{i}", "image": "red.png", "conversations": said} for i in range(RECORDS)]
+
+    def write(content=None):
+        file = tmp_path / "records.json"
+        file.write_text(json.dumps(records) if content is None else content)
+        return file
+
+    return records, write
+
+
+def overrides(model, tmp_path, *more):
+    typed = [
+        "model=checkpoint",
+        f"model.path={model}",
+        f"data.path={tmp_path}/records.json",
+        f"data.image_root={tmp_path}/images",
+        "data.batch_size=2",
+        "calibration.samples=4",
+        "recover.train=projector",
+        "recover.epochs=null",
+        "recover.steps=1",
+        "prune.round_to=1",
+        "evaluate.efficiency=false",
+        f"paths.output_dir={tmp_path}/out",
+        "logger=none",
+        "callbacks=none",
+        "trainer=cpu",
+    ]
+    known = {key.partition("=")[0] for key in more}
+    return [o for o in typed if o.partition("=")[0] not in known] + list(more)
+
+
+def run(model, tmp_path, *more):
+    typed = overrides(model, tmp_path, *more)
+    torch.set_num_threads(1)
+    pipeline.run(composed(*typed), str(tmp_path / "run"), typed)
+
+
+def refused(model, tmp_path, *more):
+    with pytest.raises(UserError) as error:
+        run(model, tmp_path, *more)
+    return error.value
+
+
+def nothing_written(tmp_path):
+    made = [p for name in ("run", "out") for p in (tmp_path / name).rglob("*") if p.is_file() and p.suffix != ".lock"]
+    return made == []
+
+
+def test_good_data_runs(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("efficientllava.reload.reload_gate", lambda *_: None)
+    data[1]()
+    run(model, tmp_path)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["samples"] == {"calibration": 4, "recovery": RECORDS - 8}
+    assert set(results["stages"]) == {"base", "pruned", "recovered"}
+
+
+def spoil(records, at, **changes):
+    records[at] = {**records[at], **changes}
+
+
+def missing(records, _folder):
+    spoil(records, 3, image="gone.png")
+
+
+def broken(records, folder):
+    (folder / "images" / "broken.png").write_bytes((folder / "images" / "red.png").read_bytes()[:40])
+    spoil(records, 3, image="broken.png")
+
+
+def overlong(records, _folder):
+    said = [{"from": "human", "value": "<image>\nread"}, {"from": "gpt", "value": "red " * 600}]
+    for at in range(RECORDS):
+        spoil(records, at, conversations=said)
+
+
+def roles(records, _folder):
+    spoil(records, 3, conversations=[{"from": "robot", "value": "hello"}])
+
+
+FAULTS = [
+    (missing, ["'r3'", "gone.png", "does not exist", "data.max_bad_fraction allows 0", "repair the data or raise it"]),
+    (broken, ["'r3'", "broken.png", "cannot be read", "data.max_bad_fraction"]),
+    (roles, ["'r3'", "role 'robot'", "human", "data.max_bad_fraction"]),
+    (overlong, ["prompt and answer take", "the context holds 512", "data.max_length"]),
+]
+
+
+@pytest.mark.parametrize(("fault", "told"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_faulty_record_is_found_before_the_first_stage(model, data, tmp_path, fault, told):
+    records, write = data
+    fault(records, tmp_path)
+    write()
+    error = refused(model, tmp_path)
+    assert error.exit_code == 2
+    assert "\n" not in str(error)
+    for part in told:
+        assert part in str(error)
+    assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{ this is no JSON", ["records.json", "is not JSON", "give a JSON list"]),
+        ("", ["records.json", "is not JSON"]),
+        ("[]", ["records.json", "holds no record"]),
+        ('{"a": 1}', ["records.json", "holds a dict", "give a JSON list"]),
+        ("[1, 2]", ["records.json", "2 of 2 records are corrupt", "int instead of an object"]),
+    ],
+)
+def test_a_file_that_is_no_list_of_records(model, data, tmp_path, content, told):
+    data[1](content)
+    error = refused(model, tmp_path)
+    assert error.exit_code == 2
+    assert "\n" not in str(error)
+    for part in told:
+        assert part in str(error)
+    assert nothing_written(tmp_path)
+
+
+def test_corrupt_records_are_counted_and_tolerated_up_to_the_limit(model, data, tmp_path, caplog):
+    from efficientllava.data.splits import load_split
+    from efficientllava.schema import DataConfig
+
+    records, write = data
+    missing(records, tmp_path)
+    spoil(records, 7, image=3)
+    file = write()
+    config = DataConfig("conversations", str(file), str(tmp_path / "images"), max_bad_fraction=2 / RECORDS)
+    total = sum(len(load_split(config, split)) for split in ("train", "calibration", "minival"))
+    assert total == RECORDS - 2
+    assert f"2 of {RECORDS} records are corrupt" in caplog.text
+    error = refused(model, tmp_path, f"data.max_bad_fraction={1.5 / RECORDS}")
+    assert f"2 of {RECORDS} records are corrupt" in str(error)
+
+
+def test_a_file_of_calibration_records_that_is_too_short(model, data, tmp_path):
+    records, write = data
+    write()
+    short = tmp_path / "short.json"
+    short.write_text(json.dumps(records[:3]))
+    error = refused(model, tmp_path, f"calibration.path={short}", f"calibration.image_root={tmp_path}/images")
+    assert error.exit_code == 2
+    assert "calibration.samples=4: only 3 records" in str(error)
+    assert "ask for fewer" in str(error)
+    assert nothing_written(tmp_path)
+
+
+def test_a_bad_model_folder_ends_the_run_before_it_begins(data, tmp_path):
+    data[1]()
+    error = refused(tmp_path / "nowhere", tmp_path)
+    assert error.exit_code == 2
+    assert "no such folder" in str(error)
+    assert nothing_written(tmp_path)
+
+
+def test_an_unknown_benchmark(model, data, tmp_path):
+    data[1]()
+    error = refused(model, tmp_path, "evaluate.tasks=[mmlu]")
+    assert error.exit_code == 2
+    assert "'mmlu' is not one of digits_vqa" in str(error)
+
+
+def test_a_ratio_that_cannot_be_reached_names_the_largest_one(model, data, tmp_path):
+    data[1]()
+    error = refused(model, tmp_path, "prune.ratio=0.99")
+    assert error.exit_code == 1
+    assert "prune.ratio=0.99" in str(error)
+    assert nothing_written(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "full", [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left (os error 28)")]
+)
+def test_a_full_disk_during_a_stage(model, data, tmp_path, monkeypatch, full):
+    data[1]()
+
+    def fail(*_, **__):
+        raise full
+
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail, raising=False)
+    error = refused(model, tmp_path)
+    assert error.exit_code == 1
+    assert "the disk is full" in str(error)
+    assert "free some space or set paths.output_dir elsewhere" in str(error)
+    assert nothing_written(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(model, data, tmp_path, monkeypatch):
+    data[1]()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    error = refused(model, tmp_path)
+    assert error.exit_code == 2
+    assert "may not be written" in str(error)
