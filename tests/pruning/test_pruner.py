@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from efficientllava.errors import UserError
+from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of
+from efficientllava.models.forward import answer_loss
+from efficientllava.pruning.plan import PruningPlan
+from efficientllava.pruning.pruner import (
+    Calibration,
+    PruneReport,
+    apply_plan,
+    make_plan,
+    plan_ratio,
+    rank_units,
+    search_length,
+    whole_layers,
+)
+from efficientllava.pruning.selection import TOLERANCE
+from efficientllava.schema import IMPORTANCES, PruneConfig
+from tests.conftest import LAYERS, logits_of, make_batch, make_batches, make_model, make_packed
+
+
+def widthwise(**options: Any) -> PruneConfig:
+    return PruneConfig(**{"method": "widthwise", "ratio": 0.3, "refit": True, **options})
+
+
+def layerwise(**options: Any) -> PruneConfig:
+    return PruneConfig(**{"method": "layerwise", "ratio": 0.25, **options})
+
+
+def calibration(count: int = 3, **options: Any) -> Calibration:
+    return Calibration(make_batches(count), **options)
+
+
+@pytest.mark.parametrize("ratio", [0.15, 0.5])
+@pytest.mark.parametrize("selection", ["shape", "local", "global"])
+def test_the_achieved_ratio_is_the_requested_one(family, selection, ratio):
+    model = make_model(family)
+    before = language_parameters(model)
+    config = widthwise(selection=selection, ratio=ratio, protect_attention=[0] if selection == "global" else [])
+    plan, scored = make_plan(model, calibration(), config)
+    assert plan.achieved == pytest.approx(ratio, abs=TOLERANCE)
+    assert plan.requested == ratio
+    assert plan.uniform == (selection != "global")
+    assert plan.calibration_ids == tuple(f"{b}/{r}" for b in range(3) for r in range(3))
+    assert language_parameters(model) == before
+    smaller, report = apply_plan(model, plan, calibration(), config)
+    assert 1 - language_parameters(smaller) / before == pytest.approx(plan.achieved, abs=1e-12)
+    assert all(error.after <= error.before for error in report.errors)
+    batches = make_batches()
+    total = sum(float(answer_loss(smaller, b, reduction="sum")) for b in batches)
+    count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    assert report.loss_pruned == pytest.approx(total / count, rel=1e-5)
+    if selection == "shape":
+        assert 1 < len(scored.candidates) <= search_length(layers_of(make_model(family))[0].attention.units)
+        best = min(scored.candidates, key=lambda c: c["loss"])
+        assert plan.layers[0].shape == (best["groups"], best["channels"])
+        assert best["loss"] == pytest.approx(report.loss_pruned, rel=1e-6)
+
+
+@pytest.mark.parametrize("config", [widthwise(ratio=0.0), layerwise(ratio=0.0), layerwise(ratio=0.0, refit=True)])
+def test_ratio_zero_is_the_identity(family, config):
+    model, batch = make_model(family), make_batch(seed=9)
+    expected = logits_of(model, batch)
+    plan, _ = make_plan(model, calibration(), config)
+    same, report = apply_plan(model, plan, calibration(), config)
+    assert plan.achieved == 0
+    assert torch.equal(logits_of(same, batch), expected)
+    assert report.errors == []
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_every_importance_with_every_selection(importance):
+    for selection in ("shape", "local", "global"):
+        config = widthwise(importance=importance, selection=selection)
+        plan, _ = make_plan(make_model("phi"), calibration(), config, seed=4)
+        again, _ = make_plan(make_model("phi"), calibration(), config, seed=4)
+        assert plan == again
+        assert plan.achieved == pytest.approx(0.3, abs=TOLERANCE)
+    other, _ = make_plan(make_model("phi"), calibration(), config, seed=5)
+    assert (other.layers != plan.layers) == (importance == "random")
+
+
+def test_global_selection_takes_heads_and_channels_for_every_importance():
+    """Raw scores would take channels only, unit means heads only: neither must happen."""
+    for importance in IMPORTANCES:
+        model = make_model("llama")
+        plan, _ = make_plan(model, calibration(), widthwise(importance=importance, selection="global", ratio=0.4))
+        groups, channels = (sum(layer.shape[kind] for layer in plan.layers) for kind in (0, 1))
+        assert groups < sum(layer.attention.units for layer in layers_of(model)), importance
+        assert channels < sum(layer.mlp.units for layer in layers_of(model)), importance
+
+
+def test_raw_scores_would_remove_no_head():
+    model = make_model("llama")
+    scores, _ = rank_units(model, calibration(), widthwise(importance="param_first"))
+    raw = sorted(
+        (cost, kind)
+        for layer in scores
+        for kind, ranking in (("head", layer.attention), ("channel", layer.mlp))
+        for cost in ranking.costs
+    )
+    removed = [kind for _, kind in raw[: len(raw) // 3]]
+    assert removed.count("head") == 0
+
+
+def test_protected_layers_stay_whole():
+    model = make_model("qwen2")
+    config = widthwise(protect=[0], protect_attention=[-1], protect_mlp=[1], ratio=0.2)
+    plan, _ = make_plan(model, calibration(), config)
+    whole = whole_layers(model)
+    assert plan.layers[0] == whole[0]
+    assert plan.layers[3].groups == whole[3].groups
+    assert plan.layers[1].channels == whole[1].channels
+    assert len(plan.layers[2].channels) < len(whole[2].channels)
+    assert plan.achieved == pytest.approx(0.2, abs=TOLERANCE)
+
+
+def test_refit_beats_the_plain_cut():
+    plan, _ = make_plan(make_model(), calibration(), widthwise(selection="local"))
+    losses = {}
+    for name, config in {"plain": widthwise(refit=False), "refit": widthwise()}.items():
+        model = make_model()
+        dense = [logits_of(model, b) for b in make_batches()]
+        smaller, _ = apply_plan(model, plan, calibration(), config)
+        gaps = [logits_of(smaller, b) - d for b, d in zip(make_batches(), dense, strict=True)]
+        losses[name] = float(torch.cat(gaps).square().mean())
+    assert losses["refit"] < 0.7 * losses["plain"]
+
+
+def test_the_dense_loss_is_reported():
+    model, batches = make_model(), make_batches()
+    total = sum(float(answer_loss(model, b, reduction="sum").detach()) for b in batches)
+    count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
+    for config in (widthwise(selection="local"), layerwise()):
+        assert make_plan(model, calibration(), config)[1].loss_dense == pytest.approx(total / count, rel=1e-5)
+
+
+def brute_influence(model: Any, kept: list[int]) -> list[float]:
+    model = copy.deepcopy(model)
+    decoder = decoder_of(model)
+    decoder.layers = torch.nn.ModuleList(decoder.layers[i] for i in kept)
+    inputs: list[list[torch.Tensor]] = [[] for _ in kept]
+    outputs: list[list[torch.Tensor]] = [[] for _ in kept]
+    for i, layer in enumerate(decoder.layers):
+        layer.register_forward_hook(
+            lambda _m, a, out, i=i: (inputs[i].append(a[0]), outputs[i].append(out))[:0] or None
+        )
+    for batch in make_batches():
+        logits_of(model, batch)
+    masks = [b["attention_mask"].bool() for b in make_batches()]
+    scores = []
+    for before, after in zip(inputs, outputs, strict=True):
+        x = torch.cat([h[m] for h, m in zip(before, masks, strict=True)]).double()
+        y = torch.cat([h[m] for h, m in zip(after, masks, strict=True)]).double()
+        scores.append(float(1 - ((x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))).mean()))
+    return scores
+
+
+@pytest.mark.parametrize("iterative", [False, True])
+def test_layerwise_removes_the_least_influential_blocks(family, iterative):
+    model = make_model(family)
+    plan, report = make_plan(model, calibration(), layerwise(drop_layers=2, iterative=iterative))
+    kept = list(range(LAYERS))
+    scores = brute_influence(model, kept)
+    assert report.block_influence == pytest.approx(scores, rel=1e-4)
+    for _ in range(2):
+        lowest = min(range(len(kept)), key=lambda i: scores[i])
+        kept.pop(lowest)
+        scores = brute_influence(model, kept) if iterative else scores[:lowest] + scores[lowest + 1 :]
+    assert list(plan.kept_layers) == kept
+    assert plan.requested is None
+
+
+def test_layerwise_meets_the_ratio_by_whole_blocks():
+    model = make_model()
+    block = sum(p.numel() for p in decoder_of(model).layers[0].parameters()) / language_parameters(model)
+    plan, _ = make_plan(model, calibration(), layerwise(ratio=2.3 * block))
+    assert plan.achieved == pytest.approx(2 * block)
+    assert plan_ratio(model, plan.layers) == plan.achieved
+
+
+@pytest.mark.parametrize("tokens", ["image", "text", "answer"])
+@pytest.mark.parametrize("make", [layerwise, widthwise])
+def test_kinds_of_tokens_change_the_scores(tokens, make):
+    reports = []
+    for kind in ("all", tokens):
+        model, config = make_model(), make(tokens=kind)
+        plan, report = make_plan(model, calibration(), config)
+        _, applied = apply_plan(model, plan, calibration(), config)
+        reports.append((report.block_influence, applied.errors, report.loss_dense))
+    assert reports[0][:2] != reports[1][:2]
+    assert reports[0][2] == reports[1][2]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (widthwise(ratio=0.97), r"prune\.ratio=0\.97: at most 0\.\d+ can be removed"),
+        (widthwise(ratio=0.97, selection="global"), r"prune\.ratio=0\.97: at most 0\.\d+ can be removed"),
+        (layerwise(ratio=0.97), r"prune\.ratio=0\.97.*whole blocks"),
+        (layerwise(drop_layers=4), r"prune\.drop_layers=4.*0\.\.3"),
+        (widthwise(protect=[9]), r"prune\.protect.*remove \[9\]"),
+    ],
+)
+def test_requests_that_cannot_be_met_are_refused(config, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(make_model(), calibration(), config)
+
+
+def test_tokens_that_never_occur_are_refused():
+    batches = Calibration(make_batches(images=False))
+    with pytest.raises(UserError, match=r"prune\.tokens=image"):
+        make_plan(make_model(), batches, widthwise(tokens="image"))
+
+
+def test_a_refit_without_data_is_refused():
+    model = make_model()
+    plan, _ = make_plan(model, calibration(), widthwise(selection="local"))
+    with pytest.raises(UserError, match=r"prune\.refit=true needs calibration"):
+        apply_plan(model, plan, None, widthwise())
+
+
+def test_progress_never_passes_its_total():
+    seen: list[tuple[str, int, int]] = []
+    batches = calibration(tick=lambda *args: seen.append(args))
+    model, config = make_model(), widthwise()
+    plan, _ = make_plan(model, batches, config)
+    apply_plan(model, plan, batches, config)
+    make_plan(make_model(), batches, layerwise())
+    assert {what for what, _, _ in seen} == {
+        "score units",
+        "choose heads against channels",
+        "refit and cut",
+        "score blocks",
+    }
+    assert all(1 <= done <= total for _, done, total in seen)
+
+
+class Sum:
+    """Sums over two threads in lock step: what a process group does."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=60)
+        self._parts: dict[int, torch.Tensor] = {}
+
+    def __call__(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def reduce(tensor: torch.Tensor) -> torch.Tensor:
+            self._parts[rank] = tensor
+            self._barrier.wait()
+            total = self._parts[0] + self._parts[1]
+            self._barrier.wait()
+            return total
+
+        return reduce
+
+
+def in_two(config: PruneConfig, split: int) -> list[tuple[PruningPlan, Any, PruneReport]]:
+    batches = [make_packed(seed=s) for s in range(4)]
+    shares, reduce, results = (batches[:split], batches[split:]), Sum(), {}
+
+    def work(rank: int) -> None:
+        torch.set_num_threads(1)
+        mine = Calibration(shares[rank], reduce=reduce(rank))
+        model = make_model_locked("llama_gqa")
+        plan, _ = make_plan(model, mine, config)
+        smaller, report = apply_plan(model, plan, mine, config)
+        results[rank] = (plan, smaller, report)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[0], results[1]]
+
+
+_LOCK = threading.Lock()
+
+
+def make_model_locked(name: str) -> Any:
+    with _LOCK:  # the global seed
+        return make_model(name)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        widthwise(),
+        widthwise(selection="global", importance="param_mix", refit_target="layer"),
+        widthwise(selection="local", importance="vectorize", taylor_mean="batch"),
+        layerwise(iterative=True, drop_layers=2, refit=True),
+    ],
+    ids=["shape", "taylor sample", "taylor batch", "layerwise"],
+)
+@pytest.mark.parametrize("split", [1, 4])
+def test_two_processes_make_the_plan_and_the_weights_of_one(config, split):
+    alone = Calibration([make_packed(seed=s) for s in range(4)])
+    model = make_model("llama_gqa")
+    plan, _ = make_plan(model, alone, config)
+    smaller, report = apply_plan(model, plan, alone, config)
+    for other_plan, other, other_report in in_two(config, split):
+        assert other_plan.layers == plan.layers
+        assert other_report.loss_pruned == pytest.approx(report.loss_pruned, rel=1e-6)
+        for (name, one), two in zip(smaller.named_parameters(), other.parameters(), strict=True):
+            assert torch.allclose(one, two, atol=1e-6), name
+
+
+def test_packed_batches_prune_the_widest_family():
+    model = make_model("phi3_gqa")
+    batches = Calibration([make_packed(seed=s) for s in range(2)])
+    plan, _ = make_plan(model, batches, widthwise())
+    smaller, report = apply_plan(model, plan, batches, widthwise())
+    assert report.loss_pruned == pytest.approx(
+        sum(float(answer_loss(smaller, b)) for b in batches.batches) / 2, rel=1e-5
+    )
