@@ -9,9 +9,9 @@ configurations, ``pruned_<host>``; loading needs ``import efficientllava``.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
@@ -126,7 +126,7 @@ def _configuration(cls: Any, fields: dict[str, Any]) -> Any:
     return cls(**fields)
 
 
-@cache
+@functools.cache
 def per_layer_classes(host: str) -> tuple[type[PreTrainedConfig], Any]:
     """Make the registered configuration and model class of a host decoder.
 
@@ -134,8 +134,7 @@ def per_layer_classes(host: str) -> tuple[type[PreTrainedConfig], Any]:
         host: Stock ``model_type``, a key of `efficientllava.models.anatomy.DECODERS`.
 
     Returns:
-        ``(configuration class, model class)``. The model class is made on first use, because it imports the host's
-        modelling file.
+        ``(configuration class, model class)``.
     """
     base = CONFIG_MAPPING[host]
 
@@ -180,10 +179,18 @@ def _model_class(host: str, config_class: type[PreTrainedConfig]) -> Any:
         )
         self.post_init()
 
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # `set_attn_implementation` changes the decoder's configuration only; masks and layers must agree.
+        for layer in self.layers:
+            layer.self_attn.config._attn_implementation_internal = self.config._attn_implementation
+        return base.forward(self, *args, **kwargs)
+
     namespace = {
         "__doc__": f"A {host} decoder built from one configuration per layer.",
         "__module__": __name__,
         "__init__": __init__,
+        "forward": forward,
         "config_class": config_class,
     }
     return type(f"Pruned{base.__name__}", (base,), namespace)
