@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from efficientllava.processes import sum_over
+from efficientllava.pruning.module import PruningModule
+from efficientllava.pruning.pruner import Calibration, apply_plan, make_plan
+from efficientllava.schema import PruneConfig
+from tests.conftest import make_batch, make_batches, make_model
+
+CONFIG = PruneConfig(method="widthwise", ratio=0.3, refit=True, selection="shape", importance="param_first")
+
+
+def collate(records: list[Any]) -> dict[str, Any]:
+    """Records of these tests are rows of one batch."""
+    batch = make_batch(rows=12, images=False)
+    rows = [int(record.id) for record in records]
+    tensors = {key: value[rows] for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {**tensors, "ids": [record.id for record in records]}
+
+
+RECORDS = [SimpleNamespace(id=str(i)) for i in range(12)]
+
+
+def module(**options: Any) -> PruningModule:
+    return PruningModule(make_model("llama_gqa"), RECORDS, collate, CONFIG, batch_size=5, **options)
+
+
+def test_the_module_is_plan_and_apply():
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+    )
+    pruner = module()
+    trainer.predict(pruner, return_predictions=False)
+    calibration = Calibration([collate(RECORDS[:5]), collate(RECORDS[5:10]), collate(RECORDS[10:])])
+    model = make_model("llama_gqa")
+    plan, report = make_plan(model, calibration, CONFIG)
+    smaller, applied = apply_plan(model, plan, calibration, CONFIG)
+    assert pruner.plan is not None and pruner.report is not None and pruner.pruned is not None
+    assert pruner.plan.layers == plan.layers
+    assert pruner.plan.calibration_ids == tuple(record.id for record in RECORDS)
+    assert pruner.report.loss_dense == report.loss_dense
+    assert pruner.report.loss_pruned == applied.loss_pruned
+    for one, two in zip(pruner.pruned.parameters(), smaller.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_batches_are_the_same_for_any_number_of_processes(world):
+    found = {}
+    for rank in range(world):
+        pruner = module()
+        pruner._trainer = SimpleNamespace(global_rank=rank, world_size=world)  # pyright: ignore[reportAttributeAccessIssue]
+        for position, batch in enumerate(pruner.predict_dataloader()):
+            found[rank + position * world] = batch["ids"]
+    assert [found[i] for i in range(3)] == [[str(i) for i in range(s, min(s + 5, 12))] for s in (0, 5, 10)]
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = make_model("llama_gqa")
+    mine = Calibration(make_batches(3)[rank::2], reduce=sum_over)
+    plan, _ = make_plan(model, mine, CONFIG)
+    smaller, report = apply_plan(model, plan, mine, CONFIG)
+    torch.save((plan.layers, smaller.state_dict(), report.loss_pruned), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_make_the_plan_and_the_weights_of_one(tmp_path: Path):
+    mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="spawn")
+    model, alone = make_model("llama_gqa"), Calibration(make_batches(3))
+    plan, _ = make_plan(model, alone, CONFIG)
+    smaller, report = apply_plan(model, plan, alone, CONFIG)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
+    assert first[0] == second[0] == plan.layers
+    assert first[2] == second[2] == pytest.approx(report.loss_pruned, rel=1e-6)
+    for name, value in smaller.state_dict().items():
+        assert torch.equal(first[1][name], second[1][name])
+        assert torch.allclose(first[1][name], value, atol=1e-6)
