@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientllava.data.collator import IGNORE, Collator, GenerationCollator, prompt
+from efficientllava.data.collator import Collator, GenerationCollator, prompt
 from efficientllava.data.conversations import Record, Turn
 from efficientllava.data.digits import Digits
+from efficientllava.data.prompts import IGNORE
 from efficientllava.errors import UserError
 from efficientllava.models.forward import answer_loss, forward_hidden
 from efficientllava.models.pretraining import initialise

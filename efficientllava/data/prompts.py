@@ -1,0 +1,177 @@
+"""The prompts of a processor: its own chat template, its tokens, and which of them a model learns to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UserError
+from .conversations import Turn
+
+IGNORE = -100
+CACHE_LIMIT = 100_000
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as tokens, with one placeholder where the image goes.
+
+    Attributes:
+        ids: Token ids.
+        labels: The ids of answers and of the token that closes them, ``IGNORE`` elsewhere.
+        ends: Position after each answer's closing token.
+        image_at: Position of the image placeholder; -1 without an image.
+    """
+
+    ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    ends: tuple[int, ...]
+    image_at: int
+
+
+class Prompts:
+    """The chat template, tokenizer and image placeholder of a processor.
+
+    Args:
+        processor: A stock multimodal processor with a chat template, or one of `efficientllava.models.processors`.
+        system: Text of a system turn; None for none.
+
+    Raises:
+        UserError: If the processor has no chat template.
+    """
+
+    def __init__(self, processor: Any, system: str | None = None) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.system = system
+        self.image_token: str = processor.image_token
+        self.image_token_id: int = processor.image_token_id
+        self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if not self._template:
+            raise UserError(f"processor {type(processor).__name__}: no chat template; save one as chat_template.jinja")
+        self._encoded: dict[tuple[Any, ...], Encoded] = {}
+        self._expansions: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    def render(self, turns: Sequence[Turn], with_image: bool, open_question: bool) -> str:
+        """Text of a conversation by the chat template.
+
+        Args:
+            turns: Questions and answers, oldest first.
+            with_image: Whether the first question carries the image.
+            open_question: Leave out the last answer and end with the template's generation prompt.
+
+        Returns:
+            The text, with one image placeholder if ``with_image``.
+        """
+        messages: list[dict[str, Any]] = []
+        if self.system is not None:
+            messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
+        for index, turn in enumerate(turns):
+            content: list[dict[str, str]] = [{"type": "text", "text": turn.question}]
+            if with_image and index == 0:
+                content.insert(0, {"type": "image"})
+            messages.append({"role": "user", "content": content})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        return self.tokenizer.apply_chat_template(
+            messages[:-1] if open_question else messages,
+            chat_template=self._template,
+            tokenize=False,
+            add_generation_prompt=open_question,
+        )
+
+    def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a rendered text and the characters that each one covers."""
+        bos = self.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        out = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special, verbose=False)
+        ids, offsets = list(out["input_ids"]), list(out["offset_mapping"])
+        # Some tokenizers close the text by themselves; the template is what decides that here.
+        while ids and offsets[-1][0] == offsets[-1][1] and ids[-1] == self.tokenizer.eos_token_id:
+            ids.pop()
+            offsets.pop()
+        return ids, offsets
+
+    def _text(self, turns: Sequence[Turn], with_image: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The whole conversation and the character spans of answers with their closing tokens."""
+        text, spans, before = "", [], ""
+        for index, turn in enumerate(turns):
+            upto = turns[: index + 1]
+            asked, closed = self.render(upto, with_image, True), self.render(upto, with_image, False)
+            if not closed.startswith(before):
+                raise UserError("chat template: it rewrites earlier turns; give a template that only appends")
+            common = next((i for i, (a, b) in enumerate(zip(asked, closed, strict=False)) if a != b), len(asked))
+            answer = turn.answer.strip()
+            start = closed.index(answer, min(common, len(closed)))
+            tail = closed[start + len(answer) :]
+            end = self._closing(tail)
+            if end is None:
+                tail, end = self.tokenizer.eos_token + tail, len(self.tokenizer.eos_token)
+            text += closed[len(before) : start]
+            spans.append((len(text), len(text) + len(answer) + end))
+            text += answer + tail
+            before = closed
+        return text, spans
+
+    def _closing(self, tail: str) -> int | None:
+        """Length of what closes an answer, up to and including the first special token; None if there is none."""
+        found = [(at, at + len(mark)) for mark in self.tokenizer.all_special_tokens if (at := tail.find(mark)) >= 0]
+        return min(found)[1] if found else None
+
+    def encode(self, turns: Sequence[Turn], with_image: bool) -> Encoded:
+        """Tokens and labels of a conversation.
+
+        Args:
+            turns: Questions and answers, oldest first.
+            with_image: Whether the first question carries the image.
+
+        Returns:
+            The tokens; the image is still a single placeholder.
+        """
+        key = (with_image, *((turn.question, turn.answer) for turn in turns))
+        if (known := self._encoded.get(key)) is not None:
+            return known
+        text, spans = self._text(turns, with_image)
+        ids, offsets = self.tokenize(text)
+        labels, ends = [IGNORE] * len(ids), []
+        for start, end in spans:
+            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and a < b]
+            for i in inside:
+                labels[i] = ids[i]
+            ends.append(inside[-1] + 1)
+        result = Encoded(tuple(ids), tuple(labels), tuple(ends), self.placeholder(ids, with_image))
+        if len(self._encoded) < CACHE_LIMIT:
+            self._encoded[key] = result
+        return result
+
+    def placeholder(self, ids: Sequence[int], with_image: bool) -> int:
+        """Position of the image placeholder among token ids; -1 without an image.
+
+        Raises:
+            UserError: If it occurs more or less often than it should.
+        """
+        count = ids.count(self.image_token_id)
+        if count != int(with_image):
+            raise UserError(
+                f"a prompt holds the image placeholder {self.image_token!r} {count} times, expected {int(with_image)}; "
+                "remove it from the questions and answers, the chat template writes it"
+            )
+        return ids.index(self.image_token_id) if with_image else -1
+
+    def expansion(self, image: Image.Image) -> tuple[int, ...]:
+        """Token ids that stand for an image of this size in the text."""
+        size = image.size
+        if size not in self._expansions:
+            out = self.processor(images=[image], text=[self.image_token], add_special_tokens=False)
+            self._expansions[size] = tuple(int(token) for token in out["input_ids"][0])
+        return self._expansions[size]
+
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[Tensor, list[int]]:
+        """Pixel values ``(tiles, 3, height, width)`` of images, and the number of tiles of each."""
+        options = dict(getattr(self.processor, "images_kwargs", None) or {})
+        out = self.processor.image_processor(images=list(images), return_tensors="pt", **options)
+        tiles = [int(count) for count in out.get("num_patches", [1] * len(images))]
+        return out["pixel_values"], tiles
