@@ -55,7 +55,7 @@ def test_the_achieved_ratio_is_the_requested_one(family, selection, ratio):
     assert 1 - language_parameters(smaller) / before == pytest.approx(plan.achieved, abs=1e-12)
     assert all(error.after <= error.before for error in report.errors)
     batches = make_batches()
-    total = sum(float(answer_loss(smaller, b, reduction="sum")) for b in batches)
+    total = sum(float(answer_loss(smaller, b, reduction="sum").detach()) for b in batches)
     count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     assert report.loss_pruned == pytest.approx(total / count, rel=1e-5)
     if selection == "shape":
@@ -77,8 +77,8 @@ def test_ratio_zero_is_the_identity(family, config):
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
-def test_every_importance_with_every_selection(importance):
-    for selection in ("shape", "local", "global"):
+def test_every_importance_is_deterministic_and_meets_the_ratio(importance):
+    for selection in ("local", "global"):
         config = widthwise(importance=importance, selection=selection)
         plan, _ = make_plan(make_model("phi"), calibration(), config, seed=4)
         again, _ = make_plan(make_model("phi"), calibration(), config, seed=4)
@@ -300,7 +300,7 @@ def make_model_locked(name: str) -> Any:
     ],
     ids=["shape", "taylor sample", "taylor batch", "layerwise"],
 )
-@pytest.mark.parametrize("split", [1, 4])
+@pytest.mark.parametrize("split", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_processes_make_the_plan_and_the_weights_of_one(config, split):
     alone = Calibration([make_packed(seed=s) for s in range(4)])
     model = make_model("llama_gqa")
@@ -319,5 +319,5 @@ def test_packed_batches_prune_the_widest_family():
     plan, _ = make_plan(model, batches, widthwise())
     smaller, report = apply_plan(model, plan, batches, widthwise())
     assert report.loss_pruned == pytest.approx(
-        sum(float(answer_loss(smaller, b)) for b in batches.batches) / 2, rel=1e-5
+        sum(float(answer_loss(smaller, b).detach()) for b in batches.batches) / 2, rel=1e-5
     )
