@@ -13,7 +13,8 @@ from ..errors import UserError
 from .conversations import Turn
 
 IGNORE = -100
-CACHE_LIMIT = 100_000
+# Short prompts come again and again in the embedded data; long conversations do not, and would fill the memory.
+CACHE_LIMIT, CACHE_TOKENS = 20_000, 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Encoded:
     labels: tuple[int, ...]
     ends: tuple[int, ...]
     image_at: int
+
+
+def _common(first: str, second: str) -> int:
+    """Length of the longest common beginning."""
+    if second.startswith(first):
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
 class Prompts:
@@ -53,6 +61,9 @@ class Prompts:
         self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         if not self._template:
             raise UserError(f"processor {type(processor).__name__}: no chat template; save one as chat_template.jinja")
+        # Chat markers such as Phi-3's <|end|> are added tokens without a name of their own.
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._specials = frozenset([*self.tokenizer.all_special_tokens, *added])
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._expansions: dict[tuple[int, int], tuple[int, ...]] = {}
 
@@ -103,9 +114,13 @@ class Prompts:
             asked, closed = self.render(upto, with_image, True), self.render(upto, with_image, False)
             if not closed.startswith(before):
                 raise UserError("chat template: it rewrites earlier turns; give a template that only appends")
-            common = next((i for i, (a, b) in enumerate(zip(asked, closed, strict=False)) if a != b), len(asked))
-            answer = turn.answer.strip()
-            start = closed.index(answer, min(common, len(closed)))
+            # Some templates open an answer with more than stands before a given one, such as a blank.
+            answer, common = turn.answer.strip(), _common(asked, closed)
+            start = closed.find(answer, common)
+            if start < 0:
+                raise UserError(
+                    f"chat template: it changes the answer {answer[:40]!r}; give one that writes it as it is"
+                )
             tail = closed[start + len(answer) :]
             end = self._closing(tail)
             if end is None:
@@ -118,7 +133,7 @@ class Prompts:
 
     def _closing(self, tail: str) -> int | None:
         """Length of what closes an answer, up to and including the first special token; None if there is none."""
-        found = [(at, at + len(mark)) for mark in self.tokenizer.all_special_tokens if (at := tail.find(mark)) >= 0]
+        found = [(at, at + len(mark)) for mark in self._specials if (at := tail.find(mark)) >= 0]
         return min(found)[1] if found else None
 
     def encode(self, turns: Sequence[Turn], with_image: bool) -> Encoded:
@@ -143,7 +158,7 @@ class Prompts:
                 labels[i] = ids[i]
             ends.append(inside[-1] + 1)
         result = Encoded(tuple(ids), tuple(labels), tuple(ends), self.placeholder(ids, with_image))
-        if len(self._encoded) < CACHE_LIMIT:
+        if len(ids) <= CACHE_TOKENS and len(self._encoded) < CACHE_LIMIT:
             self._encoded[key] = result
         return result
 

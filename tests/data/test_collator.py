@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import AddedToken
 
 from efficientllava.data.collator import Collator, GenerationCollator, prompt
 from efficientllava.data.conversations import Record, Turn
@@ -125,13 +126,14 @@ def test_conversations_supervise_every_answer_and_its_end(processor: Any, templa
     if template != "own":
         processor.chat_template = template
     if template.startswith("{% for m in messages %}<|"):
-        processor.tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+        # As in Phi-3: a special token that is not the tokenizer's own end token.
+        processor.tokenizer.add_tokens([AddedToken("<|end|>", special=True)])
     if pad_is_end:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     image = None if "<|" in template else IMAGE
     long = talk(("repeat red seven", "red seven"), ("where is the seven?", "top-left"), image=image)
     batch = Collator(processor)([long, talk(("repeat blue", "blue"), image=None, name="s")])
-    end = processor.tokenizer.eos_token
+    end = "<|end|>" if "<|" in template else "</s>"
     assert spoken(processor, batch["labels"][0]) == ["red", "seven", end, "top-left", end]
     assert spoken(processor, batch["labels"][1]) == ["blue", end]
     lengths = batch["attention_mask"].sum(1).tolist()
@@ -191,3 +193,19 @@ def test_packed_rows_and_conversations_share_a_batch(tiny: tuple[Any, Any]) -> N
     with torch.no_grad():
         losses = [answer_loss(model, Collator(processor)([r]), reduction="sum") for r in (record, other)]
         assert torch.allclose(answer_loss(model, together, reduction="sum"), sum(losses), rtol=1e-4)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (
+            "{{ messages | length }} {% for m in messages %}{{ m['content'][-1]['text'] }}{% endfor %}",
+            "rewrites earlier",
+        ),
+        ("{% for m in messages %}{{ m['content'][-1]['text'] | upper }}{% endfor %}", "changes the answer 'red'"),
+    ],
+)
+def test_templates_that_cannot_be_followed_are_refused(processor: Any, template: str, says: str) -> None:
+    processor.chat_template = template
+    with pytest.raises(UserError, match=says):
+        Collator(processor)([talk(("repeat red", "red"), ("repeat blue", "blue"), image=None)])
