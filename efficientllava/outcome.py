@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from .errors import UserError, disk_full
 
 DEBUG = "HYDRA_FULL_ERROR"
+TRACEBACKS = "EFFICIENTLLAVA_TRACEBACKS"  # what the user has set `DEBUG` to, for the processes of a run
 # Lines of Hydra's that mislead: an added key would be refused by the schema.
 HINTS = (
     "To append to your config use",
@@ -54,7 +55,7 @@ def exit_code(main: Callable[[], object]) -> int:
     _failed_jobs.clear()
     debug = os.environ.get(DEBUG) == "1"
     # Hydra would print its own shortened traceback and exit with 1.
-    os.environ[DEBUG] = "1"
+    os.environ |= {DEBUG: "1", TRACEBACKS: str(int(debug))}
     try:
         main()
         sys.stdout.flush()

@@ -16,6 +16,7 @@ def cli(monkeypatch, tmp_path, capfd):
 
     def call(*args):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setenv("EFFICIENTLLAVA_TRACEBACKS", "0")
         monkeypatch.setattr(
             sys, "argv", ["run.py", *args, f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
         )

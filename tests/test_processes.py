@@ -1,0 +1,151 @@
+"""Several processes, one folder: the run of two equals the run of one."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from efficientllava import processes
+
+from .runs import ROOT, RUN, save_tiny, small
+
+# What two processes may change: the order in which float32 gradients of a batch are summed.
+LOSS_TOLERANCE = 2e-3
+WEIGHT_TOLERANCE = 2e-2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "count"),
+    [
+        ({}, 1),
+        ({"devices": 2}, 2),
+        ({"devices": "3"}, 3),
+        ({"devices": [0, 5]}, 2),
+        ({"devices": "auto", "accelerator": "cpu", "strategy": "ddp"}, 1),
+        ({"devices": -1, "accelerator": "cpu"}, 1),
+    ],
+)
+def test_the_number_of_processes_that_a_trainer_asks_for(trainer, count):
+    assert processes.wanted(trainer) == count
+
+
+def test_a_single_process_is_its_own_first(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert (processes.rank(), processes.world_size(), processes.launched()) == (0, 1, False)
+    assert processes.from_first("a") == "a"
+    assert torch.equal(processes.sum_over(torch.ones(2)), torch.ones(2))
+    processes.barrier()
+    processes.fail_together(ValueError())
+
+
+def start(monkeypatch, tmp_path, body):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time\nrank = int(os.environ['RANK'])\n" + body)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    return processes.relaunch(2, ["a=1"], str(tmp_path / "run"))
+
+
+def test_processes_get_their_place_and_the_folder(monkeypatch, tmp_path):
+    body = f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(sys.argv[1:]) + os.environ['WORLD_SIZE'])"
+    assert start(monkeypatch, tmp_path, body) == 0
+    told = f"a=1 hydra.mode=RUN hydra.run.dir={tmp_path}/run2"
+    assert [(tmp_path / name).read_text() for name in "01"] == [told, told]
+
+
+def test_the_same_error_of_all_is_told_once(monkeypatch, tmp_path, capfd):
+    assert start(monkeypatch, tmp_path, "print('error: x=1: no', file=sys.stderr); sys.exit(2)") == 2
+    assert capfd.readouterr().err == "error: x=1: no\n"
+
+
+def test_when_one_fails_the_others_are_ended_and_it_is_told_who(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(processes, "GRACE", 0.2)
+    body = "rank or time.sleep(600)\nprint('error: broken', file=sys.stderr); sys.exit(1)"
+    assert start(monkeypatch, tmp_path, body) == 1
+    assert capfd.readouterr().err == "error: process 1: broken\n"
+    assert threading.active_count() < 20
+
+
+def environment():
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+def shell(command, place):
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=place, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """The run of one process."""
+    place = tmp_path_factory.mktemp("processes")
+    model = save_tiny(place / "model")
+    typed = [o for o in small(model, place / "out", "prune.ratio=0.3") if o != "trainer=cpu"]
+    typed = [o for o in typed if not o.startswith("data.")] + ["data.images=8", "data.test_questions=12"]
+    typed = [*typed, "data=digits_vqa", "data.global_batch_size=4", "trainer.accelerator=cpu"]
+    done = shell([*RUN, *typed, "data.batch_size=4", f"hydra.run.dir={place}/one"], place)
+    assert done.returncode == 0, done.stderr
+    return place, typed
+
+
+def compare(place, name):
+    one, two = (json.loads((place / run / "results.json").read_text()) for run in ("one", name))
+    plans = [json.loads((place / run / "plan.json").read_text()) for run in ("one", name)]
+    assert plans[0] == plans[1]
+    assert one["ratio"] == two["ratio"]
+    for stage, tolerance in (("base", 1e-5), ("pruned", LOSS_TOLERANCE), ("recovered", LOSS_TOLERANCE)):
+        left, right = (record["stages"][stage]["metrics"]["digits_vqa"] for record in (one, two))
+        assert left["n"] == right["n"] == 12
+        assert left["answer_loss"] == pytest.approx(right["answer_loss"], abs=tolerance), stage
+    left, right = (load_file(place / run / "recovered" / "model.safetensors") for run in ("one", name))
+    assert left.keys() == right.keys()
+    assert max(float((left[n].float() - right[n].float()).abs().max()) for n in left) < WEIGHT_TOLERANCE
+    assert {p.name for p in (place / name).iterdir()} >= {"plan.json", "pruned", "recovered", "results.json", ".hydra"}
+    leftovers = [p for p in (place / "out").rglob("*") if p.suffix in (".partial", ".work")]
+    assert leftovers == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_make_the_run_of_one(single):
+    place, typed = single
+    ddp = [*typed, "trainer=ddp", "trainer.devices=2", "data.batch_size=2", f"hydra.run.dir={place}/two"]
+    done = shell([*RUN, *ddp], place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("everything lies in") == 1
+    compare(place, "two")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_starts_the_same_run(single):
+    place, typed = single
+    ddp = [
+        *typed,
+        "trainer=ddp",
+        "trainer.devices=2",
+        "data.batch_size=2",
+        "reuse=false",
+        f"hydra.run.dir={place}/torchrun",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(ROOT / "run.py")]
+    done = shell([*launch, *ddp], place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("everything lies in") == 1
+    compare(place, "torchrun")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_fault_before_the_first_stage_is_told_once_and_ends_with_2(single):
+    place, typed = single
+    bad = [o for o in typed if not o.startswith("model.path=")] + [f"model.path={place}/nowhere"]
+    done = shell([*RUN, *bad, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={place}/bad"], place)
+    assert done.returncode == 2
+    assert done.stderr.count("no such folder") == 1

@@ -1,0 +1,89 @@
+"""Kills at bad moments: the same command then ends as if nothing had happened, and nothing half-written is found."""
+
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from efficientllava.recovery.module import RecoveryModule
+
+from .runs import RUN, run, save_tiny, small
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+STEPS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_fresh_processes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("efficientllava.reload.reload_gate", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def command(model, output, *more):
+    options = ["recover.save_every=2", f"recover.steps={STEPS}", "evaluate=none", "evaluate.efficiency=false", *more]
+    typed = small(model, output, *options)
+    return [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens"))]
+
+
+def kill_when(appears, typed, place):
+    """Start a run in a process of its own and kill it as soon as a file or folder is there."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*RUN, *typed, f"hydra.run.dir={place}/run"], env=environment, cwd=place, **quiet)
+    try:
+        while process.poll() is None and not appears():
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run had ended before it could be killed"
+
+
+def weights(folder):
+    return load_file(folder / "recovered" / "model.safetensors")
+
+
+def test_a_killed_recovery_ends_with_the_weights_of_an_uninterrupted_one(model, tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole", command(model, tmp_path / "undisturbed"))
+    out = tmp_path / "out"
+    typed = command(model, out)
+    kill_when(lambda: list(out.glob("cache/recover/*.work/last.ckpt")), typed, tmp_path)
+    assert not (tmp_path / "run" / "recovered").exists()
+    assert not list(out.glob("cache/recover/*/stage.json"))
+    assert (tmp_path / "run" / "pruned" / "model.safetensors").is_file()
+    resumed = []
+    load = RecoveryModule.on_load_checkpoint
+    monkeypatch.setattr(RecoveryModule, "on_load_checkpoint", lambda self, c: resumed.append(c) or load(self, c))
+    record = run(tmp_path / "run", typed)
+    assert len(resumed) == 1
+    assert 0 < resumed[0]["global_step"] < STEPS
+    assert "prune" in record["reused"]
+    left, right = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    stats = [r["reports"]["recover"]["stats"] for r in (whole, record)]
+    assert stats[0]["steps"] == stats[1]["steps"] == STEPS
+    assert stats[0]["tokens"] == stats[1]["tokens"]
+    assert stats[0]["final_losses"] == stats[1]["final_losses"]
+    assert not [p for p in out.rglob("*") if p.suffix in (".partial", ".work")]
+
+
+def test_a_kill_while_pruning_leaves_nothing(model, tmp_path):
+    out = tmp_path / "out"
+    typed = command(model, out)
+    kill_when(lambda: list(out.glob("cache/prune/.*.partial")), typed, tmp_path)
+    assert not list(out.glob("cache/prune/*/stage.json"))
+    assert not (tmp_path / "run" / "pruned").exists()
+    assert not (tmp_path / "run" / "plan.json").exists()
+    record = run(tmp_path / "run", typed)
+    assert record["reused"] == []
+    assert not [p for p in out.rglob("*") if p.suffix in (".partial", ".work")]
