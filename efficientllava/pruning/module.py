@@ -15,7 +15,8 @@ from ..processes import sum_over
 from ..schema import PruneConfig
 from .control import reinitialise
 from .plan import PruningPlan
-from .pruner import Calibration, PruneReport, Tick, apply_plan, make_plan, silent
+from .pruner import PruneReport, apply_plan, make_plan
+from .scores import Calibration, Tick, silent
 
 
 class PruningModule(LightningModule):
@@ -61,11 +62,13 @@ class PruningModule(LightningModule):
         """This process's share of the calibration batches."""
         starts = range(0, len(self._records), self._batch_size)[self.trainer.global_rank :: self.trainer.world_size]
         chunks = [list(self._records[start : start + self._batch_size]) for start in starts]
-        return DataLoader(chunks, batch_size=None, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
+        # Lightning calls no hook on a process without batches, but all must take part in the sums.
+        return DataLoader(chunks or [[]], batch_size=None, collate_fn=lambda chunk: chunk and self._collate(chunk))  # pyright: ignore[reportArgumentType]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Keep a batch, already on the device; the statistics go over all of them, layer by layer."""
-        self._batches.append(batch)
+        if batch:
+            self._batches.append(batch)
 
     def on_predict_epoch_end(self) -> None:
         """Score, select, refit, cut."""
