@@ -25,7 +25,8 @@ from .data.splits import calibration_records
 from .errors import UserError
 from .models.forward import to_device
 from .pruning.plan import PruningPlan
-from .pruning.pruner import Calibration, apply_plan, make_plan
+from .pruning.pruner import apply_plan, make_plan
+from .pruning.scores import Calibration
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
 from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, WeightsConfig

@@ -24,7 +24,8 @@ from torch import Tensor
 from .data.datamodule import RecoveryData
 from .models.anatomy import layers_of
 from .models.forward import answer_loss, to_device
-from .pruning.pruner import Calibration, apply_plan, make_plan
+from .pruning.pruner import apply_plan, make_plan
+from .pruning.scores import Calibration
 from .pruning.statistics import gram_dtype
 from .schema import DataConfig, EvaluateConfig, PruneConfig, RecoverConfig, WeightsConfig
 
@@ -181,9 +182,10 @@ def quiet_trainer(**options: Any) -> Any:
 def evaluation_row(checkpoint: Any, questions: int = 96) -> Row:
     """Answering questions in batches against one by one; vision features are computed beforehand."""
     from .evaluation.module import evaluate, feature_cache
-    from .evaluation.tasks.digits_vqa import DigitsVQA
+    from .evaluation.tasks import load as load_task
 
-    task, cache = DigitsVQA(questions), feature_cache(checkpoint.model)
+    task = load_task("digits_vqa", DataConfig("digits_vqa", test_questions=questions))
+    cache = feature_cache(checkpoint.model)
 
     def run(size: int) -> Callable[[], Any]:
         config = EvaluateConfig(batch_size=size)

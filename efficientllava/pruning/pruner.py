@@ -1,21 +1,20 @@
-"""Calibration batches to statistics, statistics to scores, scores to a plan, and a plan to a smaller model."""
+"""The pruner: scores to a plan, and a plan to a smaller model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UserError
-from ..models.anatomy import Component, Layer, decoder_of, final_norm_of, language_parameters, layers_of
-from ..models.forward import Batch, FeatureCache
-from ..schema import TAYLOR, PruneConfig
-from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
+from ..models.anatomy import decoder_of, final_norm_of, language_parameters, layers_of
+from ..schema import PruneConfig
 from .plan import LayerPlan, PruningPlan
 from .refit import LayerError, SequentialPruner
+from .scores import Calibration, open_stream, rank_units
 from .selection import (
     Space,
     global_counts,
@@ -26,40 +25,10 @@ from .selection import (
     scaled_protection,
     uniform_candidates,
 )
-from .statistics import BlockInfluence, CalibrationStream, Gram, Reduce, no_reduce
+from .statistics import BlockInfluence, CalibrationStream, Reduce
 from .surgery import achieved_ratio, check_plan, cut, rebuild
-from .taylor import TaylorScores
 
-Tick = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 COARSE = 6  # splits between heads and channels that are tried before the best one's neighbours
-
-
-def silent(_what: str, _done: int, _total: int) -> None:
-    """Progress that nobody sees."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What scoring and refit look at.
-
-    Args:
-        batches: Collated batches on the model's device.
-        features: Vision features by image, shared with other stages.
-        reduce: Sums over processes.
-        storage: Device that keeps hidden states between layers; None is the compute device.
-        tick: Progress.
-    """
-
-    batches: Sequence[Batch]
-    features: FeatureCache | None = None
-    reduce: Reduce = no_reduce
-    storage: torch.device | str | None = None
-    tick: Tick = silent
-
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """Ids of the calibration records of this process, each once."""
-        return tuple(dict.fromkeys(record for batch in self.batches for record in batch["ids"]))
 
 
 @dataclass
@@ -173,7 +142,7 @@ def apply_plan(
         if config.refit:
             raise UserError("prune.refit=true needs calibration batches; pass some, or set prune.refit=false")
         return cut(model, plan), report
-    stream = _stream(model, calibration, config)
+    stream = open_stream(model, calibration, config)
     pruner = SequentialPruner(stream, config.refit, config.refit_target, config.damping, calibration.reduce)
     depth = plan.source_layers
     what = "refit and cut" if config.refit else "cut"
@@ -185,12 +154,6 @@ def apply_plan(
             f"plan says {plan.achieved:.6f} removed, the model says {achieved_ratio(before, smaller):.6f}"
         )
     return smaller, report
-
-
-def _stream(model: nn.Module, calibration: Calibration, config: PruneConfig) -> CalibrationStream:
-    stream = CalibrationStream(model, calibration.batches, config.tokens, calibration.features, calibration.storage)
-    stream.require_counted(config.tokens, calibration.reduce)
-    return stream
 
 
 def _dense_loss(stream: CalibrationStream, reduce: Reduce) -> float:
@@ -237,7 +200,7 @@ def _layerwise(
         count = layers_to_drop(sizes, language_parameters(model), config.ratio or 0.0)
     elif not 0 <= count < len(whole):
         raise UserError(f"prune.drop_layers={count}: the model has {len(whole)} layers; allowed: 0..{len(whole) - 1}")
-    stream = _stream(model, calibration, config)
+    stream = open_stream(model, calibration, config)
     report.loss_dense = _dense_loss(stream, calibration.reduce)
     kept = list(range(len(whole)))
     scores = block_influences(stream, kept, config, calibration.reduce)
@@ -250,97 +213,6 @@ def _layerwise(
         scores = scores[:lowest] + scores[lowest + 1 :]
         calibration.tick("score blocks", step + 1, count)
     return tuple(whole[index] for index in kept)
-
-
-@dataclass
-class LayerScores:
-    """Removal orders of one layer, with costs relative to the power of the residual stream where a cost is an error."""
-
-    attention: Ranking
-    mlp: Ranking
-
-    @property
-    def pair(self) -> tuple[Ranking, Ranking]:
-        """Attention and MLP."""
-        return self.attention, self.mlp
-
-
-def rank_units(
-    model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int = 0
-) -> tuple[list[LayerScores], CalibrationStream]:
-    """Score every KV group and channel of every layer on the dense prefix.
-
-    Args:
-        model: The model in eval mode.
-        calibration: Batches and how to run them.
-        config: ``importance``, ``damping``, ``tokens``, ``taylor_mean``.
-        seed: Seed of random importance.
-
-    Returns:
-        Rankings of all layers, and the calibration stream for reuse.
-    """
-    layers = layers_of(model)
-    taylor = None
-    if config.importance in TAYLOR:
-        scorer = TaylorScores(model, config.importance, config.taylor_mean)
-        taylor = scorer.run(calibration.batches, calibration.features, calibration.reduce)
-    stream = _stream(model, calibration, config)
-    generator = torch.Generator().manual_seed(seed)
-    if taylor is not None:
-        ranked = [LayerScores(Ranking.from_scores(a), Ranking.from_scores(m)) for a, m in taylor]
-        return ranked, stream
-    if config.importance in ("magnitude", "random"):
-        simple = magnitude_scores if config.importance == "magnitude" else lambda c: random_scores(c, generator)
-        ranked = [LayerScores(*(_levelled(c, simple(c)) for c in layer.components)) for layer in layers]
-        return ranked, stream
-    ranked, hidden = [], list(stream.hidden)
-    for index, layer in enumerate(layers):
-        grams, power = _layer_statistics(stream, layer, index, hidden, calibration.reduce)
-        ranked.append(LayerScores(*(_rank(c, grams.pop(0), power, config) for c in layer.components)))
-        calibration.tick("score units", index + 1, len(layers))
-    return ranked, stream
-
-
-@torch.no_grad()
-def _layer_statistics(
-    stream: CalibrationStream, layer: Layer, index: int, hidden: list[Tensor], reduce: Reduce
-) -> tuple[list[Tensor], float]:
-    """Gram matrices of both writers' inputs, and the power of the layer's output; advances ``hidden``."""
-    grams = [Gram(c.writer.in_features, c.writer.weight.device) for c in layer.components]
-    captured: dict[nn.Module, Tensor] = {}
-
-    def note(writer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        captured[writer] = args[0]
-
-    handles = [c.writer.register_forward_pre_hook(note) for c in layer.components]
-    power = torch.zeros(2, dtype=torch.float64)
-    try:
-        for batch, _, outputs in stream.run(layer.module, index, hidden):
-            counted = stream.counted[batch]
-            for component, gram in zip(layer.components, grams, strict=True):
-                gram.add(captured[component.writer][counted])
-            square = outputs[counted].double().square().sum()
-            power += torch.tensor([float(square), float(counted.sum())], dtype=torch.float64)
-    finally:
-        for handle in handles:
-            handle.remove()
-    power = reduce(power)
-    return [gram.mean(reduce) for gram in grams], float(power[0] / power[1].clamp(min=1))
-
-
-def _rank(component: Component, gram: Tensor, power: float, config: PruneConfig) -> Ranking:
-    if config.importance == "obs":
-        ranking = obs_ranking(component.writer.weight, gram, component.width, config.damping)
-        return replace(ranking, costs=tuple(cost / max(power, 1e-30) for cost in ranking.costs))
-    scores = activation_scores if config.importance == "activation" else wanda_scores
-    return _levelled(component, scores(component, gram))
-
-
-def _levelled(component: Component, scores: Tensor) -> Ranking:
-    """Rank by scores that have no common unit: a parameter costs 1 on average in every component of every layer."""
-    ranking = Ranking.from_scores(scores)
-    scale = component.unit_parameters * len(ranking.costs) / (sum(ranking.costs) or 1.0)
-    return replace(ranking, costs=tuple(cost * scale for cost in ranking.costs))
 
 
 def prune_space(model: nn.Module, config: PruneConfig) -> Space:

@@ -12,7 +12,8 @@ import torch.multiprocessing as mp
 
 from efficientllava.processes import sum_over
 from efficientllava.pruning.module import PruningModule
-from efficientllava.pruning.pruner import Calibration, apply_plan, make_plan
+from efficientllava.pruning.pruner import apply_plan, make_plan
+from efficientllava.pruning.scores import Calibration
 from efficientllava.schema import PruneConfig
 from tests.conftest import make_batch, make_batches, make_model
 
@@ -67,7 +68,8 @@ def test_batches_are_the_same_for_any_number_of_processes(world):
         pruner = module()
         pruner._trainer = SimpleNamespace(global_rank=rank, world_size=world)  # pyright: ignore[reportAttributeAccessIssue]
         for position, batch in enumerate(pruner.predict_dataloader()):
-            found[rank + position * world] = batch["ids"]
+            if batch:  # a process without a share gets one empty batch
+                found[rank + position * world] = batch["ids"]
     assert [found[i] for i in range(3)] == [[str(i) for i in range(s, min(s + 5, 12))] for s in (0, 5, 10)]
 
 

@@ -13,15 +13,14 @@ from efficientllava.models.anatomy import decoder_of, language_parameters, layer
 from efficientllava.models.forward import answer_loss
 from efficientllava.pruning.plan import PruningPlan
 from efficientllava.pruning.pruner import (
-    Calibration,
     PruneReport,
     apply_plan,
     make_plan,
     plan_ratio,
-    rank_units,
     search_length,
     whole_layers,
 )
+from efficientllava.pruning.scores import Calibration, rank_units
 from efficientllava.pruning.selection import TOLERANCE
 from efficientllava.schema import IMPORTANCES, PruneConfig
 from tests.conftest import LAYERS, logits_of, make_batch, make_batches, make_model, make_packed
