@@ -57,6 +57,7 @@ _CYCLE = tuple(kind for kind in IMAGE_KINDS for _ in range(12)) + tuple(kind for
 def _kinds_of(rng: Generator, scene: Scene, count: int, extra: Sequence[str] = ()) -> list[str]:
     """``count`` kinds for one image, a fifth of them text-only, ``extra`` among them; else without needless repeats."""
     possible = [kind for kind in IMAGE_KINDS if kind != "comparison" or len(scene) > 1]
+    extra = [kind for kind in extra if kind in possible]
     texts = count // 5
     kinds = [possible[int(index)] for index in rng.permutation(len(possible))[: count - texts - len(extra)]]
     kinds += extra
