@@ -89,6 +89,7 @@ def single(tmp_path_factory):
     typed = [o for o in small(model, place / "out", "prune.ratio=0.3") if o != "trainer=cpu"]
     typed = [o for o in typed if not o.startswith("data.")] + ["data.images=8", "data.test_questions=12"]
     typed = [*typed, "data=digits_vqa", "data.global_batch_size=4", "trainer.accelerator=cpu"]
+    typed = [*typed, "calibration.batch_size=2"]
     done = shell([*RUN, *typed, "data.batch_size=4", f"hydra.run.dir={place}/one"], place)
     assert done.returncode == 0, done.stderr
     return place, typed
@@ -124,8 +125,9 @@ def test_two_processes_make_the_run_of_one(single):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_torchrun_starts_the_same_run(single):
+def test_torchrun_starts_the_same_run_also_when_a_process_has_no_calibration_batch(single):
     place, typed = single
+    typed = [o for o in typed if not o.startswith("calibration.batch_size")]
     ddp = [
         *typed,
         "trainer=ddp",
