@@ -47,7 +47,7 @@ format: install-dev ## Format the code
 	$(BIN)/ruff check --fix .
 
 type: install-dev ## Check types
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean: ## Remove what was built; outputs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
