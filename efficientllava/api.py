@@ -35,7 +35,7 @@ __all__ = ["load", "plan", "prune", "recover", "save"]
 
 DIGITS = DataConfig(name="digits_vqa")
 WIDTHWISE = PruneConfig(name="widthwise", method="widthwise", ratio=0.5, refit=True)
-KD_HIDDEN = RecoverConfig(name="kd_hidden", weights=WeightsConfig(sft=0.5, hidden=0.5), steps=300)
+KD_HIDDEN = RecoverConfig(name="kd_hidden", weights=WeightsConfig(sft=0.5, hidden=0.5), steps=150)
 
 
 def _with(config: Any, options: dict[str, Any], key: str) -> Any:

@@ -137,12 +137,14 @@ class Run:
         from .data.datamodule import RecoveryData
         from .data.splits import calibration_records
         from .evaluation import tasks
+        from .pruning.pruner import require_plannable
 
         settings, processor = self.settings, self.base.processor
         self.tasks = [tasks.load(name, settings.data) for name in settings.evaluate.tasks]
         self.collate = Collator(processor, settings.data.max_length)
         self.calibration = []
         if settings.prune.method != "none":
+            require_plannable(self.base.model, settings.prune)
             self.calibration = calibration_records(settings.calibration, settings.data, settings.seed)
             for record in self.calibration:
                 self.collate.check(record)

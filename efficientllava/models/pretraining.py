@@ -104,6 +104,28 @@ def initialise(model: nn.Module, seed: int) -> None:
                 module.bias.data.zero_()
 
 
+def fused_parts(layers: nn.Module) -> list[tuple[nn.Parameter, slice, nn.Parameter]]:
+    """The matrices inside fused projections, as parameters of their own on the same storage.
+
+    Muon makes all directions of an update equally large. Applied to a fused matrix, it gives each input direction to
+    whichever part has the largest gradient, mostly the values, and queries and keys hardly learn.
+
+    Args:
+        layers: The decoder's layers.
+
+    Returns:
+        Fused parameter, rows, and the parameter that shares these rows.
+    """
+    parts = []
+    for name, parameter in layers.named_parameters():
+        count = 3 if name.endswith("qkv_proj.weight") else 2 if name.endswith("gate_up_proj.weight") else 1
+        size = len(parameter) // count
+        for start in range(0, len(parameter) if count > 1 else 0, size):
+            rows = slice(start, start + size)
+            parts.append((parameter, rows, nn.Parameter(parameter.data[rows])))
+    return parts
+
+
 class PretrainModule(lightning.LightningModule):
     """Both stages, with optimisers driven by hand.
 
@@ -124,6 +146,7 @@ class PretrainModule(lightning.LightningModule):
         self.seconds = 0.0
         self.began = time.monotonic()
         self.history: list[dict[str, Any]] = []
+        self.parts: list[tuple[nn.Parameter, slice, nn.Parameter]] = []
         self.saved_optimizers: list[dict[str, Any]] = []
         minival = Digits("minival", 60)
         self.minival = [minival[i] for i in range(len(minival))]
@@ -132,13 +155,16 @@ class PretrainModule(lightning.LightningModule):
         """AdamW on the tower and projector for stage one; Muon and AdamW on projector and decoder for stage two."""
         model, config = self.model, self.config
         tower = [*model.model.vision_tower.parameters(), *projector_of(model).parameters()]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        layers = list(decoder_of(model).layers.parameters())  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        matrices = [p for p in layers if p.ndim == 2]
+        layers: nn.Module = decoder_of(model).layers  # pyright: ignore[reportAssignmentType]
+        matrices = [p for p in layers.parameters() if p.ndim == 2]
+        self.parts = fused_parts(layers)
+        fused = {id(owner) for owner, _, _ in self.parts}
+        whole = [p for p in matrices if id(p) not in fused] + [part for _, _, part in self.parts]
         known = {id(p) for p in [*model.model.vision_tower.parameters(), *matrices]}  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         rest = [p for p in model.parameters() if id(p) not in known]
         return [
             torch.optim.AdamW(tower, lr=config.lr, weight_decay=0.05),
-            torch.optim.Muon(matrices, lr=config.muon_lr),
+            torch.optim.Muon(whole, lr=config.muon_lr),
             torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.01),
         ]
 
@@ -179,6 +205,8 @@ class PretrainModule(lightning.LightningModule):
         loss = self.alignment(batch)[0] if align else answer_loss(self.model, batch)
         self.manual_backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for owner, rows, part in self.parts:
+            part.grad = None if owner.grad is None else owner.grad[rows]
         for optimizer in used:
             optimizer.step()
         for parameter in self.model.parameters():

@@ -22,6 +22,7 @@ from .selection import (
     local_shape,
     nominal_shape,
     ranked_plan,
+    require_feasible,
     scaled_protection,
     uniform_candidates,
 )
@@ -190,16 +191,42 @@ def block_influences(
     return scores
 
 
+def require_plannable(model: nn.Module, config: PruneConfig) -> None:
+    """Refuse, before anything is scored, what no plan for this model can meet.
+
+    Args:
+        model: The model; only its sizes are looked at.
+        config: Method, ratio, selection, protected layers.
+
+    Raises:
+        UserError: Names the feasible range.
+    """
+    if config.method == "layerwise":
+        _blocks_to_drop(model, config)
+    elif config.method == "widthwise" and config.share is None and config.ratio:
+        space = prune_space(model, config)
+        if config.selection == "global":
+            require_feasible(space, config.ratio)
+        else:
+            uniform_candidates(space, config.ratio)
+
+
+def _blocks_to_drop(model: nn.Module, config: PruneConfig) -> int:
+    sizes = [sum(p.numel() for p in layer.module.parameters()) for layer in layers_of(model)]
+    if config.drop_layers is None:
+        return layers_to_drop(sizes, language_parameters(model), config.ratio or 0.0)
+    if not 0 <= config.drop_layers < len(sizes):
+        raise UserError(
+            f"prune.drop_layers={config.drop_layers}: the model has {len(sizes)} layers; allowed: 0..{len(sizes) - 1}"
+        )
+    return config.drop_layers
+
+
 def _layerwise(
     model: nn.Module, calibration: Calibration, config: PruneConfig, report: PruneReport
 ) -> tuple[LayerPlan, ...]:
     whole = whole_layers(model)
-    sizes = [sum(p.numel() for p in layer.module.parameters()) for layer in layers_of(model)]
-    count = config.drop_layers
-    if count is None:
-        count = layers_to_drop(sizes, language_parameters(model), config.ratio or 0.0)
-    elif not 0 <= count < len(whole):
-        raise UserError(f"prune.drop_layers={count}: the model has {len(whole)} layers; allowed: 0..{len(whole) - 1}")
+    count = _blocks_to_drop(model, config)
     stream = open_stream(model, calibration, config)
     report.loss_dense = _dense_loss(stream, calibration.reduce)
     kept = list(range(len(whole)))
