@@ -28,14 +28,20 @@ HINTS = (
     "reference_type=",
 )
 _failed_jobs: list[int] = []
+_failure: list[BaseException] = []
 
 
 class ReportFailedJobs(Callback):
     """Hydra callback: a bad job of a sweep is reported when it ends, and the others go on."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
-        """Print why a job of a sweep has failed."""
-        if config.hydra.mode != RunMode.MULTIRUN or job_return.status != JobStatus.FAILED:
+        """Print why a job of a sweep has failed; hand the failure of a single run to `exit_code`."""
+        if job_return.status != JobStatus.FAILED:
+            return
+        if config.hydra.mode != RunMode.MULTIRUN:
+            # Hydra would print its own line about the overrides before it raises the error.
+            _failure.append(job_return._return_value)
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
             return
         _failed_jobs.append(int(config.hydra.job.num))
         for line in _lines(job_return._return_value):
@@ -53,11 +59,14 @@ def exit_code(main: Callable[[], object]) -> int:
         which a job has failed. With ``HYDRA_FULL_ERROR=1`` the traceback is shown.
     """
     _failed_jobs.clear()
+    _failure.clear()
     debug = os.environ.get(DEBUG) == "1"
     # Hydra would print its own shortened traceback and exit with 1.
     os.environ |= {DEBUG: "1", TRACEBACKS: str(int(debug))}
     try:
         main()
+        if _failure:
+            raise _failure[0]
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
