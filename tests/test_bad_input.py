@@ -194,7 +194,7 @@ def test_an_unknown_benchmark(model, data, tmp_path):
 def test_a_ratio_that_cannot_be_reached_names_the_largest_one(model, data, tmp_path):
     data[1]()
     error = refused(model, tmp_path, "prune.ratio=0.99")
-    assert error.exit_code == 1
+    assert error.exit_code == 2
     assert "prune.ratio=0.99" in str(error)
     assert nothing_written(tmp_path)
 
