@@ -69,7 +69,8 @@ def _objective(settings: RunConfig, folder: Path) -> float | None:
 
 
 def _pretrain(settings: RunConfig, folder: Path) -> float | None:
-    from .models.pretraining import PretrainConfig, pretrain
+    from .models.pretraining import pretrain
+    from .schema import PretrainConfig
 
     try:
         recipe = PretrainConfig(**settings.pretrain)

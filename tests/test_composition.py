@@ -51,7 +51,7 @@ def test_every_target_can_be_built(option, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("experiment=train_")])
 def test_training_recipes_fit_their_dataclass(option):
-    from efficientllava.models.pretraining import PretrainConfig
+    from efficientllava.schema import PretrainConfig
 
     settings = typed(composed(option))
     recipe = PretrainConfig(**settings.pretrain)

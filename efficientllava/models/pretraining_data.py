@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,7 @@ from torch.utils.data import Dataset
 from ..data.collator import Collator
 from ..data.digits import Digits
 from ..data.scenes import COLOURS, FULL, WORDS, Scene, strokes
-
-if TYPE_CHECKING:
-    from .pretraining import PretrainConfig
+from ..schema import PretrainConfig
 
 
 def augmented(images: np.ndarray, seed: Sequence[int]) -> np.ndarray:

@@ -16,10 +16,11 @@ from efficientllava.data.digits import Digits
 from efficientllava.data.scenes import FULL, strokes
 from efficientllava.errors import UserError
 from efficientllava.models.forward import answer_loss
-from efficientllava.models.pretraining import PROVENANCE, STATE, PretrainConfig, PretrainModule, initialise, pretrain
+from efficientllava.models.pretraining import PROVENANCE, STATE, PretrainModule, initialise, pretrain
 from efficientllava.models.pretraining_data import Scenes, augmented, quadrants, scene_targets
 from efficientllava.models.scoring import exact_match, forced_match
 from efficientllava.models.tiny import BUILDERS
+from efficientllava.schema import PretrainConfig
 
 QUICK = PretrainConfig(
     "tiny_internvl",
