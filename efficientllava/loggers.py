@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import netrc
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from .config import instantiate
 from .schema import RunConfig
@@ -34,9 +37,22 @@ def make_logger(settings: RunConfig, folder: Path) -> Any:
     return instantiate(node, save_dir=str(folder / "logs"))
 
 
+def finish_loggers() -> None:
+    """Close a W&B run, so that the next job of a sweep gets one of its own."""
+    if "wandb" in sys.modules:
+        import wandb
+
+        wandb.finish()
+
+
 def _logged_in() -> bool:
+    """Whether ``wandb login`` has left a key; asking wandb itself would prompt, or fail without one."""
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return False
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)  # pyright: ignore[reportAttributeAccessIssue]
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

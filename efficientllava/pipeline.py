@@ -119,6 +119,7 @@ class Run:
         from lightning.pytorch import seed_everything
 
         from .evaluation.module import feature_cache
+        from .loggers import finish_loggers
 
         settings = self.settings
         self._prepare()
@@ -130,6 +131,7 @@ class Run:
             error.exit_code = 1
             raise
         finally:
+            finish_loggers()
             processes.finish()
 
     def _prepare(self) -> None:
