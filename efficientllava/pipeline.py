@@ -201,8 +201,8 @@ class Run:
         configured = [] if quiet else [instantiate(c) for c in (settings.callbacks or {}).values() if c.get("_target_")]
         if quiet:
             overrides = {"logger": False, "enable_progress_bar": False, **overrides}
-        else:
-            overrides.setdefault("logger", self._logger())
+        elif "logger" not in overrides:
+            overrides["logger"] = self._logger()
         if not overrides.get("logger"):
             configured = [c for c in configured if type(c).__name__ != "LearningRateMonitor"]
         fixed = {"default_root_dir": str(self.folder), "enable_checkpointing": False, "use_distributed_sampler": False}
