@@ -104,8 +104,7 @@ def prune(
     config = _with(WIDTHWISE, options, "prune")
     model, _ = apply_plan(checkpoint.model, plan, _calibration(checkpoint, records, samples, seed), config)
     round_weights(model, checkpoint.storage)
-    step = {"stage": "prune", "method": plan.method, "requested": plan.requested, "achieved": round(plan.achieved, 6)}
-    return checkpoint.after(model, step, plan.kept_layers)
+    return checkpoint.after(model, plan.step, plan.kept_layers)
 
 
 def recover(

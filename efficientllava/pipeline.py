@@ -269,13 +269,7 @@ class Run:
                 self.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
             assert module.pruned is not None and module.plan is not None and module.report is not None
             plan = module.plan
-            step = {
-                "stage": "prune",
-                "method": plan.method,
-                "requested": plan.requested,
-                "achieved": round(plan.achieved, 6),
-            }
-            self._export(folder, "pruned", module.pruned.to(self.device), self.base, step, plan.kept_layers)
+            self._export(folder, "pruned", module.pruned.to(self.device), self.base, plan.step, plan.kept_layers)
             if processes.rank() == 0:
                 (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
             return {"seconds": time.perf_counter() - started, "report": module.report.to_dict()}
@@ -345,7 +339,7 @@ class Run:
     def _export(
         self, folder: Path, name: str, model: Any, source: Any, step: dict[str, Any], kept: Sequence[int] | None
     ) -> None:
-        """Round, save, and start the comparison with what a fresh process loads."""
+        """Round, save, and compare with what a fresh process loads."""
         from .checkpoint import round_weights, write
         from .reload import reload_gate
 

@@ -64,6 +64,12 @@ class PruningPlan:
         """Indices of the kept layers."""
         return tuple(layer.index for layer in self.layers)
 
+    @property
+    def step(self) -> dict[str, Any]:
+        """What a checkpoint's provenance says of a plan that was applied to it."""
+        achieved = round(self.achieved, 6)
+        return {"stage": "prune", "method": self.method, "requested": self.requested, "achieved": achieved}
+
     def to_json(self) -> str:
         """Serialise; `from_json` restores an equal plan."""
         return json.dumps(asdict(self), indent=None, separators=(",", ":"))
