@@ -43,10 +43,11 @@ def test_every_target_can_be_built(option, tmp_path, monkeypatch):
         trainer = instantiate({**settings.trainer, "accelerator": "cpu", "devices": 1, "logger": False})
         assert trainer.log_every_n_steps == settings.trainer["log_every_n_steps"]
     else:
-        from efficientllava.loggers import make_logger
+        from efficientllava.loggers import finish_loggers, make_logger
 
         logger = make_logger(settings, tmp_path)
         assert logger is False if option == "logger=none" else hasattr(logger, "log_metrics")
+        finish_loggers()
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("experiment=train_")])
