@@ -165,7 +165,7 @@ def tiny_llava() -> tuple[Any, Any]:
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         head_dim=HEAD_DIM,
-        intermediate_size=176,
+        intermediate_size=136,
         **_ids(tokenizer),
     )
     tower = CLIPVisionConfig(image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=HIDDEN, **_TOWER)
