@@ -118,8 +118,8 @@ class Run:
         """Run all stages and write the record."""
         from lightning.pytorch import seed_everything
 
-        from .evaluation.module import feature_cache
         from .loggers import finish_loggers
+        from .models.forward import feature_cache
 
         settings = self.settings
         self._prepare()

@@ -205,3 +205,20 @@ class FeatureCache:
                 self._kept[key] = value.to("cpu", copy=True)
                 self._bytes += size
         return features
+
+
+def feature_cache(model: nn.Module) -> FeatureCache:
+    """A cache of vision features that base, pruned and recovered models share: their towers are the same.
+
+    Args:
+        model: The model whose tower computes what is not cached; pixels are cast to its dtype.
+
+    Returns:
+        The cache to hand to every stage.
+    """
+
+    def compute(pixels: Tensor) -> Tensor:
+        weight = next(model.parameters())
+        return vision_features(model, pixels.to(weight.device, weight.dtype)).to(pixels.device)
+
+    return FeatureCache(compute)

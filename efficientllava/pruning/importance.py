@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..models.anatomy import Component
+from .statistics import factorise
 
 OBS_ROUNDS = 20  # a round removes 5 % of the channels; finer rounds gain nothing (shared measurement, 25-50 % removed)
 
@@ -103,7 +104,7 @@ def obs_ranking(weight: Tensor, gram: Tensor, width: int, damping: float, rounds
 
     Args:
         weight: Writer ``(out_features, units * width)``.
-        gram: ``E[x x^T]``, ``(units * width, units * width)``; used up, so that only one more of its size is needed.
+        gram: ``E[x x^T]``, ``(units * width, units * width)``; used up: its inverse takes its memory.
         width: Columns per unit.
         damping: Multiple of the mean diagonal added to ``gram``.
         rounds: Rounds in which all channels would go.
@@ -112,8 +113,8 @@ def obs_ranking(weight: Tensor, gram: Tensor, width: int, damping: float, rounds
         Removal order of all units; costs are rises of the mean square output error.
     """
     columns = weight.detach().to(gram.dtype, copy=True)
-    gram.diagonal().add_(damping * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram), out=gram)
+    lower, _ = factorise(gram, damping)
+    inverse = torch.cholesky_inverse(lower, out=lower)
     units = len(gram) // width
     alive = torch.arange(units, device=gram.device)
     step = 1 if width > 1 else max(1, units // rounds)
@@ -142,7 +143,7 @@ def _expand(units: Tensor, width: int) -> Tensor:
 
 def _block_scores(columns: Tensor, inverse: Tensor, alive: Tensor, width: int) -> Tensor:
     if width == 1:
-        return columns[:, alive].square().sum(0) / inverse.diagonal()[alive]
+        return torch.linalg.vector_norm(columns, dim=0).square()[alive] / inverse.diagonal()[alive]
     places = _expand(alive, width).view(-1, width)
     blocks = columns[:, places].permute(1, 2, 0)  # (alive, width, out)
     corners = inverse[places.unsqueeze(2), places.unsqueeze(1)]

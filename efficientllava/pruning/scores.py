@@ -103,7 +103,7 @@ def rank_units(
         simple = magnitude_scores if config.importance == "magnitude" else lambda c: random_scores(c, generator)
         ranked = [LayerScores(*(_levelled(c, simple(c)) for c in layer.components)) for layer in layers]
         return ranked, stream
-    ranked, hidden = [], list(stream.hidden)
+    ranked, hidden = [], stream.start()
     for index, layer in enumerate(layers):
         grams, power = _layer_statistics(stream, layer, index, hidden, calibration.reduce)
         ranked.append(LayerScores(*(_rank(c, grams.pop(0), power, config) for c in layer.components)))
