@@ -49,7 +49,7 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
             error.exit_code = 2 if code == 2 else 1
             raise error
         return _objective(settings, Path(output_dir))
-    processes.connect(str(settings.trainer.get("accelerator", "auto")))
+    processes.connect(settings.trainer)
     folder = Path(processes.from_first(output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     Run(settings, folder, overrides).execute()

@@ -11,18 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-IMPORTANCES = (
-    "obs",
-    "param_first",
-    "param_second",
-    "param_mix",
-    "vectorize",
-    "activation",
-    "wanda",
-    "magnitude",
-    "random",
-)
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
+IMPORTANCES = ("obs", *TAYLOR, "activation", "wanda", "magnitude", "random")
 
 
 @dataclass
