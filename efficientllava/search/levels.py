@@ -159,6 +159,7 @@ class LevelTable:
         }
         own = {id(p) for p in shared.values()}
         shared |= {id(buffer): buffer for buffer in component.module.buffers()}
+        shared |= {id(part.config): part.config for part in component.module.modules() if hasattr(part, "config")}
         twin = copy.deepcopy(component, shared)
         for part in twin.module.modules():
             vars(part).pop("forward", None)  # the original may be replayed at this moment
@@ -180,7 +181,7 @@ def table_key(model: nn.Module, recipe: Recipe, identity: Mapping[str, str]) -> 
     """
     dtype = str(layers_of(model)[0].mlp.writer.weight.dtype).removeprefix("torch.")
     fields: dict[str, Any] = asdict(recipe)  # pyright: ignore[reportArgumentType]
-    return {"format": FORMAT, **fields, "dtype": dtype, **identity}
+    return {"format": FORMAT, "granularity": recipe.granularity, **fields, "dtype": dtype, **identity}
 
 
 @torch.no_grad()

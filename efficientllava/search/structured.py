@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -32,7 +32,11 @@ class Structured:
     damping: float = 0.01
     tokens: str = "all"
     round_to: int = 1
-    granularity: str = field(default="structured", init=False)
+
+    @property
+    def granularity(self) -> str:
+        """``structured``."""
+        return "structured"
 
     def counts(self, component: Component) -> tuple[int, ...]:
         """Kept units of each level, descending."""
