@@ -46,6 +46,11 @@ class RecoveryStats:
     seconds: float
     final_losses: dict[str, float]
 
+    @property
+    def step(self) -> dict[str, Any]:
+        """Its line of the provenance."""
+        return {"stage": "recover", "loss": self.loss, "train": self.train, "steps": self.steps}
+
 
 def recover(
     student: nn.Module,
