@@ -99,9 +99,9 @@ class SearchSpace:
     def repair(self, policy: Policy, rng: random.Random) -> Policy:
         """Bring a policy within the budget.
 
-        Random genes go one level towards the target until it is met or crossed. Where whole KV groups are coarse, a
-        crossing may leave more than the tolerance: then a few random genes are set anew, to levels as near as possible
-        to what they were, and more of them as long as no combination of theirs meets the budget.
+        Random genes go one level towards the target until it is reached or crossed. Where whole KV groups are coarse,
+        a crossing may leave more than the tolerance: then a few random genes are set anew, to levels as near as
+        possible to what they were, and more of them as long as no combination of theirs meets the budget.
 
         Args:
             policy: One level per gene.
@@ -113,7 +113,7 @@ class SearchSpace:
         Raises:
             UserError: No policy of the space is feasible.
         """
-        policy = self._walk(policy, rng)
+        policy = policy if self.feasible(policy) else self._walk(policy, rng)
         size, everything = 1, len(self.genes)
         while not self.feasible(policy):
             for _ in range(TRIES if size < everything else 1):
@@ -134,11 +134,11 @@ class SearchSpace:
         return f"{budget.key}={budget.target:g}: {reach} of {budget.resource} here; choose a share in this range"
 
     def _walk(self, policy: Policy, rng: random.Random) -> Policy:
-        """Move random genes one level towards the target until it is met or crossed, or no gene is left to move."""
+        """Move random genes one level towards the target until it is reached or crossed, or none is left to move."""
         levels, missing = list(policy), self.budget.target - self.removed(policy)
         step = 1 if missing > 0 else -1
         movable = [i for i, gene in enumerate(self.genes) if 0 <= levels[i] + step < gene.levels]
-        while movable and missing * step > self.budget.tolerance:
+        while movable and missing * step > 0:
             pick = rng.randrange(len(movable))
             index = movable[pick]
             costs = self.budget.costs[index]
@@ -201,11 +201,14 @@ class SearchSpace:
             for index, gene in enumerate(self.genes)
             for level in range(1, gene.levels)
         ]
-        levels = [0] * len(self.genes)
+        levels, missing = [0] * len(self.genes), self.budget.target - self.removed((0,) * len(self.genes))
         for _, _, index in sorted(rises):
-            if self.removed(tuple(levels)) >= self.budget.target - self.budget.tolerance:
+            costs = self.budget.costs[index]
+            rise = costs[levels[index] + 1] - costs[levels[index]]
+            if rise / 2 > missing:
                 break
             levels[index] += 1
+            missing -= rise
         return self.repair(tuple(levels), rng)
 
     def mutate(self, policy: Policy, rng: random.Random, probability: float = 0.2) -> Policy:
@@ -220,8 +223,8 @@ class SearchSpace:
     def exchange(self, policy: Policy, rng: random.Random, moves: int | None = None) -> Policy:
         """Remove more here and less there, so that the budget is kept (arXiv 2410.14649, level-switch mutation).
 
-        One gene goes one level up or down, another one as many levels the other way as meet the budget best; where no
-        single gene makes up for it, `repair` does.
+        One gene goes one level up or down, or with halving probability 2, 4, 8... levels; another one goes as many
+        levels the other way as meet the budget best. Where no single gene makes up for it, `repair` does.
 
         Args:
             policy: A feasible policy.
@@ -238,7 +241,11 @@ class SearchSpace:
         first = next((i for i in order if 0 <= policy[i] + step < self.genes[i].levels), None)
         if first is None:
             return policy
-        moved = _with(policy, first, policy[first] + step)
+        size = 1
+        while rng.random() < 0.5:
+            size *= 2
+        level = min(max(policy[first] + step * size, 0), self.genes[first].levels - 1)
+        moved = _with(policy, first, level)
         for second in order:
             levels = range(policy[second] - step, -1 if step > 0 else self.genes[second].levels, -step)
             others = [_with(moved, second, level) for level in levels] if second != first else []
