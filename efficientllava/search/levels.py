@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoint import whole_folder
+from ..config import digest
 from ..errors import UserError
+from ..files import whole_folder
 from ..models.anatomy import Component, Layer, layers_of
-from ..processes import barrier, rank
+from ..processes import barrier, from_first, rank
 from ..pruning.plan import LayerPlan
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from .generalization import LinearNorms
@@ -283,6 +285,35 @@ def load_table(
                 f"{name}={wanted.get(name)}; delete the folder or choose another one"
             )
     return LevelTable(model, recipe, folder, record, limit_bytes)
+
+
+def open_table(
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Calibration,
+    root: str | Path,
+    identity: Mapping[str, str],
+    limit_bytes: int = 4 << 30,
+) -> LevelTable:
+    """Take a table from a folder of tables, or make it there; searches that want the same one wait for the first.
+
+    Args:
+        model: The dense model in eval mode.
+        recipe: What a level is.
+        calibration: Batches and how to run them.
+        root: The folder of tables; each has a subfolder named by its content.
+        identity: See `table_key`.
+        limit_bytes: See `LevelTable`.
+
+    Raises:
+        UserError: See `build_table`.
+    """
+    folder = Path(root) / digest(table_key(model, recipe, identity))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")) if rank() == 0 else contextlib.nullcontext():
+        if not from_first(folder.exists()):
+            return build_table(model, recipe, calibration, folder, identity, limit_bytes)
+    return load_table(model, recipe, folder, identity, limit_bytes)
 
 
 def squares(weight: Tensor, dim: int | None = None) -> Tensor:

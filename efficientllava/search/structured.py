@@ -66,14 +66,15 @@ class Structured:
             Levels with ``units``, the kept ones, ascending, and ``columns``, the writer's ``(out_features, kept)``.
         """
         weight, whole = component.writer.weight.detach(), range(component.units)
-        rows = [squares(linear.weight, 1) for linear, _ in reader_rows(component, whole)]
-        yield Level(0, _norms(component, rows, whole, weight))
+        powers = [squares(linear.weight, 1) for linear, _ in reader_rows(component, whole)]
+        powers.append(squares(weight, 0))
+        yield Level(0, _norms(component, powers, whole, weight))
         for state in eliminate(weight, grams.pop(), component.width, self.damping, self.counts(component)[1:]):
             units = state.alive.tolist()
             columns = state.columns[:, component.columns(units)]
             yield Level(
                 (component.units - len(units)) * component.unit_parameters,
-                _norms(component, rows, units, columns),
+                _norms(component, powers, units, columns),
                 {"units": state.alive.int(), "columns": columns.to(weight.dtype)},
             )
 
@@ -88,15 +89,15 @@ class Structured:
 
 
 def _norms(
-    component: Component, rows: Sequence[Tensor], units: Sequence[int], columns: Tensor
+    component: Component, powers: Sequence[Tensor], units: Sequence[int], columns: Tensor
 ) -> tuple[LinearNorms, ...]:
-    """Norms at a level, from the squared rows of the readers and the refitted columns of the writer."""
-    result = []
-    for total, (linear, kept) in zip(rows, reader_rows(component, units), strict=True):
-        dense, masked = float(total.sum()), float(total[kept.to(total.device)].sum())
-        result.append(LinearNorms(linear.weight.numel(), dense, masked, dense - masked))
+    """Norms at a level, from squared rows of the readers, squared columns of the writer, and its new columns."""
     weight = component.writer.weight.detach()
-    plain = weight[:, component.columns(units).to(weight.device)]
-    dense, masked = float(squares(weight)), float(squares(plain))
-    change = dense - masked + float(squares(columns - plain))
-    return (*result, LinearNorms(weight.numel(), dense, masked, change))
+    kept = component.columns(units).to(weight.device)
+    places = [*reader_rows(component, units), (component.writer, kept)]
+    changes = [0.0] * (len(places) - 1) + [float(squares(columns - weight[:, kept]))]
+    result = []
+    for power, change, (linear, index) in zip(powers, changes, places, strict=True):
+        dense, masked = float(power.sum()), float(power[index.to(power.device)].sum())
+        result.append(LinearNorms(linear.weight.numel(), dense, masked, dense - masked + change))
+    return tuple(result)
