@@ -3,7 +3,7 @@
 A table is a folder. ``table.json`` says what it was made from and holds amounts, removed counts and norms; one
 safetensors file per layer holds what a level changes: index lists and changed weights, nothing else. All statistics
 come from the dense prefix, so that levels of different layers do not depend on each other. What a level is, is up to a
-`Recipe`: see `efficientllava.search.structured` and `efficientllava.search.masks`.
+recipe: `efficientllava.search.structured.Structured` or `efficientllava.search.masks.Masks`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import copy
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -26,60 +26,16 @@ from torch import Tensor, nn
 from ..config import digest
 from ..errors import UserError
 from ..files import whole_folder
-from ..models.anatomy import Component, Layer, layers_of
+from ..models.anatomy import Layer, layers_of
 from ..processes import barrier, from_first, rank
 from ..pruning.plan import LayerPlan
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from .generalization import LinearNorms
+from .recipe import Recipe
 from .space import Gene, Policy
 
 FORMAT = 1  # version of the files; a table of another version is refused
 RECORD = "table.json"
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level of one gene, as a recipe makes it.
-
-    Args:
-        removed: Parameters cut off (structured) or weights set to zero (masks).
-        norms: Norms of every linear layer of the gene, readers first.
-        tensors: What `Recipe.assemble` needs, by name; empty where nothing is removed.
-    """
-
-    removed: int
-    norms: tuple[LinearNorms, ...]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Recipe(Protocol):
-    """What a level is. Recipes are frozen dataclasses: their fields are part of a table's identity."""
-
-    @property
-    def granularity(self) -> str:
-        """``structured``, ``unstructured`` or ``2:4``."""
-        ...
-
-    @property
-    def tokens(self) -> str:
-        """Positions that enter the statistics, see `efficientllava.pruning.statistics.counted_positions`."""
-        ...
-
-    def amounts(self, component: Component) -> tuple[float, ...]:
-        """Share removed by each level, ascending."""
-        ...
-
-    def inputs(self, component: Component) -> list[nn.Linear]:
-        """Linear layers whose input statistics `levels` needs."""
-        ...
-
-    def levels(self, component: Component, grams: list[Tensor]) -> Iterator[Level]:
-        """Make all levels in order; ``grams`` belong to `inputs` and are used up."""
-        ...
-
-    def assemble(self, twin: Component, tensors: Mapping[str, Tensor]) -> None:
-        """Turn a whole component, which shares its weights with the model's, into one at a level, by new parameters."""
-        ...
 
 
 class LevelTable:
@@ -314,8 +270,3 @@ def open_table(
         if not from_first(folder.exists()):
             return build_table(model, recipe, calibration, folder, identity, limit_bytes)
     return load_table(model, recipe, folder, identity, limit_bytes)
-
-
-def squares(weight: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of squares in float64, of a matrix or along one dimension, without a copy in float64."""
-    return torch.linalg.vector_norm(weight.detach(), dim=dim, dtype=torch.float64).square()

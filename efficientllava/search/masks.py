@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..models.anatomy import Component
 from ..pruning.statistics import factorise
 from .generalization import LinearNorms
-from .levels import Level, squares
+from .recipe import Level, squares
 
 BLOCK = 128  # columns for which unstructured masks are chosen together
 GROUP = 4  # columns of a 2:4 group, and the narrowest part of a sweep
