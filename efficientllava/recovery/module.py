@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
-from ..models.forward import forward_hidden
+from ..models.forward import feature_cache, forward_hidden
 from .alignment import Match, captured
 from .objective import build_terms, divisors, positions, term_sums
-from .teacher import Teacher, tower_features
+from .teacher import Teacher
 from .trainable import parameter_groups, trainable
 
 RECENT = 20
@@ -81,7 +81,7 @@ class RecoveryModule(L.LightningModule):
         self.seconds, self.tokens = 0.0, 0
         self.recent: deque[Tensor] = deque(maxlen=RECENT)
         self._seed = seed
-        self._features = tower_features(student)
+        self._features = feature_cache(student)
         self._projector_width = next(projector_of(student).parameters()).shape[-1]
         self._group = torch.zeros(2)
         self._started = 0.0
