@@ -148,6 +148,5 @@ def recover(
             seed=seed,
         )
     round_weights(checkpoint.model, checkpoint.storage)
-    step = {"stage": "recover", "loss": stats.loss, "train": stats.train, "steps": stats.steps}
-    checkpoint.provenance = checkpoint.after(checkpoint.model, step).provenance
+    checkpoint.provenance = checkpoint.after(checkpoint.model, stats.step).provenance
     return stats

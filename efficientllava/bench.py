@@ -23,14 +23,14 @@ from torch import Tensor
 
 from .data.datamodule import RecoveryData
 from .models.anatomy import layers_of
-from .models.forward import answer_loss, to_device
+from .models.forward import answer_loss, feature_cache, to_device
 from .pruning.pruner import apply_plan, make_plan
 from .pruning.scores import Calibration
 from .pruning.statistics import gram_dtype
 from .schema import DataConfig, EvaluateConfig, PruneConfig, RecoverConfig, WeightsConfig
 
 HIDDEN, LAYERS, HEADS, CHANNELS, VOCABULARY = 512, 4, 8, 1408, 512
-ROWS, BATCHES, LENGTH = 4, 4, 128
+ROWS, BATCHES, LENGTH = 1, 16, 128
 METHODS = {
     "layerwise": PruneConfig("layerwise", "layerwise", 0.3),
     "widthwise, obs, refit": PruneConfig("widthwise", "widthwise", 0.3, refit=True),
@@ -181,7 +181,7 @@ def quiet_trainer(**options: Any) -> Any:
 
 def evaluation_row(checkpoint: Any, questions: int = 96) -> Row:
     """Answering questions in batches against one by one; vision features are computed beforehand."""
-    from .evaluation.module import evaluate, feature_cache
+    from .evaluation.module import evaluate
     from .evaluation.tasks import load as load_task
 
     task = load_task("digits_vqa", DataConfig("digits_vqa", test_questions=questions))
@@ -231,8 +231,6 @@ def plain_loop(model: Any, data: RecoveryData) -> float:
 
 def vision_row(checkpoint: Any, count: int = 6) -> Row:
     """A pass over batches with kept vision features against running the tower again."""
-    from .evaluation.module import feature_cache
-
     _, batches = training_batches(checkpoint, count)
     cache = feature_cache(checkpoint.model)
 

@@ -21,9 +21,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from .checkpoint import whole_folder
 from .config import digest
-from .errors import UserError, disk_full
+from .files import whole_file, whole_folder
 from .processes import barrier, from_first, rank
 
 RECORD = "stage.json"
@@ -131,22 +130,14 @@ def link(source: Path, target: Path) -> None:
         target: Its new name; what stands there is replaced.
 
     Raises:
-        UserError: The disk is full.
+        UserError: It cannot be written, such as on a full disk.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        if source.is_dir():
-            shutil.copytree(source, partial, copy_function=_link_or_copy)
-            shutil.rmtree(target, ignore_errors=True)
-        else:
+    if source.is_dir():
+        with whole_folder(target) as partial:
+            shutil.copytree(source, partial, copy_function=_link_or_copy, dirs_exist_ok=True)
+    else:
+        with whole_file(target) as partial:
             _link_or_copy(source, partial)
-        partial.replace(target)
-    except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True) if source.is_dir() else partial.unlink(missing_ok=True)
-        # copytree collects the failures of all files as text.
-        if disk_full(error) or f"[Errno {errno.ENOSPC}]" in str(error):
-            raise UserError(f"{target}: the disk is full; free some space or set paths.output_dir elsewhere") from error
-        raise
 
 
 def _link_or_copy(source: str | Path, target: str | Path) -> None:

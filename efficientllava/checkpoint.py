@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +15,8 @@ import torch
 from torch import nn
 
 from .card import model_card
-from .errors import UserError, disk_full
+from .errors import UserError
+from .files import whole_folder
 from .models.anatomy import decoder_of
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
@@ -248,35 +247,6 @@ def round_weights(model: nn.Module, storage: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.dtype != storage and parameter.is_floating_point():
             parameter.copy_(parameter.to(storage))
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Write a folder under a temporary name and rename it when the block ends well; a failure leaves nothing.
-
-    Args:
-        folder: Final name; an existing folder is replaced.
-
-    Yields:
-        The folder to write into.
-
-    Raises:
-        UserError: The disk is full.
-    """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except Exception as error:
-        if disk_full(error):
-            raise UserError(f"{folder}: the disk is full; free some space or set paths.output_dir elsewhere") from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:

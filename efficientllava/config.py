@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, UserError
 from .schema import IMPORTANCES, TAYLOR, RunConfig
 
-Check = tuple[str, Callable[[Any], bool], str]
+Rule = tuple[Callable[[Any], bool], str]
 
 
-def _one_of(*options: Any) -> tuple[Callable[[Any], bool], str]:
+def _one_of(*options: Any) -> Rule:
     shown = ", ".join("null" if option is None else str(option) for option in options)
     return (lambda value: value in options), f"one of {shown}"
 
 
-def _number(low: float, high: float | None, *, open_low: bool = False, open_high: bool = True) -> Any:
+def _number(low: float, high: float | None, *, open_low: bool = False, open_high: bool = True) -> Rule:
     def inside(value: float) -> bool:
         above = value > low if open_low else value >= low
         return above and (value < math.inf if high is None else value < high if open_high else value <= high)
@@ -42,7 +42,7 @@ SHARE = _number(0, 1)
 DTYPE = _one_of("auto", "float32", "float16", "bfloat16")
 
 # key -> (predicate, what is allowed); null passes where the schema allows it
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+RULES: dict[str, Rule] = {
     "data_frac": _number(0, 1, open_low=True, open_high=False),
     "seed": _number(0, 2**32),
     "threads": AT_LEAST_1,
@@ -225,11 +225,25 @@ def _value(config: Any, key: str) -> Any:
     return config
 
 
-def _ranges(config: RunConfig) -> Iterator[str]:
+def _ranges(config: Any, node: str = "") -> Iterator[str]:
     for key, (allowed, description) in RULES.items():
-        value = _value(config, key)
-        if value is not None and not allowed(value):
+        value = _value(config, key.removeprefix(node)) if key.startswith(node) else None
+        if value not in (None, MISSING) and not allowed(value):
             yield f"{key}={value}: must be {description}"
+
+
+def require_ranges(config: Any, node: str) -> None:
+    """Refuse a configuration node of the Python interface, which does not come through `check`.
+
+    Args:
+        config: The node.
+        node: Its key with a dot behind it, such as ``recover.``.
+
+    Raises:
+        ConfigError: One line per value outside its range.
+    """
+    if problems := [*_ranges(config, node)]:
+        raise ConfigError(problems)
 
 
 def _combinations(config: RunConfig) -> Iterator[str]:

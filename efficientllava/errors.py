@@ -29,7 +29,7 @@ class ConfigError(UserError):
 
 
 def disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no space left; safetensors says so in words only."""
-    if isinstance(error, OSError):
+    """Whether an error says that there is no space left; safetensors and ``shutil`` say so in words only."""
+    if isinstance(error, OSError) and error.errno:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"(os error {errno.ENOSPC})" in str(error)
+    return any(words in str(error) for words in (f"(os error {errno.ENOSPC})", f"[Errno {errno.ENOSPC}]"))

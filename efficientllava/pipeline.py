@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
     """
     settings = typed(config)
     check(settings, overrides)
+    folder = Path(output_dir)
     if settings.pretrain:
-        return _pretrain(settings, Path(output_dir))
+        return _pretrain(settings, folder)
     count = processes.wanted(settings.trainer)
     if count > 1 and not processes.launched():
         code = processes.relaunch(count, overrides, output_dir)
@@ -48,11 +49,11 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
             error = UserError(f"trainer.devices={count}: the run failed in its processes; see the messages above")
             error.exit_code = 2 if code == 2 else 1
             raise error
-        return _objective(settings, Path(output_dir))
-    processes.connect(str(settings.trainer.get("accelerator", "auto")))
-    folder = Path(processes.from_first(output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    Run(settings, folder, overrides).execute()
+    else:
+        processes.connect(settings.trainer)
+        folder = Path(processes.from_first(output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        Run(settings, folder, overrides).execute()
     return _objective(settings, folder)
 
 
@@ -76,11 +77,9 @@ def _pretrain(settings: RunConfig, folder: Path) -> float | None:
         recipe = PretrainConfig(**settings.pretrain)
     except TypeError as error:
         raise UserError(f"pretrain: {error}; see efficientllava/models/pretraining.py") from error
-    scores = pretrain(recipe, folder / recipe.name)
-    say(
-        f"test accuracy {scores['all']['accuracy']:.4f} over {scores['all']['n']:.0f} questions: {folder / recipe.name}"
-    )
-    return float(scores["all"]["accuracy"])
+    score = pretrain(recipe, folder / recipe.name)["all"]
+    say(f"test accuracy {score['accuracy']:.4f} over {score['n']:.0f} questions: {folder / recipe.name}")
+    return score["accuracy"]
 
 
 class Run:
@@ -102,31 +101,37 @@ class Run:
             torch.set_num_threads(settings.threads)
         self.settings, self.folder, self.overrides = settings, folder, list(overrides)
         self.cache = StageCache(Path(settings.paths.cache_dir), settings.reuse)
-        accelerator = str(settings.trainer.get("accelerator", "auto"))
-        on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
-        self.device = f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu"
-        self.load = lambda path, dtype="auto": load(str(path), dtype, self.device)
-        self.base = load(settings.model.path, settings.model.dtype, self.device, settings.model.revision)
-        self.models: dict[str, Any] = {}
+        self.device = f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
+        self.load = lambda path, dtype, revision=None: load(str(path), dtype, self.device, revision)
+        self.base = self.load(settings.model.path, settings.model.dtype, settings.model.revision)
+        self.models: dict[str, Any] = {"base": self.base.model}
         self.entries: dict[str, Entry] = {}
         self.metrics: dict[str, dict[str, Any]] = {}
         self.seconds = {"prune": 0.0, "recover": 0.0, "evaluate": 0.0}
-        self.samples = {"calibration": 0, "recovery": 0}
         self.answers: dict[str, list[str]] = {}
 
     def execute(self) -> None:
         """Run all stages and write the record."""
         from lightning.pytorch import seed_everything
 
-        from .evaluation.module import feature_cache
         from .loggers import finish_loggers
 
         settings = self.settings
         self._prepare()
         seed_everything(settings.seed, verbose=False)
-        self.features = feature_cache(self.base.model)
+        say(f"[bold]{settings.name}[/bold]  {self.base.path}  on {self.device}, seed {settings.seed}")
         try:
-            self._stages()
+            current = self.base
+            self._evaluate("base", current)
+            if settings.prune.method != "none":
+                current = self._prune()
+                self._evaluate("pruned", current)
+            if settings.recover.name != "none":
+                current = self._recover(current)
+                self._evaluate("recovered", current)
+            if processes.rank() == 0:
+                self._report()
+            processes.barrier()
         except UserError as error:
             error.exit_code = 1
             raise
@@ -140,9 +145,11 @@ class Run:
         from .data.datamodule import RecoveryData
         from .data.splits import calibration_records
         from .evaluation import tasks
+        from .models.forward import feature_cache
         from .pruning.pruner import require_plannable
 
         settings, processor = self.settings, self.base.processor
+        self.features = feature_cache(self.base.model)
         self.tasks = [tasks.load(name, settings.data) for name in settings.evaluate.tasks]
         self.collate = Collator(processor, settings.data.max_length)
         self.calibration = []
@@ -151,40 +158,26 @@ class Run:
             self.calibration = calibration_records(settings.calibration, settings.data, settings.seed)
             for record in self.calibration:
                 self.collate.check(record)
-        self.recovery = None
+        self.recovery: Any = None
         if settings.recover.name != "none":
             self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
-            self.samples["recovery"] = len(self.recovery.records)
-        self.samples["calibration"] = len(self.calibration)
-
-    def _stages(self) -> None:
-        settings = self.settings
-        say(f"[bold]{settings.name}[/bold]  {self.base.path}  on {self.device}, seed {settings.seed}")
-        self._evaluate("base", self.base)
-        current = self.base
-        if settings.prune.method != "none":
-            current = self._prune()
-            self._evaluate("pruned", current)
-        if settings.recover.name != "none":
-            current = self._recover(current)
-            self._evaluate("recovered", current)
-        self._finish()
+        drawn = len(self.recovery.records) if self.recovery else 0
+        self.samples = {"calibration": len(self.calibration), "recovery": drawn}
 
     # ---- stages -----------------------------------------------------------------------------------------------------
 
-    def _inputs(self, stage: str, **more: Any) -> dict[str, Any]:
-        """What every stage's result depends on."""
-        sources = {"evaluate": "evaluation", "prune": "pruning", "recover": "recovery"}
-        shared = ("models", "data", "checkpoint.py")
-        return {
-            "source": source_digest(sources[stage], *shared),
+    def _stage(self, name: str, compute: Callable[[Path, Path], dict[str, Any]], **inputs: Any) -> Entry:
+        """A stage's result through the cache; ``inputs`` is what it depends on beside what all stages do."""
+        folder = {"evaluate": "evaluation", "prune": "pruning", "recover": "recovery"}[name]
+        shared = {
+            "source": source_digest(folder, "models", "data", "checkpoint.py"),
             "dtype": self.settings.model.dtype,
             "device": self.device.partition(":")[0],
             "processes": processes.world_size(),
             "precision": self.settings.trainer.get("precision"),
             "threads": self.settings.threads,
-            **more,
         }
+        return self.cache.stage(name, {**shared, **inputs}, compute)
 
     def trainer(self, quiet: bool = False, callbacks: Sequence[Any] = (), **overrides: Any) -> Any:
         """Make a Trainer from the configuration's node.
@@ -194,57 +187,51 @@ class Run:
             callbacks: Added to the configured ones.
             **overrides: Arguments that the stage decides.
         """
-        settings = self.settings
-        node = dict(settings.trainer)
-        if processes.launched():
-            node["devices"] = processes.world_size() // int(node.get("num_nodes", 1))
-        configured = [] if quiet else [instantiate(c) for c in (settings.callbacks or {}).values() if c.get("_target_")]
-        if quiet:
-            overrides = {"logger": False, "enable_progress_bar": False, **overrides}
-        elif "logger" not in overrides:
-            overrides["logger"] = self._logger()
-        if not overrides.get("logger"):
-            configured = [c for c in configured if type(c).__name__ != "LearningRateMonitor"]
-        fixed = {"default_root_dir": str(self.folder), "enable_checkpointing": False, "use_distributed_sampler": False}
-        return instantiate(node, callbacks=[*configured, *callbacks], **{**fixed, **overrides})
-
-    def _logger(self) -> Any:
         from .loggers import make_logger
 
-        return make_logger(self.settings, self.folder)
+        node = dict(self.settings.trainer)
+        if processes.launched():
+            node["devices"] = processes.world_size() // int(node.get("num_nodes", 1))
+        options = {"default_root_dir": str(self.folder), "enable_checkpointing": False}
+        options |= {"use_distributed_sampler": False, **overrides}
+        configured = [c for c in (self.settings.callbacks or {}).values() if c.get("_target_")]
+        if quiet:
+            configured, options = [], {"logger": False, "enable_progress_bar": False, **options}
+        elif "logger" not in options:
+            options["logger"] = make_logger(self.settings, self.folder)
+        if not options["logger"]:
+            configured = [c for c in configured if not c["_target_"].endswith("LearningRateMonitor")]
+        return instantiate(node, callbacks=[*map(instantiate, configured), *callbacks], **options)
 
     def _evaluate(self, stage: str, checkpoint: Any) -> None:
         from .evaluation.module import evaluate
 
-        started = time.perf_counter()
+        started, config = time.perf_counter(), self.settings.evaluate
         self.metrics[stage] = {}
         for task in self.tasks:
 
             def compute(folder: Path, _work: Path, task: Any = task) -> dict[str, Any]:
                 trainer = self.trainer(logger=False)
-                outcome = evaluate(
-                    checkpoint.model, checkpoint.processor, task, trainer, self.settings.evaluate, self.features
-                )
+                outcome = evaluate(checkpoint.model, checkpoint.processor, task, trainer, config, self.features)
                 checkpoint.model.to(self.device)
                 if processes.rank() == 0:
                     lines = (json.dumps(prediction) + "\n" for prediction in outcome.predictions)
                     (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
                 return {"metrics": outcome.metrics}
 
-            relevant = ("limit", "max_new_tokens", "batch_size")
-            inputs = self._inputs(
+            entry = self._stage(
                 "evaluate",
+                compute,
                 model=checkpoint.digest,
                 task=task.name,
-                evaluate={key: getattr(self.settings.evaluate, key) for key in relevant},
+                evaluate=[config.limit, config.max_new_tokens, config.batch_size],
                 questions=digest([r.id for r in task.records("test")]),
             )
-            entry = self.cache.stage("evaluate", inputs, compute)
             self.entries[f"evaluate/{stage}/{task.name}"] = entry
             self.metrics[stage][task.name] = entry.record["metrics"]
             rows = [json.loads(line) for line in (entry.folder / "predictions.jsonl").read_text("utf-8").splitlines()]
             self.answers.setdefault(stage, [row["prediction"] for row in rows])
-            score = entry.record["metrics"].get("accuracy")
+            score = entry.record["metrics"]["accuracy"]
             say(f"{stage:<10} {task.name}: accuracy {score:.4f}" + ("  (from cache)" if entry.reused else ""))
         self.seconds["evaluate"] += time.perf_counter() - started
 
@@ -257,7 +244,7 @@ class Run:
             started = time.perf_counter()
             with progress() as display:
                 module = PruningModule(
-                    self.base.model,
+                    self.models.pop("base"),
                     self.calibration,
                     self.collate,
                     settings.prune,
@@ -267,24 +254,25 @@ class Run:
                     Ticker(display),
                 )
                 self.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
-            assert module.pruned is not None and module.plan is not None and module.report is not None
-            plan = module.plan
-            self._export(folder, "pruned", module.pruned.to(self.device), self.base, plan.step, plan.kept_layers)
+            plan, pruned, report = module.plan, module.pruned, module.report
+            assert plan is not None and pruned is not None and report is not None
+            self._export(folder / "pruned", pruned, self.base, plan.step, plan.kept_layers)
             if processes.rank() == 0:
                 (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
-            return {"seconds": time.perf_counter() - started, "report": module.report.to_dict()}
+            return {"seconds": time.perf_counter() - started, "report": report.to_dict()}
 
-        inputs = self._inputs(
+        entry = self._stage(
             "prune",
+            compute,
             model=self.base.digest,
-            prune={k: v for k, v in asdict(settings.prune).items() if k != "name"},
+            prune=asdict(replace(settings.prune, name="")),
             calibration=[asdict(settings.calibration), digest([r.id for r in self.calibration])],
             files=[file_digest(settings.calibration.path), file_digest(settings.data.path)],
             images=settings.data.image_root,
             max_length=settings.data.max_length,
             seed=settings.seed,
         )
-        return self._adopt("prune", "pruned", self.cache.stage("prune", inputs, compute))
+        return self._adopt("prune", "pruned", entry)
 
     def _recover(self, student: Any) -> Any:
         from .checkpoint import digest as digest_of
@@ -292,64 +280,58 @@ class Run:
         from .recovery.objective import describe
         from .recovery.recover import recover
 
-        settings = self.settings
-        assert self.recovery is not None
+        config, data, seed = self.settings.recover, self.settings.data, self.settings.seed
         say(
-            f"recovery minimises [bold]{describe(settings.recover)}[/bold], trains {settings.recover.train}, "
-            f"{self.samples['recovery']} samples (data_frac {settings.data_frac:g})"
+            f"recovery minimises [bold]{describe(config)}[/bold], trains {config.train}, "
+            f"{self.samples['recovery']} samples (data_frac {self.settings.data_frac:g})"
         )
-        weights = settings.recover.weights
-        teacher_path = settings.recover.teacher.path or student.base["path"]
 
         def compute(folder: Path, work: Path) -> dict[str, Any]:
             teacher = None
-            if weights.logit or weights.hidden:
-                teacher = self.load(teacher_path, settings.recover.teacher.dtype).model
+            if config.weights.logit or config.weights.hidden:
+                teacher = self.load(config.teacher.path or student.base["path"], config.teacher.dtype).model
             stats = recover(
                 student.model,
-                self.recovery,  # pyright: ignore[reportArgumentType]
-                settings.recover,
+                self.recovery,
+                config,
                 self.trainer,
                 work,
-                batch_size=settings.data.batch_size,
-                global_batch_size=settings.data.global_batch_size,
+                batch_size=data.batch_size,
+                global_batch_size=data.global_batch_size,
                 teacher=teacher,
                 original_layers=student.original_layers,
-                seed=settings.seed,
+                seed=seed,
             )
-            step = {"stage": "recover", "loss": stats.loss, "train": stats.train, "steps": stats.steps}
-            step["samples"] = self.samples["recovery"]
-            self._export(folder, "recovered", student.model.to(self.device), student, step, None)
+            step = {**stats.step, "samples": self.samples["recovery"]}
+            self._export(folder / "recovered", student.model, student, step)
             return {"seconds": stats.seconds, "stats": asdict(stats)}
 
-        inputs = self._inputs(
+        entry = self._stage(
             "recover",
+            compute,
             model=student.digest,
-            teacher=student.base["digest"]
-            if settings.recover.teacher.path is None
-            else digest_of(resolve(teacher_path)),
-            recover={k: v for k, v in asdict(settings.recover).items() if k != "name"},
-            data=[asdict(settings.data), settings.data_frac, file_digest(settings.data.path)],
-            seed=settings.seed,
+            original_layers=student.original_layers,
+            teacher=digest_of(resolve(config.teacher.path)) if config.teacher.path else student.base["digest"],
+            recover=asdict(replace(config, name="")),
+            data=[asdict(data), self.settings.data_frac, file_digest(data.path)],
+            seed=seed,
         )
-        return self._adopt("recover", "recovered", self.cache.stage("recover", inputs, compute))
+        return self._adopt("recover", "recovered", entry)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _export(
-        self, folder: Path, name: str, model: Any, source: Any, step: dict[str, Any], kept: Sequence[int] | None
+        self, folder: Path, model: Any, source: Any, step: dict[str, Any], kept: Sequence[int] | None = None
     ) -> None:
         """Round, save, and compare with what a fresh process loads."""
         from .checkpoint import round_weights, write
         from .reload import reload_gate
 
-        round_weights(model, source.storage)
-        if processes.rank():
-            return
-        target = folder / name
-        target.mkdir()
-        write(source.after(model, step, kept), target)
-        reload_gate(target, model, self._probe())
+        round_weights(model.to(self.device), source.storage)
+        if processes.rank() == 0:
+            folder.mkdir()
+            write(source.after(model, step, kept), folder)
+            reload_gate(folder, model, self._probe())
 
     def _probe(self) -> dict[str, Any]:
         """A prompt with an image, as a stock forward pass takes it."""
@@ -379,14 +361,20 @@ class Run:
 
     # ---- the record -------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+    def _report(self) -> None:
+        """Measure sizes and speeds, write ``results.json`` and ``samples.png``, and print the table."""
+        from .card import usage
+        from .models.pruned import is_per_layer
+        from .pruning.plan import PruningPlan
+        from .report.samples import draw_samples
         from .report.tables import tabulate
         from .results import build, write
 
         stages = self._efficiency()
-        plan = self._plan()
         for stage, metrics in self.metrics.items():
-            stages.setdefault(stage, {})["metrics"] = metrics
+            stages[stage]["metrics"] = metrics
+        file = self.folder / "plan.json"
+        plan = PruningPlan.read(file) if file.exists() else None
         results = build(
             stages,
             ratio={"requested": plan.requested if plan else 0.0, "achieved": plan.achieved if plan else 0.0},
@@ -400,48 +388,30 @@ class Run:
             model=self.base.path,
             reports={name: entry.record for name, entry in self.entries.items() if name in ("prune", "recover")},
         )
-        if processes.rank() == 0:
-            write(results, self.folder / "results.json")
-            self._samples()
-            say("", tabulate(results), "")
-            self._closing_lines(plan)
-        processes.barrier()
-
-    def _plan(self) -> Any:
-        from .pruning.plan import PruningPlan
-
-        path = self.folder / "plan.json"
-        return PruningPlan.read(path) if path.exists() else None
+        write(results, self.folder / "results.json")
+        if self.answers:
+            records = list(self.tasks[0].records("test"))[: self.settings.evaluate.limit]
+            draw_samples(records, self.answers, self.folder / "samples.png")
+        say("", tabulate(results), "", f"everything lies in [bold]{self.folder}[/bold]")
+        last = next((name for name in ("recovered", "pruned") if name in self.models), None)
+        if last:
+            per_layer = is_per_layer(self.models[last].config.get_text_config())
+            say("", usage(str(self.folder / last), per_layer))
 
     def _efficiency(self) -> dict[str, dict[str, Any]]:
         """Sizes and speeds of all stages, measured together so that drift of the machine cancels."""
         from .checkpoint import resolve
         from .evaluation.efficiency import checkpoint_bytes, measure, sizes
 
-        if processes.rank():
-            return {}
-        models = {"base": self.load(self.settings.model.path, self.settings.model.dtype).model, **self.models}
+        model = self.settings.model
+        # The pruner consumes the model that it works on.
+        base = self.models.get("base") or self.load(model.path, model.dtype, model.revision).model
+        models = {"base": base, **self.models}
         if self.settings.evaluate.efficiency:
             stages = measure(models, self._probe(), self.settings.evaluate)
         else:
             stages = {name: sizes(model) for name, model in models.items()}
-        folders = {"base": resolve(self.settings.model.path, self.settings.model.revision)}
+        folders = {"base": resolve(model.path, model.revision)}
         for name, stage in stages.items():
             stage["checkpoint_bytes"] = checkpoint_bytes(folders.get(name, self.folder / name))
         return stages
-
-    def _samples(self) -> None:
-        from .report.samples import draw_samples
-
-        task = self.tasks[0] if self.tasks else None
-        if task is not None and self.answers:
-            records = list(task.records("test"))[: self.settings.evaluate.limit]
-            draw_samples(records, self.answers, self.folder / "samples.png")
-
-    def _closing_lines(self, plan: Any) -> None:
-        from .card import usage
-
-        last = "recovered" if "recovered" in self.models else "pruned" if "pruned" in self.models else None
-        say(f"everything lies in [bold]{self.folder}[/bold]")
-        if last:
-            say("", usage(str(self.folder / last), plan is not None and not plan.uniform))

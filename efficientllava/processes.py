@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from .outcome import TRACEBACKS
 GRACE = 10.0  # seconds between the failure of one process and the end of the others
 
 
-def wanted(trainer: dict[str, Any]) -> int:
+def wanted(trainer: Mapping[str, Any]) -> int:
     """Number of processes that a trainer node asks for on this machine.
 
     Args:
@@ -33,9 +33,23 @@ def wanted(trainer: dict[str, Any]) -> int:
         return len(devices)
     if str(devices) in ("auto", "-1"):
         parallel = str(trainer.get("strategy", "auto")) != "auto"
-        on_gpu = trainer.get("accelerator") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        return torch.cuda.device_count() if parallel and on_gpu else 1
+        return torch.cuda.device_count() if parallel and on_gpu(trainer) else 1
     return int(devices)
+
+
+def on_gpu(trainer: Mapping[str, Any]) -> bool:
+    """Whether a trainer node computes on GPUs of this machine.
+
+    Args:
+        trainer: The trainer node; ``accelerator`` may be missing.
+
+    Raises:
+        UserError: It insists on GPUs and there is none.
+    """
+    accelerator, found = str(trainer.get("accelerator", "auto")), torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not found:
+        raise UserError(f"trainer.accelerator={accelerator}: torch finds no GPU here; choose trainer=cpu")
+    return found and accelerator in ("auto", "gpu", "cuda")
 
 
 def launched() -> bool:
@@ -113,17 +127,16 @@ def _wait(started: Sequence[subprocess.Popen[str]]) -> None:
         time.sleep(0.05)
 
 
-def connect(accelerator: str) -> None:
+def connect(trainer: Mapping[str, Any]) -> None:
     """Join the process group where this process was launched as one of several.
 
     Args:
-        accelerator: The trainer's accelerator; decides between NCCL and Gloo.
+        trainer: The trainer node; decides between NCCL and Gloo.
     """
     if launched() and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
-        on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-        if on_gpu:
+        if on_gpu(trainer):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        dist.init_process_group("nccl" if on_gpu(trainer) else "gloo")
 
 
 def rank() -> int:
@@ -151,6 +164,14 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes, in their order, on all of them."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def sum_over(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes; the same bits everywhere."""
     if not dist.is_initialized():
@@ -159,23 +180,6 @@ def sum_over(tensor: Tensor) -> Tensor:
     total = tensor.detach().to(device, copy=True)
     dist.all_reduce(total)
     return total.to(tensor.device)
-
-
-def fail_together(error: BaseException | None) -> None:
-    """Raise on every process when one has failed, so that none waits for ever.
-
-    Args:
-        error: This process's failure.
-
-    Raises:
-        UserError: Another process failed; its own message is printed there.
-    """
-    if not dist.is_initialized():
-        return
-    failed: list[bool] = [False] * world_size()
-    dist.all_gather_object(failed, error is not None)
-    if error is None and any(failed):
-        raise UserError(f"process {failed.index(True)} failed; see its message")
 
 
 def finish() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .files import whole_file
 
 STAGES = ("base", "pruned", "recovered")
 PACKAGES = ("torch", "transformers", "lightning", "peft", "efficientllava")
@@ -56,21 +57,12 @@ def versions() -> dict[str, str]:
 
 def commit() -> str:
     """The git commit of the checkout this package runs from, with ``+dirty`` for uncommitted changes; else empty."""
-    package = Path(__file__).resolve().parent
-    if not (package.parent / ".git").exists():
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
         return ""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+dirty"]
     try:
-        command = [
-            "git",
-            "-C",
-            str(package.parent),
-            "describe",
-            "--always",
-            "--abbrev=40",
-            "--exclude=*",
-            "--dirty=+dirty",
-        ]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""  # no git, or a checkout that it refuses to read: the commit is unknown, the numbers stand
 
@@ -144,20 +136,8 @@ def write(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         UserError: If the file cannot be written (full disk, no permission); nothing is left behind.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    text = json.dumps(_finite(results), indent=2, allow_nan=False) + "\n"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free the disk or set paths.output_dir"
-        ) from error
+    with whole_file(Path(path)) as file:
+        file.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read(path: str | os.PathLike[str]) -> Results:

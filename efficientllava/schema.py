@@ -11,18 +11,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-IMPORTANCES = (
-    "obs",
-    "param_first",
-    "param_second",
-    "param_mix",
-    "vectorize",
-    "activation",
-    "wanda",
-    "magnitude",
-    "random",
-)
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
+IMPORTANCES = ("obs", *TAYLOR, "activation", "wanda", "magnitude", "random")
 
 
 @dataclass
@@ -154,6 +144,42 @@ class EvaluateConfig:
     efficiency: bool = True  # FLOPs and latency of one image-question
     repeats: int = 9  # latency repeats after warm-up; the median is reported
     new_tokens: int = 16  # tokens generated for the decode latency
+
+
+@dataclass
+class SearchBudgetConfig:
+    """What a searched policy has to remove; weight masks count the decoder's linear weights, whatever stands here."""
+
+    resource: str = (
+        "params"  # params | flops (of the prefill) | latency (measured here: prefill and 32 tokens, batch 1)
+    )
+    target: float | None = None  # share to remove, (0, 1), or the speed-up, > 1; None: prune.ratio
+
+
+@dataclass
+class SearchConfig:
+    """How a policy, a level for the attention and the MLP of every layer, is searched."""
+
+    name: str = MISSING  # quick | paper | thorough
+    method: str = "evolution"  # evolution | random: as many evaluations, without parents
+    granularity: str = "structured"  # structured | unstructured | 2:4
+    budget: SearchBudgetConfig = field(default_factory=SearchBudgetConfig)
+    risk: str = "loss"  # empirical risk: loss (cross-entropy of the answers) | kl (to the dense model) | error
+    gap: str = "fro"  # generalization gap: fro | fro_logprod | dist | none
+    gap_weight: float = 0.3  # weight of the gap beside the risk, both standardised, >= 0
+    rounds: int = 4  # the projector evolves after each round, >= 1
+    generations: int = 5  # per round, >= 1
+    population: int = 50  # candidates per generation, >= 2
+    parents: int = 10  # best policies so far, which the next generation comes from, >= 1
+    mutants: int = 25  # of a generation, >= 0; random policies fill it where mutants and crossovers leave room
+    crossovers: int = 25  # of a generation, >= 0
+    mutation: float = 0.2  # probability that a mutant draws a gene anew, (0, 1]
+    exchange: float = 0.5  # share of the mutants that exchange levels between genes instead, [0, 1]
+    stages: list[float] = field(default_factory=lambda: [1.0])  # shares of the samples, ascending to 1, (0, 1]
+    projector: bool = True  # evolve the projector after each round
+    projector_lr: float = 2e-5  # learning rate of that, > 0
+    projector_pull: float = 0.5  # weight of the divergence from the dense model, >= 0
+    projector_anchor: float = 0.1  # weight of the relative distance from the projector at the start, >= 0
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -158,3 +159,11 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def model(family: str) -> Any:
     return make_model(family)
+
+
+@pytest.fixture(scope="module")
+def without_fresh_processes() -> Iterator[None]:
+    """No reload gate, which starts a process per export."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("efficientllava.reload.reload_gate", lambda *_: None)
+        yield

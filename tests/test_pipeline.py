@@ -13,13 +13,7 @@ from efficientllava.pruning.plan import PruningPlan
 
 from .runs import run, save_tiny, small
 
-
-@pytest.fixture(scope="module", autouse=True)
-def without_fresh_processes():
-    """The reload gate starts a process per export; one test below lets it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllava.reload.reload_gate", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("without_fresh_processes")
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +224,33 @@ def test_changed_weights_are_another_model(first, model, tmp_path):
     save_tiny(other, seed=1)
     record = run(place / "other", [o if not o.startswith("model.path=") else f"model.path={other}" for o in typed])
     assert record["reused"] == []
+
+
+def test_equal_weights_that_were_other_layers_are_recovered_anew(first, model):
+    place, _, _ = first
+    options = ["prune=layerwise", "prune.drop_layers=1", "recover=none"]
+    run(place / "dropped", [o for o in small(model, place / "out", *options) if o != "prune.round_to=1"])
+    dropped = place / "dropped" / "pruned"
+    typed = small(dropped, place / "out", "prune=none", "evaluate=none", "evaluate.efficiency=false")
+    typed = [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "data.test"))]
+    assert run(place / "layers0", typed)["reused"] == []
+    assert run(place / "layers1", typed)["reused"] == ["recover"]
+    provenance = json.loads((dropped / "efficientllava.json").read_text())
+    other = next(layers for layers in ([0, 1], [0, 2]) if layers != provenance["original_layers"])
+    (dropped / "efficientllava.json").write_text(json.dumps({**provenance, "original_layers": other}))
+    assert run(place / "layers2", typed)["reused"] == []
+
+
+def test_the_closing_lines_load_what_the_run_has_made(first, model, capsys):
+    place, _, _ = first
+    options = ["prune.ratio=0.3", "prune.protect=[0]", "recover=none", "evaluate=none", "evaluate.efficiency=false"]
+    unmeasured = ("evaluate.repeats", "evaluate.new_tokens", "data.test")
+    typed = [o for o in small(model, place / "out", *options) if not o.startswith(unmeasured)]
+    run(place / "protected", typed)
+    assert "import efficientllava" in capsys.readouterr().out
+    options = ["prune=none", "recover=projector", "evaluate=none", "evaluate.efficiency=false"]
+    typed = small(place / "protected" / "pruned", place / "out", *options)
+    run(place / "again_recovered", [o for o in typed if not o.startswith(unmeasured)])
+    said = capsys.readouterr().out
+    assert "import efficientllava" in said
+    assert f"from_pretrained('{place}/again_recovered/recovered')" in said.replace("\n", "")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from efficientllava import processes
+from efficientllava.errors import UserError
 
 from .runs import ROOT, RUN, save_tiny, small
 
@@ -40,7 +41,15 @@ def test_a_single_process_is_its_own_first(monkeypatch):
     assert processes.from_first("a") == "a"
     assert torch.equal(processes.sum_over(torch.ones(2)), torch.ones(2))
     processes.barrier()
-    processes.fail_together(ValueError())
+
+
+def test_gpus_are_used_where_there_are_any_and_missed_where_they_are_asked_for(monkeypatch):
+    for found in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
+        assert not processes.on_gpu({"accelerator": "cpu"})
+        assert processes.on_gpu({"accelerator": "auto"}) is processes.on_gpu({}) is found
+    with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: torch finds no GPU"):
+        processes.on_gpu({"accelerator": "gpu"})
 
 
 def start(monkeypatch, tmp_path, body):

@@ -13,15 +13,8 @@ from efficientllava.recovery.module import RecoveryModule
 
 from .runs import RUN, run, save_tiny, small
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("without_fresh_processes")]
 STEPS = 60
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_fresh_processes():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllava.reload.reload_gate", lambda *_: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import lightning
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
+from ..config import require_ranges
 from ..errors import UserError
 from ..schema import DataConfig
 from .collator import Collator
@@ -63,15 +64,14 @@ class RecoveryData(lightning.LightningDataModule):
         system: Text of a system turn; None for none.
 
     Raises:
-        UserError: If the batch size is below 1, or the data is at fault.
+        UserError: If a value is outside its range, or the data is at fault.
     """
 
     def __init__(
         self, data: DataConfig, processor: Any, data_frac: float = 1.0, seed: int = 0, system: str | None = None
     ) -> None:
         super().__init__()
-        if data.batch_size < 1:
-            raise UserError(f"data.batch_size={data.batch_size}: must be at least 1")
+        require_ranges(data, "data.")
         self._data, self._frac, self._seed = data, data_frac, seed
         self._collate = Collator(processor, data.max_length, system=system)
         self._records: Sequence[Record] | None = None

@@ -15,27 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.collator import Collator, GenerationCollator
 from ..data.conversations import Record
-from ..models.forward import FeatureCache, vision_features
+from ..models.forward import FeatureCache, feature_cache
 from ..schema import EvaluateConfig
 from .generation import generate, length_batches, reference_losses
 from .tasks import Prediction, Task
-
-
-def feature_cache(model: nn.Module) -> FeatureCache:
-    """A cache of vision features that base, pruned and recovered models share: their towers are the same.
-
-    Args:
-        model: The model whose tower computes what is not cached; pixels are cast to its dtype.
-
-    Returns:
-        The cache to hand to `evaluate`.
-    """
-
-    def compute(pixels: torch.Tensor) -> torch.Tensor:
-        weight = next(model.parameters())
-        return vision_features(model, pixels.to(weight.device, weight.dtype)).to(pixels.device)
-
-    return FeatureCache(compute)
 
 
 class _Batches(Dataset[dict[str, Any]]):

@@ -6,7 +6,7 @@ and handed to whoever needs it: student, teacher, search candidates, and every e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -167,6 +167,30 @@ def to_device(batch: Batch, device: torch.device | str, dtype: torch.dtype | Non
     return {key: move(value) for key, value in batch.items()}
 
 
+class HostMemory:
+    """Tensors by key, kept on the host.
+
+    Args:
+        limit_bytes: What would go beyond this size is not kept.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._bytes = 0
+        self._kept: dict[Any, Tensor] = {}
+
+    def get(self, keys: Sequence[Any]) -> list[Tensor] | None:
+        """The tensors of all keys, or None unless all are kept."""
+        return [self._kept[key] for key in keys] if all(key in self._kept for key in keys) else None
+
+    def put(self, keys: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+        """Keep copies of tensors, one per key, as far as there is room."""
+        for key, tensor in zip(keys, tensors, strict=True):
+            if key not in self._kept and self._bytes + tensor.nbytes <= self._limit:
+                self._kept[key] = tensor.to("cpu", copy=True)
+                self._bytes += tensor.nbytes
+
+
 class FeatureCache:
     """Vision features by image id, computed once and kept on the host.
 
@@ -177,9 +201,7 @@ class FeatureCache:
 
     def __init__(self, compute: Callable[[Tensor], Tensor], limit_bytes: int = 4 << 30) -> None:
         self._compute = compute
-        self._limit = limit_bytes
-        self._bytes = 0
-        self._kept: dict[str, Tensor] = {}
+        self._memory = HostMemory(limit_bytes)
 
     def __call__(self, batch: Batch) -> Tensor | None:
         """Return the features of a batch's images, in order.
@@ -195,13 +217,22 @@ class FeatureCache:
         if pixels is None or not len(pixels):
             return None
         ids: list[str] = batch["image_ids"]
-        tiles: list[int] = batch.get("image_tiles") or [1] * len(ids)
-        if all(key in self._kept for key in ids):
-            return torch.cat([self._kept[key] for key in ids]).to(pixels.device)
+        if (known := self._memory.get(ids)) is not None:
+            return torch.cat(known).to(pixels.device)
         features = self._compute(pixels)
-        for key, value in zip(ids, features.split(tiles), strict=True):
-            size = value.numel() * value.element_size()
-            if key not in self._kept and self._bytes + size <= self._limit:
-                self._kept[key] = value.to("cpu", copy=True)
-                self._bytes += size
+        self._memory.put(ids, features.split(batch.get("image_tiles") or [1] * len(ids)))
         return features
+
+
+def feature_cache(model: nn.Module) -> FeatureCache:
+    """A cache of vision features that base, pruned and recovered models share: their towers are the same.
+
+    Args:
+        model: The model whose frozen tower computes what is not cached; pixels are cast to its dtype.
+    """
+
+    def compute(pixels: Tensor) -> Tensor:
+        weight = next(model.parameters())
+        return vision_features(model, pixels.to(weight.device, weight.dtype)).to(pixels.device)
+
+    return FeatureCache(compute)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import subprocess
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,11 +26,13 @@ from ..data.digits import Digits
 from ..data.questions import NOTHING
 from ..data.scenes import COLOURS, PLACES, WORDS
 from ..errors import UserError
+from ..files import whole_file
+from ..results import commit
 from ..schema import PretrainConfig
 from .anatomy import decoder_of, projector_of
 from .forward import answer_loss
 from .pretraining_data import Scenes, quadrants, scene_targets
-from .scoring import Scores, exact_match, forced_match
+from .scoring import Scores, forced_match
 from .tiny import BUILDERS
 
 STATE = "training.pt"
@@ -202,8 +202,8 @@ class PretrainModule(lightning.LightningModule):
         optimizers = [optimizer.state_dict() for optimizer in self.raw_optimizers()]
         state = {"model": self.model.state_dict(), "optimizers": optimizers, "step": self.step}
         state |= {"seconds": self.elapsed(), "history": self.history, "config": _recipe(self.config)}
-        torch.save(state, self.folder / f"{STATE}.part")
-        os.replace(self.folder / f"{STATE}.part", self.folder / STATE)
+        with whole_file(self.folder / STATE) as file:
+            torch.save(state, file)
 
     def restore(self) -> None:
         """Take up the saved state of a killed run, where there is one.
@@ -240,7 +240,7 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
             folder of the same recipe is not trained again.
 
     Returns:
-        Exact match of generated text on ``test``, ``{"all": {"accuracy", "n"}, kind: ...}``.
+        Share of ``test`` answered exactly by greedy decoding, see `efficientllava.models.scoring.forced_match`.
 
     Raises:
         UserError: If the model's name is unknown or the folder belongs to another recipe.
@@ -289,12 +289,12 @@ def _finish(module: PretrainModule, folder: Path) -> Scores:
     """Round to half precision, score, and write the checkpoint with its provenance."""
     model, processor, config = module.model, module.processor, module.config
     model.half().float().eval()
-    scores = exact_match(model, processor, Digits("test", config.test_questions))
+    scores = forced_match(model, processor, Digits("test", config.test_questions))
     model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
     processor.save_pretrained(folder)
     provenance = {
         "command": f"python run.py experiment=train_{config.name} seed={config.seed}",
-        "commit": _commit(),
+        "commit": commit(),
         "recipe": _recipe(config),
         "minutes": round(module.seconds / 60, 1),
         "device": f"{platform.machine()} CPU, {config.threads} thread(s)",
@@ -303,15 +303,7 @@ def _finish(module: PretrainModule, folder: Path) -> Scores:
         "test": {kind: {"accuracy": round(v["accuracy"], 4), "n": v["n"]} for kind, v in scores.items()},
         "history": module.history,
     }
-    part = folder / f"{PROVENANCE}.part"
-    part.write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
-    os.replace(part, folder / PROVENANCE)
+    with whole_file(folder / PROVENANCE) as file:
+        file.write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
     (folder / STATE).unlink()
     return scores
-
-
-def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"

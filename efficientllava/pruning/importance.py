@@ -6,12 +6,14 @@ removal. Scores are never compared between components without dividing by the pa
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..models.anatomy import Component
+from .statistics import factorise
 
 OBS_ROUNDS = 20  # a round removes 5 % of the channels; finer rounds gain nothing (shared measurement, 25-50 % removed)
 
@@ -92,18 +94,71 @@ def random_scores(component: Component, generator: torch.Generator) -> Tensor:
     return torch.rand(component.units, generator=generator, dtype=torch.float64)
 
 
-def obs_ranking(weight: Tensor, gram: Tensor, width: int, damping: float, rounds: int = OBS_ROUNDS) -> Ranking:
-    """Rank units by the exact rise of the output error after optimal compensation, greedily.
+@dataclass(frozen=True)
+class Elimination:
+    """What one round of OBS elimination leaves.
 
-    A unit ``B`` (one column, or the ``width`` columns of a KV group) scores ``tr(W_B (R_BB)^-1 W_B^T)`` with
+    Args:
+        gone: Units of this round, first to go first.
+        costs: Rise of the mean square output error by each of them.
+        alive: Units that are left, ascending.
+        columns: The whole writer with all compensation so far, removed columns near 0; valid until the next round.
+    """
+
+    gone: Tensor
+    costs: Tensor
+    alive: Tensor
+    columns: Tensor
+
+
+def eliminate(weight: Tensor, gram: Tensor, width: int, damping: float, counts: Iterable[int]) -> Iterator[Elimination]:
+    """Remove units down to each of some counts, one round per count, always those that cost least.
+
+    A unit ``B`` (one column, or the ``width`` columns of a KV group) costs ``tr(W_B (R_BB)^-1 W_B^T)`` with
     ``R = (H + lambda I)^-1``; after each round ``W`` and ``R`` are downdated by block elimination, so that the next
-    scores take the compensation of all earlier removals into account. Channels go in rounds, KV groups one by one.
+    costs take the compensation of all earlier removals into account. The columns ``S`` of what is left are then the
+    closed-form refit ``W_S + W_P H_PS (H_SS + lambda I)^-1`` for the writer's own output, with ``P`` all that is gone.
 
     Source: structured OBS, arXiv 2302.04089 eq. 4-5; batched greedy removal after arXiv 2403.12983.
 
     Args:
         weight: Writer ``(out_features, units * width)``.
-        gram: ``E[x x^T]``, ``(units * width, units * width)``; used up, so that only one more of its size is needed.
+        gram: ``E[x x^T]``, ``(units * width, units * width)``; used up: its inverse takes its memory.
+        width: Columns per unit.
+        damping: Multiple of the mean diagonal added to ``gram``.
+        counts: Units to keep after each round, descending.
+
+    Yields:
+        The state after each round.
+    """
+    columns = weight.detach().to(gram.dtype, copy=True)
+    lower, _ = factorise(gram, damping)
+    inverse = torch.cholesky_inverse(lower, out=lower)
+    alive = torch.arange(len(gram) // width, device=gram.device)
+    for count in counts:
+        scores = _block_scores(columns, inverse, alive, width)
+        lowest = torch.argsort(scores, stable=True)[: len(alive) - count]
+        gone = alive[lowest]
+        # Block elimination: W <- W - W_B R_BB^-1 R_B,  R <- R - R_B^T R_BB^-1 R_B; removed rows and columns become 0.
+        places = _expand(gone, width)
+        rows = inverse[places]
+        solved = torch.linalg.solve(rows[:, places], rows)
+        columns.addmm_(columns[:, places], solved, alpha=-1)
+        inverse.addmm_(rows.T, solved, alpha=-1)
+        stay = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
+        stay[lowest] = False
+        alive = alive[stay]
+        yield Elimination(gone, scores[lowest].clamp(min=0), alive, columns)
+
+
+def obs_ranking(weight: Tensor, gram: Tensor, width: int, damping: float, rounds: int = OBS_ROUNDS) -> Ranking:
+    """Rank units by the exact rise of the output error after optimal compensation, greedily.
+
+    Channels go in rounds of equal size, KV groups one by one.
+
+    Args:
+        weight: See `eliminate`, like all others.
+        gram: Used up.
         width: Columns per unit.
         damping: Multiple of the mean diagonal added to ``gram``.
         rounds: Rounds in which all channels would go.
@@ -111,28 +166,13 @@ def obs_ranking(weight: Tensor, gram: Tensor, width: int, damping: float, rounds
     Returns:
         Removal order of all units; costs are rises of the mean square output error.
     """
-    columns = weight.detach().to(gram.dtype, copy=True)
-    gram.diagonal().add_(damping * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram), out=gram)
     units = len(gram) // width
-    alive = torch.arange(units, device=gram.device)
     step = 1 if width > 1 else max(1, units // rounds)
     order: list[int] = []
     costs: list[float] = []
-    while len(alive):
-        scores = _block_scores(columns, inverse, alive, width)
-        lowest = torch.argsort(scores, stable=True)[:step]
-        order += alive[lowest].tolist()
-        costs += scores[lowest].clamp(min=0).tolist()
-        gone = _expand(alive[lowest], width)
-        # Block elimination: W <- W - W_B R_BB^-1 R_B,  R <- R - R_B^T R_BB^-1 R_B; removed rows and columns become 0.
-        rows = inverse[gone]
-        solved = torch.linalg.solve(rows[:, gone], rows)
-        columns.addmm_(columns[:, gone], solved, alpha=-1)
-        inverse.addmm_(rows.T, solved, alpha=-1)
-        stay = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
-        stay[lowest] = False
-        alive = alive[stay]
+    for state in eliminate(weight, gram, width, damping, [*range(units - step, 0, -step), 0]):
+        order += state.gone.tolist()
+        costs += state.costs.tolist()
     return Ranking(tuple(order), tuple(costs))
 
 
@@ -142,7 +182,7 @@ def _expand(units: Tensor, width: int) -> Tensor:
 
 def _block_scores(columns: Tensor, inverse: Tensor, alive: Tensor, width: int) -> Tensor:
     if width == 1:
-        return columns[:, alive].square().sum(0) / inverse.diagonal()[alive]
+        return torch.linalg.vector_norm(columns, dim=0).square()[alive] / inverse.diagonal()[alive]
     places = _expand(alive, width).view(-1, width)
     blocks = columns[:, places].permute(1, 2, 0)  # (alive, width, out)
     corners = inverse[places.unsqueeze(2), places.unsqueeze(1)]

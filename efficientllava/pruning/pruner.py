@@ -158,7 +158,7 @@ def apply_plan(
 
 
 def _dense_loss(stream: CalibrationStream, reduce: Reduce) -> float:
-    hidden = list(stream.hidden)
+    hidden = stream.start()
     for index, layer in enumerate(decoder_of(stream.model).layers):
         stream.advance(layer, index, hidden)
     return stream.answer_loss(hidden, reduce)
@@ -181,7 +181,7 @@ def block_influences(
         One score per kept layer.
     """
     layers = decoder_of(stream.model).layers
-    hidden, scores = list(stream.hidden), []
+    hidden, scores = stream.start(), []
     for index in kept:
         influence = BlockInfluence()
         for batch, inputs, outputs in stream.run(layers[index], index, hidden):

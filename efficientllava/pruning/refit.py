@@ -3,7 +3,7 @@
 With ``x`` the writer's input on the pruned prefix, ``S`` the kept columns and ``y`` the target output, the refitted
 columns minimise ``E ||y - W* x_S||^2 + lambda ||W* - W_S||^2``:
 
-    W* = W_S + (E[y x_S^T] - W_S H_SS) (H_SS + lambda I)^-1,    H = E[x x^T]
+    W* = W_S + R (H_SS + lambda I)^-1,    R = E[y x_S^T] - W_S H_SS,    H = E[x x^T]
 
 For the target ``y = W x`` this is ``W_S + W_P H_PS (H_SS + lambda I)^-1`` with ``P`` the pruned columns, the optimal
 compensation of OBS (Hassibi and Stork 1993; per-column form in arXiv 2203.07259 and 2403.12983). The damping pulls
@@ -13,10 +13,10 @@ towards the plain slice, so that the error on the calibration data can never exc
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from ..models.anatomy import Component, decoder_of, describe_layer
 from .plan import LayerPlan
-from .statistics import CalibrationStream, Gram, Reduce, add_product, no_reduce
+from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, factorise, no_reduce
 from .surgery import cut_component
 
 TARGETS = ("layer", "residual")
+Write = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,31 +61,43 @@ class Target:
     power: float
 
 
-def solve(weight: Tensor, gram: Tensor, target: Target, damping: float) -> tuple[Tensor, float, float]:
+def solve(weight: Tensor, kept: Tensor, gram: Tensor, target: Target, damping: float) -> tuple[Tensor, float, float]:
     """Refit kept columns in closed form.
 
     Args:
-        weight: Kept columns ``W_S``, ``(out_features, kept)``.
-        gram: ``H_SS``, ``(kept, kept)``; its diagonal is raised while this runs.
-        target: Moments of the target with the kept inputs.
+        weight: The whole writer, ``(out_features, in_features)``.
+        kept: Indices of the kept columns ``W_S``.
+        gram: ``H_SS``, ``(kept, kept)``; used up.
+        target: Moments of the target with the kept inputs; their memory becomes the result.
         damping: Multiple of the mean diagonal of ``gram`` that is added to it, > 0.
 
     Returns:
         Refitted columns in the type of ``gram``, and the mean square error before and after.
+
+    Raises:
+        UserError: The damped Gram matrix is singular.
     """
-    plain = weight.to(gram.dtype)
-    residual = target.cross - plain @ gram
-    shift = damping * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny
-    gram.diagonal().add_(shift)
-    refitted = plain + torch.cholesky_solve(residual.T, torch.linalg.cholesky(gram)).T
-    gram.diagonal().sub_(shift)
-    return refitted, _error(plain, gram, target), _error(refitted, gram, target)
+    # With W the plain slice, D the change and R = E[y x^T] - W H:
+    #   E||y - W x||^2     = E||y||^2 - <W, E[y x^T]> - <W, R>
+    #   E||y - (W+D) x||^2 = the same - <D, R> - lambda ||D||^2,    <D, R> = ||L^-1 R^T||^2,    L L^T = H + lambda I
+    step, before = target.cross, target.power
+    strips = list(zip(step.split(STRIP), weight.split(STRIP), strict=True))
+    for rows, whole in strips:
+        plain = whole[:, kept].to(gram.dtype)
+        before -= _inner(plain, rows) + _inner(plain, rows.addmm_(plain, gram, alpha=-1))
+    lower, shift = factorise(gram, damping)
+    torch.linalg.solve_triangular(lower, step.T, upper=False, out=step.T)
+    gain = _inner(step, step)
+    torch.linalg.solve_triangular(lower.T, step.T, upper=True, out=step.T)
+    gain += shift * _inner(step, step)
+    before = max(before, 0.0)
+    for rows, whole in strips:
+        rows.add_(whole[:, kept])
+    return step, before, max(before - gain, 0.0)
 
 
-def _error(weight: Tensor, gram: Tensor, target: Target) -> float:
-    # E||y - Wx||^2 = E||y||^2 - 2 <W, E[y x^T]> + <W H, W>
-    value = target.power - 2.0 * float((weight * target.cross).sum()) + float(((weight @ gram) * weight).sum())
-    return max(value, 0.0)
+def _inner(left: Tensor, right: Tensor) -> float:
+    return float(torch.dot(left.reshape(-1), right.reshape(-1)))
 
 
 @dataclass
@@ -153,23 +166,21 @@ class SequentialPruner:
         Args:
             plans: Kept layers in ascending order.
             commit: Whether the model's own layers are cut in place; the caller then has to call
-                `efficientllava.pruning.surgery.rebuild`, and the stream is used up. A trial cuts a copy of one layer at
-                a time and leaves model and stream as they are.
+                `efficientllava.pruning.surgery.rebuild`, and the stream is used up. A trial only lets writers read
+                less, and leaves the model as it is.
             on_layer: Called with the index of every finished layer.
 
         Returns:
             The loss and the errors.
         """
         by_index = {plan.index: plan for plan in plans}
-        start = list(self._stream.hidden)
-        if commit:
-            self._stream.hidden.clear()
+        start = self._stream.start()
         flow = _Flow(start, list(start) if self._to_residual else None)
         result = RefitResult(0.0)
         for index, original in enumerate(decoder_of(self._stream.model).layers):
             plan = by_index.get(index)
             if plan is not None:
-                self._cut_layer(original if commit else copy.deepcopy(original), plan, flow, result.errors)
+                self._cut_layer(original, plan, flow, result.errors, commit)
             else:
                 flow.touched = True
                 if flow.dense is not None:
@@ -179,18 +190,24 @@ class SequentialPruner:
         result.loss = self._stream.answer_loss(flow.pruned, self._reduce)
         return result
 
-    def _cut_layer(self, layer: nn.Module, plan: LayerPlan, flow: _Flow, errors: list[LayerError]) -> None:
+    def _cut_layer(
+        self, layer: nn.Module, plan: LayerPlan, flow: _Flow, errors: list[LayerError], commit: bool
+    ) -> None:
         attention = describe_layer(layer, self._config).attention
         moments = self._moments(attention, plan.groups, flow.touched)
         kept_inputs = self._run_attention(layer, plan, attention, flow, moments)
-        self._cut(attention, plan.groups, plan.index, moments, errors)
+        write = self._write(attention, plan.groups, plan.index, moments, errors, commit)
         flow.touched |= len(plan.groups) < attention.units
-        with _replayed(attention, kept_inputs):
+        with contextlib.ExitStack() as trial:
+            trial.enter_context(_replayed(attention.module, write, kept_inputs))
             mlp = describe_layer(layer, self._config).mlp
             moments = self._moments(mlp, plan.channels, flow.touched)
             if moments is not None:
                 self._run_mlp(layer, plan.index, mlp, flow, moments)
-            self._cut(mlp, plan.channels, plan.index, moments, errors)
+            write = self._write(mlp, plan.channels, plan.index, moments, errors, commit)
+            del moments  # its matrices would stay through the pass below
+            if not commit:
+                trial.enter_context(_narrowed(mlp.writer, mlp.columns(plan.channels), write))
             flow.touched |= len(plan.channels) < mlp.units
             if flow.touched or flow.dense is None:
                 self._stream.advance(layer, plan.index, flow.pruned)
@@ -240,23 +257,29 @@ class SequentialPruner:
             counted = stream.counted[batch]
             moments.add(seen.inputs[counted], wanted[counted])
 
-    def _cut(
+    def _write(
         self,
         component: Component,
         units: Sequence[int],
         index: int,
         moments: _Moments | None,
         errors: list[LayerError],
-    ) -> None:
-        weight = None
+        commit: bool,
+    ) -> Write:
+        """Refit and cut a component; return how it writes from its kept inputs."""
+        weight, writer = None, component.writer
         if moments is not None:
             gram, target = moments.means(self._reduce)
-            plain = component.writer.weight.detach()[:, moments.kept]
-            weight, before, after = solve(plain, gram, target, self._damping)
+            weight, before, after = solve(writer.weight.detach(), moments.kept, gram, target, self._damping)
             scale = max(target.power, torch.finfo(torch.float32).tiny)
             errors.append(LayerError(index, component.kind, before / scale, after / scale))
-        if weight is not None or len(units) < component.units:
-            cut_component(component, units, weight)
+        if commit:
+            if weight is not None or len(units) < component.units:
+                cut_component(component, units, weight)
+            return writer
+        if weight is None:
+            weight = writer.weight.detach()[:, component.columns(units).to(writer.weight.device)]
+        return partial(nn.functional.linear, weight=weight.to(writer.weight.dtype), bias=writer.bias)
 
 
 class _Moments:
@@ -315,15 +338,30 @@ def _captured(writer: nn.Linear, seen: _Seen, stop: bool = False) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _replayed(attention: Component, kept_inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Run only the writer of an attention, on what its heads gave before; batches come in order, pass after pass."""
+def _replayed(attention: nn.Module, write: Write, kept_inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Let an attention only write, from what its heads gave before; batches come in order, pass after pass."""
     turns = itertools.cycle(kept_inputs)
+    device = next(attention.parameters()).device
 
     def forward(*_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
-        return attention.writer(next(turns).to(attention.writer.weight.device)), None
+        return write(next(turns).to(device)), None
 
-    attention.module.forward = forward
+    with _forward(attention, forward):
+        yield
+
+
+@contextlib.contextmanager
+def _narrowed(writer: nn.Linear, kept: Tensor, write: Write) -> Iterator[None]:
+    """Let a writer read only its kept columns."""
+    kept = kept.to(writer.weight.device)
+    with _forward(writer, lambda inputs: write(inputs[..., kept])):
+        yield
+
+
+@contextlib.contextmanager
+def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward
     try:
         yield
     finally:
-        del attention.module.forward
+        del module.forward

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,16 @@ class Calibration:
         return tuple(dict.fromkeys(record for batch in self.batches for record in batch["ids"]))
 
 
-def open_stream(model: nn.Module, calibration: Calibration, config: PruneConfig) -> CalibrationStream:
+class Counting(Protocol):
+    """What says which positions count."""
+
+    @property
+    def tokens(self) -> str:
+        """See `efficientllava.pruning.statistics.counted_positions`."""
+        ...
+
+
+def open_stream(model: nn.Module, calibration: Calibration, config: Counting) -> CalibrationStream:
     """Start a calibration stream at the first layer.
 
     Args:
@@ -103,32 +113,50 @@ def rank_units(
         simple = magnitude_scores if config.importance == "magnitude" else lambda c: random_scores(c, generator)
         ranked = [LayerScores(*(_levelled(c, simple(c)) for c in layer.components)) for layer in layers]
         return ranked, stream
-    ranked, hidden = [], list(stream.hidden)
+    ranked, hidden = [], stream.start()
     for index, layer in enumerate(layers):
-        grams, power = _layer_statistics(stream, layer, index, hidden, calibration.reduce)
+        grams, power = layer_statistics(stream, layer, index, hidden, calibration.reduce)
         ranked.append(LayerScores(*(_rank(c, grams.pop(0), power, config) for c in layer.components)))
         calibration.tick("score units", index + 1, len(layers))
     return ranked, stream
 
 
 @torch.no_grad()
-def _layer_statistics(
-    stream: CalibrationStream, layer: Layer, index: int, hidden: list[Tensor], reduce: Reduce
+def layer_statistics(
+    stream: CalibrationStream,
+    layer: Layer,
+    index: int,
+    hidden: list[Tensor],
+    reduce: Reduce = no_reduce,
+    linears: Sequence[nn.Linear] | None = None,
 ) -> tuple[list[Tensor], float]:
-    """Gram matrices of both writers' inputs, and the power of the layer's output; advances ``hidden``."""
-    grams = [Gram(c.writer.in_features, c.writer.weight.device) for c in layer.components]
+    """Look at what a whole layer reads and writes on the dense prefix.
+
+    Args:
+        stream: The calibration stream.
+        layer: The layer.
+        index: Its index in the decoder.
+        hidden: Layer inputs by batch; become the layer's outputs.
+        reduce: Sums over processes.
+        linears: Linear layers whose inputs are looked at; None: the writers of attention and MLP.
+
+    Returns:
+        Gram matrices ``E[x x^T]`` of the inputs, and the mean square of the layer's output, per position.
+    """
+    linears = [c.writer for c in layer.components] if linears is None else linears
+    grams = [Gram(linear.in_features, linear.weight.device) for linear in linears]
     captured: dict[nn.Module, Tensor] = {}
 
-    def note(writer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        captured[writer] = args[0]
+    def note(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        captured[linear] = args[0]
 
-    handles = [c.writer.register_forward_pre_hook(note) for c in layer.components]
+    handles = [linear.register_forward_pre_hook(note) for linear in linears]
     power = torch.zeros(2, dtype=torch.float64)
     try:
         for batch, _, outputs in stream.run(layer.module, index, hidden):
             counted = stream.counted[batch]
-            for component, gram in zip(layer.components, grams, strict=True):
-                gram.add(captured[component.writer][counted])
+            for linear, gram in zip(linears, grams, strict=True):
+                gram.add(captured[linear][counted])
             square = outputs[counted].double().square().sum()
             power += torch.tensor([float(square), float(counted.sum())], dtype=torch.float64)
     finally:

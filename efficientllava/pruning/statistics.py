@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.anatomy import decoder_of, final_norm_of
-from ..models.forward import Batch, FeatureCache, forward_hidden, supervised_positions
+from ..models.forward import Batch, FeatureCache, feature_cache, forward_hidden, supervised_positions
+
+STRIP = 64  # rows of a matrix that are worked on at once where a whole copy would cost too much
 
 Reduce = Callable[[Tensor], Tensor]
 TOKENS = ("all", "image", "text", "answer")
@@ -73,17 +75,16 @@ def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, d
 
 
 class CalibrationStream:
-    """Hidden states of all calibration batches at one layer boundary.
+    """What every decoder layer is called with, and the means to move hidden states of all batches through one layer.
 
     Args:
         model: An image-text-to-text model in eval mode.
         batches: Collated batches on the model's device.
         tokens: Which positions count, see `counted_positions`.
-        features: Vision features by image, shared with other stages.
+        features: Vision features by image, shared with other stages; None keeps its own.
         storage: Device that keeps the hidden states between layers; None keeps them where they are.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         model: nn.Module,
@@ -98,14 +99,24 @@ class CalibrationStream:
         self.depth = len(decoder.layers)
         image_token_id = model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.counted = [counted_positions(b, tokens, image_token_id) for b in batches]  # pyright: ignore[reportArgumentType]
-        self.hidden: list[Tensor] = []
         self._kwargs: list[list[dict[str, Any]]] = []
+        self._features = features or feature_cache(model)
         self._storage = storage
-        for batch in batches:
-            with recorded_calls(decoder.layers) as calls:
-                forward_hidden(model, batch, features(batch) if features else None)
-            self.hidden.append(self.store(calls[0][0]))
-            self._kwargs.append([kwargs for _, kwargs in calls])
+
+    @torch.no_grad()
+    def start(self) -> list[Tensor]:
+        """Inputs of the first layer by batch, ``(batch, seq, hidden)``; computed anew, so that no copy has to be kept.
+
+        The layers must be as they were made: after a cut there is no start any more.
+        """
+        hidden, kwargs = [], []
+        for batch in self.batches:
+            with recorded_calls(decoder_of(self.model).layers) as calls:
+                forward_hidden(self.model, batch, self._features(batch))
+            hidden.append(self.store(calls[0][0]))
+            kwargs.append([keywords for _, keywords in calls])
+        self._kwargs = kwargs
+        return hidden
 
     def store(self, hidden: Tensor) -> Tensor:
         """Move hidden states to the device that keeps them between layers."""
@@ -208,8 +219,33 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     left, right = left.to(dtype), right.to(dtype)
     if dtype == total.dtype:
         total.addmm_(left.T, right)
-    else:
-        total += left.T @ right
+        return
+    for start in range(0, len(total), STRIP):  # in strips, so that the product needs no second matrix
+        total[start : start + STRIP] += left[:, start : start + STRIP].T @ right
+
+
+def factorise(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """Cholesky factor of a damped Gram matrix, in the matrix's own memory.
+
+    Args:
+        gram: ``E[x x^T]``, symmetric ``(n, n)``; used up.
+        damping: Multiple of the mean diagonal that is added to the diagonal.
+
+    Returns:
+        Lower factor of ``gram + shift I``, and ``shift``.
+
+    Raises:
+        UserError: The damped matrix is not positive definite.
+    """
+    shift = damping * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny
+    gram.diagonal().add_(shift)
+    lower = gram.T  # symmetric; LAPACK works in place on column-major memory only
+    try:
+        return torch.linalg.cholesky(lower, out=lower), shift
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise UserError(
+            f"prune.damping={damping:g}: a Gram matrix of the calibration inputs is singular; raise prune.damping"
+        ) from error
 
 
 class Gram:

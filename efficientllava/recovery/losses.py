@@ -6,17 +6,11 @@ divide by the number of rows of the whole global batch, whatever its split over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-
-from ..errors import UserError
-
-DIRECTIONS = ("forward", "reverse")
-METRICS = ("l2", "cosine")
 
 
 @dataclass(frozen=True)
@@ -55,9 +49,6 @@ class LogitKDLoss:
     Args:
         direction: ``forward`` or ``reverse``.
         temperature: T > 0.
-
-    Raises:
-        UserError: An unknown direction or a temperature that is not positive.
     """
 
     direction: str = "forward"
@@ -66,11 +57,6 @@ class LogitKDLoss:
     needs_logits: ClassVar[bool] = True
     needs_teacher_logits: ClassVar[bool] = True
     needs_hidden: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_name("recover.kl", self.direction, DIRECTIONS)
-        if not self.temperature > 0:
-            raise UserError(f"recover.temperature={self.temperature}: must be greater than 0")
 
     def __call__(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor) -> Tensor:
         """Sum the divergence over rows.
@@ -104,9 +90,6 @@ class HiddenStateKDLoss:
         metric: ``l2`` or ``cosine``.
         layers: ``last``, ``all`` or original layer indices (negative ones count from the end).
         normalise: Divide the squared difference by the teacher's power.
-
-    Raises:
-        UserError: An unknown metric.
     """
 
     metric: str = "l2"
@@ -116,9 +99,6 @@ class HiddenStateKDLoss:
     needs_logits: ClassVar[bool] = False
     needs_teacher_logits: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_name("recover.hidden_metric", self.metric, METRICS)
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Sum the distance over rows.
@@ -140,18 +120,3 @@ class HiddenStateKDLoss:
 
     def __str__(self) -> str:
         return f"{'L2' if self.metric == 'l2' else 'cosine'}(hidden)"
-
-
-def check_name(key: str, value: str, allowed: Sequence[str]) -> None:
-    """Refuse an unknown name.
-
-    Args:
-        key: Configuration key, for the message.
-        value: What was given.
-        allowed: Known names.
-
-    Raises:
-        UserError: ``value`` is not among them.
-    """
-    if value not in allowed:
-        raise UserError(f"{key}={value}: unknown; choose one of {', '.join(allowed)}")

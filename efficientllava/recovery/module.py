@@ -14,14 +14,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
-from ..models.forward import forward_hidden
+from ..models.forward import feature_cache, forward_hidden
 from .alignment import Match, captured
 from .objective import build_terms, divisors, positions, term_sums
-from .teacher import Teacher, tower_features
+from .teacher import Teacher
 from .trainable import parameter_groups, trainable
 
-SCHEDULERS = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "sgd")
 RECENT = 20
 
 
@@ -73,9 +71,6 @@ class RecoveryModule(L.LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for key, value, allowed in (("scheduler", cfg.scheduler, SCHEDULERS), ("optimizer", cfg.optimizer, OPTIMIZERS)):
-            if value not in allowed:
-                raise UserError(f"recover.{key}={value}: unknown; choose one of {', '.join(allowed)}")
         self.strict_loading = False
         self.student = student
         self.cfg = cfg
@@ -86,7 +81,7 @@ class RecoveryModule(L.LightningModule):
         self.seconds, self.tokens = 0.0, 0
         self.recent: deque[Tensor] = deque(maxlen=RECENT)
         self._seed = seed
-        self._features = tower_features(student)
+        self._features = feature_cache(student)
         self._projector_width = next(projector_of(student).parameters()).shape[-1]
         self._group = torch.zeros(2)
         self._started = 0.0
@@ -181,9 +176,7 @@ class RecoveryModule(L.LightningModule):
                 parameter.grad.mul_(scale)
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        """Clip by the norm over all parameters, ``recover.max_grad_norm``; 0 or less switches it off."""
-        if self.cfg.max_grad_norm <= 0:
-            return
+        """Clip by the norm over all parameters, ``recover.max_grad_norm``."""
         sharded = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP knows the norm over all shards
         if sharded is not None:
             sharded(self.cfg.max_grad_norm)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import require_ranges
 from ..errors import UserError
 from ..models.forward import supervised_positions
-from .losses import HiddenStateKDLoss, LogitKDLoss, SFTLoss, check_name
+from .losses import HiddenStateKDLoss, LogitKDLoss, SFTLoss
 
-PARITIES = ("vlmcompression",)
 Head = Callable[[Tensor], Tensor]
 
 
@@ -34,19 +34,15 @@ def build_terms(cfg: Any) -> tuple[Term, ...]:
         The terms in the order sft, logit, hidden.
 
     Raises:
-        UserError: Unknown names, values out of range, or no loss at all.
+        UserError: A value outside the range that `efficientllava.config` gives, or no loss at all.
     """
-    if cfg.parity is not None:
-        check_name("recover.parity", cfg.parity, PARITIES)
+    require_ranges(cfg, "recover.")
     layers = cfg.hidden_layers if isinstance(cfg.hidden_layers, str) else tuple(int(i) for i in cfg.hidden_layers)
     terms = (
         Term(cfg.weights.sft, SFTLoss()),
         Term(cfg.weights.logit, LogitKDLoss(cfg.kl, cfg.temperature)),
         Term(cfg.weights.hidden, HiddenStateKDLoss(cfg.hidden_metric, layers, normalise=cfg.parity is None)),
     )
-    for weight, loss in terms:
-        if not 0 <= weight < float("inf"):
-            raise UserError(f"recover.weights.{loss.name}={weight}: must be a finite number, 0 or greater")
     chosen = tuple(term for term in terms if term.weight > 0)
     if not chosen:
         raise UserError("recover.weights: all are 0, nothing to minimise; set one, or choose recover=none")

@@ -46,6 +46,11 @@ class RecoveryStats:
     seconds: float
     final_losses: dict[str, float]
 
+    @property
+    def step(self) -> dict[str, Any]:
+        """Its line of the provenance."""
+        return {"stage": "recover", "loss": self.loss, "train": self.train, "steps": self.steps}
+
 
 def recover(
     student: nn.Module,
@@ -155,12 +160,10 @@ def optimiser_steps(steps: int | None, epochs: float | None, batches_per_epoch: 
         ``steps``, or what ``epochs`` amount to, rounded up.
 
     Raises:
-        UserError: None or both are given, or one is not positive.
+        UserError: None or both are given.
     """
     if (steps is None) == (epochs is None):
         raise UserError(f"recover.steps={steps}, recover.epochs={epochs}: set exactly one of them, the other to null")
-    if (steps if epochs is None else epochs) <= 0:  # pyright: ignore[reportOptionalOperand]
-        raise UserError(f"recover.steps={steps}, recover.epochs={epochs}: must be greater than 0")
     return steps if steps is not None else math.ceil(epochs * batches_per_epoch / accumulate)  # pyright: ignore[reportOptionalOperand]
 
 

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
 
-MODES = ("projector", "lora", "full")
 _DROPOUT_RATES = ("attention_dropout", "dropout", "drop_prob", "drop_path_rate")
 
 
@@ -46,12 +44,7 @@ def prepare(model: nn.Module, cfg: Any, seed: int = 0, train_head: bool = True) 
 
     Returns:
         A function without arguments that undoes this after training: merges adapters and restores storage types.
-
-    Raises:
-        UserError: An unknown mode.
     """
-    if cfg.train not in MODES:
-        raise UserError(f"recover.train={cfg.train}: unknown; choose one of {', '.join(MODES)}")
     silence_dropout(model)
     model.requires_grad_(False)
     unload = _add_adapters(model, cfg.lora, seed) if cfg.train == "lora" else None

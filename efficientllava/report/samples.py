@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.conversations import Record, open_image
-from ..errors import UserError
+from ..files import whole_file
 
 SHOWN = 8
 COLUMNS = 2
@@ -131,13 +131,5 @@ def draw_samples(
         left = GAP + column * (CARD_WIDTH + GAP)
         bottom = height - (row + 1) * (CARD_HEIGHT + GAP)
         _card(figure, records[index], {stage: texts[index] for stage, texts in answers.items()}, left, bottom)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, dpi=120, format="png")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free the disk or set paths.output_dir"
-        ) from error
+    with whole_file(Path(path)) as file:
+        figure.savefig(file, dpi=120, format="png")

@@ -115,7 +115,7 @@ def test_measuring_leaves_the_models_mode_and_threads(tiny):
 @pytest.mark.parametrize(("key", "value"), [("repeats", 0), ("new_tokens", 1)])
 def test_too_few_repeats_or_tokens_are_user_errors(tiny, key, value):
     model, processor = tiny
-    with pytest.raises(UserError, match=rf"evaluate\.{key}: {value} is below"):
+    with pytest.raises(UserError, match=rf"evaluate\.{key}={value}: must be in"):
         measure({"base": model}, prompt(processor, "is there a seven?"), EvaluateConfig(**{key: value}))
 
 

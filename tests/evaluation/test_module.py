@@ -7,9 +7,10 @@ import torch
 from lightning.pytorch import Trainer
 
 from efficientllava.data.collator import GenerationCollator
-from efficientllava.evaluation.module import EvaluationModule, evaluate, feature_cache, gather, in_order
+from efficientllava.evaluation.module import EvaluationModule, evaluate, gather, in_order
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
 from efficientllava.models.anatomy import projector_of
+from efficientllava.models.forward import feature_cache
 from efficientllava.schema import EvaluateConfig
 
 CFG = EvaluateConfig(batch_size=7, max_new_tokens=4)

@@ -67,8 +67,8 @@ def test_refit_is_the_least_squares_solution(name, target):
     batches = make_batches(dtype=torch.float64)
     plans = some_plan(dense)
     stream = CalibrationStream(pruned, batches)
+    dense_hidden = pruned_hidden = stream.start()
     kwargs = [calls[0] for calls in stream._kwargs]
-    dense_hidden = pruned_hidden = list(stream.hidden)
     masks = [b["attention_mask"].bool() for b in batches]
     SequentialPruner(stream, True, target, damping).run(plans, True)
     for plan, before, after in zip(plans, layers_of(dense), layers_of(pruned), strict=True):
@@ -128,7 +128,9 @@ def test_solve_reports_the_errors_of_the_rows(damping):
     weight = torch.randn(3, 6, generator=generator, dtype=torch.float64)
     gram = x.T @ x / 50
     target = Target(y.T @ x / 50, float(y.square().sum() / 50))
-    refitted, before, after = solve(weight, gram.clone(), target, damping)
+    kept = torch.tensor([0, 1, 3, 4, 6, 7])
+    whole = torch.zeros(3, 8, dtype=torch.float64).index_copy(1, kept, weight)
+    refitted, before, after = solve(whole, kept, gram.clone(), target, damping)
     assert before == pytest.approx(float((y - x @ weight.T).square().sum() / 50))
     assert after == pytest.approx(float((y - x @ refitted.T).square().sum() / 50))
     assert after < before
@@ -176,15 +178,17 @@ def test_a_trial_changes_nothing_and_predicts_the_loss_of_the_cut():
     weights = {name: p.clone() for name, p in model.named_parameters()}
     plan, batches = some_plan(model), make_batches()
     stream = CalibrationStream(model, batches)
-    hidden = [h.clone() for h in stream.hidden]
+    hidden = stream.start()
     pruner = SequentialPruner(stream)
     first, second = pruner.run(plan, commit=False), pruner.run(plan, commit=False)
     assert first == second
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    assert all(torch.equal(a, b) for a, b in zip(hidden, stream.hidden, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(hidden, stream.start(), strict=True))
+    assert not any("forward" in vars(module) for module in model.modules())
     committed = pruner.run(plan, commit=True)
-    assert committed == first
-    assert not stream.hidden
+    assert committed.loss == pytest.approx(first.loss, rel=1e-5)
+    for cut, tried in zip(committed.errors, first.errors, strict=True):
+        assert (cut.before, cut.after) == pytest.approx((tried.before, tried.after), rel=1e-3, abs=1e-9)
 
 
 def test_the_dense_residual_stream_is_the_target_behind_dropped_layers():
@@ -205,7 +209,7 @@ def test_residual_target_brings_the_pruned_stream_closer_to_the_dense_one():
         ends = []
         for m in (model, dense):
             stream = CalibrationStream(m, batches)
-            hidden = list(stream.hidden)
+            hidden = stream.start()
             for i, layer in enumerate(m.get_decoder().layers):
                 stream.advance(layer, i, hidden)
             ends.append(stack(hidden, stream.counted))

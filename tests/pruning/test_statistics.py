@@ -22,7 +22,7 @@ from tests.conftest import IMAGE_TOKEN, make_batch, make_batches, make_model, ma
 def test_the_stream_computes_what_the_model_computes(family, make):
     model, batches = make_model(family), [make(seed=s) for s in range(2)]
     stream = CalibrationStream(model, batches)
-    hidden = list(stream.hidden)
+    hidden = stream.start()
     for index, layer in enumerate(model.get_decoder().layers):
         stream.advance(layer, index, hidden)
     norm = getattr(model.get_decoder(), "norm", None) or model.get_decoder().final_layernorm
@@ -43,7 +43,7 @@ def test_padding_moves_nothing_that_counts():
     results = []
     for found in (batch, padded):
         stream = CalibrationStream(model, [found])
-        hidden, influence, gram = list(stream.hidden), BlockInfluence(), Gram(48, torch.device("cpu"))
+        hidden, influence, gram = stream.start(), BlockInfluence(), Gram(48, torch.device("cpu"))
         for b, before, after in stream.run(model.get_decoder().layers[0], 0, hidden):
             influence.add(before, after, stream.counted[b])
             gram.add(after[stream.counted[b]])
@@ -89,8 +89,9 @@ def test_recorded_calls_leave_the_model_as_it_was():
 def test_storage_holds_the_hidden_states_between_layers():
     model = make_model()
     stream = CalibrationStream(model, make_batches(), storage="cpu")
-    assert stream.store(stream.hidden[0]) is stream.hidden[0]
-    assert stream.load(stream.hidden[0], 0).device == stream.counted[0].device
+    hidden = stream.start()
+    assert stream.store(hidden[0]) is hidden[0]
+    assert stream.load(hidden[0], 0).device == stream.counted[0].device
 
 
 def test_the_stream_uses_the_shared_vision_features():
@@ -104,8 +105,9 @@ def test_the_stream_uses_the_shared_vision_features():
     cache = FeatureCache(compute)
     first, second = (CalibrationStream(model, batches, features=cache) for _ in range(2))
     plain = CalibrationStream(model, batches)
+    starts = [stream.start() for stream in (first, second, first, plain)]
     assert calls == [2, 2, 2]
-    for a, b, c in zip(first.hidden, second.hidden, plain.hidden, strict=True):
+    for a, b, c in zip(*starts[1:], strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from efficientllava.errors import UserError
+from efficientllava.models import forward as module
 from efficientllava.models.anatomy import projector_of
-from efficientllava.models.forward import forward_hidden, supervised_positions
-from efficientllava.recovery import teacher as module
-from efficientllava.recovery.memory import RowMemory
-from efficientllava.recovery.teacher import Teacher, check_teacher, same_tower, tower_features
+from efficientllava.models.forward import HostMemory, feature_cache, forward_hidden, supervised_positions
+from efficientllava.recovery.teacher import Teacher, check_teacher, record_keys, same_tower
 
 from .conftest import Samples, collate, make_batch, make_model
 
@@ -25,7 +24,7 @@ def test_the_teacher_is_frozen_and_without_dropout():
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(getattr(m, "attention_dropout", 0.0) == 0.0 for m in model.modules())
     batch = make_batch(2)
-    final, states = teacher(batch, tower_features(model)(batch), [0], everywhere(batch))
+    final, states = teacher(batch, feature_cache(model)(batch), [0], everywhere(batch))
     assert not final.requires_grad and not states[0].requires_grad
 
 
@@ -36,7 +35,7 @@ def test_the_tower_runs_once_for_both_when_it_is_the_same(monkeypatch):
     runs = []
     original = module.vision_features
     monkeypatch.setattr(module, "vision_features", lambda *args: runs.append(1) or original(*args))
-    features, teacher, batch = tower_features(student), Teacher(model, student), make_batch(4)
+    features, teacher, batch = feature_cache(student), Teacher(model, student), make_batch(4)
     for _ in range(3):
         final, _ = teacher(batch, features(batch), [], everywhere(batch))
     assert len(runs) == 1
@@ -46,7 +45,7 @@ def test_the_tower_runs_once_for_both_when_it_is_the_same(monkeypatch):
 def test_a_teacher_with_another_tower_sees_through_its_own():
     model, student, batch = make_model(0), make_model(1), make_batch(4)
     assert not same_tower(model, student) and same_tower(model, copy.deepcopy(model).half())
-    final, _ = Teacher(model, student)(batch, tower_features(student)(batch), [], everywhere(batch))
+    final, _ = Teacher(model, student)(batch, feature_cache(student)(batch), [], everywhere(batch))
     torch.testing.assert_close(final, forward_hidden(model, batch).flatten(0, 1))
 
 
@@ -56,7 +55,7 @@ def test_the_teacher_keeps_its_own_projector():
     for p in projector_of(student).parameters():
         p.data.zero_()
     batch = make_batch(4)
-    final, _ = Teacher(model, student)(batch, tower_features(student)(batch), [], everywhere(batch))
+    final, _ = Teacher(model, student)(batch, feature_cache(student)(batch), [], everywhere(batch))
     torch.testing.assert_close(final, forward_hidden(model, batch).flatten(0, 1))
 
 
@@ -77,21 +76,19 @@ def test_a_remembered_record_is_the_same_in_any_batch(monkeypatch):
     for rows in ([0, 1, 2, 3], [4, 5, 6, 0], [6, 2, 1, 5], [3], [0, 7], [2, 2]):
         batch = collate([data[i] for i in rows])
         mask, _ = supervised_positions(batch["labels"])
-        got = teacher(batch, tower_features(model)(batch), [0, 2], mask)
-        torch.testing.assert_close(got, fresh(batch, tower_features(model)(batch), [0, 2], mask))
+        got = teacher(batch, feature_cache(model)(batch), [0, 2], mask)
+        torch.testing.assert_close(got, fresh(batch, feature_cache(model)(batch), [0, 2], mask))
     assert len(runs) == 3  # the first, the second and the fifth hold something new
 
 
 def test_memory_is_bounded():
-    memory = RowMemory(limit_bytes=100)
-    first, second = (collate([Samples()[i]]) for i in (0, 1))
-    both = collate([Samples()[i] for i in (0, 1)])
-    memory.put(both, [2, 3], torch.ones(1, 5, 6))
-    assert memory.get(first) is not None and memory.get(second) is None and memory.get(both) is None
+    memory = HostMemory(limit_bytes=100)
+    memory.put(["a", "b"], [torch.ones(2, 6), torch.ones(3, 6)])
+    assert memory.get(["a"]) is not None and memory.get(["b"]) is None and memory.get(["a", "b"]) is None
 
 
 def test_records_that_share_an_id_are_told_apart():
-    memory, one, other = RowMemory(), collate([Samples()[0]]), collate([Samples()[1]])
+    one, other, padded = (collate([Samples()[i] for i in rows]) for rows in ([0], [1], [1, 0]))
     other["ids"] = one["ids"]
-    memory.put(one, [2], torch.ones(1, 2, 6))
-    assert memory.get(one) is not None and memory.get(other) is None
+    assert record_keys(one) != record_keys(other)
+    assert record_keys(one) == record_keys(padded)[1:]

@@ -5,10 +5,8 @@ import copy
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.models.forward import forward_hidden
 from efficientllava.recovery.trainable import parameter_groups, prepare, trainable
-from efficientllava.schema import LoraConfig
 
 from .conftest import LAYERS, make_batch, make_cfg, make_model
 
@@ -101,8 +99,3 @@ def test_norms_and_biases_do_not_decay_and_the_projector_has_its_own_rate():
     }
     assert len(groups["decoder_no_decay"]["params"]) == 2 * LAYERS + 1
     assert sum(len(group["params"]) for group in groups.values()) == len(list(trainable(model)))
-
-
-def test_an_unknown_mode_is_refused():
-    with pytest.raises(UserError, match=r"recover\.train=half"):
-        prepare(make_model(), make_cfg(sft=1, train="half", lora=LoraConfig()))

@@ -1,0 +1,274 @@
+"""The search itself: generations of policies, selected in stages, in rounds between which the model may change.
+
+EfficientLLaVA searches its policies by evolution, in alternation with an optimisation of the projector (arXiv
+2503.15369, abstract). Numbers of parents, mutants and crossovers are those of the same group's released MCUFormer
+code; budgets by repair, exchanges and selection in stages follow EvoPress (arXiv 2410.14649). Only a callable that
+evaluates policies is needed, no model.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..schema import SearchConfig
+from .objective import Objective, Risk
+from .space import Policy, SearchSpace
+from .state import State, identity_of, read, write
+
+TRIES = 10  # draws until a child is given up that has been seen before
+
+# Risks of policies on the first share of the samples, (0, 1].
+Evaluate = Callable[[Sequence[Policy], float], list[Risk]]
+Tick = Callable[[str, int, int], None]
+
+
+class Search:
+    """A search for the policy with the lowest objective.
+
+    A round is a number of generations; after it the caller may change the model and tells so by `end_round`::
+
+        while not search.finished:
+            search.run_round()
+            search.end_round(changed=train_projector(search.archive))
+        cut(search.best)
+
+    A search with a path writes its state after the first population, every generation and every round; made again with
+    the same arguments, it goes on from there and ends with the same result.
+
+    Args:
+        space: What is searched.
+        evaluate: Risks of policies on the first ``share`` of the samples, under the model as it is.
+        gap: Generalization gap of a policy.
+        config: Method, objective and sizes.
+        seed: Seed of all draws.
+        seeds: Policies that the first population starts with, such as ``space.uniform()``.
+        path: State file; None keeps the state in memory.
+        identity: What else makes this search what it is, by name: digests of model, samples and level table.
+        writes: Whether this process writes the state; several processes that share a generation read the same file.
+        tick: Progress.
+
+    Raises:
+        UserError: No policy meets the budget, or the state file is another search's.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        evaluate: Evaluate,
+        gap: Callable[[Policy], float],
+        config: SearchConfig,
+        seed: int = 0,
+        seeds: Sequence[Policy] = (),
+        path: Path | None = None,
+        identity: Mapping[str, str] | None = None,
+        writes: bool = True,
+        tick: Tick | None = None,
+    ) -> None:
+        space.require_feasible()
+        if list(config.stages) != sorted(set(config.stages)) or config.stages[-1:] != [1.0]:
+            raise UserError(f"search.stages={list(config.stages)}: must rise and end with 1, such as [0.25, 1.0]")
+        self._space, self._evaluate, self._gap, self._config = space, evaluate, functools.cache(gap), config
+        self._seed, self._seeds, self._path, self._writes, self._tick = seed, seeds, path, writes, tick
+        self._identity = identity_of(space, config, seed, seeds, identity or {})
+        self._state = read(path, self._identity) if path else State()
+        self._known: dict[tuple[int, float], dict[Policy, Risk]] = {}
+        for entry in self._state.record:
+            risk = Risk(entry["loss"], entry["kl"], entry["error"])
+            self._risks(entry["theta"], entry["share"])[tuple(entry["policy"])] = risk
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are closed."""
+        return self._state.round >= self._config.rounds
+
+    @property
+    def theta(self) -> int:
+        """Version of the projector that the archive's scores belong to: how often `end_round` was told of a change."""
+        return self._state.theta
+
+    @property
+    def round(self) -> int:
+        """Number of closed rounds."""
+        return self._state.round
+
+    @property
+    def archive(self) -> list[Policy]:
+        """The best policies so far, best first, at most ``config.parents``."""
+        return list(self._state.archive)
+
+    @property
+    def best(self) -> Policy:
+        """The best policy so far."""
+        return self._state.archive[0]
+
+    @property
+    def record(self) -> list[dict[str, Any]]:
+        """Every evaluation in order.
+
+        ``policy``, ``removed`` (share of the resource), ``round``, ``generation`` (0: first population, or the archive
+        under a new projector), ``theta``, ``share`` of the samples, ``loss``, ``kl``, ``error``, ``gap`` and
+        ``objective``.
+        """
+        return self._state.record
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One entry per generation, and one where the archive is scored under a new projector.
+
+        ``round``, ``generation``, ``theta``, ``best`` (objective of the best policy so far), ``mean`` (objective of the
+        generation's policies that came to all samples; None if none did) and ``cost`` (evaluations so far; on a share
+        of the samples they count as that share).
+        """
+        return self._state.history
+
+    def run_round(self) -> None:
+        """Run the generations that are left of the current round."""
+        state = self._state
+        if state.objective is None:
+            self._begin()
+        while state.generation < self._config.generations:
+            state.generation += 1
+            self._generation()
+            self._save()
+            if self._tick:
+                done = state.round * self._config.generations + state.generation
+                self._tick("search policies", done, self._config.rounds * self._config.generations)
+
+    def end_round(self, changed: bool = False) -> None:
+        """Close the current round.
+
+        Args:
+            changed: Whether the model has changed since: then the archive is scored again.
+        """
+        state = self._state
+        state.round += 1
+        state.generation = 0
+        if changed:
+            state.theta += 1
+            self._score(state.archive, 1.0)
+            self._select(state.archive)
+        self._save()
+
+    def _begin(self) -> None:
+        """Evaluate the first population on all samples and standardise the objective on it."""
+        state, config, rng = self._state, self._config, self._rng()
+        seeds = [self._space.repair(policy, rng) for policy in self._seeds]
+        population = self._filled(dict.fromkeys(seeds), rng)
+        risks = self._evaluate(population, 1.0)
+        gaps = [self._gap(policy) for policy in population]
+        state.objective = Objective.fitted(config.risk, config.gap_weight, risks, gaps)
+        self._note(population, 1.0, risks)
+        self._select(population)
+        self._save()
+
+    def _generation(self) -> None:
+        """Make children, drop them stage by stage, and keep the best of them and their parents."""
+        stages, parents = self._config.stages, self._state.archive
+        children = self._children(self._rng())
+        for share, following in zip(stages, [*stages[1:], None], strict=True):
+            pool = [*parents, *children]
+            self._score(pool, share)
+            if following is not None:
+                # Every stage costs the same: as many children fewer as it looks at more samples.
+                room = len(parents) + math.ceil(self._config.population * stages[0] / following)
+                going_on = set(self._ranked(pool, share)[:room])
+                children = [child for child in children if child in going_on]
+        self._select([*parents, *children], children)
+
+    def _children(self, rng: random.Random) -> list[Policy]:
+        """Policies that have not been evaluated under the current projector; fewer where the space is exhausted."""
+        config, space, archive = self._config, self._space, self._state.archive
+        children: dict[Policy, None] = {}
+        if config.method == "random":
+            return self._filled(children, rng)
+
+        def mutant() -> Policy:
+            if rng.random() < config.exchange:
+                return space.exchange(rng.choice(archive), rng)
+            return space.mutate(rng.choice(archive), rng, config.mutation)
+
+        def crossover() -> Policy:
+            return space.crossover(rng.choice(archive), rng.choice(archive), rng)
+
+        for make in [mutant] * config.mutants + [crossover] * config.crossovers:
+            self._add(children, make)
+        return self._filled(children, rng)
+
+    def _filled(self, policies: dict[Policy, None], rng: random.Random) -> list[Policy]:
+        """Fill a population with random policies."""
+        while len(policies) < self._config.population and self._add(policies, lambda: self._space.random(rng)):
+            pass
+        return list(policies)[: self._config.population]
+
+    def _add(self, policies: dict[Policy, None], make: Callable[[], Policy]) -> bool:
+        """Add a policy that is new; False if none was found."""
+        for _ in range(TRIES):
+            policy = make()
+            if policy not in policies and not self._seen(policy):
+                policies[policy] = None
+                return True
+        return False
+
+    def _seen(self, policy: Policy) -> bool:
+        return any(policy in self._risks(self._state.theta, share) for share in (*self._config.stages, 1.0))
+
+    def _rng(self) -> random.Random:
+        """Draws depend on the generation alone, so that a resumed search needs no state of a generator."""
+        return random.Random(f"{self._seed}/{self._state.round}/{self._state.generation}")
+
+    def _risks(self, theta: int, share: float) -> dict[Policy, Risk]:
+        return self._known.setdefault((theta, share), {})
+
+    def _score(self, policies: Iterable[Policy], share: float) -> None:
+        """Evaluate the policies that have not been at this stage under the current projector."""
+        known = self._risks(self._state.theta, share)
+        missing = [policy for policy in dict.fromkeys(policies) if policy not in known]
+        if missing:
+            self._note(missing, share, self._evaluate(missing, share))
+
+    def _note(self, policies: Sequence[Policy], share: float, risks: Sequence[Risk]) -> None:
+        state = self._state
+        self._risks(state.theta, share).update(zip(policies, risks, strict=True))
+        place = {"round": state.round, "generation": state.generation, "theta": state.theta, "share": share}
+        for policy in policies:
+            entry = {"policy": list(policy), "removed": self._space.removed(policy), **place}
+            entry |= asdict(self._risks(state.theta, share)[policy])
+            state.record.append(entry | {"gap": self._gap(policy), "objective": self._objective(policy, share)})
+
+    def _objective(self, policy: Policy, share: float = 1.0) -> float:
+        objective, risk = self._state.objective, self._risks(self._state.theta, share)[policy]
+        if objective is None:
+            raise RuntimeError("the first population has not been evaluated")
+        return objective.value(risk, self._gap(policy))
+
+    def _ranked(self, policies: Iterable[Policy], share: float = 1.0) -> list[Policy]:
+        return sorted(set(policies), key=lambda policy: (self._objective(policy, share), policy))
+
+    def _select(self, policies: Sequence[Policy], newcomers: Sequence[Policy] | None = None) -> None:
+        """Keep the best policies and close the generation; ``newcomers`` are those of it that saw all samples."""
+        state = self._state
+        state.archive = self._ranked(policies)[: self._config.parents]
+        values = [self._objective(policy) for policy in (policies if newcomers is None else newcomers)]
+        finite = [value for value in values if math.isfinite(value)]
+        state.history.append(
+            {
+                "round": state.round,
+                "generation": state.generation,
+                "theta": state.theta,
+                "best": self._objective(self.best),
+                "mean": statistics.fmean(finite) if finite else None,
+                "cost": sum(entry["share"] for entry in state.record),
+            }
+        )
+
+    def _save(self) -> None:
+        if self._path and self._writes:
+            write(self._state, self._path, self._identity)
