@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ..data.collator import Collator, GenerationCollator
 from ..data.conversations import Record
@@ -19,29 +19,6 @@ from ..models.forward import FeatureCache, feature_cache
 from ..schema import EvaluateConfig
 from .generation import generate, length_batches, reference_losses
 from .tasks import Prediction, Task
-
-
-class _Batches(Dataset[dict[str, Any]]):
-    """Collated batches: prompts for generation and, where asked for, prompts with their reference answers."""
-
-    def __init__(self, records: Sequence[Record], batches: list[list[int]], processor: Any, answer_loss: bool) -> None:
-        self._records = records
-        self._batches = batches
-        self._prompts = GenerationCollator(processor)
-        self._answers = Collator(processor, pack=False) if answer_loss else None
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        chosen = [self._records[i] for i in self._batches[index]]
-        batch: dict[str, Any] = {"indices": self._batches[index], "prompts": self._prompts(chosen)}
-        if self._answers is not None:
-            answers = self._answers(chosen)
-            # The same images as in the prompts; their features are passed on.
-            answers.pop("pixel_values", None)
-            batch["answers"] = answers
-        return batch
 
 
 class EvaluationModule(LightningModule):
@@ -76,13 +53,23 @@ class EvaluationModule(LightningModule):
         self._records = records
         self._cfg = cfg
         self._cache = cache
-        self._answer_loss = answer_loss
+        self._prompts = GenerationCollator(processor)
+        self._answers = Collator(processor, pack=False) if answer_loss else None
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's batches, longest questions first."""
         rank, world = self.trainer.global_rank, self.trainer.world_size
         batches = length_batches(self._records, self._cfg.batch_size, rank, world)
-        return DataLoader(_Batches(self._records, batches, self._processor, self._answer_loss), batch_size=None)
+        return DataLoader(batches, batch_size=None, collate_fn=self._collate)  # pyright: ignore[reportArgumentType]
+
+    def _collate(self, indices: list[int]) -> dict[str, Any]:
+        """Prompts for generation and, where asked for, prompts with their reference answers."""
+        chosen = [self._records[i] for i in indices]
+        batch: dict[str, Any] = {"indices": indices, "prompts": self._prompts(chosen)}
+        if self._answers is not None:
+            # The same images as in the prompts; their features are passed on.
+            batch["answers"] = {k: v for k, v in self._answers(chosen).items() if k != "pixel_values"}
+        return batch
 
     def on_predict_start(self) -> None:
         """Forget what an earlier run predicted."""
@@ -103,7 +90,7 @@ class EvaluationModule(LightningModule):
         with torch.inference_mode(False):
             features = self._cache(prompts)
         texts = generate(self.model, self._processor.tokenizer, prompts, features, self._cfg.max_new_tokens)
-        losses = reference_losses(self.model, batch["answers"], features) if self._answer_loss else None
+        losses = reference_losses(self.model, batch["answers"], features) if "answers" in batch else None
         items: list[Prediction] = []
         for row, (index, text) in enumerate(zip(batch["indices"], texts, strict=True)):
             record = self._records[index]
