@@ -50,14 +50,14 @@ class Budget:
             model's prefill), ``latency`` (of the measured dense latency) or ``weights`` (of decoder-linear weights).
         target: Share of the whole to remove, (0, 1).
         costs: ``costs[gene][level]``: share of the whole that the gene removes at the level, ascending.
-        key: What the user set the target with.
+        asked: The target in the user's words, for messages.
         tolerance: Largest distance from the target that counts as met, > 0.
     """
 
     resource: str
     target: float
     costs: tuple[tuple[float, ...], ...]
-    key: str = "prune.ratio"
+    asked: str = ""
     tolerance: float = TOLERANCE
 
 
@@ -128,10 +128,11 @@ class SearchSpace:
 
     def _infeasible(self) -> str:
         low, high = self.removed(tuple(0 for _ in self.genes)), self.removed(tuple(g.levels - 1 for g in self.genes))
-        budget, reach = self.budget, f"policies remove between {low:.3f} and {high:.3f}"
+        budget = self.budget
+        line = f"{budget.asked or f'{budget.target:g}'}: policies remove between {low:.3f} and {high:.3f}"
         if low <= budget.target <= high:
-            return f"{budget.key}={budget.target:g}: {reach}, but their levels are too coarse for this share; change it"
-        return f"{budget.key}={budget.target:g}: {reach} of {budget.resource} here; choose a share in this range"
+            return f"{line} of {budget.resource}, but their levels are too coarse for this share; change it"
+        return f"{line} of {budget.resource} here; choose a share in this range"
 
     def _walk(self, policy: Policy, rng: random.Random) -> Policy:
         """Move random genes one level towards the target until it is reached or crossed, or none is left to move."""

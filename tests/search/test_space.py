@@ -27,7 +27,7 @@ def make_space(
     )
     genes = [Gene(layer, kind, tuple(amounts)) for layer in range(layers) for kind, amounts, _ in pair]
     costs = [tuple(a * whole for a in amounts) for _ in range(layers) for _, amounts, whole in pair]
-    return SearchSpace(tuple(genes), Budget("params", target, tuple(costs)))
+    return SearchSpace(tuple(genes), Budget("params", target, tuple(costs), f"prune.ratio={target:g}"))
 
 
 SIZES = {
@@ -124,7 +124,7 @@ def test_infeasible_budgets_are_refused_with_their_range() -> None:
     with pytest.raises(UserError, match=rf"prune.ratio=0.97: policies remove between 0.000 and {top:.3f} of params"):
         space.require_feasible()
     genes = (Gene(0, "attention", (0.0, 0.5)), Gene(0, "mlp", (0.0, 0.5)))
-    coarse = SearchSpace(genes, Budget("latency", 0.3, ((0.0, 0.2), (0.0, 0.5)), "search.budget.target"))
+    coarse = SearchSpace(genes, Budget("latency", 0.3, ((0.0, 0.2), (0.0, 0.5)), "search.budget.target=0.3"))
     with pytest.raises(UserError, match=r"search.budget.target=0.3: .*too coarse"):
         coarse.require_feasible()
 

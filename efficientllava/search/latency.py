@@ -1,0 +1,184 @@
+"""What every level of every gene saves: parameters, weights, FLOPs, or seconds measured on the machine at hand."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import processes
+from ..errors import UserError
+from ..files import whole_file
+from ..models.anatomy import Component, language_parameters, layers_of
+from ..models.forward import Batch
+from ..pruning.statistics import CalibrationStream
+from ..schema import PruneConfig, SearchConfig
+from .generalization import LinearNorms
+from .space import Budget
+from .timing import Modules, first_prompt, measure
+
+Costs = tuple[tuple[float, ...], ...]
+
+
+class Levels(Modules, Protocol):
+    """What costs need of a level table."""
+
+    def norms(self, gene: int, level: int) -> Sequence[LinearNorms]:
+        """Norms of the gene's linear layers."""
+        ...
+
+
+def budget_of(
+    model: nn.Module,
+    table: Levels,
+    stream: CalibrationStream,
+    prune: PruneConfig,
+    search: SearchConfig,
+    path: Path | None = None,
+) -> Budget:
+    """The budget that a configuration asks for; the same on all processes.
+
+    Args:
+        model: The dense model in eval mode.
+        table: Its level table.
+        stream: The samples; their lengths decide FLOPs, the first prompt is what latency is measured on.
+        prune: ``ratio``, the target where the search names none.
+        search: ``granularity`` and ``budget``.
+        path: File that keeps measured latencies, so that a resumed search counts with the same; None keeps none.
+
+    Raises:
+        UserError: There is no target, or the resource is unknown, has no speed-up, or is not saved by weight masks.
+    """
+    resource = search.budget.resource
+    if search.granularity != "structured":
+        if resource != "params":
+            raise UserError(
+                f"search.budget.resource={resource}: weight masks change no shape, so they save none; "
+                "set search.granularity=structured, or leave search.budget.resource=params"
+            )
+        resource = "weights"
+    share, asked = _target(resource, prune.ratio, search.budget.target)
+    if resource == "params":
+        costs = removed_costs(table, language_parameters(model))
+    elif resource == "weights":
+        genes = range(len(table.genes))
+        costs = removed_costs(table, sum(linear.weights for gene in genes for linear in table.norms(gene, 0)))
+    elif resource == "flops":
+        costs = flops_costs(model, table, mean_length(stream.batches))
+    elif resource == "latency":
+        prompt = first_prompt(model, stream.batches)
+        costs = processes.from_first(None if processes.rank() else latency_costs(model, table, prompt, path))
+    else:
+        raise UserError(f"search.budget.resource={resource}: unknown; choose one of params, flops, latency")
+    return Budget(resource, share, costs, asked)
+
+
+def _target(resource: str, ratio: float | None, target: float | None) -> tuple[float, str]:
+    """Share to remove, and the words for it in messages."""
+    if target is None:
+        if ratio is None:
+            raise UserError("search.budget.target=null: nothing to aim at; set it, or prune.ratio")
+        return ratio, f"prune.ratio={ratio:g}"
+    asked = f"search.budget.target={target:g}"
+    if target < 1:
+        return target, asked
+    if resource not in ("flops", "latency"):
+        raise UserError(f"{asked}: a speed-up is no share of {resource}; give a share below 1")
+    return 1 - 1 / target, f"{asked} (a share of {1 - 1 / target:.3f})"
+
+
+def removed_costs(table: Levels, whole: int) -> Costs:
+    """Costs in parameters or weights, as shares of ``whole``."""
+    return _shares(table, lambda gene, level: table.removed(gene, level), whole)
+
+
+def _shares(table: Levels, removed: Callable[[int, int], float], whole: float) -> Costs:
+    return tuple(tuple(removed(i, n) / whole for n in range(gene.levels)) for i, gene in enumerate(table.genes))
+
+
+def mean_length(batches: Sequence[Batch]) -> float:
+    """Mean number of tokens of a prompt with its answer; packed questions count one by one, with their image."""
+    lengths: list[int] = []
+    for batch in batches:
+        segments = batch.get("segment_ids")
+        segments = torch.zeros_like(batch["input_ids"]) if segments is None else segments
+        for row, real in zip(segments, batch["attention_mask"].bool(), strict=True):
+            found, counts = row[real].unique(return_counts=True)
+            sizes = dict(zip(found.tolist(), counts.tolist(), strict=True))
+            shared = sizes.pop(0, 0)
+            lengths += [size + shared * (segment > 0) for segment, size in sizes.items()] or [shared]
+    return statistics.fmean(lengths)
+
+
+def flops_costs(model: nn.Module, table: Levels, tokens: float) -> Costs:
+    """Costs in floating-point operations of the language model's prefill, head on the last position included.
+
+    A multiplication and an addition are two; attention counts at its full square, norms and activations not at all, as
+    in ``results.json``.
+
+    Args:
+        model: The dense model.
+        table: A structured level table of it.
+        tokens: Length of the prompt, > 0.
+
+    Returns:
+        ``costs[gene][level]``: share of the whole that goes.
+    """
+    layers = layers_of(model)
+    components = [layer.components[gene.kind == "mlp"] for gene in table.genes for layer in [layers[gene.layer]]]
+    # Per query head, scores and their product with the values take two operations per channel and pair of tokens each.
+    pairs = [4 * tokens**2 * layer.head_dim * layer.heads_per_group for layer in layers]
+
+    def per_unit(component: Component, layer: int) -> float:
+        rows = sum(reader.width * reader.linear.in_features for reader in component.readers)
+        weights = rows + component.width * component.writer.out_features
+        return 2 * tokens * weights + (pairs[layer] if component.kind == "attention" else 0.0)
+
+    head: Any = model.lm_head
+    whole = 2 * head.weight.numel()
+    whole += sum(per_unit(c, i) * c.units for i, layer in enumerate(layers) for c in layer.components)
+
+    def removed(gene: int, level: int) -> float:
+        units = table.removed(gene, level) / components[gene].unit_parameters
+        return units * per_unit(components[gene], table.genes[gene].layer)
+
+    return _shares(table, removed, whole)
+
+
+def latency_costs(model: nn.Module, table: Levels, prompt: dict[str, Tensor], path: Path | None = None) -> Costs:
+    """Costs in measured seconds, see `efficientllava.search.timing.measure`; no level is slower than a wider one.
+
+    Args:
+        model: The dense model in eval mode.
+        table: A structured level table of it.
+        prompt: Output of `first_prompt`.
+        path: File that keeps the times; they are taken from there if it exists.
+
+    Returns:
+        ``costs[gene][level]``: share of the dense model's time that goes.
+    """
+    if path is None or not path.exists():
+        whole, times = measure(model, table, prompt)
+        if path is not None:
+            with whole_file(path) as file:
+                file.write_text(json.dumps([whole, times]), encoding="utf-8")
+    else:
+        whole, times = json.loads(path.read_text(encoding="utf-8"))
+    smooth = [_falling(values) for values in times]
+    return tuple(tuple((values[0] - value) / whole for value in values) for values in smooth)
+
+
+def _falling(values: Sequence[float]) -> list[float]:
+    """The nearest sequence, in least squares, that never rises: neighbours that do are averaged."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] <= blocks[-1][0]:
+            (left, n), (right, m) = blocks[-2:]
+            blocks[-2:] = [((left * n + right * m) / (n + m), n + m)]
+    return [mean for mean, count in blocks for _ in range(count)]
