@@ -61,19 +61,16 @@ class RecoveryData(lightning.LightningDataModule):
         processor: The model's processor.
         data_frac: Share of the training records to draw, in (0, 1].
         seed: Seed of the draw and of the order.
-        system: Text of a system turn; None for none.
 
     Raises:
         UserError: If a value is outside its range, or the data is at fault.
     """
 
-    def __init__(
-        self, data: DataConfig, processor: Any, data_frac: float = 1.0, seed: int = 0, system: str | None = None
-    ) -> None:
+    def __init__(self, data: DataConfig, processor: Any, data_frac: float = 1.0, seed: int = 0) -> None:
         super().__init__()
         require_ranges(data, "data.")
         self._data, self._frac, self._seed = data, data_frac, seed
-        self._collate = Collator(processor, data.max_length, system=system)
+        self._collate = Collator(processor, data.max_length)
         self._records: Sequence[Record] | None = None
 
     @property

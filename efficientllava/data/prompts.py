@@ -46,16 +46,14 @@ class Prompts:
 
     Args:
         processor: A stock multimodal processor with a chat template, or one of `efficientllava.models.processors`.
-        system: Text of a system turn; None for none.
 
     Raises:
         UserError: If the processor has no chat template.
     """
 
-    def __init__(self, processor: Any, system: str | None = None) -> None:
+    def __init__(self, processor: Any) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.system = system
         self.image_token: str = processor.image_token
         self.image_token_id: int = processor.image_token_id
         self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
@@ -79,8 +77,6 @@ class Prompts:
             The text, with one image placeholder if ``with_image``.
         """
         messages: list[dict[str, Any]] = []
-        if self.system is not None:
-            messages.append({"role": "system", "content": [{"type": "text", "text": self.system}]})
         for index, turn in enumerate(turns):
             content: list[dict[str, str]] = [{"type": "text", "text": turn.question}]
             if with_image and index == 0:
