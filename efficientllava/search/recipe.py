@@ -59,5 +59,5 @@ class Recipe(Protocol):
 
 
 def squares(weight: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of squares in float64, of a matrix or along one dimension, without a copy in float64."""
+    """Sum of squares in float64, of a whole matrix or along one dimension."""
     return torch.linalg.vector_norm(weight.detach(), dim=dim, dtype=torch.float64).square()
