@@ -18,6 +18,7 @@ from .card import model_card
 from .errors import UserError
 from .files import whole_folder
 from .models.anatomy import decoder_of
+from .models.convert import stock_folder
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 
@@ -87,7 +88,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
         revision: Hub revision.
 
     Returns:
-        A local folder with a ``config.json``; hub ids are downloaded.
+        A local folder with a ``config.json``; hub ids are downloaded, original layouts are converted.
 
     Raises:
         UserError: There is no such checkpoint.
@@ -102,6 +103,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
         raise UserError(f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained")
+    folder = stock_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
     return folder

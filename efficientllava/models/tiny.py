@@ -32,27 +32,11 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from ..data.questions import vocabulary
 from ..data.scenes import IMAGE_SIZE
 from .processors import InternVLPilProcessor
+from .templates import PHI3, VICUNA, chat_template
 
 PATCH = 8
 LAYERS, HIDDEN, HEADS, HEAD_DIM = 8, 96, 8, 16
 CONTEXT = 512
-
-_CONTENT = (
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}"
-)
-VICUNA = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}ASSISTANT: CONTENT{{ eos_token }}"
-    "{% else %}USER: CONTENT {% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-PHI3 = (
-    "{% for m in messages %}<|{{ m['role'] }}|>\nCONTENT<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-
-
-def _template(text: str, image: str) -> str:
-    return text.replace("CONTENT", _CONTENT).replace("IMAGE", image)
 
 
 def word_tokenizer(specials: list[str], words: list[str], **names: Any) -> PreTrainedTokenizerFast:
@@ -175,7 +159,7 @@ def tiny_llava() -> tuple[Any, Any]:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_template(VICUNA, "<image>\n"),
+        chat_template=chat_template(VICUNA, "<image>\n"),
     )
     return _llava(tower, text, tokenizer.vocab["<image>"], "default"), processor
 
@@ -200,7 +184,7 @@ def tiny_bunny() -> tuple[Any, Any]:
         patch_size=PATCH,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
-        chat_template=_template(VICUNA, "<image>\n"),
+        chat_template=chat_template(VICUNA, "<image>\n"),
     )
     return _llava(tower, text, tokenizer.vocab["<image>"], "full"), processor
 
@@ -239,7 +223,7 @@ def tiny_internvl() -> tuple[Any, Any]:
         GotOcr2ImageProcessorPil(size=_SQUARE, crop_to_patches=False, min_patches=1, max_patches=12, **_STILL),
         tokenizer,
         image_seq_length=tokens,
-        chat_template=_template(PHI3, "<IMG_CONTEXT>\n"),
+        chat_template=chat_template(PHI3, "<IMG_CONTEXT>\n"),
     )
     return InternVLForConditionalGeneration(config), processor
 

@@ -1,0 +1,433 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor
+
+from efficientllava.checkpoint import load
+from efficientllava.data.collator import Collator
+from efficientllava.data.conversations import Record, Turn
+from efficientllava.errors import UserError
+from efficientllava.models import convert
+from efficientllava.models.convert import layouts, processing, shards
+from efficientllava.models.processors import load_processor
+from efficientllava.models.tiny import tiny_llava
+from tests.models.originals import (
+    TOWER,
+    bunny_logits,
+    internvl_logits,
+    write_original,
+    write_shards,
+)
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+ASKED = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "where?"}]},
+    {"role": "assistant", "content": "here"},
+    {"role": "user", "content": "and now?"},
+]
+KINDS = ["bunny", "internvl"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(layouts.SIGLIP, "siglip-tiny", TOWER)
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def bunny(tmp_path: Path) -> Path:
+    write_original(tmp_path / "bunny", "bunny")
+    return tmp_path / "bunny"
+
+
+@pytest.fixture
+def internvl(tmp_path: Path) -> Path:
+    write_original(tmp_path / "internvl", "internvl")
+    return tmp_path / "internvl"
+
+
+def picture(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def stock(folder: Path) -> Any:
+    """The converted model as stock transformers loads it; nothing may be missing or left over."""
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+# ---- the function ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tower_layers", "selected"), [(2, -1), (3, -2)], ids=["as released", "whole tower"])
+@torch.no_grad()
+def test_a_converted_bunny_computes_what_the_original_does(tmp_path, tower_layers, selected):
+    weights = write_original(tmp_path / "bunny", "bunny", tower_layers=tower_layers)
+    model = stock(convert.stock_folder(tmp_path / "bunny"))
+    assert model.config.vision_feature_layer == selected
+    image, ids = torch.randn(3, 28, 28), [5, 6, 7, 8, 9, 10]
+    expected = bunny_logits(weights, ids, image, at=2)
+    inputs = torch.tensor([ids[:2] + [model.config.image_token_id] * 4 + ids[2:]])
+    logits = model(input_ids=inputs, pixel_values=image.unsqueeze(0)).logits[0]
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits[:, : expected.shape[1]], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("more", [2, 30], ids=["short", "beyond the original context"])
+@torch.no_grad()
+def test_a_converted_internvl_computes_what_the_original_does(tmp_path, suffix, more):
+    weights = write_original(tmp_path / "internvl", "internvl", suffix)
+    model = stock(convert.stock_folder(tmp_path / "internvl"))
+    context, tiles = model.config.image_token_id, torch.randn(2, 3, 28, 28)
+    ids = [5, 6] + [context] * 8 + list(range(10, 10 + more))
+    expected = internvl_logits(weights, ids, tiles, context)
+    logits = model(input_ids=torch.tensor([ids]), pixel_values=tiles).logits[0]
+    assert expected.std() > 0.3
+    torch.testing.assert_close(logits[:, : expected.shape[1]], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_rows_of_new_tokens_are_never_likely(tmp_path, kind):
+    rows = len(
+        write_original(tmp_path / kind, kind)[{"bunny": "", "internvl": "language_model."}[kind] + "lm_head.weight"]
+    )
+    model = stock(convert.stock_folder(tmp_path / kind))
+    head = model.lm_head.weight
+    assert rows < len(head) < rows + 2 * convert.ROWS
+    assert len(head) % convert.ROWS == 0
+    logits = torch.randn(50, head.shape[1]) @ head.T
+    assert (logits.softmax(-1)[:, rows:] <= 1 / rows).all()
+    assert (logits.argmax(-1) < rows).all()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("bunny", torch.float16), ("internvl", torch.bfloat16)])
+def test_weights_keep_their_type_and_every_bit(tmp_path, kind, dtype):
+    weights = write_original(tmp_path / kind, kind, dtype=dtype)
+    checkpoint = load(str(tmp_path / kind))
+    assert checkpoint.storage == dtype
+    found = load_file(convert.stock_folder(tmp_path / kind) / "model.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    layout = layouts.LAYOUTS[{"bunny": "bunny-phi", "internvl": "internvl_chat"}[kind]]
+    used: set[str] = set()
+    for name, tensor in weights.items():
+        targets = layout.targets(name)
+        assert not used & set(targets)
+        used |= set(targets)
+        together = torch.cat([found[target] for target in targets])
+        assert torch.equal(together[: len(tensor)], tensor)
+    assert used == set(found)
+
+
+def test_large_checkpoints_are_written_in_shards(bunny, tmp_path, monkeypatch):
+    pending: list[int] = []
+    flush = shards.ShardWriter._flush
+
+    def watched(self):
+        pending.append(self._size)
+        flush(self)
+
+    monkeypatch.setattr(shards.ShardWriter, "_flush", watched)
+    monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (100_000,))
+    folder = convert.stock_folder(bunny)
+    assert len(pending) > 3
+    assert max(pending) <= 100_000
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert names[0] == f"model-00001-of-{len(pending):05d}.safetensors"
+    assert len(names) == len(pending)
+    stock(folder)
+
+
+# ---- the folder -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_original_folder_is_a_checkpoint_like_any_other(tmp_path, kind):
+    write_original(tmp_path / kind, kind)
+    checkpoint = load(str(tmp_path / kind))
+    assert checkpoint.base == {"path": str(tmp_path / kind), "digest": checkpoint.digest}
+    turns = (Turn("he a", "a"), Turn("he", "he"))
+    batch = Collator(checkpoint.processor)([Record("r", picture(60, 28), turns, False, "t")])
+    answers = batch["labels"][batch["labels"] != -100]
+    end = {"bunny": "<|endoftext|>", "internvl": "<|end|>"}[kind]
+    assert (answers == checkpoint.processor.tokenizer.convert_tokens_to_ids(end)).sum() == 2
+    assert checkpoint.model(**{k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values", "labels")}).loss > 0
+    assert checkpoint.model.generation_config.eos_token_id == checkpoint.processor.tokenizer.convert_tokens_to_ids(end)
+
+
+def test_a_folder_is_converted_once(bunny, home, caplog):
+    folder = convert.stock_folder(bunny)
+    assert folder.parent == home / "efficientllava"
+    assert "in its original layout" in caplog.text
+    caplog.clear()
+    assert convert.stock_folder(bunny) == folder
+    assert not caplog.text
+    os.utime(bunny / "config.json", ns=(1, 1))
+    assert convert.stock_folder(bunny) != folder
+
+
+def test_stock_folders_pass_through(bunny):
+    folder = convert.stock_folder(bunny)
+    assert convert.stock_folder(folder) == folder
+
+
+def test_a_failed_conversion_leaves_nothing(bunny, home, monkeypatch):
+    monkeypatch.setattr(shards.ShardWriter, "finish", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert.stock_folder(bunny)
+    assert [path for path in (home / "efficientllava").iterdir() if path.is_dir()] == []
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refuses(folder: Path, *parts: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(str(folder))
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def change(folder: Path, **changes: Any) -> None:
+    """Rewrite the shards with some tensors replaced, added, or (None) left out."""
+    weights = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    weights = {name: tensor for name, tensor in {**weights, **changes}.items() if tensor is not None}
+    write_shards(folder, weights)
+
+
+def test_a_missing_shard(bunny):
+    (bunny / "model-00002-of-00002.safetensors").unlink()
+    refuses(bunny, "model-00002-of-00002.safetensors is missing")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("kept", [0, 40, -100])
+def test_a_truncated_shard(tmp_path, suffix, kept):
+    write_original(tmp_path / "internvl", "internvl", suffix)
+    shard = next((tmp_path / "internvl").glob(f"*-00002-of-00002.{suffix}"))
+    shard.write_bytes(shard.read_bytes()[:kept])
+    refuses(tmp_path / "internvl", shard.name, "truncated")
+
+
+@pytest.mark.parametrize("stored", [{"a": print}, [1], {"a": 1}], ids=["code", "list", "number"])
+def test_a_file_that_holds_more_than_tensors(tmp_path, stored):
+    write_original(tmp_path / "internvl", "internvl", "bin")
+    torch.save(stored, tmp_path / "internvl" / "pytorch_model-00001-of-00002.bin")
+    refuses(tmp_path / "internvl", "pytorch_model-00001-of-00002.bin", "more than tensors")
+
+
+def test_no_weights_at_all(bunny):
+    for file in [*bunny.glob("*.safetensors"), bunny / "model.safetensors.index.json"]:
+        file.unlink()
+    refuses(bunny, "has none of model.safetensors, pytorch_model.bin")
+
+
+def test_a_broken_index(bunny):
+    (bunny / "model.safetensors.index.json").write_text("{")
+    refuses(bunny, "model.safetensors.index.json: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("model.layers.1.mlp.fc1.weight", None, "no tensor becomes model.language_model.layers.1.mlp.fc1.weight"),
+        ("model.layers.1.mlp.fc1.weight", torch.zeros(96, 79), "tensor model.layers.1.mlp.fc1.weight is (96, 79)"),
+        ("lm_head.bias", torch.zeros(10), "tensor lm_head.bias has no place"),
+        ("model.layers.2.mlp.fc1.weight", torch.zeros(96, 80), "tensor model.layers.2.mlp.fc1.weight has no place"),
+        ("lm_head.weight", torch.zeros(100, 80), "tensor lm_head.weight is (100, 80)"),
+    ],
+)
+def test_tensors_that_do_not_fit(bunny, name, tensor, said):
+    change(bunny, **{name: tensor})
+    refuses(bunny, said)
+
+
+def test_a_fused_tensor_of_another_width(internvl):
+    name = "vision_model.encoder.layers.0.attn.qkv.bias"
+    change(internvl, **{name: torch.zeros(71)})
+    refuses(internvl, f"tensor {name} is (71,), config.json makes it (72,)")
+
+
+def test_a_tensor_in_two_shards(bunny):
+    first, second = sorted(bunny.glob("*.safetensors"))
+    twice = next(iter(load_file(first)))
+    save_file({**load_file(second), twice: load_file(first)[twice]}, second, {"format": "pt"})
+    refuses(bunny, second.name, f"tensor {twice} is also in {first.name}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("bunny", {"mm_vision_tower": "org/eva-clip"}, "mm_vision_tower='eva-clip' is not supported"),
+        ("bunny", {"mm_projector_type": "linear"}, "mm_projector_type='linear'"),
+        ("bunny", {"hidden_size": "wide"}, "hidden_size"),
+        ("internvl", {"template": "Hermes-2"}, "template='Hermes-2'"),
+        ("internvl", {"ps_version": "v1"}, "ps_version='v1'"),
+        ("internvl", {"force_image_size": 56}, "force_image_size=56"),
+        ("internvl", {"llm_config": {"model_type": "internlm2"}}, "llm_config.model_type='internlm2'"),
+        ("internvl", {"vision_config": {}}, "image_size"),
+    ],
+)
+def test_configurations_that_are_not_converted(tmp_path, kind, changes, said):
+    write_original(tmp_path / kind, kind, **changes)
+    refuses(tmp_path / kind, said)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_without_tokenizer(tmp_path, kind):
+    write_original(tmp_path / kind, kind)
+    for file in (tmp_path / kind).glob("tokenizer*"):
+        file.unlink()
+    refuses(tmp_path / kind, "has neither tokenizer.json nor tokenizer.model")
+
+
+def test_a_broken_tokenizer(bunny):
+    (bunny / "tokenizer.json").write_text("{")
+    refuses(bunny, "the tokenizer cannot be loaded")
+
+
+def test_a_sentencepiece_tokenizer_names_its_package(internvl, monkeypatch):
+    (internvl / "tokenizer.json").rename(internvl / "tokenizer.model")
+    monkeypatch.setattr(convert, "find_spec", lambda _: None)
+    refuses(internvl, "pip install sentencepiece")
+
+
+def test_a_tokenizer_without_image_tokens(internvl):
+    file = internvl / "tokenizer.json"
+    file.write_text(file.read_text().replace("<IMG_CONTEXT>", "<OTHER>"))
+    settings = internvl / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<IMG_CONTEXT>", "<OTHER>"))
+    refuses(internvl, "the tokenizer lacks <IMG_CONTEXT>")
+
+
+def test_a_cache_that_cannot_be_made(bunny, tmp_path):
+    (tmp_path / "home").write_text("a file")
+    refuses(bunny, "cannot be made", "HF_HOME")
+
+
+def test_too_little_disk(bunny, monkeypatch):
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    refuses(bunny, "0.0 GB are free", "HF_HOME")
+
+
+# ---- preprocessing and prompts --------------------------------------------------------------------------------------
+
+
+def normalised(image: Image.Image, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    return ((pixels - np.array(mean, np.float32)) / np.array(std, np.float32)).transpose(2, 0, 1)
+
+
+def padded(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (50, 50), (301, 7)])
+def test_bunny_pads_with_grey_and_resizes(bunny, size):
+    processor = load_processor(convert.stock_folder(bunny))
+    pixels = processor(images=[picture(*size)], text=["<image>"], return_tensors="np")["pixel_values"]
+    square = padded(picture(*size), (127, 127, 127)).resize((28, 28), Image.Resampling.BICUBIC)
+    assert np.array_equal(pixels[0], normalised(square, (0.5,) * 3, (0.5,) * 3))
+
+
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (50, 50)])
+@pytest.mark.parametrize("side", [336, 32])
+def test_llava_pads_with_the_mean_colour_and_resizes(size, side):
+    tokenizer = tiny_llava()[1].tokenizer
+    cropping = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    processor = convert.with_protocol(LlavaProcessor(cropping, tokenizer), "vicuna_v1")
+    batch = processor(images=[picture(*size)], text=["<image>"], return_tensors="np")
+    square = padded(picture(*size), (122, 116, 104)).resize((side, side), Image.Resampling.BICUBIC)
+    expected = normalised(square, processing.CLIP_MEAN, processing.CLIP_STD)
+    assert np.array_equal(batch["pixel_values"][0], expected)
+    assert (batch["input_ids"] == processor.image_token_id).sum() == (side // 14) ** 2
+
+
+def original_tiles(image: Image.Image, most: int, side: int) -> list[Image.Image]:
+    """InternVL's ``dynamic_preprocess``: the grid of the nearest aspect ratio, then a thumbnail."""
+    grids = {(a, b) for a in range(1, most + 1) for b in range(1, most + 1) if a * b <= most}
+    best, smallest = (1, 1), float("inf")
+    for a, b in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        distance = abs(image.width / image.height - a / b)
+        if distance < smallest:
+            best, smallest = (a, b), distance
+        elif distance == smallest and image.width * image.height > 0.5 * side * side * a * b:
+            best = (a, b)
+    columns, rows = best
+    large = image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    boxes = [(c * side, r * side, (c + 1) * side, (r + 1) * side) for r in range(rows) for c in range(columns)]
+    thumbnail = [image.resize((side, side), Image.Resampling.BICUBIC)] if len(boxes) > 1 else []
+    return [large.crop(box) for box in boxes] + thumbnail
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles"), [((30, 29), 1), ((60, 28), 3), ((200, 100), 9), ((90, 120), 13), ((20, 300), 13)]
+)
+def test_internvl_cuts_tiles_and_adds_a_thumbnail(internvl, size, tiles):
+    processor = load_processor(convert.stock_folder(internvl))
+    batch = processor(images=[picture(*size)], text=["<IMG_CONTEXT>"], return_tensors="np")
+    wanted = original_tiles(picture(*size), 12, 28)
+    assert len(wanted) == tiles
+    expected = [normalised(tile, processing.IMAGENET_MEAN, processing.IMAGENET_STD) for tile in wanted]
+    assert np.array_equal(batch["pixel_values"], np.stack(expected))
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 4 * tiles
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("bunny", SYSTEM + "USER: <image>\nwhere? ASSISTANT: here<|endoftext|>USER: and now? ASSISTANT:"),
+        (
+            "internvl",
+            "<|system|>\nYou are an AI assistant whose name is Phi-3.<|end|><|user|>\n<IMG_CONTEXT>\nwhere?<|end|>"
+            "<|assistant|>\nhere<|end|><|user|>\nand now?<|end|><|assistant|>\n",
+        ),
+    ],
+)
+def test_prompts_are_the_original_ones(tmp_path, kind, expected):
+    write_original(tmp_path / kind, kind)
+    processor = load_processor(convert.stock_folder(tmp_path / kind))
+
+    def prompt(messages: list[dict[str, Any]]) -> str:
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    assert prompt(ASKED) == expected
+    own = prompt([{"role": "system", "content": "Be brief."}, *ASKED])
+    assert own.startswith({"bunny": "Be brief. USER: ", "internvl": "<|system|>\nBe brief.<|end|><|user|>\n"}[kind])
+    assert own.endswith(expected[-60:])
+
+
+def test_the_llava_protocol_survives_saving(tmp_path):
+    processor = convert.with_protocol(tiny_llava()[1], "vicuna_v1")
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    loaded = load_processor(tmp_path)
+    text = loaded.apply_chat_template(ASKED, tokenize=False, add_generation_prompt=True)
+    assert text == SYSTEM + "USER: <image>\nwhere? ASSISTANT: here</s>USER: and now? ASSISTANT:"
+    batches = [p(images=[picture(50, 20)], text=["<image>"], return_tensors="np") for p in (processor, loaded)]
+    assert np.array_equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+
+
+def test_a_protocol_of_another_family(internvl):
+    with pytest.raises(UserError, match=r"model\.protocol=vicuna_v1: .* InternVLPilProcessor"):
+        convert.with_protocol(load_processor(convert.stock_folder(internvl)), "vicuna_v1")
