@@ -58,7 +58,7 @@ RULES: dict[str, Rule] = {
     "data.batch_size": AT_LEAST_1,
     "data.global_batch_size": AT_LEAST_1,
     "data.num_workers": _number(0, None),
-    "prune.method": _one_of("none", "layerwise", "widthwise"),
+    "prune.method": _one_of("none", "layerwise", "widthwise", "auto"),
     "prune.ratio": SHARE,
     "prune.importance": _one_of(*IMPORTANCES),
     "prune.selection": _one_of("shape", "local", "global"),
@@ -70,6 +70,24 @@ RULES: dict[str, Rule] = {
     "prune.taylor_mean": _one_of("sample", "batch"),
     "prune.share": SHARE,
     "prune.drop_layers": _number(0, None),
+    "search.method": _one_of("evolution", "random"),
+    "search.granularity": _one_of("structured", "unstructured", "2:4"),
+    "search.budget.resource": _one_of("params", "flops", "latency"),
+    "search.budget.target": POSITIVE,
+    "search.risk": _one_of("loss", "kl", "error"),
+    "search.gap": _one_of("fro", "fro_logprod", "dist", "none"),
+    "search.gap_weight": _number(0, None),
+    "search.rounds": AT_LEAST_1,
+    "search.generations": AT_LEAST_1,
+    "search.population": _number(2, None),
+    "search.parents": AT_LEAST_1,
+    "search.mutants": _number(0, None),
+    "search.crossovers": _number(0, None),
+    "search.mutation": _number(0, 1, open_low=True, open_high=False),
+    "search.exchange": _number(0, 1, open_high=False),
+    "search.projector_lr": POSITIVE,
+    "search.projector_pull": _number(0, None),
+    "search.projector_anchor": _number(0, None),
     "recover.name": _one_of("none", "projector", "sft", "kd_logit", "kd_hidden", "kd_both"),
     "recover.weights.sft": _number(0, None),
     "recover.weights.logit": _number(0, None),
@@ -113,7 +131,11 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.prune.method == "widthwise" and c.prune.share is None,
         "it belongs to prune=widthwise without prune.share",
     ),
-    ("prune.round_to", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    (
+        "prune.round_to",
+        lambda c: c.prune.method in ("widthwise", "auto"),
+        "it belongs to prune=widthwise or prune=auto",
+    ),
     ("prune.share", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
     ("prune.protect", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
     (
@@ -127,6 +149,11 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.prune.refit or c.prune.importance == "obs",
         "set prune.refit=true or prune.importance=obs",
     ),
+    ("search", lambda c: c.prune.method == "auto", "it belongs to prune=auto"),
+    ("search.projector_lr", lambda c: c.search.projector, "set search.projector=on"),
+    ("search.projector_pull", lambda c: c.search.projector, "set search.projector=on"),
+    ("search.projector_anchor", lambda c: c.search.projector, "set search.projector=on"),
+    ("search.gap_weight", lambda c: c.search.gap != "none", "set search.gap"),
     ("prune.drop_layers", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
     ("prune.iterative", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
     ("prune.block_influence", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
@@ -250,6 +277,20 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     prune, recover = config.prune, config.recover
     if prune.method != "none" and prune.ratio is None and prune.share is None and prune.drop_layers is None:
         yield "prune.ratio=null: set it, in [0, 1), or prune.share (widthwise) or prune.drop_layers (layerwise)"
+    search = config.search
+    if (
+        prune.method == "auto"
+        and search.uniform
+        and (search.granularity, search.budget.resource)
+        != (
+            "structured",
+            "params",
+        )
+    ):
+        yield "search.uniform=true: needs search.granularity=structured and search.budget.resource=params"
+    stages = search.stages
+    if prune.method == "auto" and (not stages or stages != sorted({*stages, 1.0}) or stages[0] <= 0):
+        yield f"search.stages={stages}: must be rising shares of the samples that end with 1, such as [0.25,1.0]"
     if recover.name == "none" or config.pretrain:
         return
     if not any((recover.weights.sft, recover.weights.logit, recover.weights.hidden)):

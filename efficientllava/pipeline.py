@@ -236,29 +236,24 @@ class Run:
         self.seconds["evaluate"] += time.perf_counter() - started
 
     def _prune(self) -> Any:
-        from .pruning.module import PruningModule
-
         settings = self.settings
+        searches = settings.prune.method == "auto"
 
-        def compute(folder: Path, _work: Path) -> dict[str, Any]:
+        def compute(folder: Path, work: Path) -> dict[str, Any]:
             started = time.perf_counter()
             with progress() as display:
-                module = PruningModule(
-                    self.models.pop("base"),
-                    self.calibration,
-                    self.collate,
-                    settings.prune,
-                    settings.calibration.batch_size,
-                    settings.seed,
-                    self.features,
-                    Ticker(display),
-                )
+                module = self._searcher(work, Ticker(display)) if searches else self._pruner(Ticker(display))
                 self.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
             plan, pruned, report = module.plan, module.pruned, module.report
             assert plan is not None and pruned is not None and report is not None
             self._export(folder / "pruned", pruned, self.base, plan.step, plan.kept_layers)
             if processes.rank() == 0:
                 (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+                if searches:
+                    from .report.search import draw_search
+
+                    (folder / "search.json").write_text(json.dumps(module.record) + "\n", encoding="utf-8")
+                    draw_search(module.record, folder / "search.png")
             return {"seconds": time.perf_counter() - started, "report": report.to_dict()}
 
         entry = self._stage(
@@ -266,6 +261,7 @@ class Run:
             compute,
             model=self.base.digest,
             prune=asdict(replace(settings.prune, name="")),
+            search=[asdict(replace(settings.search, name="")), source_digest("search")] if searches else None,
             calibration=[asdict(settings.calibration), digest([r.id for r in self.calibration])],
             files=[file_digest(settings.calibration.path), file_digest(settings.data.path)],
             images=settings.data.image_root,
@@ -273,6 +269,36 @@ class Run:
             seed=settings.seed,
         )
         return self._adopt("prune", "pruned", entry)
+
+    def _pruner(self, tick: Ticker) -> Any:
+        from .pruning.module import PruningModule
+
+        settings, model = self.settings, self.models.pop("base")
+        size = settings.calibration.batch_size
+        return PruningModule(
+            model, self.calibration, self.collate, settings.prune, size, settings.seed, self.features, tick
+        )
+
+    def _searcher(self, work: Path, tick: Ticker) -> Any:
+        from .data.splits import digest as digest_of
+        from .data.splits import load_split
+        from .search.module import SearchInputs, SearchModule
+
+        settings = self.settings
+        files = [file_digest(settings.calibration.path), file_digest(settings.data.path), settings.data.image_root]
+        # Only the embedded data have held-out samples of their own; no training corpus is opened for a plot.
+        holdout = load_split(settings.data, "minival") if settings.data.name == "digits_vqa" else []
+        inputs = SearchInputs(
+            self.calibration,
+            [holdout[index] for index in range(min(len(self.calibration), len(holdout)))],
+            self.collate,
+            settings.calibration.batch_size,
+            {"model": self.base.digest, "samples": digest([digest_of(self.calibration), files])},
+            Path(settings.paths.cache_dir) / "levels",
+            work,
+        )
+        model = self.models.pop("base")
+        return SearchModule(model, inputs, settings.prune, settings.search, settings.seed, self.features, tick)
 
     def _recover(self, student: Any) -> Any:
         from .checkpoint import digest as digest_of
@@ -352,7 +378,7 @@ class Run:
         self.seconds[stage] = entry.record["seconds"]
         if processes.rank() == 0:
             for path in entry.folder.iterdir():
-                if path.name in (name, "plan.json"):
+                if path.name in (name, "plan.json", "search.json", "search.png"):
                     link(path, self.folder / path.name)
         processes.barrier()
         checkpoint = self.load(self.folder / name, self.settings.model.dtype)
@@ -377,7 +403,11 @@ class Run:
         plan = PruningPlan.read(file) if file.exists() else None
         results = build(
             stages,
-            ratio={"requested": plan.requested if plan else 0.0, "achieved": plan.achieved if plan else 0.0},
+            ratio={
+                "requested": plan.requested if plan else 0.0,
+                "achieved": plan.achieved if plan else 0.0,
+                **((plan and plan.details) or {}),  # share of zeros, where a search masked weights
+            },
             samples=self.samples,
             seconds=self.seconds,
             seed=self.settings.seed,

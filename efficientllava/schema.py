@@ -57,7 +57,7 @@ class PruneConfig:
     """What is removed, by which score, and how the rest is refitted."""
 
     name: str = MISSING  # name of the option
-    method: str = MISSING  # none | layerwise | widthwise
+    method: str = MISSING  # none | layerwise | widthwise | auto
     ratio: float | None = 0.3  # share of language-model parameters to remove, [0, 1)
     importance: str = "obs"  # widthwise: see schema.IMPORTANCES
     selection: str = "shape"  # widthwise: shape | local | global
@@ -163,6 +163,7 @@ class SearchConfig:
     name: str = MISSING  # quick | paper | thorough
     method: str = "evolution"  # evolution | random: as many evaluations, without parents
     granularity: str = "structured"  # structured | unstructured | 2:4
+    uniform: bool = False  # structured, params: one shape for all layers, which stock transformers can load
     budget: SearchBudgetConfig = field(default_factory=SearchBudgetConfig)
     risk: str = "loss"  # empirical risk: loss (cross-entropy of the answers) | kl (to the dense model) | error
     gap: str = "fro"  # generalization gap: fro | fro_logprod | dist | none
@@ -248,6 +249,7 @@ class RunConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prune: PruneConfig = field(default_factory=PruneConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     pretrain: Any = None  # a PretrainConfig: trains a tiny teacher instead of a run

@@ -10,7 +10,7 @@ from .runs import ROOT, composed
 
 GROUPS = sorted(p for p in (ROOT / "conf").iterdir() if p.is_dir())
 OPTIONS = [f"{group.name}={file.stem}" for group in GROUPS for file in sorted(group.glob("*.yaml"))]
-FILLED = {"model=checkpoint": ["model.path=somewhere"], "data=conversations": []}
+FILLED = {"model=checkpoint": ["model.path=somewhere"]}
 
 
 def test_no_group_is_empty():
@@ -23,6 +23,8 @@ def test_every_option_composes(option, tmp_path):
     records = tmp_path / "records.json"
     records.write_text("[]")
     typed_keys = [option, *FILLED.get(option, [])]
+    if option.startswith("search="):
+        typed_keys.append("prune=auto")
     if "conversations" in option or option == "model=checkpoint":
         typed_keys.append(f"data.path={records}")
     settings = typed(composed(*typed_keys))

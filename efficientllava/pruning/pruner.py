@@ -38,6 +38,7 @@ class PruneReport:
 
     Args:
         loss_dense: Answer loss of the dense model on the calibration batches, in nats per token.
+        loss_searched: The same of the chosen policy, as the search saw it (``auto``).
         loss_pruned: The same after cut and refit.
         errors: Relative output error of every refitted writer, before and after the refit.
         block_influence: Score of every block (layerwise).
@@ -46,6 +47,7 @@ class PruneReport:
     """
 
     loss_dense: float | None = None
+    loss_searched: float | None = None
     loss_pruned: float | None = None
     errors: list[LayerError] = field(default_factory=list)
     block_influence: list[float] = field(default_factory=list)

@@ -49,6 +49,7 @@ class LevelTable:
         limit_bytes: Modules beyond this size are made anew when asked for again.
 
     Attributes:
+        recipe: What a level is.
         genes: All genes; gene ``2 l`` is the attention of layer ``l``, ``2 l + 1`` its MLP.
     """
 
@@ -59,7 +60,7 @@ class LevelTable:
         self._removed: list[list[int]] = [gene["removed"] for gene in record["genes"]]
         self._norms: list[list[list[list[float]]]] = [gene["norms"] for gene in record["genes"]]
         self._components = [component for layer in layers_of(model) for component in layer.components]
-        self._recipe, self._folder, self._limit = recipe, folder, limit_bytes
+        self.recipe, self._folder, self._limit = recipe, folder, limit_bytes
         self._modules: OrderedDict[tuple[int, int], tuple[nn.Module, int]] = OrderedDict()
 
     def removed(self, gene: int, level: int) -> int:
@@ -121,7 +122,7 @@ class LevelTable:
         twin = copy.deepcopy(component, shared)
         for part in twin.module.modules():
             vars(part).pop("forward", None)  # the original may be replayed at this moment
-        self._recipe.assemble(twin, self.tensors(gene, level))
+        self.recipe.assemble(twin, self.tensors(gene, level))
         return twin.module, sum(p.nbytes for p in twin.module.parameters() if id(p) not in own)
 
 

@@ -260,6 +260,31 @@ class SearchSpace:
         return self.repair(tuple(rng.choice(pair) for pair in zip(one, other, strict=True)), rng)
 
 
+@dataclass(frozen=True)
+class ShapeSpace(SearchSpace):
+    """Policies that give every layer the same shape, so that a stock class can hold the result.
+
+    Args:
+        genes: What can be pruned.
+        budget: What has to go.
+        shapes: All policies of the space, at least one; they count as feasible.
+    """
+
+    shapes: tuple[Policy, ...] = ()
+
+    def feasible(self, policy: Policy) -> bool:
+        """Whether a policy is one of the shapes."""
+        return policy in self.shapes
+
+    def repair(self, policy: Policy, rng: random.Random) -> Policy:
+        """The shape that is nearest to a policy, by levels."""
+        return min(self.shapes, key=lambda shape: sum(abs(a - b) for a, b in zip(shape, policy, strict=True)))
+
+    def random(self, rng: random.Random) -> Policy:
+        """One of the shapes."""
+        return rng.choice(self.shapes)
+
+
 def _with(policy: Policy, index: int, level: int) -> Policy:
     return (*policy[:index], level, *policy[index + 1 :])
 

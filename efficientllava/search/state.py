@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..config import digest
 from ..errors import UserError
 from ..files import whole_file
 from ..schema import SearchConfig
@@ -54,13 +54,9 @@ def identity_of(
         more: What else matters, such as digests of model and samples.
     """
     settings = {f"search.{key}": json.dumps(value) for key, value in asdict(config).items()}
-    levels = _digest([[gene.layer, gene.kind, gene.amounts] for gene in space.genes] + [space.budget.costs])
+    levels = digest([[gene.layer, gene.kind, gene.amounts] for gene in space.genes] + [space.budget.costs])
     target = f"{space.budget.target!r} of {space.budget.resource}"
-    return {**settings, "budget": target, "levels": levels, "seed": str(seed), "seeds": _digest(seeds), **more}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return {**settings, "budget": target, "levels": levels, "seed": str(seed), "seeds": digest(seeds), **more}
 
 
 def write(state: State, path: Path, identity: Mapping[str, str]) -> None:

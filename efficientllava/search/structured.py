@@ -27,11 +27,13 @@ class Structured:
         damping: Multiple of the mean diagonal that is added to Gram matrices, > 0.
         tokens: Positions that count, see `efficientllava.pruning.statistics.counted_positions`.
         round_to: Kept channels are a multiple of this, or all, >= 1.
+        channels: Kept channels of each MLP level below the whole, descending; None: the steps of 5 %.
     """
 
     damping: float = 0.01
     tokens: str = "all"
     round_to: int = 1
+    channels: tuple[int, ...] | None = None
 
     @property
     def granularity(self) -> str:
@@ -43,6 +45,8 @@ class Structured:
         units, unit = component.units, self.round_to
         if component.kind == "attention":
             return tuple(range(units, 0, -1))
+        if self.channels is not None:
+            return (units, *(count for count in self.channels if count < units))
         wished = (units * (STEPS - step) / STEPS for step in range(STEPS))
         rounded = {max(unit, unit * round(count / unit)) for count in wished}
         return (units, *sorted((count for count in rounded if count < units), reverse=True))

@@ -1,0 +1,90 @@
+"""The chosen policy becomes a smaller model: with statistics of the pruned prefix, not those of the search."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..models.anatomy import layers_of
+from ..pruning.plan import PruningPlan
+from ..pruning.pruner import PruneReport, apply_plan, plan_ratio, whole_layers
+from ..pruning.scores import Calibration, layer_statistics, open_stream
+from ..schema import PruneConfig
+from .levels import LevelTable
+from .recipe import Recipe
+from .space import Policy
+
+
+def plan_of(model: nn.Module, table: LevelTable, policy: Policy, requested: float | None) -> PruningPlan:
+    """The plan of a policy; masks keep every unit, and note the share of zeros in ``details``.
+
+    Args:
+        model: The dense model.
+        table: Its level table.
+        policy: One level per gene.
+        requested: Requested share of language-model parameters; None where something else was asked for.
+    """
+    layers = layers_of(model)
+    kept, details = table.plan(policy), None
+    if kept == whole_layers(model):
+        linears = sum(norms.weights for gene in range(len(policy)) for norms in table.norms(gene, 0))
+        zeros = sum(table.removed(gene, level) for gene, level in enumerate(policy))
+        details = {"sparsity": zeros / linears}
+    return PruningPlan(
+        method="auto",
+        layers=kept,
+        source_layers=len(layers),
+        heads_per_group=layers[0].heads_per_group,
+        requested=None if details else requested,
+        achieved=plan_ratio(model, kept),
+        details=details,
+    )
+
+
+def cut_policy(
+    model: nn.Module, plan: PruningPlan, recipe: Recipe, policy: Policy, calibration: Calibration, config: PruneConfig
+) -> tuple[nn.Module, PruneReport]:
+    """Cut a policy, or mask it.
+
+    Args:
+        model: The dense model; consumed.
+        plan: Output of `plan_of`.
+        recipe: What a level is.
+        policy: One level per gene.
+        calibration: This process's samples.
+        config: Refit settings.
+
+    Returns:
+        The smaller model, and a report.
+    """
+    if recipe.granularity == "structured":
+        return apply_plan(model, plan, calibration, config)
+    return model, PruneReport(loss_pruned=mask(model, recipe, policy, calibration, config), damping=config.damping)
+
+
+@torch.no_grad()
+def mask(model: nn.Module, recipe: Recipe, policy: Policy, calibration: Calibration, config: PruneConfig) -> float:
+    """Set the weights of a policy to zero, component by component on the pruned prefix (arXiv 2301.00774).
+
+    Args:
+        model: Changed in place.
+        recipe: A mask recipe.
+        policy: One level per gene.
+        calibration: This process's samples.
+        config: ``tokens``.
+
+    Returns:
+        Answer loss on the samples afterwards, in nats per token.
+    """
+    stream = open_stream(model, calibration, config)
+    layers, hidden = layers_of(model), stream.start()
+    for index, layer in enumerate(layers):
+        for component, level in zip(layer.components, policy[2 * index : 2 * index + 2], strict=True):
+            inputs = recipe.inputs(component)
+            grams, _ = layer_statistics(stream, layer, index, list(hidden), calibration.reduce, inputs)
+            made = list(recipe.levels(component, grams))[level]
+            if made.removed:
+                recipe.assemble(component, made.tensors)
+        stream.advance(layer.module, index, hidden)
+        calibration.tick("mask and compensate", index + 1, len(layers))
+    return stream.answer_loss(hidden, calibration.reduce)

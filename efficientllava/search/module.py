@@ -1,0 +1,259 @@
+"""The policy search as a Lightning module: run it with ``trainer.predict`` and read `plan`, `pruned` and `record`."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .. import processes
+from ..files import whole_file
+from ..models.anatomy import layers_of, projector_of
+from ..models.forward import FeatureCache, feature_cache
+from ..pruning.plan import PruningPlan
+from ..pruning.pruner import PruneReport, block_influences
+from ..pruning.scores import Calibration, Tick, open_stream, silent
+from ..pruning.selection import Space, uniform_candidates
+from ..pruning.statistics import CalibrationStream
+from ..schema import PruneConfig, SearchConfig
+from .cut import cut_policy, plan_of
+from .evaluator import Evaluator
+from .evolution import Search
+from .generalization import gap_of
+from .latency import budget_of
+from .levels import LevelTable, open_table
+from .masks import Masks
+from .objective import Risk
+from .projector import evolve_projector
+from .space import Policy, SearchSpace, ShapeSpace
+from .structured import Structured
+
+COLOURED = 64  # policies whose loss on held-out samples is measured for the plots
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """What a search looks at, and where it keeps what outlives it.
+
+    Args:
+        records: The samples.
+        holdout: Samples that the search never sees; only plots use them.
+        collate: Turns records into a batch.
+        batch_size: Records per batch.
+        identity: Digests of checkpoint and samples by name; tables and states of another search are refused.
+        tables: Folder of level tables, shared by searches.
+        work: Folder of the state of a killed search.
+    """
+
+    records: Sequence[Any]
+    holdout: Sequence[Any]
+    collate: Any
+    batch_size: int
+    identity: Mapping[str, str]
+    tables: Path
+    work: Path
+
+
+class SearchModule(LightningModule):
+    """Samples to a level table, candidates to risks, the best policy to a plan, and the plan to a smaller model.
+
+    Every process sees all samples; the candidates of a generation are split over the processes.
+
+    Args:
+        model: The model to prune; consumed.
+        inputs: Samples and folders.
+        prune: Ratio, refit and damping.
+        search: Budget, objective and evolution.
+        seed: Seed of all draws.
+        features: Vision features by image.
+        tick: Progress.
+
+    Attributes:
+        plan: What the chosen policy keeps.
+        pruned: The smaller model.
+        report: Losses as searched (``loss_searched``) and as cut (``loss_pruned``) in the terms of every pruner.
+        record: Every policy with its risk and gap; plain values for ``search.json``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: SearchInputs,
+        prune: PruneConfig,
+        search: SearchConfig,
+        seed: int = 0,
+        features: FeatureCache | None = None,
+        tick: Tick = silent,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.plan: PruningPlan | None = None
+        self.pruned: nn.Module | None = None
+        self.report: PruneReport | None = None
+        self.record: dict[str, Any] = {}
+        self._inputs, self._prune, self._config, self._seed = inputs, prune, search, seed
+        self._features, self._tick = features or feature_cache(model), tick
+        self._batches: list[dict[str, Any]] = []
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """All samples on every process, then the held-out ones."""
+        size = self._inputs.batch_size
+        chunks = [
+            list(records[start : start + size])
+            for records in (self._inputs.records, self._inputs.holdout)
+            for start in range(0, len(records), size)
+        ]
+        return DataLoader(chunks, batch_size=None, collate_fn=self._inputs.collate)  # pyright: ignore[reportArgumentType]
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Keep a batch, already on the device."""
+        self._batches.append(batch)
+
+    def on_predict_epoch_end(self) -> None:
+        """Build the table, search, cut."""
+        self._inputs.work.mkdir(parents=True, exist_ok=True)
+        count = math.ceil(len(self._inputs.records) / self._inputs.batch_size)
+        samples, holdout = self._batches[:count], self._batches[count:]
+        calibration = Calibration(samples, self._features, tick=self._tick)
+        stream = open_stream(self.model, calibration, self._prune)
+        table = self._table(calibration)
+        space = self._space(table, stream)
+        evaluator = Evaluator(self.model, table, stream)
+        search = self._search(space, table, stream, evaluator)
+        self._evolve(search, space, table, samples, evaluator)
+        self.record = self._describe(search, space, evaluator.dense)
+        if holdout:
+            self.record["holdout"] = self._holdout(search, table, evaluator, holdout)
+        self._cut(search, table, samples)
+        self._batches = []
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def _table(self, calibration: Calibration) -> LevelTable:
+        prune, granularity = self._prune, self._config.granularity
+        recipe = Structured(prune.damping, prune.tokens, prune.round_to)
+        if self._config.uniform:
+            channels = {channels for _, channels in self._shapes()}
+            recipe = replace(recipe, channels=tuple(sorted(channels, reverse=True)))
+        if granularity != "structured":
+            recipe = Masks(None if granularity == "2:4" else prune.ratio, prune.damping, prune.tokens)
+        return open_table(self.model, recipe, calibration, self._inputs.tables, self._inputs.identity)
+
+    def _shapes(self) -> list[tuple[int, int]]:
+        return uniform_candidates(Space.of(self.model, round_to=self._prune.round_to), self._prune.ratio or 0.0)
+
+    def _space(self, table: LevelTable, stream: CalibrationStream) -> SearchSpace:
+        file = self._inputs.work / "latency.json"
+        budget = budget_of(self.model, table, stream, self._prune, self._config, file)
+        if not self._config.uniform:
+            return SearchSpace(table.genes, budget)
+        layers = layers_of(self.model)
+        places = [
+            {len(table.units(gene, level)): level for level in range(table.genes[gene].levels)} for gene in range(2)
+        ]
+        shapes = tuple((places[0][groups], places[1][channels]) * len(layers) for groups, channels in self._shapes())
+        return ShapeSpace(table.genes, budget, shapes)
+
+    def _search(self, space: SearchSpace, table: LevelTable, stream: CalibrationStream, evaluator: Evaluator) -> Search:
+        batches = len(stream.batches)
+
+        def evaluate(policies: Sequence[Policy], share: float) -> list[Risk]:
+            first = range(max(1, math.ceil(share * batches)))
+            return evaluator.evaluate(policies, first, keep=search.archive if search else None)
+
+        search: Search | None = None
+        influence = block_influences(stream, range(stream.depth), self._prune, lambda t: t)
+        floor = max(influence) * 1e-3 or 1.0
+        shaped = space.shaped([math.sqrt(max(value, floor)) for value in influence])
+        search = Search(
+            space,
+            evaluate,
+            gap_of(self._config.gap, table.norms, space.uniform(), len(self._inputs.records)),
+            self._config,
+            self._seed,
+            [space.uniform(), shaped],
+            self._inputs.work / "search.json",
+            self._inputs.identity,
+            processes.rank() == 0,
+            self._tick,
+        )
+        return search
+
+    def _evolve(
+        self, search: Search, space: SearchSpace, table: LevelTable, samples: Sequence[Any], evaluator: Evaluator
+    ) -> None:
+        """Run the rounds; between them the projector evolves, and a killed search takes up the one it had."""
+        config = self._config
+        if search.theta:
+            projector_of(self.model).load_state_dict(load_file(self._projector_file(search.theta)))
+            evaluator.restart()
+        while not search.finished:
+            search.run_round()
+            kept = False
+            if config.projector and search.round + 1 < config.rounds:
+                rng = random.Random(f"{self._seed}/projector/{search.round}")
+                drawn = [space.random(rng) for _ in search.archive]
+                step = evolve_projector(
+                    self.model,
+                    table,
+                    evaluator,
+                    samples,
+                    self._features,
+                    search.archive,
+                    drawn,
+                    config,
+                    self._seed + search.round,
+                    self._tick,
+                )
+                kept = step.kept
+                self.record.setdefault("projector", []).append(asdict(step))
+            if kept and processes.rank() == 0:
+                with whole_file(self._projector_file(search.theta + 1)) as file:
+                    save_file(projector_of(self.model).state_dict(), file)
+            search.end_round(changed=kept)
+
+    def _projector_file(self, theta: int) -> Path:
+        return self._inputs.work / f"projector_{theta}.safetensors"
+
+    def _describe(self, search: Search, space: SearchSpace, dense: Risk) -> dict[str, Any]:
+        return {
+            **self.record,
+            "settings": asdict(self._config),
+            "budget": {"resource": space.budget.resource, "target": space.budget.target},
+            "genes": [asdict(gene) for gene in space.genes],
+            "dense": asdict(dense),
+            "best": list(search.best),
+            "history": search.history,
+            "policies": search.record,
+        }
+
+    def _holdout(
+        self, search: Search, table: LevelTable, evaluator: Evaluator, holdout: Sequence[Any]
+    ) -> list[dict[str, Any]]:
+        """Risk on the samples, gap and loss on held-out samples of some policies, all under the final projector."""
+        seen = {tuple(entry["policy"]): entry["gap"] for entry in search.record if entry["share"] == 1.0}
+        chosen = list(dict.fromkeys([*search.archive, *seen]))[:COLOURED]
+        stream = CalibrationStream(self.model, holdout, self._prune.tokens, self._features)
+        unseen = Evaluator(self.model, table, stream).evaluate(chosen)
+        return [
+            {"policy": list(policy), "risk": asdict(risk), "gap": seen[policy], "holdout_loss": other.loss}
+            for policy, risk, other in zip(chosen, evaluator.evaluate(chosen), unseen, strict=True)
+        ]
+
+    def _cut(self, search: Search, table: LevelTable, samples: Sequence[Any]) -> None:
+        ids = tuple(record.id for record in self._inputs.records)
+        requested = self._prune.ratio if self._config.budget.resource == "params" else None
+        self.plan = replace(plan_of(self.model, table, search.best, requested), calibration_ids=ids)
+        mine = samples[processes.rank() :: processes.world_size()]
+        calibration = Calibration(mine, self._features, processes.sum_over, tick=self._tick)
+        self.pruned, report = cut_policy(self.model, self.plan, table.recipe, search.best, calibration, self._prune)
+        searched = next(e for e in reversed(search.record) if e["policy"] == list(search.best) and e["share"] == 1.0)
+        self.report = replace(report, loss_searched=searched["loss"], loss_dense=self.record["dense"]["loss"])

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+
+from efficientllava.errors import UserError
+from efficientllava.models.anatomy import layers_of, projector_of
+from efficientllava.report.search import draw_search
+from efficientllava.schema import PruneConfig, SearchBudgetConfig, SearchConfig
+from efficientllava.search.evolution import Search
+from efficientllava.search.module import SearchInputs, SearchModule
+from tests.conftest import make_batch, make_model
+
+PRUNE = PruneConfig(method="auto", ratio=0.4, refit=True)
+SMALL = {"rounds": 2, "generations": 2, "population": 6, "parents": 2, "mutants": 3, "crossovers": 2}
+RECORDS = [SimpleNamespace(id=str(i)) for i in range(8)]
+
+
+def collate(records: list[Any]) -> dict[str, Any]:
+    """Records of these tests are rows of one batch."""
+    batch = make_batch(rows=16, images=False)
+    rows = [int(record.id) for record in records]
+    tensors = {key: value[rows] for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {**tensors, "ids": [record.id for record in records]}
+
+
+def searcher(folder: Path, family: str = "llama_gqa", ratio: float = 0.4, **options: Any) -> SearchModule:
+    holdout = [SimpleNamespace(id=str(8 + i)) for i in range(4)]
+    inputs = SearchInputs(
+        RECORDS, holdout, collate, 2, {"model": family, "samples": "eight"}, folder / "tables", folder / "work"
+    )
+    config = SearchConfig(name="test", **{**SMALL, "stages": [0.5, 1.0], "projector_lr": 1e-2, **options})
+    return SearchModule(make_model(family), inputs, replace(PRUNE, ratio=ratio), config)
+
+
+def run(module: SearchModule) -> SearchModule:
+    lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+    ).predict(module, return_predictions=False)
+    return module
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "phi", "phi3"])
+def test_a_search_ends_in_a_plan_within_the_budget_and_a_smaller_model(tmp_path, family):
+    done = run(searcher(tmp_path, family))
+    assert done.plan is not None and done.pruned is not None and done.report is not None
+    assert abs(done.plan.achieved - 0.4) <= 0.005 + 1e-9
+    assert done.plan.calibration_ids == tuple(record.id for record in RECORDS)
+    cut = [(layer.attention.units, layer.mlp.units) for layer in layers_of(done.pruned)]
+    assert cut == [layer.shape for layer in done.plan.layers]
+    assert done.report.loss_searched is not None and done.report.loss_pruned is not None
+    best = tuple(done.record["best"])
+    assert best in {tuple(entry["policy"]) for entry in done.record["policies"]}
+    assert all(point["holdout_loss"] > 0 for point in done.record["holdout"])
+    json.dumps(done.record)
+    draw_search(done.record, tmp_path / "search.png")
+    assert (tmp_path / "search.png").stat().st_size > 10_000
+
+
+def test_the_same_seed_finds_the_same(tmp_path):
+    one, two = run(searcher(tmp_path / "a")), run(searcher(tmp_path / "b"))
+    assert one.plan == two.plan
+    assert one.record == two.record
+
+
+@pytest.mark.parametrize("step", ["run_round", "end_round"])
+def test_a_killed_search_ends_with_the_same_result(tmp_path, monkeypatch, step):
+    whole = run(searcher(tmp_path / "whole"))
+    calls, original = [], getattr(Search, step)
+
+    def killed(self: Search, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        calls.append(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Search, step, killed)
+    with pytest.raises(KeyboardInterrupt):
+        searcher_run(searcher(tmp_path / "killed"))
+    assert calls
+    monkeypatch.setattr(Search, step, original)
+    resumed = run(searcher(tmp_path / "killed"))
+    assert resumed.plan == whole.plan
+    assert resumed.record["policies"] == whole.record["policies"]
+    assert resumed.record["history"] == whole.record["history"]
+    assert resumed.report is not None and whole.report is not None
+    assert resumed.report.loss_pruned == whole.report.loss_pruned
+
+
+def searcher_run(module: SearchModule) -> None:
+    """Without a Trainer, which turns an interrupt into an exit."""
+    for batch in module.predict_dataloader():
+        module.predict_step(batch, 0)
+    with torch.no_grad():
+        module.on_predict_epoch_end()
+
+
+def test_the_projector_moves_only_where_it_helps_on_unseen_batches(tmp_path):
+    module = searcher(tmp_path)
+    before = [p.clone() for p in projector_of(module.model).parameters()]
+    done = run(module)
+    assert done.pruned is not None
+    moved = any(not torch.equal(a, b) for a, b in zip(before, projector_of(done.pruned).parameters(), strict=True))
+    steps = done.record["projector"]
+    assert len(steps) == SMALL["rounds"] - 1
+    assert moved == any(step["kept"] for step in steps)
+    assert all(step["kept"] == (step["after"] < step["before"]) for step in steps)
+    still = run(searcher(tmp_path / "off", projector=False))
+    assert "projector" not in still.record
+    assert still.pruned is not None
+    assert all(torch.equal(a, b) for a, b in zip(before, projector_of(still.pruned).parameters(), strict=True))
+
+
+def test_a_uniform_search_ends_in_one_shape(tmp_path):
+    done = run(searcher(tmp_path, uniform=True, projector=False))
+    assert done.plan is not None and done.plan.uniform
+    assert abs(done.plan.achieved - 0.4) <= 0.01
+
+
+@pytest.mark.parametrize("granularity, ratio", [("unstructured", 0.4), ("2:4", 0.5)])
+def test_masks_keep_all_parameters_and_report_zeros(tmp_path, granularity, ratio):
+    dense = make_model("llama_gqa")
+    done = run(searcher(tmp_path, ratio=ratio, granularity=granularity, projector=False))
+    assert done.plan is not None and done.pruned is not None and done.plan.details is not None
+    assert done.plan.achieved == 0.0 and done.plan.requested is None
+    sparsity = done.plan.details["sparsity"]
+    assert abs(sparsity - ratio) <= 0.005
+    pairs = zip(layers_of(dense), layers_of(done.pruned), strict=True)
+    linears = [
+        (reader.linear, other.linear)
+        for layer, pruned in pairs
+        for component, twin in zip(layer.components, pruned.components, strict=True)
+        for reader, other in zip(component.readers, twin.readers, strict=True)
+    ]
+    assert all(a.weight.shape == b.weight.shape for a, b in linears)
+    assert sum(float((b.weight == 0).sum()) for _, b in linears) > 0
+    assert done.report is not None and done.report.loss_pruned is not None
+
+
+def test_a_budget_that_no_policy_meets_is_refused(tmp_path):
+    module = searcher(tmp_path, budget=SearchBudgetConfig("params", 0.99))
+    with pytest.raises(UserError, match="choose a share in this range"):
+        run(module)
