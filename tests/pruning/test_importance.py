@@ -9,6 +9,7 @@ from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.importance import (
     Ranking,
     activation_scores,
+    eliminate,
     magnitude_scores,
     obs_ranking,
     random_scores,
@@ -92,6 +93,24 @@ def test_obs_damping_decides_on_a_singular_gram_matrix():
     ranking = obs_ranking(weight, gram, 1, 0.01, rounds=8)
     assert ranking.order[0] == 0
     assert all(cost == cost for cost in ranking.costs)
+
+
+@pytest.mark.parametrize(("width", "counts"), [(1, [23, 17, 16, 4, 1]), (3, [7, 5, 1]), (1, [])])
+def test_elimination_stops_at_every_count_with_the_refit_of_what_is_left(width, counts):
+    weight, gram = problem(24, seed=2)
+    damping, seen, before = 0.03, [], set(range(24 // width))
+    damped = gram + damping * gram.diagonal().mean() * torch.eye(24, dtype=gram.dtype)
+    for state in eliminate(weight, gram.clone(), width, damping, counts):
+        alive = state.alive.tolist()
+        assert alive == sorted(alive)
+        assert sorted([*alive, *state.gone.tolist()]) == sorted(before)
+        before = set(alive)
+        kept = [unit * width + i for unit in alive for i in range(width)]
+        gone = [i for i in range(24) if i not in kept]
+        refit = weight[:, kept] + weight[:, gone] @ gram[gone][:, kept] @ torch.linalg.inv(damped[kept][:, kept])
+        assert torch.allclose(state.columns[:, kept], refit, rtol=1e-8, atol=1e-10)
+        seen.append(len(alive))
+    assert seen == counts
 
 
 def test_ranking_keeps_the_last_units_in_ascending_order():
