@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -35,9 +36,8 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from .models.pruned import register
-
-    register()
+    # The module registers when it is imported. It may be the one that imports transformers: then it is under way.
+    importlib.import_module("efficientllava.models.pruned")
 
 
 def register_when_transformers_loads() -> None:
