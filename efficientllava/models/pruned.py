@@ -216,3 +216,6 @@ def require_supported(config: Any) -> None:
     host = host_type(config)
     if host == "phi" and getattr(config, "qk_layernorm", False):
         raise UserError("model: phi with qk_layernorm=True is not supported: its norms are as wide as the attention")
+
+
+register()
