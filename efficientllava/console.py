@@ -54,6 +54,9 @@ def quiet_libraries() -> None:
     for name in [*logging.root.manager.loggerDict, "lightning.pytorch", "lightning.fabric"]:
         if name.startswith(("lightning", "httpx")):
             logging.getLogger(name).setLevel(logging.WARNING)
+    # transformers' own validation reads the sizes of per-layer configurations and warns about itself.
+    heterogeneity = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    heterogeneity.addFilter(_is_no_validation)
     # Lightning's own deprecations, its view on loader workers, and predictions that are returned on another way.
     for message in (
         ".*LeafSpec.*",
@@ -62,3 +65,7 @@ def quiet_libraries() -> None:
         ".*Checkpoint directory.*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _is_no_validation(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Reading global config value")
