@@ -14,33 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ..errors import UserError
 from .anatomy import DECODERS, PER_LAYER_PREFIX, host_type
-
-MISTRAL_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "rope_parameters",
-    "attention_dropout",
-)
 
 
 @dataclass(frozen=True)
@@ -66,11 +45,6 @@ class LayerShape:
         }
 
 
-def head_dim_of(config: Any) -> int:
-    """Return the width of one head, explicit or implied."""
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def is_per_layer(config: Any) -> bool:
     """Whether a text configuration is one of ours."""
     return str(config.model_type).startswith(PER_LAYER_PREFIX)
@@ -88,46 +62,34 @@ def text_config_for(source: Any, kept: Sequence[int], shapes: Sequence[LayerShap
     Returns:
         A stock configuration where all shapes are equal and a stock class can hold them, else a per-layer one.
     """
-    fields = _plain_fields(source, kept, head_dim)
+    fields: dict[str, Any] = {**copy.deepcopy(source.to_dict()), "num_hidden_layers": len(kept), "head_dim": head_dim}
+    for name in ("model_type", "per_layer_config", "allow_global_per_layer_attribute_access", "transformers_version"):
+        fields.pop(name, None)
+    if fields.get("layer_types"):
+        fields["layer_types"] = [fields["layer_types"][i] for i in kept]
     host = host_type(source)
+    stock: Any = CONFIG_MAPPING
     if len(set(shapes)) == 1:
         fields |= shapes[0].overrides()
         # Llama's validator wants hidden_size % heads == 0 even when head_dim is explicit.
         if host != "llama" or source.hidden_size % shapes[0].heads == 0:
-            return _configuration(CONFIG_MAPPING[host], fields)
+            return stock[host](**fields)
         if not (source.attention_bias or source.mlp_bias):
-            mistral = {name: fields[name] for name in MISTRAL_FIELDS if name in fields}
-            return _configuration(CONFIG_MAPPING["mistral"], {**mistral, "sliding_window": None})
-    widest = LayerShape(*(max(getattr(s, name) for s in shapes) for name in ("heads", "groups", "channels")))
-    fields |= widest.overrides()
-    config = _configuration(per_layer_classes(host)[0], fields)
-    changed = {i: _difference(shape, widest) for i, shape in enumerate(shapes) if shape != widest}
-    config.per_layer_config = changed
+            shared = {name: fields[name] for name in stock["mistral"].__annotations__ if name in fields}
+            return stock["mistral"](**{**shared, "sliding_window": None})
+    widest = {name: max(shape.overrides()[name] for shape in shapes) for name in shapes[0].overrides()}
+    config = per_layer_classes(host)[0](**(fields | widest))
+    config.per_layer_config = {
+        index: changed
+        for index, shape in enumerate(shapes)
+        if (changed := {name: value for name, value in shape.overrides().items() if value != widest[name]})
+    }
     config.allow_global_per_layer_attribute_access = True
     return config
 
 
-def _difference(shape: LayerShape, widest: LayerShape) -> dict[str, int]:
-    reference = widest.overrides()
-    return {name: value for name, value in shape.overrides().items() if value != reference[name]}
-
-
-def _plain_fields(source: Any, kept: Sequence[int], head_dim: int) -> dict[str, Any]:
-    fields = copy.deepcopy(source.to_dict())
-    for name in ("model_type", "per_layer_config", "allow_global_per_layer_attribute_access", "transformers_version"):
-        fields.pop(name, None)
-    fields |= {"num_hidden_layers": len(kept), "head_dim": head_dim}
-    if fields.get("layer_types"):
-        fields["layer_types"] = [fields["layer_types"][i] for i in kept]
-    return fields
-
-
-def _configuration(cls: Any, fields: dict[str, Any]) -> Any:
-    return cls(**fields)
-
-
 @functools.cache
-def per_layer_classes(host: str) -> tuple[type[PreTrainedConfig], Any]:
+def per_layer_classes(host: str) -> tuple[Any, Any]:
     """Make the registered configuration and model class of a host decoder.
 
     Args:
@@ -156,7 +118,7 @@ def per_layer_classes(host: str) -> tuple[type[PreTrainedConfig], Any]:
     return config_class, _model_class(host, config_class)
 
 
-def _model_class(host: str, config_class: type[PreTrainedConfig]) -> Any:
+def _model_class(host: str, config_class: Any) -> Any:
     import sys
 
     from torch import nn

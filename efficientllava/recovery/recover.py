@@ -100,22 +100,27 @@ def recover(
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
-    module = RecoveryModule(student, cfg, cfg.steps or 0, frozen, matches, seed)
+    datamodule.trainer = trainer
+    datamodule.setup("fit")
+    loader = datamodule.train_dataloader()
+    accumulate = accumulation(batch_size, global_batch_size, trainer.world_size)
+    trainer.accumulate_grad_batches = accumulate
+    steps = optimiser_steps(cfg.steps, cfg.epochs, len(loader), accumulate)
+    # Parity counts padding too, which is no property of a record.
+    if frozen is not None and len(loader) < steps * accumulate and cfg.parity is None:
+        frozen.remember()
+    module = RecoveryModule(student, cfg, steps, frozen, matches, seed)
     workdir.mkdir(parents=True, exist_ok=True)
     resume = workdir / RESUME_POINT
-    trainer.fit(
-        module,
-        datamodule=_Stage(datamodule, module, batch_size, global_batch_size),
-        ckpt_path=resume if resume.exists() else None,
-        weights_only=True,
-    )
+    stream = BatchStream(loader, steps * accumulate)
+    trainer.fit(module, stream, ckpt_path=resume if resume.exists() else None, weights_only=True)
     finish()
     return RecoveryStats(
         loss=describe(cfg),
         train=cfg.train,
         trainable_parameters=count,
         steps=trainer.global_step,
-        samples=trainer.global_step * trainer.accumulate_grad_batches * batch_size * trainer.world_size,
+        samples=trainer.global_step * accumulate * batch_size * trainer.world_size,
         tokens=module.tokens,
         seconds=module.seconds,
         final_losses=module.final_losses(),
@@ -183,44 +188,3 @@ def _teach(
             f"which are taken to be its layers {kept}; give the checkpoint that was pruned"
         )
     return frozen, match_layers(hidden[0].layers, kept, frozen.depth) if hidden else ()
-
-
-class _Stage(L.LightningDataModule):
-    """Sets the length of a run once processes are up and the size of the data is known."""
-
-    def __init__(
-        self,
-        inner: L.LightningDataModule,
-        module: RecoveryModule,
-        batch_size: int,
-        global_batch_size: int | None,
-    ) -> None:
-        super().__init__()
-        self._inner, self._module = inner, module
-        self._sizes = batch_size, global_batch_size
-        self._stream: BatchStream | None = None
-
-    def prepare_data(self) -> None:
-        self._inner.prepare_data()
-
-    def setup(self, stage: str) -> None:
-        trainer, cfg = self.trainer, self._module.cfg
-        assert trainer is not None
-        self._inner.trainer = trainer
-        self._inner.setup(stage)
-        loader = self._inner.train_dataloader()
-        batch_size, global_batch_size = self._sizes
-        accumulate = accumulation(batch_size, global_batch_size, trainer.world_size)
-        steps = optimiser_steps(cfg.steps, cfg.epochs, len(loader), accumulate)
-        trainer.accumulate_grad_batches = accumulate
-        self._module.total_steps = steps
-        self._stream = BatchStream(loader, steps * accumulate)
-        # Parity counts padding too, which is no property of a record.
-        if self._module.teacher is not None and len(loader) < len(self._stream) and cfg.parity is None:
-            self._module.teacher.remember()
-
-    def train_dataloader(self) -> BatchStream | None:
-        return self._stream
-
-    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        return self._inner.transfer_batch_to_device(batch, device, dataloader_idx)
