@@ -103,6 +103,10 @@ class CalibrationStream:
         self._features = features or feature_cache(model)
         self._storage = storage
 
+    def over(self, batches: Sequence[Batch]) -> CalibrationStream:
+        """A stream of the same model over other batches, with the same vision features; all positions count."""
+        return CalibrationStream(self.model, batches, "all", self._features, self._storage)
+
     @torch.no_grad()
     def start(self) -> list[Tensor]:
         """Inputs of the first layer by batch, ``(batch, seq, hidden)``; computed anew, so that no copy has to be kept.
