@@ -96,8 +96,9 @@ def read_conversations(
 
     One record is ``{"id"?, "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`` or
     ``{"id"?, "images"?: [...], "messages": [{"role": "user" | "assistant", "content"}]}``, with at most one image, a
-    path relative to ``image_root``. Text-only records are kept. Up to ``CHECK_LIMIT`` records every image is
-    decoded once to find broken ones; of more records it is only asked whether the files exist.
+    path relative to ``image_root``; a record's source is its own ``source``, else the first folder of its image, else
+    ``text``. Text-only records are kept. Up to ``CHECK_LIMIT`` records every image is decoded once to find broken ones;
+    of more records it is only asked whether the files exist.
 
     Args:
         path: The file; one JSON list, or one JSON object per line.
@@ -119,7 +120,7 @@ def read_conversations(
     seen: Counter[str] = Counter()
     for number, raw in enumerate(_raw_records(file)):
         try:
-            record = parse_record(raw, number, root)
+            record = _record(raw, number, root)
         except BadRecordError as error:
             bad.append(str(error))
             continue
@@ -127,10 +128,12 @@ def read_conversations(
         seen[record.id] += 1
         count = seen[record.id]
         records.append(record if count == 1 else replace(record, id=f"{record.id}#{count}"))
-    problems = image_problems(records)
-    total = len(records) + len(bad)
-    report_bad(str(file), [*bad, *problems.values()], total, max_bad_fraction)
-    return [record for record in records if record.id not in problems]
+    decode = len(records) <= CHECK_LIMIT
+    # In parallel, since image folders are often on a network.
+    with ThreadPoolExecutor(16) as pool:
+        problems = list(pool.map(lambda record: _image_problem(record, decode), records, chunksize=256))
+    report_bad(str(file), [*bad, *filter(None, problems)], len(records) + len(bad), max_bad_fraction)
+    return [record for record, problem in zip(records, problems, strict=True) if problem is None]
 
 
 def report_bad(where: str, bad: Sequence[str], total: int, max_bad_fraction: float) -> None:
@@ -155,26 +158,14 @@ def report_bad(where: str, bad: Sequence[str], total: int, max_bad_fraction: flo
     log.warning("%s; they are left out", found)
 
 
-def image_problems(records: Sequence[Record]) -> dict[str, str]:
-    """What is wrong with the image files of records, by record id.
-
-    Up to ``CHECK_LIMIT`` records every image is decoded; of more records it is only asked whether the files exist. In
-    parallel, since image folders are often on a network.
-    """
-    decode = len(records) <= CHECK_LIMIT
-
-    def problem(record: Record) -> str | None:
-        if isinstance(record.image, Path) and not record.image.is_file():
-            return f"record {record.id!r}: image {str(record.image)!r} does not exist"
-        try:
-            open_image(record) if decode else None
-        except UserError as error:
-            return str(error)
-        return None
-
-    with ThreadPoolExecutor(16) as pool:
-        found = pool.map(problem, records, chunksize=256)
-        return {record.id: text for record, text in zip(records, found, strict=True) if text}
+def _image_problem(record: Record, decode: bool) -> str | None:
+    if isinstance(record.image, Path) and not record.image.is_file():
+        return f"record {record.id!r}: image {str(record.image)!r} does not exist"
+    try:
+        open_image(record) if decode else None
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _raw_records(file: Path) -> Iterator[Any]:
@@ -202,20 +193,8 @@ def _raw_records(file: Path) -> Iterator[Any]:
     yield from content
 
 
-def parse_record(raw: Any, number: int, root: Path) -> Record:
-    """Turn one decoded record into a `Record`.
-
-    Args:
-        raw: The decoded JSON value.
-        number: Its place in the file; its id if it has none.
-        root: Folder of the images.
-
-    Returns:
-        The record; ``source`` is its own ``source``, else the first folder of its image, else ``text``.
-
-    Raises:
-        BadRecordError: If it is no conversation with at most one image.
-    """
+def _record(raw: Any, number: int, root: Path) -> Record:
+    """One decoded record; ``number`` is its place in the file, and its id if it has none."""
     if isinstance(raw, BadRecordError):
         raise raw
     if not isinstance(raw, Mapping):

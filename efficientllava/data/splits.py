@@ -125,13 +125,6 @@ def calibration_records(calibration: CalibrationConfig, data: DataConfig, seed: 
     return [records[index] for index in range(calibration.samples)]
 
 
-def sources(records: Sequence[Record]) -> list[str]:
-    """Source of each record, without making the record where that is possible."""
-    if isinstance(records, Digits):
-        return ["digits_vqa"] * len(records)
-    return [record.source for record in records]
-
-
 def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Record]:
     """A seeded subset, stratified by source; the same on every rank and machine.
 
@@ -151,8 +144,9 @@ def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Reco
     if fraction == 1:
         return records
     groups: dict[str, list[int]] = defaultdict(list)
-    for index, source in enumerate(sources(records)):
-        groups[source].append(index)
+    for index in range(len(records)):
+        # Records of the embedded data are made on access; their source is known.
+        groups["digits_vqa" if isinstance(records, Digits) else records[index].source].append(index)
     chosen: list[int] = []
     for source, count in _shares({name: len(group) for name, group in groups.items()}, fraction).items():
         order = _rng(seed, f"draw/{source}").permutation(len(groups[source]))
