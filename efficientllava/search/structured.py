@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ from ..pruning.surgery import cut_component
 from .generalization import LinearNorms
 from .recipe import Level, squares
 
-STEPS = 20  # one MLP level per 5 % of the channels
+STEPS = 20  # one MLP level per 5 % of the channels, and no round of the elimination takes more
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,11 @@ class Structured:
         powers = [squares(linear.weight, 1) for linear, _ in reader_rows(component, whole)]
         powers.append(squares(weight, 0))
         yield Level(0, _norms(component, powers, whole, weight))
-        for state in eliminate(weight, grams.pop(), component.width, self.damping, self.counts(component)[1:]):
+        counts = self.counts(component)
+        for state in eliminate(weight, grams.pop(), component.width, self.damping, _rounds(counts)):
             units = state.alive.tolist()
+            if len(units) not in counts:
+                continue
             columns = state.columns[:, component.columns(units)]
             yield Level(
                 (component.units - len(units)) * component.unit_parameters,
@@ -90,6 +95,14 @@ class Structured:
             tensors: As `levels` gave them.
         """
         cut_component(twin, tensors["units"].tolist(), tensors["columns"])
+
+
+def _rounds(counts: Sequence[int]) -> Iterator[int]:
+    """The counts below the first one, with more in between where a round would take more than a step of the units."""
+    step = math.ceil(counts[0] / STEPS)
+    for high, low in itertools.pairwise(counts):
+        parts = math.ceil((high - low) / step)
+        yield from (high - (high - low) * part // parts for part in range(1, parts + 1))
 
 
 def _norms(

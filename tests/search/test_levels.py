@@ -212,6 +212,15 @@ def test_kept_channels_are_multiples_but_for_the_whole():
     assert Structured().counts(components(make_model(intermediate_size=3))[1]) == (3, 2, 1)
 
 
+def test_levels_far_apart_are_reached_in_rounds_of_a_twentieth(tmp_path):
+    model = make_model()
+    far = make_table(model, Structured(channels=(16,)), tmp_path)
+    near = make_table(model, Structured(channels=tuple(range(60, 15, -4))), tmp_path / "near")
+    assert far.genes[1].amounts == (0, 0.75)
+    assert [far.units(gene, 1) for gene in (1, 3)] == [near.units(gene, 12) for gene in (1, 3)]
+    assert torch.equal(far.tensors(1, 1)["columns"], near.tensors(1, 12)["columns"])
+
+
 @pytest.mark.parametrize("name", SOME)
 def test_an_opened_table_equals_the_one_that_was_made(name, recipe, tmp_path):
     model = make_model(name)
