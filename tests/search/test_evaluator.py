@@ -1,10 +1,15 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +25,13 @@ from efficientllava.pruning.statistics import CalibrationStream
 from efficientllava.pruning.surgery import cut, cut_component
 from efficientllava.search.candidate import without_unseen
 from efficientllava.search.evaluator import Evaluator
+from efficientllava.search.masks import Masks
 from efficientllava.search.objective import Risk
+from efficientllava.search.projector import assembled
 from efficientllava.search.space import Gene, Policy
+from efficientllava.search.structured import Structured
 from tests.conftest import CHANNELS, IMAGE_TOKEN, LAYERS, make_batch, make_batches, make_model, make_packed
+from tests.search.tables import make_table
 
 GENES = 2 * LAYERS
 WIDTHS = (CHANNELS, 48, 30, 9)
@@ -293,6 +302,19 @@ def test_a_new_projector_is_seen_after_a_restart():
     assert not close(subject.evaluate(policies), old)
 
 
+@pytest.mark.parametrize("recipe", [Structured(), Masks(0.5)], ids=["structured", "unstructured"])
+def test_components_of_a_level_table(recipe, tmp_path):
+    model, batches = make_model("phi"), [make_batch(), make_packed(seed=1)]
+    table = make_table(model, recipe, tmp_path)
+    subject = Evaluator(model, table, CalibrationStream(model, batches))
+    rng = random.Random(0)
+    policies = [tuple(rng.randrange(gene.levels) for gene in table.genes) for _ in range(3)]
+    dense = copy.deepcopy(model)
+    for policy, risk in zip(policies, subject.evaluate(policies), strict=True):
+        with assembled(model, table, policy):
+            assert astuple(risk) == pytest.approx(slow_risk(model, dense, batches), abs=2e-5)
+
+
 def test_processes_share_the_sorted_policies(monkeypatch):
     model, batches = make_model(), make_batches(1)
     subject, table = evaluator(model, batches)
@@ -309,6 +331,36 @@ def test_processes_share_the_sorted_policies(monkeypatch):
     assert [len(part) for part in parts] == [2, 2, 3]
     monkeypatch.setattr(processes, "gather", lambda _: parts)
     assert close(subject.evaluate(policies), expected)
+
+
+SCRIPT = """
+import json, sys
+from efficientllava import processes
+from tests.search.test_evaluator import evaluator, make_batches, make_model, relatives
+
+processes.connect({"accelerator": "cpu"})
+subject, table = evaluator(make_model(), make_batches(2))
+parents, children = relatives(table)
+subject.evaluate(parents, keep=parents)
+losses = [risk.loss for risk in subject.evaluate(children, keep=parents)]
+with open(f"{sys.argv[1]}/{processes.rank()}", "w") as file:
+    json.dump([losses, sum(table.calls.values())], file)
+processes.finish()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_return_what_one_does(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, str(tmp_path / "script.py"), str(tmp_path)], env=environment, check=True)
+    subject, table = evaluator(make_model(), make_batches(2))
+    _, children = relatives(table)
+    expected = [risk.loss for risk in subject.evaluate(children)]
+    (first, calls), (second, others) = (json.loads((tmp_path / name).read_text()) for name in "01")
+    assert first == second == pytest.approx(expected, abs=1e-6)
+    assert calls > 0 < others
 
 
 def test_samples_without_answers_are_refused():
