@@ -1,17 +1,46 @@
-"""Loggers of recovery training: CSV by default, W&B offline unless the user is logged in."""
+"""The Trainers of a run and their loggers: CSV by default, W&B offline unless the user is logged in."""
 
 from __future__ import annotations
 
 import netrc
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from . import processes
 from .config import instantiate
 from .schema import RunConfig
+
+
+def make_trainer(
+    settings: RunConfig, folder: Path, quiet: bool = False, callbacks: Sequence[Any] = (), **overrides: Any
+) -> Any:
+    """Make a Trainer from the configuration's node.
+
+    Args:
+        settings: The run's configuration.
+        folder: The run's folder.
+        quiet: No progress bar, no logger and no configured callbacks.
+        callbacks: Added to the configured ones.
+        **overrides: Arguments that the stage decides.
+    """
+    node = dict(settings.trainer)
+    if processes.launched():
+        node["devices"] = processes.world_size() // int(node.get("num_nodes", 1))
+    options = {"default_root_dir": str(folder), "enable_checkpointing": False}
+    options |= {"use_distributed_sampler": False, **overrides}
+    configured = [c for c in (settings.callbacks or {}).values() if c.get("_target_")]
+    if quiet:
+        configured, options = [], {"logger": False, "enable_progress_bar": False, **options}
+    elif "logger" not in options:
+        options["logger"] = make_logger(settings, folder)
+    if not options["logger"]:
+        configured = [c for c in configured if not c["_target_"].endswith("LearningRateMonitor")]
+    return instantiate(node, callbacks=[*map(instantiate, configured), *callbacks], **options)
 
 
 def make_logger(settings: RunConfig, folder: Path) -> Any:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 
 from . import processes
 from .cache import Entry, StageCache, file_digest, link, source_digest
-from .config import check, digest, instantiate, typed
+from .config import check, digest, typed
 from .console import Ticker, progress, quiet_libraries, say
 from .errors import UserError
 from .schema import RunConfig
@@ -95,6 +96,7 @@ class Run:
         import torch
 
         from .checkpoint import load
+        from .loggers import make_trainer
 
         quiet_libraries()
         if settings.threads:
@@ -103,6 +105,7 @@ class Run:
         self.cache = StageCache(Path(settings.paths.cache_dir), settings.reuse)
         self.device = f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
         self.load = lambda path, dtype, revision=None: load(str(path), dtype, self.device, revision)
+        self.trainer = partial(make_trainer, settings, folder)
         self.base = self.load(settings.model.path, settings.model.dtype, settings.model.revision)
         self.models: dict[str, Any] = {"base": self.base.model}
         self.entries: dict[str, Entry] = {}
@@ -178,30 +181,6 @@ class Run:
             "threads": self.settings.threads,
         }
         return self.cache.stage(name, {**shared, **inputs}, compute)
-
-    def trainer(self, quiet: bool = False, callbacks: Sequence[Any] = (), **overrides: Any) -> Any:
-        """Make a Trainer from the configuration's node.
-
-        Args:
-            quiet: No progress bar and no logger of Lightning's.
-            callbacks: Added to the configured ones.
-            **overrides: Arguments that the stage decides.
-        """
-        from .loggers import make_logger
-
-        node = dict(self.settings.trainer)
-        if processes.launched():
-            node["devices"] = processes.world_size() // int(node.get("num_nodes", 1))
-        options = {"default_root_dir": str(self.folder), "enable_checkpointing": False}
-        options |= {"use_distributed_sampler": False, **overrides}
-        configured = [c for c in (self.settings.callbacks or {}).values() if c.get("_target_")]
-        if quiet:
-            configured, options = [], {"logger": False, "enable_progress_bar": False, **options}
-        elif "logger" not in options:
-            options["logger"] = make_logger(self.settings, self.folder)
-        if not options["logger"]:
-            configured = [c for c in configured if not c["_target_"].endswith("LearningRateMonitor")]
-        return instantiate(node, callbacks=[*map(instantiate, configured), *callbacks], **options)
 
     def _evaluate(self, stage: str, checkpoint: Any) -> None:
         from .evaluation.module import evaluate
