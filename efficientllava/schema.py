@@ -193,46 +193,27 @@ class PathsConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How to train a tiny model from nothing.
+    """How to train a tiny model from nothing."""
 
-    Attributes:
-        name: A key of `efficientllava.models.tiny.BUILDERS`.
-        seed: Seed of the weights and of the scenes.
-        align_steps: Steps of the first stage (tower and projector), 0 or more.
-        align_images: Images per step of the first stage.
-        steps: Steps of the second stage (projector and decoder).
-        images: Images per step of the second stage.
-        questions: Questions per image, a fifth of them text-only.
-        easy_steps: First steps of the second stage, in which an image holds two digits at most.
-        extra: Kinds that every image asks in addition to its draw: those that are learnt last, since they need a digit
-            bound to its colour.
-        extra_from: Step of the second stage from which it does.
-        lr: Peak learning rate of AdamW (tower, projector, embeddings, norms, biases, head).
-        muon_lr: Peak learning rate of Muon (matrices of the decoder).
-        warmup: Steps of linear warm-up in each stage; a cosine to zero follows.
-        save_every: Steps between saved training states; a killed run goes on from the last one.
-        check_every: Steps between checks of accuracy on held-out scenes.
-        threads: CPU threads.
-        test_questions: Questions of the final score.
-    """
-
-    name: str
-    seed: int = 0
-    align_steps: int = 2000
-    align_images: int = 64
-    steps: int = 6000
-    images: int = 16
-    questions: int = 12
-    easy_steps: int = 400
+    name: str  # a key of `efficientllava.models.tiny.BUILDERS`
+    seed: int = 0  # of the weights and of the scenes
+    align_steps: int = 2000  # steps of the first stage (tower and projector), 0 or more
+    align_images: int = 64  # images per step of the first stage
+    steps: int = 6000  # steps of the second stage (projector and decoder)
+    images: int = 16  # images per step of the second stage
+    questions: int = 12  # questions per image, a fifth of them text-only
+    easy_steps: int = 400  # first steps of the second stage, in which an image holds two digits at most
+    # Kinds that every image asks in addition to its draw: those that are learnt last, since they need a digit bound to
+    # its colour.
     extra: tuple[str, ...] = ("count_by_colour", "existence_by_colour")
-    extra_from: int = 3750
-    lr: float = 2e-3
-    muon_lr: float = 0.03
-    warmup: int = 100
-    save_every: int = 250
-    check_every: int = 500
-    threads: int = 1
-    test_questions: int = 2000
+    extra_from: int = 3750  # step of the second stage from which it does
+    lr: float = 2e-3  # peak learning rate of AdamW (tower, projector, embeddings, norms, biases, head)
+    muon_lr: float = 0.03  # peak learning rate of Muon (matrices of the decoder)
+    warmup: int = 100  # steps of linear warm-up in each stage; a cosine to zero follows
+    save_every: int = 250  # steps between saved training states; a killed run goes on from the last one
+    check_every: int = 500  # steps between checks of accuracy on held-out scenes
+    threads: int = 1  # CPU threads
+    test_questions: int = 2000  # questions of the final score
 
 
 @dataclass

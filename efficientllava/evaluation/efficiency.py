@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -121,14 +122,6 @@ def _latencies(
     return times
 
 
-def _spread(values: Sequence[float]) -> float:
-    """Interquartile range."""
-    if len(values) < 2:
-        return 0.0
-    quartiles = statistics.quantiles(values, n=4, method="inclusive")
-    return quartiles[2] - quartiles[0]
-
-
 def _memory(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, int]:
     """Bytes of the weights and, on an accelerator, weights plus what decoding allocates on top of what was there."""
     weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
@@ -198,8 +191,8 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) 
             "latency_ms": {
                 "prefill": statistics.median(prefill),
                 "decode": statistics.median(decode),
-                "prefill_iqr": _spread(prefill),
-                "decode_iqr": _spread(decode),
+                "prefill_iqr": float(np.subtract(*np.percentile(prefill, [75, 25]))),
+                "decode_iqr": float(np.subtract(*np.percentile(decode, [75, 25]))),
             },
             "setup": _setup(model, batch, cfg),
         }

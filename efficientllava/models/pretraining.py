@@ -96,7 +96,8 @@ class PretrainModule(lightning.LightningModule):
     def __init__(self, config: PretrainConfig, model: nn.Module, processor: Any, folder: Path) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.config, self.model, self.processor, self.folder = config, model, processor, folder
+        self.model: Any = model
+        self.config, self.processor, self.folder = config, processor, folder
         words = ([*WORDS, NOTHING], list(COLOURS), list(PLACES))
         self.words = [torch.tensor(processor.tokenizer.convert_tokens_to_ids(group)) for group in words]
         self.step = 0
@@ -105,24 +106,23 @@ class PretrainModule(lightning.LightningModule):
         self.history: list[dict[str, Any]] = []
         self.parts: list[tuple[nn.Parameter, slice, nn.Parameter]] = []
         self.saved_optimizers: list[dict[str, Any]] = []
-        minival = Digits("minival", 60)
-        self.minival = [minival[i] for i in range(len(minival))]
+        self.minival = Digits("minival", 60)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """AdamW on the tower and projector for stage one; Muon and AdamW on projector and decoder for stage two."""
-        model, config = self.model, self.config
-        tower = [*model.model.vision_tower.parameters(), *projector_of(model).parameters()]  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        layers: nn.Module = decoder_of(model).layers  # pyright: ignore[reportAssignmentType]
+        layers = decoder_of(self.model).layers
+        tower = list(self.model.model.vision_tower.parameters())
         matrices = [p for p in layers.parameters() if p.ndim == 2]
         self.parts = fused_parts(layers)
         fused = {id(owner) for owner, _, _ in self.parts}
         whole = [p for p in matrices if id(p) not in fused] + [part for _, _, part in self.parts]
-        known = {id(p) for p in [*model.model.vision_tower.parameters(), *matrices]}  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-        rest = [p for p in model.parameters() if id(p) not in known]
+        known = {id(p) for p in [*tower, *matrices]}
+        rest = [p for p in self.model.parameters() if id(p) not in known]
+        lr = self.config.lr
         return [
-            torch.optim.AdamW(tower, lr=config.lr, weight_decay=0.05),
-            torch.optim.Muon(whole, lr=config.muon_lr),
-            torch.optim.AdamW(rest, lr=config.lr, weight_decay=0.01),
+            torch.optim.AdamW([*tower, *projector_of(self.model).parameters()], lr=lr, weight_decay=0.05),
+            torch.optim.Muon(whole, lr=self.config.muon_lr),
+            torch.optim.AdamW(rest, lr=lr, weight_decay=0.01),
         ]
 
     def raw_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -138,10 +138,10 @@ class PretrainModule(lightning.LightningModule):
 
     def alignment(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each image token's word scores, and the share of filled quadrants whose digit is right."""
-        found = self.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output  # pyright: ignore[reportCallIssue]
+        found = self.model.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
         projected = found if isinstance(found, Tensor) else torch.stack(list(found))
         place = quadrants(projected.shape[1])
-        table = self.model.get_input_embeddings().weight.detach()  # pyright: ignore[reportCallIssue]
+        table = self.model.get_input_embeddings().weight.detach()
         score = [projected @ table[ids].T for ids in self.words]
         targets = (batch["digits"][:, place], batch["colours"][:, place], place.expand(len(projected), -1))
         loss = sum(
@@ -186,9 +186,8 @@ class PretrainModule(lightning.LightningModule):
             batch = {"pixel_values": pixels, **scene_targets([data.scene(i) for i in range(len(data))])}
             row["digits"] = round(float(self.alignment(batch)[1]), 4)
         else:
-            row |= {
-                k: round(v["accuracy"], 3) for k, v in forced_match(self.model, self.processor, self.minival).items()
-            }
+            scores = forced_match(self.model, self.processor, self.minival)
+            row |= {kind: round(score["accuracy"], 3) for kind, score in scores.items()}
         self.model.train()
         self.history.append(row)
         print(row, flush=True)
@@ -290,7 +289,7 @@ def _finish(module: PretrainModule, folder: Path) -> Scores:
     model, processor, config = module.model, module.processor, module.config
     model.half().float().eval()
     scores = forced_match(model, processor, Digits("test", config.test_questions))
-    model.half().save_pretrained(folder)  # pyright: ignore[reportCallIssue]
+    model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     provenance = {
         "command": f"python run.py experiment=train_{config.name} seed={config.seed}",
