@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, UserError
-from .schema import IMPORTANCES, TAYLOR, RunConfig
+from .schema import IMPORTANCES, TAYLOR, RecoverConfig, RunConfig
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -259,7 +259,7 @@ def _ranges(config: Any, node: str = "") -> Iterator[str]:
             yield f"{key}={value}: must be {description}"
 
 
-def require_ranges(config: Any, node: str) -> None:
+def require_valid(config: Any, node: str) -> None:
     """Refuse a configuration node of the Python interface, which does not come through `check`.
 
     Args:
@@ -267,9 +267,10 @@ def require_ranges(config: Any, node: str) -> None:
         node: Its key with a dot behind it, such as ``recover.``.
 
     Raises:
-        ConfigError: One line per value outside its range.
+        ConfigError: One line per problem.
     """
-    if problems := [*_ranges(config, node)]:
+    problems = [*_ranges(config, node), *(_recovery(config) if isinstance(config, RecoverConfig) else ())]
+    if problems:
         raise ConfigError(problems)
 
 
@@ -288,11 +289,19 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         )
     ):
         yield "search.uniform=true: needs search.granularity=structured and search.budget.resource=params"
+    if prune.method == "auto" and search.mutants + search.crossovers > search.population:
+        yield (
+            f"search.population={search.population}: is less than search.mutants={search.mutants} + "
+            f"search.crossovers={search.crossovers}; raise it, or lower them"
+        )
     stages = search.stages
     if prune.method == "auto" and (not stages or stages != sorted({*stages, 1.0}) or stages[0] <= 0):
         yield f"search.stages={stages}: must be rising shares of the samples that end with 1, such as [0.25,1.0]"
-    if recover.name == "none" or config.pretrain:
-        return
+    if recover.name != "none" and not config.pretrain:
+        yield from _recovery(recover)
+
+
+def _recovery(recover: RecoverConfig) -> Iterator[str]:
     if not any((recover.weights.sft, recover.weights.logit, recover.weights.hidden)):
         yield "recover.weights: all are 0, nothing would be learnt; set one above 0 or choose recover=none"
     if (recover.steps is None) == (recover.epochs is None):
@@ -302,7 +311,7 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         )
     layers = recover.hidden_layers
     if layers not in ("last", "all") and not (
-        isinstance(layers, list) and layers and all(type(v) is int for v in layers)
+        isinstance(layers, list | tuple) and layers and all(type(v) is int for v in layers)
     ):
         yield f"recover.hidden_layers={layers}: must be last, all or a list of layer indices such as [3,7]"
 
