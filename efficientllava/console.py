@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from .processes import rank
+
+Tick = Callable[[str, int, int], None]
 
 
 def say(*lines: RenderableType) -> None:
@@ -20,29 +22,22 @@ def say(*lines: RenderableType) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
-    """A progress display that updates in place on a terminal and stays quiet in a file."""
-    columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, disable=rank() > 0) as display:
-        yield display
+def progress() -> Iterator[Tick]:
+    """A display of bars that update in place on a terminal and stay quiet in a file.
 
-
-class Ticker:
-    """Callable progress: ``ticker(what, done, total)``.
-
-    Args:
-        display: From `progress`.
+    Yields:
+        ``tick(what, done, total)``, which shows that ``done`` of ``total`` steps of ``what`` are finished.
     """
+    columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, disable=rank() > 0) as display:
 
-    def __init__(self, display: Progress) -> None:
-        self._display = display
-        self._tasks: dict[str, int] = {}
+        def tick(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = display.add_task(what, total=total)
+            display.update(tasks[what], completed=done, total=total)
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` steps of ``what`` are finished."""
-        if what not in self._tasks:
-            self._tasks[what] = self._display.add_task(what, total=total)
-        self._display.update(self._tasks[what], completed=done, total=total)  # pyright: ignore[reportArgumentType]
+        yield tick
 
 
 def quiet_libraries() -> None:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from . import processes
 from .cache import Entry, StageCache, file_digest, link, source_digest
 from .config import check, digest, typed
-from .console import Ticker, progress, quiet_libraries, say
+from .console import Tick, progress, quiet_libraries, say
 from .errors import UserError
 from .schema import RunConfig
 
@@ -220,8 +220,8 @@ class Run:
 
         def compute(folder: Path, work: Path) -> dict[str, Any]:
             started = time.perf_counter()
-            with progress() as display:
-                module = self._searcher(work, Ticker(display)) if searches else self._pruner(Ticker(display))
+            with progress() as tick:
+                module = self._searcher(work, tick) if searches else self._pruner(tick)
                 self.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
             plan, pruned, report = module.plan, module.pruned, module.report
             assert plan is not None and pruned is not None and report is not None
@@ -249,7 +249,7 @@ class Run:
         )
         return self._adopt("prune", "pruned", entry)
 
-    def _pruner(self, tick: Ticker) -> Any:
+    def _pruner(self, tick: Tick) -> Any:
         from .pruning.module import PruningModule
 
         settings, model = self.settings, self.models.pop("base")
@@ -258,7 +258,7 @@ class Run:
             model, self.calibration, self.collate, settings.prune, size, settings.seed, self.features, tick
         )
 
-    def _searcher(self, work: Path, tick: Ticker) -> Any:
+    def _searcher(self, work: Path, tick: Tick) -> Any:
         from .data.splits import digest as digest_of
         from .data.splits import load_split
         from .search.module import SearchInputs, SearchModule

@@ -10,7 +10,7 @@ import lightning
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from ..config import require_ranges
+from ..config import require_valid
 from ..errors import UserError
 from ..schema import DataConfig
 from .collator import Collator
@@ -68,7 +68,7 @@ class RecoveryData(lightning.LightningDataModule):
 
     def __init__(self, data: DataConfig, processor: Any, data_frac: float = 1.0, seed: int = 0) -> None:
         super().__init__()
-        require_ranges(data, "data.")
+        require_valid(data, "data.")
         self._data, self._frac, self._seed = data, data_frac, seed
         self._collate = Collator(processor, data.max_length)
         self._records: Sequence[Record] | None = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..config import require_ranges
+from ..config import require_valid
 from ..errors import UserError
 from ..models.anatomy import language_parameters
 from ..models.forward import Batch, decoder_inputs, to_device
@@ -173,7 +173,7 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) 
     Raises:
         UserError: If ``repeats`` or ``new_tokens`` is too small.
     """
-    require_ranges(cfg, "evaluate.")
+    require_valid(cfg, "evaluate.")
     if batch["input_ids"].shape[0] != 1:
         raise ValueError(f"latency is measured on one prompt, got {batch['input_ids'].shape[0]}")
     training = {name: model.training for name, model in models.items()}

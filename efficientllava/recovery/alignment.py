@@ -45,16 +45,14 @@ def match_layers(which: str | Sequence[int], kept: Sequence[int], depth: int) ->
         Matches, from shallow to deep, without repetition.
 
     Raises:
-        UserError: An unknown word, an index outside the teacher, or one with no kept layer at or before it.
+        UserError: An index outside the teacher, or one with no kept layer at or before it.
     """
     ends = [after - 1 for after in [*kept[1:], depth]]
     pairs = [Match(i, end, i == len(kept) - 1) for i, end in enumerate(ends)]
     if which == "last":
         return (pairs[-1],)
-    if which == "all":
+    if isinstance(which, str):
         return tuple(pairs)
-    if isinstance(which, str) or not which:
-        raise UserError(f"recover.hidden_layers={which}: must be last, all or a list of layer indices")
     chosen = []
     for index in which:
         layer = index + depth if index < 0 else index

@@ -82,7 +82,6 @@ class RecoveryModule(L.LightningModule):
         self.recent: deque[Tensor] = deque(maxlen=RECENT)
         self._seed = seed
         self._features = feature_cache(student)
-        self._projector_width = next(projector_of(student).parameters()).shape[-1]
         self._group = torch.zeros(2)
         self._started = 0.0
 
@@ -132,7 +131,7 @@ class RecoveryModule(L.LightningModule):
         # Text-only batches and losses on inner layers leave parameters out; DDP needs a gradient for each.
         sums = sums + 0.0 * rows.float().sum()
         if features is None:
-            sums = sums + 0.0 * projector(rows.new_zeros(1, 1, self._projector_width, dtype=dtype)).float().sum()
+            sums = sums + 0.0 * torch.stack([p.float().sum() for p in projector.parameters()]).sum()
         return sums
 
     def _log(self, values: Tensor, weights: Tensor) -> None:

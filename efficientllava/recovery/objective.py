@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import require_ranges
-from ..errors import UserError
+from ..config import require_valid
 from ..models.forward import supervised_positions
 from .losses import HiddenStateKDLoss, LogitKDLoss, SFTLoss
 
@@ -28,32 +27,29 @@ def build_terms(cfg: Any) -> tuple[Term, ...]:
     """Build the weighted losses of a configuration; weights of 0 are left out.
 
     Args:
-        cfg: A `efficientllava.schema.RecoverConfig` (or a node with its fields).
+        cfg: A `efficientllava.schema.RecoverConfig`.
 
     Returns:
         The terms in the order sft, logit, hidden.
 
     Raises:
-        UserError: A value outside the range that `efficientllava.config` gives, or no loss at all.
+        UserError: What `efficientllava.config` does not allow.
     """
-    require_ranges(cfg, "recover.")
+    require_valid(cfg, "recover.")
     layers = cfg.hidden_layers if isinstance(cfg.hidden_layers, str) else tuple(int(i) for i in cfg.hidden_layers)
     terms = (
         Term(cfg.weights.sft, SFTLoss()),
         Term(cfg.weights.logit, LogitKDLoss(cfg.kl, cfg.temperature)),
         Term(cfg.weights.hidden, HiddenStateKDLoss(cfg.hidden_metric, layers, normalise=cfg.parity is None)),
     )
-    chosen = tuple(term for term in terms if term.weight > 0)
-    if not chosen:
-        raise UserError("recover.weights: all are 0, nothing to minimise; set one, or choose recover=none")
-    return chosen
+    return tuple(term for term in terms if term.weight > 0)
 
 
 def describe(cfg: Any) -> str:
     """Say in one line what a recovery minimises, such as ``0.5 x CE + 0.5 x L2(hidden)``.
 
     Args:
-        cfg: A `efficientllava.schema.RecoverConfig` (or a node with its fields).
+        cfg: A `efficientllava.schema.RecoverConfig`.
 
     Returns:
         The sum of weighted losses; a parity mode is named in brackets.

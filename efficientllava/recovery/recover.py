@@ -157,19 +157,14 @@ def optimiser_steps(steps: int | None, epochs: float | None, batches_per_epoch: 
 
     Args:
         steps: Given directly, >= 1, or None.
-        epochs: Passes over the data, > 0, or None.
+        epochs: Passes over the data, > 0; None where ``steps`` are given.
         batches_per_epoch: Micro-batches per process and epoch.
         accumulate: Micro-batches per optimiser step.
 
     Returns:
         ``steps``, or what ``epochs`` amount to, rounded up.
-
-    Raises:
-        UserError: None or both are given.
     """
-    if (steps is None) == (epochs is None):
-        raise UserError(f"recover.steps={steps}, recover.epochs={epochs}: set exactly one of them, the other to null")
-    return steps if steps is not None else math.ceil(epochs * batches_per_epoch / accumulate)  # pyright: ignore[reportOptionalOperand]
+    return steps if epochs is None else math.ceil(epochs * batches_per_epoch / accumulate)  # pyright: ignore[reportReturnType]
 
 
 def _teach(

@@ -15,20 +15,14 @@ from torch.utils.data import DataLoader
 RESUME_POINT = "last.ckpt"
 
 
-class _Endless:
-    """Index batches of all epochs from a position on, as a batch sampler."""
-
-    def __init__(self, sampler: Any, start: int) -> None:
-        self._sampler = sampler
-        self._start = start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, skip = divmod(self._start, len(self._sampler))
-        for number in itertools.count(epoch):
-            if hasattr(self._sampler, "set_epoch"):
-                self._sampler.set_epoch(number)
-            yield from itertools.islice(iter(self._sampler), skip, None)
-            skip = 0
+def _endless(sampler: Any, start: int) -> Iterator[list[int]]:
+    """Index batches of all epochs from a position on."""
+    epoch, skip = divmod(start, len(sampler))
+    for number in itertools.count(epoch):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(number)
+        yield from itertools.islice(iter(sampler), skip, None)
+        skip = 0
 
 
 class BatchStream:
@@ -55,7 +49,7 @@ class BatchStream:
         loader = self._loader
         batches = DataLoader(
             loader.dataset,
-            batch_sampler=_Endless(loader.batch_sampler, self._position),  # pyright: ignore[reportArgumentType]
+            batch_sampler=_endless(loader.batch_sampler, self._position),  # pyright: ignore[reportArgumentType]
             collate_fn=loader.collate_fn,
             num_workers=loader.num_workers,
             pin_memory=loader.pin_memory,

@@ -213,9 +213,6 @@ def test_epochs_become_steps():
     assert optimiser_steps(7, None, 100, 4) == 7
     assert optimiser_steps(None, 2, 10, 4) == 5
     assert optimiser_steps(None, 0.5, 11, 1) == 6
-    for steps, epochs in ((None, None), (1, 1)):
-        with pytest.raises(UserError, match=r"recover\.steps"):
-            optimiser_steps(steps, epochs, 10, 1)
 
 
 def test_the_global_batch_is_a_whole_number_of_rounds():
