@@ -10,6 +10,8 @@ To support another decoder, add one row to `DECODERS`.
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 
-PROJECTORS = ("multi_modal_projector", "connector")
+PROJECTORS = ("multi_modal_projector", "connector", "visual.merger")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class DecoderNames:
         mlp_out: Writer of the MLP.
         fused: Whether ``qkv`` and ``mlp_in`` each name one fused projection.
         gated: Whether the MLP has a gate.
+        post_norms: Whether a norm stands between a writer and the residual stream.
+        composite: ``model_type`` of the only model that has this decoder, where its configuration names the decoder's.
+        stock_only: Whether the stock class alone can hold the decoder, and its heads and a width for all layers.
     """
 
     layer: str
@@ -43,6 +48,9 @@ class DecoderNames:
     mlp_out: str = "down_proj"
     fused: bool = False
     gated: bool = True
+    post_norms: bool = False
+    composite: str | None = None
+    stock_only: bool = False
 
 
 # model_type of the text configuration -> names
@@ -53,6 +61,9 @@ DECODERS: dict[str, DecoderNames] = {
     "qwen3": DecoderNames("Qwen3DecoderLayer"),
     "phi": DecoderNames("PhiDecoderLayer", attention_out="dense", mlp_in=("fc1",), mlp_out="fc2", gated=False),
     "phi3": DecoderNames("Phi3DecoderLayer", qkv=("qkv_proj",), mlp_in=("gate_up_proj",), fused=True),
+    "gemma3_text": DecoderNames("Gemma3DecoderLayer", post_norms=True, composite="gemma3"),
+    "qwen2_5_vl_text": DecoderNames("Qwen2_5_VLDecoderLayer", stock_only=True),
+    "qwen3_vl_text": DecoderNames("Qwen3VLTextDecoderLayer", composite="qwen3_vl"),
 }
 PER_LAYER_PREFIX = "pruned_"  # model_type of our registered per-layer configurations: prefix + host type
 
@@ -154,10 +165,9 @@ class Layer:
 
 def projector_of(model: nn.Module) -> nn.Module:
     """Return the vision projector of an image-text-to-text model."""
-    base: Any = model.model
     for name in PROJECTORS:
-        if hasattr(base, name):
-            return getattr(base, name)
+        with contextlib.suppress(AttributeError):
+            return operator.attrgetter(name)(model.model)
     raise UserError(f"model {type(model).__name__}: no vision projector among {PROJECTORS}; add its name to {__name__}")
 
 
@@ -170,6 +180,17 @@ def final_norm_of(model: nn.Module) -> nn.Module:
     """Return the norm between the last decoder layer and the head."""
     decoder = decoder_of(model)
     return decoder.final_layernorm if hasattr(decoder, "final_layernorm") else decoder.norm
+
+
+def names_of(model: nn.Module) -> DecoderNames:
+    """Return the table row of a model's decoder."""
+    return DECODERS[host_type(decoder_of(model).config)]
+
+
+def pinned_layers(model: nn.Module) -> int:
+    """Count the first layers that may not be dropped: DeepStack adds image features after each of them."""
+    vision = getattr(model.config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
 
 
 def host_type(text_config: Any) -> str:

@@ -17,6 +17,13 @@ from .anatomy import decoder_of, projector_of
 
 Batch = Mapping[str, Any]
 
+# Models whose image tokens are the projector's output, in order; the others run their own vision pass every time.
+PLAIN = ("llava", "internvl", "gemma3")
+# What a model needs to know of its images beside the pixels.
+IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
+# Models that are told which tokens stand for an image: for positions in two dimensions, or to look both ways.
+TOKEN_TYPES = {"qwen2_5_vl": "mm_token_type_ids", "qwen3_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}
+
 
 class _ProjectorInput(Exception):
     def __init__(self, value: Tensor) -> None:
@@ -80,8 +87,9 @@ def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = Non
 
     Returns:
         ``input_ids``, ``attention_mask`` (4-D for packed batches), ``position_ids`` where given, and the projected
-        image features as ``mm_encoder_outputs``.
+        image features as ``mm_encoder_outputs``, or the image inputs where the model is not one of `PLAIN`.
     """
+    family, image_token = model.config.model_type, model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
     if batch.get("segment_ids") is not None:
         # The decoder's type: while it trains in fp32, a frozen tower may stay in half precision.
@@ -89,12 +97,17 @@ def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = Non
         inputs["attention_mask"] = segment_mask(batch["attention_mask"], batch["segment_ids"], dtype)
     if batch.get("position_ids") is not None:
         inputs["position_ids"] = batch["position_ids"]
+    if family in TOKEN_TYPES:
+        inputs[TOKEN_TYPES[family]] = (batch["input_ids"] == image_token).long()  # pyright: ignore[reportArgumentType]
+    if family not in PLAIN:
+        images = {key: batch[key] for key in IMAGE_INPUTS if batch.get(key) is not None}
+        return inputs | to_device(images, batch["input_ids"].device, next(model.parameters()).dtype)
     if features is None and batch.get("pixel_values") is not None:
         features = vision_features(model, batch["pixel_values"].to(next(model.parameters()).dtype))
     if features is not None and len(features):
         projected = projector_of(model)(features)
-        # InternVL takes the features as one tensor, LLaVA as a list with one tensor per image.
-        pooled = projected if hasattr(model.model, "pixel_shuffle") else list(projected)
+        # LLaVA takes the features as a list with one tensor per image, the others as one tensor.
+        pooled = list(projected) if family == "llava" else projected
         inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=pooled)}  # pyright: ignore[reportArgumentType]
     return inputs
 
@@ -195,11 +208,12 @@ class FeatureCache:
     """Vision features by image id, computed once and kept on the host.
 
     Args:
-        compute: Maps ``pixel_values`` to features; usually `vision_features` with a model bound.
+        compute: Maps ``pixel_values`` to features; usually `vision_features` with a model bound. None: there are no
+            features to share, see `PLAIN`.
         limit_bytes: Features beyond this size are computed anew instead of kept.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor], limit_bytes: int = 4 << 30) -> None:
+    def __init__(self, compute: Callable[[Tensor], Tensor] | None, limit_bytes: int = 4 << 30) -> None:
         self._compute = compute
         self._memory = HostMemory(limit_bytes)
 
@@ -211,10 +225,10 @@ class FeatureCache:
                 ``image_tiles`` (tiles per image).
 
         Returns:
-            ``(tiles, tokens, width)`` on the device of ``pixel_values``; None when the batch has no image.
+            ``(tiles, tokens, width)`` on the device of ``pixel_values``; None when there is nothing to share.
         """
         pixels = batch.get("pixel_values")
-        if pixels is None or not len(pixels):
+        if self._compute is None or pixels is None or not len(pixels):
             return None
         ids: list[str] = batch["image_ids"]
         if (known := self._memory.get(ids)) is not None:
@@ -235,4 +249,4 @@ def feature_cache(model: nn.Module) -> FeatureCache:
         weight = next(model.parameters())
         return vision_features(model, pixels.to(weight.device, weight.dtype)).to(pixels.device)
 
-    return FeatureCache(compute)
+    return FeatureCache(compute if model.config.model_type in PLAIN else None)  # pyright: ignore[reportAttributeAccessIssue]

@@ -61,6 +61,9 @@ def text_config_for(source: Any, kept: Sequence[int], shapes: Sequence[LayerShap
 
     Returns:
         A stock configuration where all shapes are equal and a stock class can hold them, else a per-layer one.
+
+    Raises:
+        UserError: The decoder can have no per-layer configuration and needs one.
     """
     fields: dict[str, Any] = {**copy.deepcopy(source.to_dict()), "num_hidden_layers": len(kept), "head_dim": head_dim}
     for name in ("model_type", "per_layer_config", "allow_global_per_layer_attribute_access", "transformers_version"):
@@ -69,12 +72,18 @@ def text_config_for(source: Any, kept: Sequence[int], shapes: Sequence[LayerShap
         fields["layer_types"] = [fields["layer_types"][i] for i in kept]
     host = host_type(source)
     stock: Any = CONFIG_MAPPING
+    whole = LayerShape(source.num_attention_heads, source.num_key_value_heads, shapes[0].channels)
+    if DECODERS[host].stock_only and set(shapes) != {whole}:
+        raise UserError(
+            f"model: a {host} decoder keeps its heads and has one width for all layers; drop layers, or cut channels "
+            "alone with prune.selection=shape or local and without prune.protect"
+        )
     if len(set(shapes)) == 1:
         fields |= shapes[0].overrides()
-        # Llama's validator wants hidden_size % heads == 0 even when head_dim is explicit.
-        if host != "llama" or source.hidden_size % shapes[0].heads == 0:
+        # These validators want hidden_size % heads == 0 even when head_dim is explicit.
+        if host not in ("llama", "gemma3_text") or source.hidden_size % shapes[0].heads == 0:
             return stock[host](**fields)
-        if not (source.attention_bias or source.mlp_bias):
+        if host == "llama" and not (source.attention_bias or source.mlp_bias):
             shared = {name: fields[name] for name in stock["mistral"].__annotations__ if name in fields}
             return stock["mistral"](**{**shared, "sliding_window": None})
     widest = {name: max(shape.overrides()[name] for shape in shapes) for name in shapes[0].overrides()}
@@ -130,8 +139,6 @@ def _model_class(host: str, config_class: Any) -> Any:
         # The host's constructor builds everything but the layers, so that no full-size layer is ever allocated.
         empty = copy.deepcopy(config)
         empty.num_hidden_layers = 0
-        if getattr(empty, "layer_types", None):
-            empty.layer_types = []
         empty.per_layer_config = {}
         base.__init__(self, empty)
         config._attn_implementation = empty._attn_implementation
@@ -158,12 +165,27 @@ def _model_class(host: str, config_class: Any) -> Any:
     return type(f"Pruned{base.__name__}", (base,), namespace)
 
 
+def _admit(composite: str) -> None:
+    """Let a composite configuration that names the class of its text configuration take a per-layer one as well."""
+    part = CONFIG_MAPPING[composite].sub_configs_defaults["text_config"]
+    stock = part.create_subconfig
+
+    def create_subconfig(key: str, subconfig: Any = None, **kwargs: Any) -> Any:
+        if isinstance(subconfig, dict) and str(subconfig.get("model_type")).startswith(PER_LAYER_PREFIX):
+            subconfig = AutoConfig.for_model(**subconfig)
+        return stock(key, subconfig, **kwargs)
+
+    part.create_subconfig = create_subconfig  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def register() -> None:
     """Register the per-layer classes of every supported decoder with transformers; calling it again does nothing."""
-    for host in DECODERS:
+    for host, names in DECODERS.items():
         name = PER_LAYER_PREFIX + host
-        if name in CONFIG_MAPPING:
+        if name in CONFIG_MAPPING or names.stock_only:
             continue
+        if names.composite:
+            _admit(names.composite)
         config_class, model_class = per_layer_classes(host)
         AutoConfig.register(name, config_class)
         AutoModel.register(config_class, model_class)

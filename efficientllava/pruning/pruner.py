@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models.anatomy import decoder_of, final_norm_of, language_parameters, layers_of
+from ..models.anatomy import decoder_of, final_norm_of, language_parameters, layers_of, names_of, pinned_layers
 from ..schema import PruneConfig
 from .plan import LayerPlan, PruningPlan
 from .refit import LayerError, SequentialPruner
@@ -205,6 +205,11 @@ def require_plannable(model: nn.Module, config: PruneConfig) -> None:
     """
     if config.method == "layerwise":
         _blocks_to_drop(model, config)
+    elif config.method == "widthwise" and names_of(model).stock_only and _varies(config):
+        raise UserError(
+            f"prune: a {decoder_of(model).config.model_type} decoder has one width for all layers; set "
+            "prune.selection=shape or local, and protect no layer"
+        )
     elif config.method == "widthwise" and config.share is None and config.ratio:
         space = prune_space(model, config)
         if config.selection == "global":
@@ -213,13 +218,21 @@ def require_plannable(model: nn.Module, config: PruneConfig) -> None:
             uniform_candidates(space, config.ratio)
 
 
+def _varies(config: PruneConfig) -> bool:
+    """Whether the channels of a widthwise plan may differ between layers."""
+    free = config.selection == "global" and config.share is None
+    return free or bool(config.protect or config.protect_mlp or config.protect_scaled)
+
+
 def _blocks_to_drop(model: nn.Module, config: PruneConfig) -> int:
-    sizes = [sum(p.numel() for p in layer.module.parameters()) for layer in layers_of(model)]
+    layers = layers_of(model)[pinned_layers(model) :]
+    sizes = [sum(p.numel() for p in layer.module.parameters()) for layer in layers]
     if config.drop_layers is None:
         return layers_to_drop(sizes, language_parameters(model), config.ratio or 0.0)
     if not 0 <= config.drop_layers < len(sizes):
         raise UserError(
-            f"prune.drop_layers={config.drop_layers}: the model has {len(sizes)} layers; allowed: 0..{len(sizes) - 1}"
+            f"prune.drop_layers={config.drop_layers}: the model has {len(sizes)} layers that can be dropped; allowed: "
+            f"0..{len(sizes) - 1}"
         )
     return config.drop_layers
 
@@ -237,7 +250,7 @@ def _layerwise(
     for step in range(count):
         if config.iterative and step:
             scores = block_influences(stream, kept, config, calibration.reduce)
-        lowest = min(range(len(kept)), key=lambda position: scores[position])
+        lowest = min(range(pinned_layers(model), len(kept)), key=lambda position: scores[position])
         kept.pop(lowest)
         scores = scores[:lowest] + scores[lowest + 1 :]
         calibration.tick("score blocks", step + 1, count)
@@ -250,6 +263,8 @@ def prune_space(model: nn.Module, config: PruneConfig) -> Space:
     if config.protect_scaled:
         heads, channels = scaled_protection(len(layers_of(model)))
         attention, mlp = attention + heads, mlp + channels
+    if names_of(model).stock_only:
+        attention = list(range(len(layers_of(model))))
     return Space.of(model, attention, mlp, config.round_to)
 
 

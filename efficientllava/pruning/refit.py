@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, decoder_of, describe_layer
+from ..models.anatomy import Component, decoder_of, describe_layer, names_of
 from .plan import LayerPlan
 from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, factorise, no_reduce
 from .surgery import cut_component
@@ -154,7 +154,8 @@ class SequentialPruner:
         if target not in TARGETS:
             raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
         self._stream, self._refit, self._damping, self._reduce = stream, refit, damping, reduce
-        self._to_residual = refit and target == "residual"
+        # A norm after the writer hides the residual stream from it; the layer's own output is the target then.
+        self._to_residual = refit and target == "residual" and not names_of(stream.model).post_norms
         self._config = decoder_of(stream.model).config
 
     @torch.no_grad()

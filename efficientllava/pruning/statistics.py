@@ -8,6 +8,7 @@ targets are collected on the way and freed with the layer.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,7 @@ class CalibrationStream:
         image_token_id = model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.counted = [counted_positions(b, tokens, image_token_id) for b in batches]  # pyright: ignore[reportArgumentType]
         self._kwargs: list[list[dict[str, Any]]] = []
+        self._added: list[list[Tensor | None]] = []
         self._features = features or feature_cache(model)
         self._storage = storage
 
@@ -113,13 +115,16 @@ class CalibrationStream:
 
         The layers must be as they were made: after a cut there is no start any more.
         """
-        hidden, kwargs = [], []
+        hidden, kwargs, added = [], [], []
         for batch in self.batches:
             with recorded_calls(decoder_of(self.model).layers) as calls:
                 forward_hidden(self.model, batch, self._features(batch))
             hidden.append(self.store(calls[0][0]))
             kwargs.append([keywords for _, keywords in calls])
-        self._kwargs = kwargs
+            # The layers are idle: what changes between two of them the decoder adds itself, as DeepStack does.
+            steps = itertools.pairwise(inputs for inputs, _ in calls)
+            added.append([None if after is before else after - before for before, after in steps] + [None])
+        self._kwargs, self._added = kwargs, added
         return hidden
 
     def store(self, hidden: Tensor) -> Tensor:
@@ -141,9 +146,10 @@ class CalibrationStream:
             inputs: ``(batch, seq, hidden)`` on the compute device.
 
         Returns:
-            The layer's output, like ``inputs``.
+            The next layer's input, like ``inputs``.
         """
-        return layer(inputs, **self._kwargs[batch][position])
+        output, added = layer(inputs, **self._kwargs[batch][position]), self._added[batch][position]
+        return output if added is None else output + added
 
     def run(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Move all batches through one layer: its outputs take the place of its inputs as they are made.
