@@ -18,7 +18,7 @@ from .card import model_card
 from .errors import UserError
 from .files import whole_folder
 from .models.anatomy import decoder_of
-from .models.convert import stock_folder
+from .models.convert import stock_folder, with_protocol
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 
@@ -129,7 +129,9 @@ def compute_dtype(name: str, storage: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else storage
 
 
-def load(path: str, dtype: str = "auto", device: str = "cpu", revision: str | None = None) -> Checkpoint:
+def load(
+    path: str, dtype: str = "auto", device: str = "cpu", revision: str | None = None, protocol: str | None = None
+) -> Checkpoint:
     """Load a checkpoint, strictly: every tensor of the model is in the folder, and the other way round.
 
     Args:
@@ -137,6 +139,7 @@ def load(path: str, dtype: str = "auto", device: str = "cpu", revision: str | No
         dtype: ``auto``, ``float32``, ``float16`` or ``bfloat16``; see `compute_dtype`.
         device: Device that the weights are loaded to.
         revision: Hub revision.
+        protocol: ``vicuna_v1`` gives a LLaVA-1.5 its own preprocessing and prompt; None leaves them as the folder says.
 
     Returns:
         The checkpoint; its model is in eval mode.
@@ -173,13 +176,16 @@ def load(path: str, dtype: str = "auto", device: str = "cpu", revision: str | No
         raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
     try:
         processor = load_processor(folder)
+        if protocol is not None:
+            processor = with_protocol(processor, protocol)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UserError(
             f"model.path={path}: the processor cannot be loaded: {_first_line(error)}; the folder needs the "
             "tokenizer and processor files beside the weights"
         ) from error
     provenance = _provenance(folder, path, len(decoder_of(model).layers))
-    return Checkpoint(model.eval(), processor, path, storage, digest(folder), provenance)
+    content = digest(folder) if protocol is None else f"{digest(folder)}-{protocol}"
+    return Checkpoint(model.eval(), processor, path, storage, content, provenance)
 
 
 def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:

@@ -48,6 +48,7 @@ RULES: dict[str, Rule] = {
     "threads": AT_LEAST_1,
     "model.dtype": DTYPE,
     "model.train": _one_of("lora", "full"),
+    "model.protocol": _one_of(None, "vicuna_v1"),
     "calibration.samples": AT_LEAST_1,
     "calibration.batch_size": AT_LEAST_1,
     "data.name": _one_of("digits_vqa", "conversations"),

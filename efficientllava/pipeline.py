@@ -104,9 +104,10 @@ class Run:
         self.settings, self.folder, self.overrides = settings, folder, list(overrides)
         self.cache = StageCache(Path(settings.paths.cache_dir), settings.reuse)
         self.device = f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
-        self.load = lambda path, dtype, revision=None: load(str(path), dtype, self.device, revision)
+        self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest)
         self.trainer = partial(make_trainer, settings, folder)
-        self.base = self.load(settings.model.path, settings.model.dtype, settings.model.revision)
+        model = settings.model
+        self.base = self.load(model.path, model.dtype, model.revision, model.protocol)
         self.models: dict[str, Any] = {"base": self.base.model}
         self.entries: dict[str, Entry] = {}
         self.metrics: dict[str, dict[str, Any]] = {}

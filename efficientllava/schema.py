@@ -24,6 +24,7 @@ class ModelConfig:
     revision: str | None = None  # hub revision; None is the default branch
     dtype: str = "auto"  # auto | float32 | float16 | bfloat16; auto: float32 on CPU, as stored elsewhere
     train: str = "full"  # what recoveries that train the decoder train by default: lora | full
+    protocol: str | None = None  # vicuna_v1: LLaVA-1.5's own preprocessing and prompt; None: as the folder says
 
 
 @dataclass

@@ -428,6 +428,16 @@ def test_the_llava_protocol_survives_saving(tmp_path):
     assert np.array_equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
 
 
+def test_a_checkpoint_is_loaded_with_a_protocol(tmp_path):
+    model, processor = tiny_llava()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    stored, original = load(str(tmp_path)), load(str(tmp_path), protocol="vicuna_v1")
+    assert original.processor.chat_template != stored.processor.chat_template
+    assert original.processor.image_processor.do_pad
+    assert original.digest != stored.digest
+
+
 def test_a_protocol_of_another_family(internvl):
     with pytest.raises(UserError, match=r"model\.protocol=vicuna_v1: .* InternVLPilProcessor"):
         convert.with_protocol(load_processor(convert.stock_folder(internvl)), "vicuna_v1")
