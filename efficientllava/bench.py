@@ -266,6 +266,7 @@ def main() -> None:
     """Measure everything and print one table."""
     from .checkpoint import load
     from .console import quiet_libraries
+    from .search.bench import search_rows
 
     torch.set_num_threads(1)
     quiet_libraries()
@@ -276,7 +277,7 @@ def main() -> None:
     with redirect_stdout(StringIO()):
         rows = memory_rows()
         checkpoint = fresh()
-        rows += [evaluation_row(checkpoint), recovery_row(fresh), vision_row(checkpoint)]
+        rows += [evaluation_row(checkpoint), recovery_row(fresh), vision_row(checkpoint), *search_rows()]
     print(table(rows))
 
 

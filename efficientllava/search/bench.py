@@ -7,13 +7,13 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..bench import Row
+from ..bench import Row, nothing
 from ..data.collator import Collator
 from ..data.digits import Digits
 from ..models.anatomy import language_parameters
@@ -36,6 +36,7 @@ DEPTH, SAMPLES, BATCH, RATIO = 12, 64, 8, 0.5
 PARENTS, CHILDREN = 8, 6
 SINGLE, NAIVE = 4, 16  # every how many children are also evaluated one by one, and the naive way
 PRUNE = PruneConfig("widthwise", "widthwise", RATIO, refit=True)
+ROUND_TO = 8  # widths that matrix products like, as at full size
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def make_setting(folder: Path, depth: int = DEPTH, samples: int = SAMPLES) -> Se
     records, collate = Digits("calibration", samples), Collator(processor)
     batches = [collate([records[i] for i in range(at, min(at + BATCH, samples))]) for at in range(0, samples, BATCH)]
     calibration = Calibration(batches, feature_cache(model))
-    table = build_table(model, Structured(), calibration, folder, {})
+    table = build_table(model, Structured(round_to=ROUND_TO), calibration, folder, {})
     whole = language_parameters(model)
     costs = [[table.removed(i, level) / whole for level in range(gene.levels)] for i, gene in enumerate(table.genes)]
     space = SearchSpace(table.genes, Budget("params", RATIO, tuple(map(tuple, costs))))
@@ -100,31 +101,30 @@ def default_children(space: SearchSpace) -> tuple[list[Policy], list[Policy]]:
 
 
 @torch.no_grad()
-def plain_loss(setting: Setting, model: Any) -> float:
+def plain_loss(model: Any, calibration: Calibration) -> float:
     """Answer loss of all samples by the model's own forward pass, summed over batches."""
-    features = setting.calibration.features
-    return sum(
-        float(answer_loss(model, batch, features(batch) if features else None)) for batch in setting.calibration.batches
-    )
+    features = calibration.features or nothing
+    return sum(float(answer_loss(model, batch, features(batch))) for batch in calibration.batches)
 
 
 def assembled_loss(setting: Setting, policy: Policy) -> float:
     """Loss of an assembled candidate that shares nothing with others."""
     with assembled(setting.model, setting.table, policy):
-        return plain_loss(setting, setting.model)
+        return plain_loss(setting.model, setting.calibration)
 
 
 def naive_loss(setting: Setting, policy: Policy) -> float:
-    """Loss of a candidate that is copied, refitted and cut as a pruned model is."""
+    """Loss of a candidate that is copied, refitted and cut as a pruned model is, and looks at its images itself."""
+    alone = replace(setting.calibration, features=None)
     layers = setting.table.plan(policy)
     ratio = plan_ratio(setting.model, layers)
-    plan = PruningPlan("widthwise", layers, len(layers), 1, RATIO, ratio, setting.calibration.ids)
-    pruned, _ = apply_plan(copy.deepcopy(setting.model), plan, setting.calibration, PRUNE)
-    return plain_loss(setting, pruned)
+    plan = PruningPlan("widthwise", layers, len(layers), 1, RATIO, ratio, alone.ids)
+    pruned, _ = apply_plan(copy.deepcopy(setting.model), plan, alone, PRUNE)
+    return plain_loss(pruned, alone)
 
 
 def per_policy(function: Callable[[], Any], count: int) -> float:
-    """CPU seconds of one call, divided by the number of policies; unlike wall time, other programs hardly change them."""
+    """CPU seconds of one call per policy; other programs change them less than wall time."""
     started = time.process_time()
     function()
     return (time.process_time() - started) / count

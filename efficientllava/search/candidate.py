@@ -98,7 +98,7 @@ def without_unseen(batch: Batch, image_token_id: int) -> tuple[dict[str, Any], T
     sees = segment_mask(batch["attention_mask"], segments, torch.float32).squeeze(1) == 0
     needed = (sees & supervised.unsqueeze(2)).any(1) | (batch["input_ids"] == image_token_id)
     order = needed.int().sort(dim=1, descending=True, stable=True).indices
-    columns = order[:, : int(needed.sum(1).max())]
+    columns = order[:, : max(1, int(needed.sum(1).max()))]
     named = ("input_ids", "position_ids", "segment_ids")
     moved = {name: batch[name].gather(1, columns) for name in named if batch.get(name) is not None}
     rest = {name: value for name, value in batch.items() if name != "labels"}
