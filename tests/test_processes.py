@@ -39,6 +39,7 @@ def test_a_single_process_is_its_own_first(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert (processes.rank(), processes.world_size(), processes.launched()) == (0, 1, False)
     assert processes.from_first("a") == "a"
+    assert processes.gather("a") == ["a"]
     assert torch.equal(processes.sum_over(torch.ones(2)), torch.ones(2))
     processes.barrier()
 
