@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 import transformers
 from torch import Tensor, nn
@@ -83,51 +82,63 @@ def fused_parts(layers: nn.Module) -> list[tuple[nn.Parameter, slice, nn.Paramet
     return parts
 
 
-class PretrainModule(lightning.LightningModule):
-    """Both stages, with optimisers driven by hand.
+class Pretraining:
+    """Both stages of a training, which a killed run takes up where its state was last saved.
 
     Args:
         config: The recipe.
         model: The freshly initialised model.
         processor: Its processor.
         folder: Where the training state is kept.
+
+    Raises:
+        UserError: The state in the folder belongs to another recipe.
     """
 
     def __init__(self, config: PretrainConfig, model: nn.Module, processor: Any, folder: Path) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.model: Any = model
+        self.model: Any = model.train()
         self.config, self.processor, self.folder = config, processor, folder
         words = ([*WORDS, NOTHING], list(COLOURS), list(PLACES))
         self.words = [torch.tensor(processor.tokenizer.convert_tokens_to_ids(group)) for group in words]
-        self.step = 0
-        self.seconds = 0.0
-        self.began = time.monotonic()
-        self.history: list[dict[str, Any]] = []
-        self.parts: list[tuple[nn.Parameter, slice, nn.Parameter]] = []
-        self.saved_optimizers: list[dict[str, Any]] = []
         self.minival = Digits("minival", 60)
+        self.step, self.seconds, self.began = 0, 0.0, time.monotonic()
+        self.history: list[dict[str, Any]] = []
+        self.parts = fused_parts(decoder_of(model).layers)
+        self.optimizers = self._optimizers()
+        if (folder / STATE).exists():
+            state = torch.load(folder / STATE, weights_only=True)
+            _same_recipe(state["config"], config, folder / STATE)
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+            self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def _optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """AdamW on the tower and projector for stage one; Muon and AdamW on projector and decoder for stage two."""
-        layers = decoder_of(self.model).layers
         tower = list(self.model.model.vision_tower.parameters())
-        matrices = [p for p in layers.parameters() if p.ndim == 2]
-        self.parts = fused_parts(layers)
+        matrices = [p for p in decoder_of(self.model).layers.parameters() if p.ndim == 2]
         fused = {id(owner) for owner, _, _ in self.parts}
         whole = [p for p in matrices if id(p) not in fused] + [part for _, _, part in self.parts]
         known = {id(p) for p in [*tower, *matrices]}
         rest = [p for p in self.model.parameters() if id(p) not in known]
         lr = self.config.lr
-        return [
+        optimizers = (
             torch.optim.AdamW([*tower, *projector_of(self.model).parameters()], lr=lr, weight_decay=0.05),
             torch.optim.Muon(whole, lr=self.config.muon_lr),
             torch.optim.AdamW(rest, lr=lr, weight_decay=0.01),
-        ]
+        )
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = group["lr"]
+        return optimizers
 
-    def raw_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimisers themselves: a state loaded into Lightning's wrappers does not reach them."""
-        return list(self.optimizers(use_pl_optimizer=False))  # pyright: ignore[reportArgumentType]
+    def run(self) -> None:
+        """Train through the steps that are left."""
+        self.began = time.monotonic()
+        for batch in DataLoader(Scenes(self.config, self.processor, self.step), batch_size=None):
+            self.train(batch)
+        self.seconds, self.began = self.elapsed(), time.monotonic()
+        self.save_state()
 
     def rate(self) -> float:
         """Learning rate of this step as a share of the peak: linear warm-up, cosine to zero, in each stage."""
@@ -151,16 +162,16 @@ class PretrainModule(lightning.LightningModule):
         truth = batch["digits"]
         return torch.as_tensor(loss), (votes == truth)[truth < len(WORDS)].float().mean()
 
-    def training_step(self, batch: dict[str, Any], _index: int) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def train(self, batch: dict[str, Any]) -> None:
         """One step of the stage that is due."""
-        tower, muon, adam = self.raw_optimizers()
+        tower, *others = self.optimizers
         align = self.step < self.config.align_steps
-        used = (tower,) if align else (muon, adam)
+        used = [tower] if align else others
         for optimizer in used:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self.rate()
         loss = self.alignment(batch)[0] if align else answer_loss(self.model, batch)
-        self.manual_backward(loss)
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for owner, rows, part in self.parts:
             part.grad = None if owner.grad is None else owner.grad[rows]
@@ -169,9 +180,8 @@ class PretrainModule(lightning.LightningModule):
         for parameter in self.model.parameters():
             parameter.grad = None
         self.step += 1
-        self.log("loss", loss.detach(), prog_bar=True)
         if self.step % self.config.check_every == 0 or self.step == self.config.align_steps:
-            self.check(float(loss.detach()))
+            self.check(loss.item())
         if self.step % self.config.save_every == 0:
             self.save_state()
 
@@ -198,36 +208,11 @@ class PretrainModule(lightning.LightningModule):
 
     def save_state(self) -> None:
         """Write weights, optimisers and progress, whole or not at all."""
-        optimizers = [optimizer.state_dict() for optimizer in self.raw_optimizers()]
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = {"model": self.model.state_dict(), "optimizers": optimizers, "step": self.step}
         state |= {"seconds": self.elapsed(), "history": self.history, "config": _recipe(self.config)}
         with whole_file(self.folder / STATE) as file:
             torch.save(state, file)
-
-    def restore(self) -> None:
-        """Take up the saved state of a killed run, where there is one.
-
-        Raises:
-            UserError: If it belongs to another recipe.
-        """
-        if not (self.folder / STATE).exists():
-            return
-        state = torch.load(self.folder / STATE, weights_only=True)
-        _same_recipe(state["config"], self.config, self.folder / STATE)
-        self.model.load_state_dict(state["model"])
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
-        self.saved_optimizers = state["optimizers"]
-
-    def on_train_start(self) -> None:
-        """Remember the peak rates, and go on with the optimisers of the saved state where there is one."""
-        optimizers = self.raw_optimizers()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["initial_lr"] = group["lr"]
-        for optimizer, saved in zip(optimizers, self.saved_optimizers, strict=False):
-            optimizer.load_state_dict(saved)
-        self.model.train()
-        self.began = time.monotonic()
 
 
 def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
@@ -256,22 +241,9 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
     torch.manual_seed(config.seed)
     model, processor = BUILDERS[config.name]()
     initialise(model, config.seed)
-    module = PretrainModule(config, model, processor, folder)
-    module.restore()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
-    steps = Scenes(config, processor, module.step)
-    if len(steps):
-        trainer.fit(module, DataLoader(steps, batch_size=None))
-        module.seconds = module.elapsed()
-        module.save_state()
-    return _finish(module, folder)
+    training = Pretraining(config, model, processor, folder)
+    training.run()
+    return _finish(training, folder)
 
 
 def _recipe(config: PretrainConfig) -> dict[str, Any]:
@@ -284,9 +256,9 @@ def _same_recipe(found: Any, config: PretrainConfig, file: Path) -> None:
         raise UserError(f"{file}: belongs to another recipe; choose another folder or remove this one")
 
 
-def _finish(module: PretrainModule, folder: Path) -> Scores:
+def _finish(training: Pretraining, folder: Path) -> Scores:
     """Round to half precision, score, and write the checkpoint with its provenance."""
-    model, processor, config = module.model, module.processor, module.config
+    model, processor, config = training.model, training.processor, training.config
     model.half().float().eval()
     scores = forced_match(model, processor, Digits("test", config.test_questions))
     model.half().save_pretrained(folder)
@@ -295,12 +267,12 @@ def _finish(module: PretrainModule, folder: Path) -> Scores:
         "command": f"python run.py experiment=train_{config.name} seed={config.seed}",
         "commit": commit(),
         "recipe": _recipe(config),
-        "minutes": round(module.seconds / 60, 1),
+        "minutes": round(training.seconds / 60, 1),
         "device": f"{platform.machine()} CPU, {config.threads} thread(s)",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "data": "digits_vqa, scikit-learn load_digits",
         "test": {kind: {"accuracy": round(v["accuracy"], 4), "n": v["n"]} for kind, v in scores.items()},
-        "history": module.history,
+        "history": training.history,
     }
     with whole_file(folder / PROVENANCE) as file:
         file.write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")

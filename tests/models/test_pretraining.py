@@ -17,7 +17,7 @@ from efficientllava.data.scenes import FULL, strokes
 from efficientllava.errors import UserError
 from efficientllava.evaluation.generation import generate
 from efficientllava.models.forward import answer_loss
-from efficientllava.models.pretraining import PROVENANCE, STATE, PretrainModule, initialise, pretrain
+from efficientllava.models.pretraining import PROVENANCE, STATE, Pretraining, initialise, pretrain
 from efficientllava.models.pretraining_data import Scenes, augmented, quadrants, scene_targets
 from efficientllava.models.scoring import forced_match
 from efficientllava.models.tiny import BUILDERS
@@ -42,16 +42,16 @@ def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch
     scores = pretrain(QUICK, tmp_path / "whole")
     assert scores["all"]["n"] == 20
 
-    step = PretrainModule.training_step
+    train = Pretraining.train
 
-    def killed(module: Any, batch: Any, index: int) -> None:
-        if module.step == 5:
+    def killed(training: Pretraining, batch: Any) -> None:
+        if training.step == 5:
             raise KeyboardInterrupt
-        step(module, batch, index)
+        train(training, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PretrainModule, "training_step", killed)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr(Pretraining, "train", killed)
+        with pytest.raises(KeyboardInterrupt):
             pretrain(QUICK, tmp_path / "killed")
     assert (tmp_path / "killed" / STATE).exists()
     assert not (tmp_path / "killed" / PROVENANCE).exists()
