@@ -150,7 +150,7 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.prune.refit or c.prune.importance == "obs",
         "set prune.refit=true or prune.importance=obs",
     ),
-    ("search", lambda c: c.prune.method == "auto", "it belongs to prune=auto"),
+    ("search", lambda c: c.prune.method == "auto", "set prune=auto"),
     ("search.projector_lr", lambda c: c.search.projector, "set search.projector=on"),
     ("search.projector_pull", lambda c: c.search.projector, "set search.projector=on"),
     ("search.projector_anchor", lambda c: c.search.projector, "set search.projector=on"),
@@ -308,7 +308,7 @@ def _recovery(recover: RecoverConfig) -> Iterator[str]:
     if (recover.steps is None) == (recover.epochs is None):
         yield (
             f"recover.steps={recover.steps}, recover.epochs={recover.epochs}: exactly one must be set; "
-            "set the other to null"
+            "set the other to null, as in recover.epochs=null recover.steps=100"
         )
     layers = recover.hidden_layers
     if layers not in ("last", "all") and not (

@@ -81,6 +81,9 @@ def exit_code(main: Callable[[], object]) -> int:
         if _failed_jobs:
             print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
             return 1
+        if isinstance(error, OSError) and not (_failure or _of_hydra(error) or disk_full(error)):
+            # Hydra makes the run's folder before anything of ours runs.
+            error = UserError(f"paths.output_dir: {error.filename}: {error.strerror}; set it to a folder of yours")
         for line in _lines(error):
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 2 if _of_hydra(error) else 1

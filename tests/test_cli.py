@@ -170,3 +170,10 @@ def test_a_run_from_the_shell_ends_with_0_and_a_bad_one_with_2(tmp_path):
     assert done.returncode == 2
     assert len(errors(done.stderr)) == 1
     assert "Traceback" not in done.stderr
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line():
+    done = subprocess.run([*RUN, "paths.output_dir=/proc/nope"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: paths.output_dir: /proc/nope" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
