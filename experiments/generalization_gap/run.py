@@ -1,0 +1,117 @@
+"""Does the generalization gap predict the loss on unseen samples? Writes a table beside itself.
+
+    python experiments/generalization_gap/run.py [model] [policies] [held-out samples]
+
+Random feasible policies at two budgets; for every number of search samples a level table of its own. Spearman
+correlation of ``z(risk) + weight * z(gap)`` with the answer loss on held-out samples, over the policies.
+"""
+
+from __future__ import annotations
+
+import csv
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+
+import efficientllava as ev
+from efficientllava.data.collator import Collator
+from efficientllava.data.digits import Digits
+from efficientllava.data.splits import calibration_records
+from efficientllava.models.anatomy import language_parameters
+from efficientllava.pruning.scores import Calibration
+from efficientllava.pruning.statistics import CalibrationStream
+from efficientllava.schema import CalibrationConfig, DataConfig
+from efficientllava.search.evaluator import Evaluator
+from efficientllava.search.generalization import GAPS, gap_of
+from efficientllava.search.latency import removed_costs
+from efficientllava.search.levels import open_table
+from efficientllava.search.objective import Objective
+from efficientllava.search.space import Budget, SearchSpace
+from efficientllava.search.structured import Structured
+
+RATIOS, SAMPLES, WEIGHTS, RISKS = (0.3, 0.5), (16, 32, 64, 128), (0.0, 0.1, 0.3, 1.0, 3.0), ("loss", "kl", "error")
+QUESTIONS = 2  # per held-out image; search samples have 10
+HERE = Path(__file__).parent
+
+
+def batches(records: Any, collate: Collator, size: int = 16) -> list[Any]:
+    """Collated batches of a sequence of records."""
+    return [collate([records[i] for i in range(s, min(s + size, len(records)))]) for s in range(0, len(records), size)]
+
+
+def spearman(left: list[float], right: list[float]) -> float:
+    """Rank correlation."""
+    return float(spearmanr(left, right).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def rows(model: str, policies: int, unseen: int, scratch: Path) -> list[dict[str, Any]]:
+    """One row per budget, number of samples, risk, gap and weight."""
+    checkpoint = ev.load(f"builtin:{model}")
+    collate, result = Collator(checkpoint.processor), []
+    holdout = CalibrationStream(checkpoint.model, batches(Digits("minival", unseen, questions=QUESTIONS), collate, 100))
+    for count in SAMPLES:
+        records = calibration_records(CalibrationConfig(samples=count), DataConfig("digits_vqa"), 0)
+        seen = Calibration(batches(records, collate))
+        table = open_table(checkpoint.model, Structured(), seen, scratch, {"model": model, "samples": str(count)})
+        risk_of = Evaluator(checkpoint.model, table, CalibrationStream(checkpoint.model, seen.batches))
+        truth_of = Evaluator(checkpoint.model, table, holdout)
+        costs = removed_costs(table, language_parameters(checkpoint.model))
+        for ratio in RATIOS:
+            space, rng = SearchSpace(table.genes, Budget("params", ratio, costs)), random.Random(0)
+            drawn = list({space.random(rng): None for _ in range(2 * policies)})[:policies]
+            risks, truth = risk_of.evaluate(drawn), [risk.loss for risk in truth_of.evaluate(drawn)]
+            print(f"{count} samples, ratio {ratio}: {len(drawn)} policies", flush=True)
+            for kind in GAPS:
+                gap = gap_of(kind, table.norms, space.uniform(), count)
+                gaps = [gap(policy) for policy in drawn]
+                for name in RISKS:
+                    excess = [t - r.loss for t, r in zip(truth, risks, strict=True)]
+                    own = spearman(gaps, excess) if kind != "none" else float("nan")
+                    for weight in WEIGHTS if kind != "none" else (0.0,):
+                        score = Objective.fitted(name, weight, risks, gaps)
+                        values = [score.value(r, g) for r, g in zip(risks, gaps, strict=True)]
+                        row = {"model": model, "ratio": ratio, "samples": count, "risk": name, "gap": kind}
+                        row |= {"weight": weight, "policies": len(drawn), "unseen": unseen}
+                        result.append(row | {"spearman": spearman(values, truth), "spearman_gap_excess": own})
+    return result
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Markdown: a row per budget, number of samples, risk and gap; a column per weight."""
+    lines = [
+        "| removed | samples | risk | gap | " + " | ".join(f"weight {w:g}" for w in WEIGHTS) + " | gap with excess |"
+    ]
+    lines.append("|---|---:|---|---|" + "---:|" * (len(WEIGHTS) + 1))
+    groups: dict[tuple[Any, ...], dict[float, Any]] = {}
+    for row in found:
+        key = (row["ratio"], row["samples"], row["risk"], row["gap"])
+        groups.setdefault(key, {})[row["weight"]] = row
+    for (ratio, samples, risk, gap), by_weight in groups.items():
+        cells = [f"{by_weight[w]['spearman']:.3f}" if w in by_weight else "-" for w in WEIGHTS]
+        own = next(iter(by_weight.values()))["spearman_gap_excess"]
+        last = "-" if own != own else f"{own:.3f}"
+        lines.append(f"| {ratio:.0%} | {samples} | {risk} | {gap} | " + " | ".join(cells) + f" | {last} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run the study for one model."""
+    model = sys.argv[1] if len(sys.argv) > 1 else "tiny_llava"
+    policies, unseen = (int(value) for value in sys.argv[2:4]) if len(sys.argv) == 4 else (200, 2000)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = rows(model, policies, unseen, Path(scratch))
+    with (HERE / f"{model}.csv").open("w", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(found[0]))
+        writer.writeheader()
+        writer.writerows(found)
+    (HERE / f"{model}.md").write_text(table(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
