@@ -8,12 +8,14 @@ configurations, ``pruned_<host>``; loading needs ``import efficientllava``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -80,8 +82,8 @@ def text_config_for(source: Any, kept: Sequence[int], shapes: Sequence[LayerShap
         )
     if len(set(shapes)) == 1:
         fields |= shapes[0].overrides()
-        # These validators want hidden_size % heads == 0 even when head_dim is explicit.
-        if host not in ("llama", "gemma3_text") or source.hidden_size % shapes[0].heads == 0:
+        # Some validators take hidden_size / heads for the width of a head even when head_dim is explicit.
+        with contextlib.suppress(StrictDataclassError):
             return stock[host](**fields)
         if host == "llama" and not (source.attention_bias or source.mlp_bias):
             shared = {name: fields[name] for name in stock["mistral"].__annotations__ if name in fields}
@@ -107,7 +109,7 @@ def per_layer_classes(host: str) -> tuple[Any, Any]:
     Returns:
         ``(configuration class, model class)``.
     """
-    base = CONFIG_MAPPING[host]
+    base: Any = CONFIG_MAPPING[host]
 
     def validate_architecture(self: Any) -> None:
         """Check what per-layer sizes must satisfy; the host's rule (hidden size % heads == 0) does not apply."""
@@ -117,11 +119,16 @@ def per_layer_classes(host: str) -> tuple[Any, Any]:
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
 
+    def validate_rope(self: Any) -> None:
+        """Check the rotary embedding by the common rules; Phi-3's own take hidden size / heads for the head's width."""
+        super(base, self).validate_rope()
+
     namespace = {
         "__doc__": f"Text configuration of a pruned {host} decoder whose layers differ in size.",
         "__module__": __name__,
         "model_type": PER_LAYER_PREFIX + host,
         "validate_architecture": validate_architecture,
+        "validate_rope": validate_rope,
     }
     config_class = type(f"Pruned{base.__name__}", (base,), namespace)
     return config_class, _model_class(host, config_class)

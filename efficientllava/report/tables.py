@@ -13,6 +13,11 @@ from ..errors import UserError
 from ..results import STAGES, Results
 
 ABSENT = "-"
+LABELS = {
+    "accuracy image": "image questions",
+    "accuracy text": "text-only questions",
+    "answer loss": "answer loss, nats per token",
+}
 Row = tuple[str, str, list[str]]  # label, style, one cell per stage
 
 
@@ -56,16 +61,11 @@ def _row(
 def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     yield from _row("parameters", stages, ["parameters"], quantity)
     yield from _row("language-model parameters", stages, ["language_parameters"], quantity)
-    requested, whole = (
-        results["ratio"].get("requested"),
-        _find(results["stages"].get("base", {}), "language_parameters"),
-    )
+    requested, whole = results["ratio"].get("requested"), _find(results["stages"], "base", "language_parameters")
     if whole and len(stages) > 1:
         label = "  removed" if requested is None else f"  removed ({percent(requested)} requested)"
-        shares = [
-            {"removed": 1 - size / whole} if (size := stage.get("language_parameters")) else {} for stage in stages
-        ]
-        yield from _row(label, [{}, *shares[1:]], ["removed"], percent)
+        later: list[Mapping[str, Any]] = [{}, *stages[1:]]
+        yield from _row(label, later, ["language_parameters"], lambda size: percent(1 - size / whole))
     yield from _row("checkpoint, MiB", stages, ["checkpoint_bytes"], lambda size: f"{size / 2**20:.2f}")
     yield from _row("memory peak, MiB", stages, ["memory_bytes", "peak"], lambda size: f"{size / 2**20:.0f}")
 
@@ -81,7 +81,7 @@ def _metric_label(metrics: Mapping[str, float], name: str) -> str:
     """Accuracies by type are indented below their group; the count stands behind the name."""
     head, _, kind = name.partition("/")
     label = kind.replace("_", " ").removeprefix("text ") if kind else head.replace("_", " ")
-    label = {"accuracy image": "image questions", "accuracy text": "text-only questions"}.get(label, label)
+    label = LABELS.get(label, label)
     count = metrics.get(name.replace("accuracy", "n", 1)) if name.startswith("accuracy") else None
     indent = 4 if kind else 2 if "_" in head and head.startswith("accuracy") else 0
     return " " * indent + label + (f" ({count:.0f})" if count is not None else "")
@@ -93,17 +93,10 @@ def _task_rows(results: Results, stages: Sequence[Mapping[str, Any]], task: str)
         if name == "n" or name.startswith(("n_", "n/")):
             continue
         show = percent if name.startswith("accuracy") else lambda value: f"{value:.3f}"
-        label = _metric_label(metrics, name)
-        if name == "answer_loss":
-            label = "answer loss, nats per token"
-        yield from _row(label, stages, ["metrics", task, name], show, "dim" if "/" in name else "")
-    names = (
-        [("accuracy", "retained accuracy")]
-        if "accuracy" in metrics
-        else [(name, f"retained {name}") for name in metrics]
-    )
-    for name, label in names:
-        yield from _row(label, stages, ["retained", f"{task}/{name}"], percent, "bold")
+        style = "dim" if "/" in name else ""
+        yield from _row(_metric_label(metrics, name), stages, ["metrics", task, name], show, style)
+    for name in ["accuracy"] if "accuracy" in metrics else metrics:
+        yield from _row(f"retained {name}", stages, ["retained", f"{task}/{name}"], percent, "bold")
 
 
 def tabulate(results: Results, title: str | None = None) -> Table:
