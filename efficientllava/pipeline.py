@@ -150,7 +150,7 @@ class Run:
         from .data.splits import calibration_records
         from .evaluation import tasks
         from .models.forward import feature_cache
-        from .pruning.pruner import require_plannable
+        from .pruning.outline import outline
 
         settings, processor = self.settings, self.base.processor
         self.features = feature_cache(self.base.model)
@@ -158,7 +158,8 @@ class Run:
         self.collate = Collator(processor, settings.data.max_length)
         self.calibration = []
         if settings.prune.method != "none":
-            require_plannable(self.base.model, settings.prune)
+            if settings.prune.method != "auto":
+                outline(self.base.model, settings.prune)
             self.calibration = calibration_records(settings.calibration, settings.data, settings.seed)
             for record in self.calibration:
                 self.collate.check(record)

@@ -10,22 +10,13 @@ import torch
 from torch import nn
 
 from ..errors import UserError
-from ..models.anatomy import decoder_of, final_norm_of, language_parameters, layers_of, names_of, pinned_layers
+from ..models.anatomy import decoder_of, final_norm_of, language_parameters, layers_of, pinned_layers
 from ..schema import PruneConfig
+from .outline import blocks_to_drop, candidate_shapes, prune_space
 from .plan import LayerPlan, PruningPlan
 from .refit import LayerError, SequentialPruner
 from .scores import Calibration, open_stream, rank_units
-from .selection import (
-    Space,
-    global_counts,
-    layers_to_drop,
-    local_shape,
-    nominal_shape,
-    ranked_plan,
-    require_feasible,
-    scaled_protection,
-    uniform_candidates,
-)
+from .selection import global_counts, ranked_plan
 from .statistics import BlockInfluence, CalibrationStream, Reduce
 from .surgery import achieved_ratio, check_plan, cut, rebuild
 
@@ -193,55 +184,11 @@ def block_influences(
     return scores
 
 
-def require_plannable(model: nn.Module, config: PruneConfig) -> None:
-    """Refuse, before anything is scored, what no plan for this model can meet.
-
-    Args:
-        model: The model; only its sizes are looked at.
-        config: Method, ratio, selection, protected layers.
-
-    Raises:
-        UserError: Names the feasible range.
-    """
-    if config.method == "layerwise":
-        _blocks_to_drop(model, config)
-    elif config.method == "widthwise" and names_of(model).stock_only and _varies(config):
-        raise UserError(
-            f"prune: a {decoder_of(model).config.model_type} decoder has one width for all layers; set "
-            "prune.selection=shape or local, and protect no layer"
-        )
-    elif config.method == "widthwise" and config.share is None and config.ratio:
-        space = prune_space(model, config)
-        if config.selection == "global":
-            require_feasible(space, config.ratio)
-        else:
-            uniform_candidates(space, config.ratio)
-
-
-def _varies(config: PruneConfig) -> bool:
-    """Whether the channels of a widthwise plan may differ between layers."""
-    free = config.selection == "global" and config.share is None
-    return free or bool(config.protect or config.protect_mlp or config.protect_scaled)
-
-
-def _blocks_to_drop(model: nn.Module, config: PruneConfig) -> int:
-    layers = layers_of(model)[pinned_layers(model) :]
-    sizes = [sum(p.numel() for p in layer.module.parameters()) for layer in layers]
-    if config.drop_layers is None:
-        return layers_to_drop(sizes, language_parameters(model), config.ratio or 0.0)
-    if not 0 <= config.drop_layers < len(sizes):
-        raise UserError(
-            f"prune.drop_layers={config.drop_layers}: the model has {len(sizes)} layers that can be dropped; allowed: "
-            f"0..{len(sizes) - 1}"
-        )
-    return config.drop_layers
-
-
 def _layerwise(
     model: nn.Module, calibration: Calibration, config: PruneConfig, report: PruneReport
 ) -> tuple[LayerPlan, ...]:
     whole = whole_layers(model)
-    count = _blocks_to_drop(model, config)
+    count = blocks_to_drop(model, config)
     stream = open_stream(model, calibration, config)
     report.loss_dense = _dense_loss(stream, calibration.reduce)
     kept = list(range(len(whole)))
@@ -257,33 +204,15 @@ def _layerwise(
     return tuple(whole[index] for index in kept)
 
 
-def prune_space(model: nn.Module, config: PruneConfig) -> Space:
-    """What a configuration lets a widthwise plan remove."""
-    attention, mlp = [*config.protect, *config.protect_attention], [*config.protect, *config.protect_mlp]
-    if config.protect_scaled:
-        heads, channels = scaled_protection(len(layers_of(model)))
-        attention, mlp = attention + heads, mlp + channels
-    if names_of(model).stock_only:
-        attention = list(range(len(layers_of(model))))
-    return Space.of(model, attention, mlp, config.round_to)
-
-
 def _widthwise(
     model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int, report: PruneReport
 ) -> tuple[LayerPlan, ...]:
     space = prune_space(model, config)
-    shapes: list[tuple[int, int]] = []
-    if config.share is not None:
-        first = layers_of(model)[0]
-        shapes = [nominal_shape(space, config.share, first.head_dim, first.heads_per_group)]
-    elif config.selection == "local":
-        shapes = [local_shape(space, config.ratio or 0.0)]
-    elif config.selection == "shape":
-        shapes = uniform_candidates(space, config.ratio or 0.0)
+    shapes = candidate_shapes(space, layers_of(model)[0], config)
     scores, stream = rank_units(model, calibration, config, seed)
     report.loss_dense = _dense_loss(stream, calibration.reduce)
     rankings = [s.pair for s in scores]
-    if config.share is None and config.selection == "global":
+    if not shapes:
         costs = [(attention.costs, mlp.costs) for attention, mlp in rankings]
         return ranked_plan(global_counts(space, config.ratio or 0.0, costs), rankings)
     if len(shapes) == 1:

@@ -74,13 +74,16 @@ class Space:
         """Number of layers."""
         return len(self.groups)
 
-    def ratio(self, counts: Sequence[tuple[int, int]]) -> float:
-        """Share of language-model parameters that go when layer ``l`` keeps ``counts[l] = (groups, channels)``."""
-        removed = sum(
+    def removed(self, counts: Sequence[tuple[int, int]]) -> int:
+        """Parameters that go when layer ``l`` keeps ``counts[l] = (groups, channels)``."""
+        return sum(
             (self.groups[i] - groups) * self.group_cost[i] + (self.channels[i] - channels) * self.channel_cost[i]
             for i, (groups, channels) in enumerate(counts)
         )
-        return removed / self.total
+
+    def ratio(self, counts: Sequence[tuple[int, int]]) -> float:
+        """Share of language-model parameters that go, see `removed`."""
+        return self.removed(counts) / self.total
 
     def counts(self, groups: int, channels: int) -> list[tuple[int, int]]:
         """Kept counts of every layer when all unprotected layers keep the same; already smaller layers stay so."""
@@ -155,21 +158,24 @@ def uniform_candidates(space: Space, ratio: float) -> list[tuple[int, int]]:
         UserError: No shape meets the ratio.
     """
     require_feasible(space, ratio)
-    result: list[tuple[int, int]] = []
-    nearest = 0.0
-    for groups in range(1, max(space.groups) + 1):
-        channels = _channels_for(space, ratio, groups)
-        achieved = space.ratio(space.counts(groups, channels))
-        if abs(achieved - ratio) < abs(nearest - ratio):
-            nearest = achieved
-        if abs(achieved - ratio) <= TOLERANCE:
-            result.append((groups, channels))
+    shapes = _shapes(space, ratio)
+    result = [shape for shape in shapes if _miss(space, ratio, shape) <= TOLERANCE]
     if not result:
+        nearest = space.ratio(space.counts(*min(shapes, key=lambda shape: _miss(space, ratio, shape))))
         raise UserError(
             f"prune.ratio={ratio:g}: the nearest ratio that prune.round_to={space.round_to} allows is {nearest:.3f}; "
             "ask for that, or lower prune.round_to"
         )
     return result
+
+
+def _shapes(space: Space, ratio: float) -> list[tuple[int, int]]:
+    """For each number of groups the number of channels that comes nearest to a ratio."""
+    return [(groups, _channels_for(space, ratio, groups)) for groups in range(1, max(space.groups) + 1)]
+
+
+def _miss(space: Space, ratio: float, shape: tuple[int, int]) -> float:
+    return abs(space.ratio(space.counts(*shape)) - ratio)
 
 
 def _channels_for(space: Space, ratio: float, groups: int) -> int:
@@ -193,8 +199,19 @@ def local_shape(space: Space, ratio: float) -> tuple[int, int]:
     Returns:
         Kept ``(groups, channels)`` of every unprotected layer.
     """
-    groups, channels = max(space.groups), max(space.channels)
-    return min(uniform_candidates(space, ratio), key=lambda s: abs(s[0] / groups - s[1] / channels))
+    return min(uniform_candidates(space, ratio), key=lambda shape: _imbalance(space, shape))
+
+
+def typical_shape(space: Space, ratio: float) -> tuple[int, int]:
+    """A shape that removes about as much as a ratio asks for: `local_shape`, also where none meets the ratio."""
+    shapes = _shapes(space, ratio)
+    missed = [max(_miss(space, ratio, shape), TOLERANCE) for shape in shapes]
+    return min(zip(missed, shapes, strict=True), key=lambda pair: (pair[0], _imbalance(space, pair[1])))[1]
+
+
+def _imbalance(space: Space, shape: tuple[int, int]) -> float:
+    """Distance between the kept shares of groups and of channels."""
+    return abs(shape[0] / max(space.groups) - shape[1] / max(space.channels))
 
 
 def nominal_shape(space: Space, share: float, head_dim: int, heads_per_group: int) -> tuple[int, int]:

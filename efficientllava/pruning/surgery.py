@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, Layer, decoder_of, language_parameters, layers_of, reader_rows
+from ..models.anatomy import Component, decoder_of, language_parameters, layers_of, reader_rows
 from ..models.pruned import LayerShape, text_config_for
 from .plan import PruningPlan
 
@@ -89,6 +89,26 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
                 )
 
 
+def pruned_config(model: nn.Module, kept: Sequence[int], counts: Sequence[tuple[int, int]]) -> Any:
+    """The configuration of the model that a plan leaves.
+
+    Args:
+        model: The model before, also on the meta device; unchanged.
+        kept: Indices of the kept layers.
+        counts: Their KV groups and channels.
+
+    Raises:
+        UserError: The decoder can have no configuration with these sizes.
+    """
+    config: Any = copy.deepcopy(model.config)
+    first = layers_of(model)[0]
+    shapes = [LayerShape(groups * first.heads_per_group, groups, channels) for groups, channels in counts]
+    text = text_config_for(config.get_text_config(), kept, shapes, first.head_dim)
+    text._attn_implementation = decoder_of(model).config._attn_implementation
+    config.text_config = text
+    return config
+
+
 def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
     """Turn a model with cut layers into an instance of the class that its checkpoint loads as.
 
@@ -102,11 +122,7 @@ def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
         The model that `transformers.AutoModelForImageTextToText.from_pretrained` would give for its saved folder.
     """
     layers = layers_of(model)
-    shapes = [_shape(layers[index]) for index in kept]
-    config: Any = copy.deepcopy(model.config)
-    text = text_config_for(config.get_text_config(), kept, shapes, layers[0].head_dim)
-    text._attn_implementation = decoder_of(model).config._attn_implementation
-    config.text_config = text
+    config = pruned_config(model, kept, [(layers[i].attention.units, layers[i].mlp.units) for i in kept])
     decoder = decoder_of(model)
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
     with torch.device("meta"):
@@ -120,11 +136,6 @@ def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
         parameter.requires_grad_(flags[name])
     fresh.generation_config = model.generation_config
     return fresh.train(model.training)
-
-
-def _shape(layer: Layer) -> LayerShape:
-    groups = layer.attention.units
-    return LayerShape(groups * layer.heads_per_group, groups, layer.mlp.units)
 
 
 def _take_buffers(fresh: nn.Module, model: nn.Module) -> None:

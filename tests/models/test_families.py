@@ -39,8 +39,9 @@ from efficientllava.errors import UserError
 from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of, pinned_layers, projector_of
 from efficientllava.models.forward import TOKEN_TYPES, answer_loss, feature_cache, forward_hidden
 from efficientllava.models.pruned import is_per_layer
+from efficientllava.pruning.outline import outline
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import apply_plan, make_plan, require_plannable
+from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.surgery import cut
 from efficientllava.recovery.recover import recover
@@ -309,7 +310,7 @@ def test_layers_that_deepstack_feeds_stay():
     assert len(plan.kept_layers) == 3
     assert len(report.block_influence) == LAYERS
     with pytest.raises(UserError, match=r"drop_layers=2: the model has 2 layers that can be dropped; allowed: 0\.\.1"):
-        require_plannable(model, PruneConfig(method="layerwise", drop_layers=2))
+        outline(model, PruneConfig(method="layerwise", drop_layers=2))
 
 
 def test_a_decoder_that_only_its_stock_class_holds_keeps_heads_and_one_width():
@@ -319,7 +320,7 @@ def test_a_decoder_that_only_its_stock_class_holds_keeps_heads_and_one_width():
     assert len({len(layer.channels) for layer in plan.layers}) == 1
     for options in ({"selection": "global"}, {"protect": [0]}, {"protect_mlp": [0]}):
         with pytest.raises(UserError, match="one width for all layers"):
-            require_plannable(model, PruneConfig(method="widthwise", ratio=0.2, **options))
+            outline(model, PruneConfig(method="widthwise", ratio=0.2, **options))
     layers = tuple(LayerPlan(i, (0, 1), tuple(range(CHANNELS))) for i in range(LAYERS))
     with pytest.raises(UserError, match="keeps its heads"):
         cut(model, PruningPlan("widthwise", layers, LAYERS, 2, None, 0.0))
