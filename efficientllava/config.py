@@ -7,16 +7,18 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, UserError
-from .schema import IMPORTANCES, TAYLOR, RecoverConfig, RunConfig
+from .schema import IMPORTANCES, JUDGED, TAYLOR, JudgeConfig, RecoverConfig, RunConfig
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -118,6 +120,11 @@ RULES: dict[str, Rule] = {
     "evaluate.max_new_tokens": AT_LEAST_1,
     "evaluate.repeats": AT_LEAST_1,
     "evaluate.new_tokens": _number(2, None),
+    "evaluate.judge.runs": AT_LEAST_1,
+    "evaluate.judge.attempts": AT_LEAST_1,
+    "evaluate.judge.concurrency": AT_LEAST_1,
+    "evaluate.judge.timeout": POSITIVE,
+    "evaluate.judge.retries": _number(0, None),
 }
 
 # (typed key or prefix, whether it has an effect, what would give it one)
@@ -170,6 +177,15 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.recover.weights.logit + c.recover.weights.hidden > 0,
         "set recover.weights.logit or recover.weights.hidden above 0",
     ),
+    (
+        "evaluate.judge",
+        lambda c: not {*JUDGED}.isdisjoint(c.evaluate.tasks),
+        f"it belongs to evaluate.tasks={'|'.join(JUDGED)}",
+    ),
+    ("evaluate.judge.key_env", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    ("evaluate.judge.concurrency", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    ("evaluate.judge.timeout", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    ("evaluate.judge.retries", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
 )
 
 
@@ -271,6 +287,7 @@ def require_valid(config: Any, node: str) -> None:
         ConfigError: One line per problem.
     """
     problems = [*_ranges(config, node), *(_recovery(config) if isinstance(config, RecoverConfig) else ())]
+    problems += _judge(config) if isinstance(config, JudgeConfig) else ()
     if problems:
         raise ConfigError(problems)
 
@@ -300,6 +317,25 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         yield f"search.stages={stages}: must be rising shares of the samples that end with 1, such as [0.25,1.0]"
     if recover.name != "none" and not config.pretrain:
         yield from _recovery(recover)
+    yield from _judge(config.evaluate.judge)
+
+
+def _judge(judge: JudgeConfig) -> Iterator[str]:
+    """Never shows a value in which a key may hide."""
+    if judge.key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", judge.key_env, re.ASCII):
+        yield "evaluate.judge.key_env: must be the name of an environment variable that holds the key, not the key"
+    if judge.base_url is None:
+        return
+    if judge.model is None:
+        yield "evaluate.judge.model: not set; give the judge's name at evaluate.judge.base_url"
+    try:
+        url = urlsplit(judge.base_url)
+        plain = not (url.username or url.query or url.fragment)
+        fits = url.scheme in ("http", "https") and bool(url.hostname) and plain and url.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
+        yield "evaluate.judge.base_url: must be like https://host:port/v1; a key belongs into evaluate.judge.key_env"
 
 
 def _recovery(recover: RecoverConfig) -> Iterator[str]:
@@ -338,10 +374,11 @@ def _paths(config: RunConfig) -> Iterator[str]:
         value = _value(config, key)
         if value is not None and not Path(value).expanduser().is_file():
             yield f"{key}={value}: no such file; give a LLaVA-style JSON or JSONL file"
-    for key in ("data.image_root", "calibration.image_root"):
+    folders = {key: "image paths start from" for key in ("data.image_root", "calibration.image_root")}
+    for key, purpose in (folders | {"evaluate.judge.prompts": "holds the official prompt files"}).items():
         value = _value(config, key)
         if value is not None and not Path(value).expanduser().is_dir():
-            yield f"{key}={value}: no such folder; give the folder that image paths start from"
+            yield f"{key}={value}: no such folder; give the folder that {purpose}"
     output = Path(config.paths.output_dir)
     existing = next((p for p in [output, *output.absolute().parents] if p.exists()), None)
     if existing is not None and not existing.is_dir():

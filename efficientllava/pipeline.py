@@ -148,13 +148,15 @@ class Run:
         from .data.collator import Collator
         from .data.datamodule import RecoveryData
         from .data.splits import calibration_records
-        from .evaluation import tasks
+        from .evaluation import judges, tasks
         from .models.forward import feature_cache
         from .pruning.outline import outline
 
         settings, processor = self.settings, self.base.processor
         self.features = feature_cache(self.base.model)
         self.tasks = [tasks.load(name, settings.data) for name in settings.evaluate.tasks]
+        for name in settings.evaluate.tasks:
+            judges.prepare(name, settings.evaluate.judge)
         self.collate = Collator(processor, settings.data.max_length)
         self.calibration = []
         if settings.prune.method != "none":

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING
 
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
+JUDGED = ("llava_bench", "mathvista", "mmvet")  # benchmarks with a judge
 IMPORTANCES = ("obs", *TAYLOR, "activation", "wanda", "magnitude", "random")
 
 
@@ -135,6 +136,22 @@ class RecoverConfig:
 
 
 @dataclass
+class JudgeConfig:
+    """Who grades the answers of the benchmarks in `JUDGED`."""
+
+    base_url: str | None = None  # of an OpenAI-compatible endpoint, up to /v1; None: requests are exported, not sent
+    model: str | None = None  # the judge's name at the endpoint
+    key_env: str | None = "OPENAI_API_KEY"  # name of the environment variable with the key; None: there is no key
+    prompts: str | None = None  # folder with the benchmarks' official prompt files; None: our wording
+    runs: int | None = None  # evaluations of every answer, >= 1; None: as official
+    attempts: int = 5  # requests until a reply can be read, >= 1
+    concurrency: int = 8  # requests at a time, >= 1
+    timeout: float = 120.0  # seconds for one request, > 0
+    retries: int = 6  # repetitions of a request after a transient fault, >= 0
+    body: dict[str, Any] = field(default_factory=dict)  # merged into every request; null removes what stands there
+
+
+@dataclass
 class EvaluateConfig:
     """What base, pruned and recovered models are measured on."""
 
@@ -145,6 +162,7 @@ class EvaluateConfig:
     efficiency: bool = True  # FLOPs and latency of one image-question
     repeats: int = 9  # latency repeats after warm-up; the median is reported
     new_tokens: int = 16  # tokens generated for the decode latency
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
 
 
 @dataclass

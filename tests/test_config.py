@@ -178,3 +178,31 @@ def test_typed_gives_dataclasses():
     config = typed(composed())
     assert isinstance(config, RunConfig)
     assert dataclasses.is_dataclass(config.recover.lora)
+
+
+JUDGE = ("evaluate.tasks=[mmvet]", "evaluate.judge.model=m")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000/v1", "ftp://x/v1", "http://", "http://me:secret@x/v1", "https://x/v1?key=secret", "http://x:y/v1"],
+)
+def test_a_judge_s_address_is_an_address_without_a_key(url):
+    (line,) = problems(*JUDGE, f"evaluate.judge.base_url='{url}'")
+    assert line.startswith("evaluate.judge.base_url: must be like https://host:port/v1") and "secret" not in line
+
+
+def test_a_judge_s_key_is_named_not_given():
+    (line,) = problems(*JUDGE, "evaluate.judge.base_url=http://x/v1", "evaluate.judge.key_env=sk-secret")
+    assert line.startswith("evaluate.judge.key_env: must be the name") and "sk-secret" not in line
+
+
+def test_a_judge_needs_a_name_and_a_benchmark():
+    address = "evaluate.judge.base_url=http://localhost:8000/v1"
+    assert problems(*JUDGE, address, "+evaluate.judge.body={max_tokens:null}", "evaluate.judge.runs=2") == []
+    (line,) = problems(JUDGE[0], address)
+    assert line.startswith("evaluate.judge.model: not set")
+    (line,) = problems("evaluate.judge.runs=2")
+    assert line.startswith("evaluate.judge.runs: has no effect here; it belongs to evaluate.tasks=")
+    (line,) = problems(*JUDGE, "evaluate.judge.retries=2")
+    assert line.startswith("evaluate.judge.retries: has no effect here; set evaluate.judge.base_url")

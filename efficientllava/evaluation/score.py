@@ -120,10 +120,22 @@ def join(predictions: Sequence[Record], gold: Sequence[Record]) -> list[dict[str
     return records
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A command line whose faults are a `UserError`."""
+
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's two."""
         raise UserError(f"{message}; --help shows the options")
+
+
+def _export(records: Sequence[Record], options: argparse.Namespace) -> None:
+    from ..schema import JUDGED, JudgeConfig
+    from .judges.request import requests, write_requests
+
+    if options.task not in JUDGED:
+        raise UserError(f"--requests: {options.task} has no judge; only {', '.join(JUDGED)} have")
+    asked = requests(records, options.task, JudgeConfig(prompts=options.prompts), options.protocol)
+    write_requests(asked, options.task, options.protocol, options.requests)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -135,12 +147,16 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: If the command line, the predictions or the references are faulty.
     """
-    parser = _Parser(prog="python -m efficientllava.evaluation.score", description="Score a file of predictions.")
+    parser = Parser(prog="python -m efficientllava.evaluation.score", description="Score a file of predictions.")
     parser.add_argument("predictions", type=Path)
     parser.add_argument("--task", required=True, choices=SCORERS)
     parser.add_argument("--protocol", default="llava", choices=PROTOCOLS)
     parser.add_argument("--gold", type=Path, help="file of references")
     parser.add_argument("--outcomes", type=Path, help="file to write with what became of every prediction (JSON lines)")
+    parser.add_argument(
+        "--requests", type=Path, help="do not score: write what a judge has to be asked (mmvet, llava_bench, mathvista)"
+    )
+    parser.add_argument("--prompts", help="with --requests: as evaluate.judge.prompts")
     options = parser.parse_args(arguments)
     records = read(options.predictions, ALIASES)
     twice = [key for key, count in Counter((row["id"], _asked(row)) for row in records).items() if count > 1]
@@ -150,6 +166,8 @@ def main(arguments: Sequence[str]) -> None:
         )
     if options.gold:
         records = join(records, read(options.gold, GOLD_ALIASES))
+    if options.requests:
+        return _export(records, options)
     scores = SCORERS[options.task](records, options.protocol)
     if options.outcomes:
         lines = (json.dumps(asdict(outcome)) + "\n" for outcome in scores.outcomes)

@@ -51,7 +51,11 @@ def average_percent(metrics: Mapping[str, Mapping[str, float]], base: Mapping[st
 
 
 def over_runs(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of every metric that all runs of a judge have, and the deviation of their ``score``: ``score_std``."""
+    """Mean of every metric that all runs of a judge have, and the deviation of their ``score`` or ``accuracy``.
+
+    The deviation, of the population of runs, is ``score_std`` or ``accuracy_std``.
+    """
     shared = [name for name in runs[0] if all(name in run for run in runs)]
-    spread = statistics.pstdev(run["score"] for run in runs)
-    return {name: mean(run[name] for run in runs) for name in shared} | {"score_std": spread}
+    main = "score" if "score" in shared else "accuracy"
+    spread = statistics.pstdev(run[main] for run in runs)
+    return {name: mean(run[name] for run in runs) for name in shared} | {f"{main}_std": spread}

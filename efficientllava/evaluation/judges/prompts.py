@@ -1,0 +1,190 @@
+"""What a judge is asked.
+
+The layout of the requests, temperatures and lengths are those of the official scripts of MM-Vet (arXiv 2308.02490),
+LLaVA-Bench (arXiv 2304.08485) and MathVista (arXiv 2310.02255). The wording is ours, unless ``evaluate.judge.prompts``
+names a folder with the benchmarks' own: published scores are comparable only with these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config import digest
+from ...errors import UserError
+from ..scorers import Record, predicted, value
+
+# The official files' content, by the name under which it is expected in the folder.
+FILES = {"mmvet": "mmvet.txt", "llava_bench": "rule.json", "mathvista": "mathvista.txt"}
+SYSTEM = "llava_bench_system.txt"  # optional: LLaVA-Bench's system message, which stands in its script
+
+MMVET = """\
+Grade how far an answer agrees with the reference answer: 1.0 if all of it is right, 0.0 if none of it is, and steps of
+0.1 between. Parts joined by <AND> must all be there, and each is worth its share; of those joined by <OR>, one is
+enough. Wording does not matter, and true details beyond the reference are neither rewarded nor punished. Write the
+grade of the last row as a bare number, nothing else.
+
+Question | Reference | Answer | Grade
+--- | --- | --- | ---
+Which words are on the two signs? | exit <AND> mind the step | The upper sign says "Exit". | 0.5
+How many birds sit on the wire? | 7 <OR> seven | There are seven birds on it. | 1.0
+What is the result of the sum on the board? | 42 | The sum is 24. | 0.0
+What happens here? | a boy in a red coat <AND> feeds ducks <AND> at a frozen pond | A child at a pond feeds birds. | 0.6
+"""
+
+_RATE = """\
+The context describes an image that you cannot see. Two assistants have answered the question about that image. {what}
+Give each of them one overall score from 1 (useless) to 10 (perfect). Judge the answers by their content: neither their
+order nor their length may matter. The first line of your reply holds nothing but the two scores, assistant 1 first,
+with one blank between them. Explain the scores from the second line on."""
+LLAVA_BENCH = {
+    "conv": "Look at whether the answers fit the image, answer what was asked, and are exact.",
+    "detail": "Look at how fully and how exactly the answers describe the image, and whether they make anything up.",
+    "complex": "Look at whether the reasoning is sound, fits the image, and goes as deep as the question asks.",
+}
+LLAVA_BENCH_SYSTEM = "You compare answers of assistants, carefully and without a favourite."
+
+MATHVISTA = """\
+A question and a response to it follow. Copy the final answer out of the response in the form that the hint asks for,
+an option's letter, a number or a list. Do not solve the question yourself, do not correct the answer, and write nothing
+else.
+
+Question: How many apples are left in the bowl? Hint: give an integer.
+Response: Five apples were there and two are taken, so three remain.
+Extracted answer: 3
+
+Question: Which angle is the largest? Choices: (A) P (B) Q (C) R
+Response: Angle Q is opposite the longest side, which makes it the largest.
+Extracted answer: B
+
+Question: Between which two years did sales double? Hint: give a list.
+Response: They rose from 20 in 2011 to 40 in 2013.
+Extracted answer: [2011, 2013]
+"""
+
+REMINDER = {  # what is added when a reply could not be read
+    "mmvet": "\nThe grade of the last row, as a bare number between 0.0 and 1.0:",
+    "llava_bench": "The first line must be two numbers with one blank between them, and nothing else.",
+    "mathvista": "\nThe answer must not be empty:",
+}
+# Protocol, task: temperature, longest reply in tokens, evaluations of one answer.
+SETTINGS = {
+    ("llava", "mmvet"): (0.0, 3, 5),
+    ("llava", "llava_bench"): (0.2, 1024, 3),
+    ("llava", "mathvista"): (0.0, 256, 1),
+    ("lmms_eval", "mmvet"): (0.0, 128, 1),
+    ("lmms_eval", "llava_bench"): (0.2, 1024, 1),
+    ("lmms_eval", "mathvista"): (0.0, 256, 1),
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The constant part of what the judge of one task is asked.
+
+    Attributes:
+        texts: By name; LLaVA-Bench has one per category and a ``system`` message.
+        source: ``own wording`` or ``official files``.
+    """
+
+    texts: Mapping[str, str]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """Of the texts, 16 hexadecimal digits: scores with different ones are not comparable."""
+        return digest(dict(self.texts))
+
+
+def load(task: str, folder: str | None) -> Prompts:
+    """The prompts of a task.
+
+    Args:
+        task: A key of `FILES`.
+        folder: With the official files (LLaVA's ``rule.json`` as it is; of MM-Vet and MathVista the constant text
+            before the question); None for our wording.
+
+    Raises:
+        UserError: The task's file is not there or is not of its kind.
+    """
+    if folder is None:
+        rules = {name: _RATE.format(what=what) for name, what in LLAVA_BENCH.items()}
+        own = {
+            "mmvet": {"": MMVET},
+            "llava_bench": {**rules, "system": LLAVA_BENCH_SYSTEM},
+            "mathvista": {"": MATHVISTA},
+        }
+        return Prompts(own[task], "own wording")
+    path = Path(folder).expanduser() / FILES[task]
+    try:
+        text = path.read_text(encoding="utf-8")
+        if task != "llava_bench":
+            return Prompts({"": text}, "official files")
+        found = {name: json.loads(text)[f"llava_bench_{name}"]["prompt"] for name in LLAVA_BENCH}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        fix = f"it must hold the official {FILES[task]}; or leave evaluate.judge.prompts out"
+        raise UserError(f"evaluate.judge.prompts={folder}: {path.name} cannot be read ({error!r}); {fix}") from error
+    system = path.with_name(SYSTEM)
+    found["system"] = system.read_text(encoding="utf-8").strip() if system.exists() else LLAVA_BENCH_SYSTEM
+    return Prompts(found, "official files")
+
+
+def _question(record: Record, *keys: str) -> str:
+    text = next((record[key] for key in keys if record.get(key)), None) or value(record, "question")
+    return str(text).replace("<image>", "").strip()
+
+
+def _mmvet(record: Record, prompts: Prompts) -> list[tuple[str, str]]:
+    answer = str(value(record, "answer")).replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    row = " | ".join([_question(record), answer, predicted(record), ""])
+    return [("user", f"{prompts.texts['']}\n{row}")]
+
+
+def _llava_bench(record: Record, prompts: Prompts) -> list[tuple[str, str]]:
+    category = str(value(record, "category")).removeprefix("llava_bench_")
+    if category not in LLAVA_BENCH:
+        raise UserError(f"record {record['id']!r}: 'category' is {category!r}; it must be {', '.join(LLAVA_BENCH)}")
+    caption = value(record, "caption")
+    caption = caption if isinstance(caption, str) else "\n".join(caption)
+    reference = record["gpt_answer"] if "gpt_answer" in record else value(record, "answer")
+    parts = [f"[Context]\n{caption}", f"[Question]\n{_question(record)}"]
+    for number, answer in ((1, reference), (2, predicted(record))):
+        parts += [f"[Assistant {number}]\n{answer}", f"[End of Assistant {number}]"]
+    parts.append(f"[System]\n{prompts.texts[category]}")
+    return [("system", prompts.texts["system"]), ("user", "".join(f"{part}\n\n" for part in parts))]
+
+
+def _mathvista(record: Record, prompts: Prompts) -> list[tuple[str, str]]:
+    question = _question(record, "query")
+    return [("user", f"{prompts.texts[''].strip()}\n\n{question}\n\n{predicted(record).strip()}\n\nExtracted answer: ")]
+
+
+_MESSAGES = {"mmvet": _mmvet, "llava_bench": _llava_bench, "mathvista": _mathvista}
+
+
+def request(task: str, record: Record, prompts: Prompts, protocol: str, run: int) -> dict[str, Any]:
+    """The body of a chat completion that asks for the verdict on one record; the model is still to be filled in.
+
+    Args:
+        task: A key of `FILES`.
+        record: With ``prediction``, ``question`` and ``answer`` (LLaVA-Bench: ``gpt_answer`` wins over it); LLaVA-Bench
+            also ``caption`` and ``category``, for MathVista ``query`` wins over ``question``.
+        prompts: From `load`.
+        protocol: ``llava`` or ``lmms_eval``.
+        run: Number of the evaluation, from 0; its seed.
+    """
+    temperature, tokens, _ = SETTINGS[protocol, task]
+    messages = [{"role": role, "content": content} for role, content in _MESSAGES[task](record, prompts)]
+    return {"messages": messages, "temperature": temperature, "max_tokens": tokens, "seed": run}
+
+
+def again(task: str, body: Mapping[str, Any], attempt: int) -> dict[str, Any]:
+    """The request after ``attempt`` replies that could not be read: a reminder, and half a degree warmer each time."""
+    if attempt == 0:
+        return dict(body)
+    *before, last = body["messages"]
+    messages = [*before, {**last, "content": last["content"] + REMINDER[task]}]
+    return {**body, "messages": messages, "temperature": min(2.0, body["temperature"] + attempt / 2)}
