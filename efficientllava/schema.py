@@ -195,6 +195,7 @@ class SearchConfig:
     crossovers: int = 25  # of a generation, >= 0
     mutation: float = 0.2  # probability that a mutant draws a gene anew, (0, 1]
     exchange: float = 0.5  # share of the mutants that exchange levels between genes instead, [0, 1]
+    finalists: int = 4  # best policies that are tried as cut; the one with the lowest answer loss stays, >= 1
     stages: list[float] = field(default_factory=lambda: [1.0])  # shares of the samples, ascending to 1, (0, 1]
     projector: bool = True  # evolve the projector after each round
     projector_lr: float = 2e-5  # learning rate of that, > 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 from ..models.anatomy import layers_of
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, apply_plan, plan_ratio, whole_layers
+from ..pruning.refit import SequentialPruner
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from ..schema import PruneConfig
 from .levels import LevelTable
@@ -39,6 +42,33 @@ def plan_of(model: nn.Module, table: LevelTable, policy: Policy, requested: floa
         achieved=plan_ratio(model, kept),
         details=details,
     )
+
+
+def trial_losses(
+    model: nn.Module, table: LevelTable, policies: Sequence[Policy], calibration: Calibration, config: PruneConfig
+) -> list[float]:
+    """Answer loss of policies as they would be cut; the model stays as it is.
+
+    A search sees every component refitted to the dense prefix, a cut model is refitted layer after layer on what the
+    pruned prefix gives it: the best policy of the one need not be the best of the other.
+
+    Args:
+        model: The dense model.
+        table: Its level table, of structured levels.
+        policies: One level per gene each.
+        calibration: This process's samples.
+        config: Refit settings.
+
+    Returns:
+        Nats per token, one per policy.
+    """
+    stream = open_stream(model, calibration, config)
+    pruner = SequentialPruner(stream, config.refit, config.refit_target, config.damping, calibration.reduce)
+    losses = []
+    for policy in policies:
+        losses.append(pruner.run(table.plan(policy), commit=False).loss)
+        calibration.tick("try the best policies", len(losses), len(policies))
+    return losses
 
 
 def cut_policy(

@@ -34,7 +34,7 @@ from .generalization import LinearNorms
 from .recipe import Recipe
 from .space import Gene, Policy
 
-FORMAT = 1  # version of the files; a table of another version is refused
+FORMAT = 2  # version of the files; a table of another version is refused
 RECORD = "table.json"
 
 
@@ -59,6 +59,7 @@ class LevelTable:
         self.genes = tuple(Gene(g["layer"], g["kind"], tuple(g["amounts"])) for g in record["genes"])
         self._removed: list[list[int]] = [gene["removed"] for gene in record["genes"]]
         self._norms: list[list[list[list[float]]]] = [gene["norms"] for gene in record["genes"]]
+        self._errors: list[list[float | None]] = [gene["errors"] for gene in record["genes"]]
         self._components = [component for layer in layers_of(model) for component in layer.components]
         self.recipe, self._folder, self._limit = recipe, folder, limit_bytes
         self._modules: OrderedDict[tuple[int, int], tuple[nn.Module, int]] = OrderedDict()
@@ -70,6 +71,11 @@ class LevelTable:
     def norms(self, gene: int, level: int) -> tuple[LinearNorms, ...]:
         """Norms of the gene's linear layers, readers first, writer last; fused projections are one."""
         return tuple(LinearNorms(int(n), *squares) for n, *squares in self._norms[gene][level])
+
+    def errors(self) -> list[list[float]] | None:
+        """Output error of every gene at every level, in one unit; None where the recipe does not know it."""
+        known = [[error for error in errors if error is not None] for errors in self._errors]
+        return known if list(map(len, known)) == list(map(len, self._errors)) else None
 
     def tensors(self, gene: int, level: int) -> dict[str, Tensor]:
         """What is stored of a level, on the device of the gene's weights."""
@@ -205,6 +211,7 @@ def _layer_genes(
             "kind": component.kind,
             "amounts": recipe.amounts(component),
             "removed": [level.removed for level in levels],
+            "errors": [level.error for level in levels],
             "norms": [[[n.weights, n.dense, n.masked, n.change] for n in level.norms] for level in levels],
         }
 

@@ -24,7 +24,7 @@ from ..pruning.scores import Calibration, Tick, open_stream, silent
 from ..pruning.selection import Space, uniform_candidates
 from ..pruning.statistics import CalibrationStream
 from ..schema import PruneConfig, SearchConfig
-from .cut import cut_policy, plan_of
+from .cut import cut_policy, plan_of, trial_losses
 from .evaluator import Evaluator
 from .evolution import Search
 from .generalization import gap_of
@@ -169,6 +169,7 @@ class SearchModule(LightningModule):
             first = range(max(1, math.ceil(share * batches)))
             return evaluator.evaluate(policies, first, keep=search.archive if search else None)
 
+        errors = table.errors()
         search: Search | None = None
         influence = block_influences(stream, range(stream.depth), self._prune, lambda t: t)
         floor = max(influence) * 1e-3 or 1.0
@@ -179,7 +180,7 @@ class SearchModule(LightningModule):
             gap_of(self._config.gap, table.norms, space.uniform(), len(self._inputs.records)),
             self._config,
             self._seed,
-            [space.uniform(), shaped],
+            [space.uniform(), shaped, *([space.ranked(errors)] if errors else [])],
             self._inputs.work / "search.json",
             self._inputs.identity,
             processes.rank() == 0,
@@ -248,12 +249,24 @@ class SearchModule(LightningModule):
             for policy, risk, other in zip(chosen, evaluator.evaluate(chosen), unseen, strict=True)
         ]
 
+    def _chosen(self, search: Search, table: LevelTable, calibration: Calibration) -> Policy:
+        """The best policy, or the one among the best that loses least once it is refitted as it will be cut."""
+        finalists = search.archive[: self._config.finalists]
+        if len(finalists) == 1 or self._config.granularity != "structured":
+            return search.best
+        losses = trial_losses(self.model, table, finalists, calibration, self._prune)
+        self.record["finalists"] = [
+            {"policy": list(policy), "loss_pruned": loss} for policy, loss in zip(finalists, losses, strict=True)
+        ]
+        return finalists[losses.index(min(losses))]
+
     def _cut(self, search: Search, table: LevelTable, samples: Sequence[Any]) -> None:
         ids = tuple(record.id for record in self._inputs.records)
         requested = self._prune.ratio if self._config.budget.resource == "params" else None
-        self.plan = replace(plan_of(self.model, table, search.best, requested), calibration_ids=ids)
         mine = samples[processes.rank() :: processes.world_size()]
         calibration = Calibration(mine, self._features, processes.sum_over, tick=self._tick)
-        self.pruned, report = cut_policy(self.model, self.plan, table.recipe, search.best, calibration, self._prune)
-        searched = next(e for e in reversed(search.record) if e["policy"] == list(search.best) and e["share"] == 1.0)
+        chosen = self._chosen(search, table, calibration)
+        self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)
+        self.pruned, report = cut_policy(self.model, self.plan, table.recipe, chosen, calibration, self._prune)
+        searched = next(e for e in reversed(search.record) if e["policy"] == list(chosen) and e["share"] == 1.0)
         self.report = replace(report, loss_searched=searched["loss"], loss_dense=self.record["dense"]["loss"])

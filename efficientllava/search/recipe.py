@@ -21,11 +21,13 @@ class Level:
         removed: Parameters cut off (structured) or weights set to zero (masks).
         norms: Norms of every linear layer of the gene, readers first.
         tensors: What `Recipe.assemble` needs, by name; empty where nothing is removed.
+        error: Mean square error of what the gene writes, summed over features; None where the recipe does not know it.
     """
 
     removed: int
     norms: tuple[LinearNorms, ...]
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    error: float | None = None
 
 
 class Recipe(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -196,12 +197,39 @@ class SearchSpace:
         Args:
             weights: One per layer of the model, > 0; for example the root of the block influence.
         """
-        rng = random.Random(0)  # layers of equal weight take turns in a fixed random order
-        rises = [
-            ((gene.amounts[level - 1] + gene.amounts[level]) / 2 * weights[gene.layer], rng.random(), index)
-            for index, gene in enumerate(self.genes)
-            for level in range(1, gene.levels)
-        ]
+        return self._cheapest(
+            [
+                [(low + high) / 2 * weights[gene.layer] for low, high in itertools.pairwise(gene.amounts)]
+                for gene in self.genes
+            ]
+        )
+
+    def ranked(self, errors: Sequence[Sequence[float]]) -> Policy:
+        """A feasible policy that takes, over all genes, the levels that add least error per amount of the resource.
+
+        Args:
+            errors: ``errors[gene][level]``, in one unit, rising.
+        """
+        return self._cheapest(
+            [
+                [
+                    (after - before) / max(high - low, sys.float_info.min)
+                    for (before, after), (low, high) in zip(
+                        itertools.pairwise(of_gene), itertools.pairwise(costs), strict=True
+                    )
+                ]
+                for of_gene, costs in zip(errors, self.budget.costs, strict=True)
+            ]
+        )
+
+    def _cheapest(self, prices: Sequence[Sequence[float]]) -> Policy:
+        """Go up level by level where the next one has the lowest price, until the budget is met; then `repair`.
+
+        Args:
+            prices: ``prices[gene][level - 1]`` of going up to a level.
+        """
+        rng = random.Random(0)  # equal prices take turns in a fixed random order
+        rises = [(price, rng.random(), index) for index, of_gene in enumerate(prices) for price in of_gene]
         levels, missing = [0] * len(self.genes), self.budget.target - self.removed((0,) * len(self.genes))
         for _, _, index in sorted(rises):
             costs = self.budget.costs[index]

@@ -74,10 +74,11 @@ class Structured:
         weight, whole = component.writer.weight.detach(), range(component.units)
         powers = [squares(linear.weight, 1) for linear, _ in reader_rows(component, whole)]
         powers.append(squares(weight, 0))
-        yield Level(0, _norms(component, powers, whole, weight))
-        counts = self.counts(component)
+        yield Level(0, _norms(component, powers, whole, weight), error=0.0)
+        counts, error = self.counts(component), 0.0
         for state in eliminate(weight, grams.pop(), component.width, self.damping, _rounds(counts)):
             units = state.alive.tolist()
+            error += float(state.costs.sum())
             if len(units) not in counts:
                 continue
             columns = state.columns[:, component.columns(units)]
@@ -85,6 +86,7 @@ class Structured:
                 (component.units - len(units)) * component.unit_parameters,
                 _norms(component, powers, units, columns),
                 {"units": state.alive.int(), "columns": columns.to(weight.dtype)},
+                error,
             )
 
     def assemble(self, twin: Component, tensors: Mapping[str, Tensor]) -> None:

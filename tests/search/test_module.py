@@ -154,3 +154,12 @@ def test_a_budget_that_no_policy_meets_is_refused(tmp_path):
     module = searcher(tmp_path, budget=SearchBudgetConfig("params", 0.99))
     with pytest.raises(UserError, match="choose a share in this range"):
         run(module)
+
+
+def test_the_finalist_that_loses_least_as_cut_is_the_one_that_is_cut(tmp_path):
+    done = run(searcher(tmp_path, parents=4, finalists=3))
+    tried = done.record["finalists"]
+    assert tried[0]["policy"] == done.record["best"] and len(tried) == 3
+    losses = [entry["loss_pruned"] for entry in tried]
+    assert len(set(losses)) > 1
+    assert done.report is not None and done.report.loss_pruned == pytest.approx(min(losses), rel=1e-6)

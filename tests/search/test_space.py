@@ -6,7 +6,7 @@ import random
 import pytest
 
 from efficientllava.errors import UserError
-from efficientllava.search.space import Budget, Gene, SearchSpace
+from efficientllava.search.space import Budget, Gene, Policy, SearchSpace
 
 
 def make_space(
@@ -153,6 +153,22 @@ def test_shaped_spares_influential_layers() -> None:
     mlp = amounts[1::2]
     assert mlp[0] < mlp[7] < mlp[1] < mlp[3]
     assert mlp[3] / mlp[0] == pytest.approx(influence[0] / influence[3], rel=0.35)
+
+
+def test_ranked_adds_least_error() -> None:
+    amounts = (0.0, 0.25, 0.5, 0.75)
+    genes = tuple(Gene(i // 2, ("attention", "mlp")[i % 2], amounts) for i in range(6))
+    costs = [tuple(a * (0.1, 0.2)[i % 2] for a in amounts) for i in range(6)]
+    space = SearchSpace(genes, Budget("params", 0.4, tuple(costs), tolerance=0.02))
+    rng = random.Random(0)
+    errors = [[rng.uniform(0.5, 2) * a**2 for a in amounts] for _ in genes]
+
+    def error(policy: Policy) -> float:
+        return sum(of_gene[level] for of_gene, level in zip(errors, policy, strict=True))
+
+    every = [p for p in itertools.product(range(4), repeat=6) if space.feasible(p)]
+    assert len(every) > 100
+    assert sum(error(p) < error(space.ranked(errors)) for p in every) <= len(every) / 100
 
 
 def test_moves_reach_what_they_should() -> None:
