@@ -185,7 +185,7 @@ class SearchConfig:
     uniform: bool = False  # structured, params: one shape for all layers, which stock transformers can load
     budget: SearchBudgetConfig = field(default_factory=SearchBudgetConfig)
     risk: str = "loss"  # empirical risk: loss (cross-entropy of the answers) | kl (to the dense model) | error
-    gap: str = "fro"  # generalization gap: fro | fro_logprod | dist | none
+    gap: str = "none"  # generalization gap: none | fro | fro_logprod | dist
     gap_weight: float = 0.3  # weight of the gap beside the risk, both standardised, >= 0
     rounds: int = 4  # the projector evolves after each round, >= 1
     generations: int = 5  # per round, >= 1
