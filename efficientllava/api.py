@@ -27,6 +27,7 @@ from .models.forward import to_device
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
 from .pruning.scores import Calibration
+from .recovery.caching import open_teacher
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
 from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, WeightsConfig
@@ -122,7 +123,7 @@ def recover(
         data: Recovery data; the embedded digits by default.
         data_frac: Fraction of the data, (0, 1].
         seed: Seed of the draw and of the order.
-        workdir: Folder of the resume point; a temporary one by default.
+        workdir: Folder of the resume point and of a cached teacher's answers; a temporary one by default.
         **options: Fields of `efficientllava.schema.RecoverConfig`: ``weights``, ``train``, ``lr``, ``steps`` …
 
     Returns:
@@ -131,16 +132,17 @@ def recover(
     from lightning.pytorch import Trainer
 
     config = _with(KD_HIDDEN, options, "recover")
-    teacher = None
-    if config.weights.logit or config.weights.hidden:
-        teacher = load(config.teacher.path or checkpoint.base["path"], config.teacher.dtype).model
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
+        folder, teacher = Path(workdir or scratch), None
+        if config.weights.logit or config.weights.hidden:
+            path = config.teacher.path or checkpoint.base["path"]
+            teacher = open_teacher(path, config.teacher, "cpu", folder / "targets")
         stats = run_recovery(
             checkpoint.model,
             RecoveryData(data, checkpoint.processor, data_frac, seed),
             config,
             lambda **arguments: Trainer(logger=False, enable_model_summary=False, devices=1, **arguments),
-            Path(workdir or scratch),
+            folder,
             batch_size=data.batch_size,
             global_batch_size=data.global_batch_size,
             teacher=teacher,

@@ -129,8 +129,36 @@ def compute_dtype(name: str, storage: torch.dtype, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" else storage
 
 
+def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:
+    """Read what a checkpoint says about its model.
+
+    Args:
+        folder: The checkpoint's folder, see `resolve`.
+        path: What the user has given, for messages.
+
+    Returns:
+        The configuration, and the type that the weights are stored in.
+
+    Raises:
+        UserError: It cannot be read, or the model is not supported.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}") from error
+    require_supported(config.get_text_config())
+    return config, getattr(config, "dtype", None) or torch.float32
+
+
 def load(
-    path: str, dtype: str = "auto", device: str = "cpu", revision: str | None = None, protocol: str | None = None
+    path: str,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    protocol: str | None = None,
+    host: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint, strictly: every tensor of the model is in the folder, and the other way round.
 
@@ -140,6 +168,7 @@ def load(
         device: Device that the weights are loaded to.
         revision: Hub revision.
         protocol: ``vicuna_v1`` gives a LLaVA-1.5 its own preprocessing and prompt; None leaves them as the folder says.
+        host: Leave the weights in host memory, in the type that the device computes in.
 
     Returns:
         The checkpoint; its model is in eval mode.
@@ -147,15 +176,10 @@ def load(
     Raises:
         UserError: Missing, unexpected or mismatched tensors, an unsupported model, or an unreadable folder.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     folder = resolve(path, revision)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}") from error
-    require_supported(config.get_text_config())
-    storage = getattr(config, "dtype", None) or torch.float32
+    config, storage = read_config(folder, path)
     with _load_report() as report:
         try:
             model, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -163,7 +187,7 @@ def load(
                 config=config,
                 dtype=compute_dtype(dtype, storage, device),
                 output_loading_info=True,
-                device_map=None if device == "cpu" else {"": device},
+                device_map=None if device == "cpu" or host else {"": device},
             )
         except Exception as error:  # safetensors, transformers and torch raise different kinds for a broken folder
             reason = next((line for line in report if "MISMATCH" in line), None) or _first_line(error)

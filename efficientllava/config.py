@@ -114,6 +114,8 @@ RULES: dict[str, Rule] = {
     "recover.hidden_metric": _one_of("l2", "cosine"),
     "recover.parity": _one_of(None, "vlmcompression"),
     "recover.teacher.dtype": DTYPE,
+    "recover.teacher.source": _one_of("live", "cached"),
+    "recover.teacher.top_k": AT_LEAST_1,
     "recover.chunk": AT_LEAST_1,
     "recover.save_every": AT_LEAST_1,
     "evaluate.limit": AT_LEAST_1,
@@ -192,7 +194,23 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("evaluate.judge.concurrency", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
     ("evaluate.judge.timeout", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
     ("evaluate.judge.retries", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    (
+        "recover.teacher.top_k",
+        lambda c: c.recover.teacher.source == "cached" and c.recover.weights.logit > 0,
+        "set recover.teacher.source=cached and recover.weights.logit above 0",
+    ),
+    (
+        "recover.teacher.offload",
+        lambda c: c.recover.teacher.source == "live" and _on_gpu(c),
+        "it belongs to recover.teacher.source=live on a GPU",
+    ),
 )
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    from .processes import on_gpu  # late: it imports torch
+
+    return on_gpu(config.trainer)
 
 
 def register_schema() -> None:
@@ -351,6 +369,11 @@ def _recovery(recover: RecoverConfig) -> Iterator[str]:
         yield (
             f"recover.steps={recover.steps}, recover.epochs={recover.epochs}: exactly one must be set; "
             "set the other to null, as in recover.epochs=null recover.steps=100"
+        )
+    if recover.teacher.source == "cached" and recover.parity is not None:
+        yield (
+            f"recover.teacher.source=cached, recover.parity={recover.parity}: this parity compares padding too, which "
+            "is no property of a record; set recover.teacher.source=live"
         )
     layers = recover.hidden_layers
     if layers not in ("last", "all") and not (

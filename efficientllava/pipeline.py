@@ -17,11 +17,13 @@ from typing import Any
 from omegaconf import DictConfig
 
 from . import processes
-from .cache import Entry, StageCache, file_digest, link, source_digest
+from .cache import Entry, StageCache, file_digest, library_versions, link, source_digest
 from .config import check, digest, typed
 from .console import Tick, progress, quiet_libraries, say
 from .errors import UserError
 from .schema import RunConfig
+
+TARGET_SOURCES = ("alignment", "caching", "losses", "targets", "teacher")  # what cached targets depend on
 
 
 def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> float | None:
@@ -284,8 +286,6 @@ class Run:
         return SearchModule(model, inputs, settings.prune, settings.search, settings.seed, self.features, tick)
 
     def _recover(self, student: Any) -> Any:
-        from .checkpoint import digest as digest_of
-        from .checkpoint import resolve
         from .recovery.objective import describe
         from .recovery.recover import recover
 
@@ -295,10 +295,9 @@ class Run:
             f"{self.samples['recovery']} samples (data_frac {self.settings.data_frac:g})"
         )
 
+        taught = config.weights.logit or config.weights.hidden
+
         def compute(folder: Path, work: Path) -> dict[str, Any]:
-            teacher = None
-            if config.weights.logit or config.weights.hidden:
-                teacher = self.load(config.teacher.path or student.base["path"], config.teacher.dtype).model
             stats = recover(
                 student.model,
                 self.recovery,
@@ -307,7 +306,7 @@ class Run:
                 work,
                 batch_size=data.batch_size,
                 global_batch_size=data.global_batch_size,
-                teacher=teacher,
+                teacher=self._teacher(student) if taught else None,
                 original_layers=student.original_layers,
                 seed=seed,
             )
@@ -320,12 +319,35 @@ class Run:
             compute,
             model=student.digest,
             original_layers=student.original_layers,
-            teacher=digest_of(resolve(config.teacher.path)) if config.teacher.path else student.base["digest"],
+            teacher=self._teacher_digest(student),
             recover=asdict(replace(config, name="")),
             data=[asdict(data), self.settings.data_frac, file_digest(data.path)],
             seed=seed,
         )
         return self._adopt("recover", "recovered", entry)
+
+    def _teacher_digest(self, student: Any) -> str:
+        from .checkpoint import digest as digest_of
+        from .checkpoint import resolve
+
+        path = self.settings.recover.teacher.path
+        return digest_of(resolve(path)) if path else student.base["digest"]
+
+    def _teacher(self, student: Any) -> Any:
+        """The teacher's model, or where its answers are kept."""
+        from .recovery.caching import open_teacher
+
+        settings, config, data = self.settings, self.settings.recover.teacher, self.settings.data
+        content = {
+            "teacher": [self._teacher_digest(student), config.dtype],
+            "student": [self.base.digest, settings.model.dtype],  # how images are prepared, and the tower's type
+            "data": [data.name, file_digest(data.path), data.image_root, data.max_length],
+            "source": source_digest("models", "data", *(f"recovery/{name}.py" for name in TARGET_SOURCES)),
+            "libraries": library_versions(),
+            "device": [self.device.partition(":")[0], settings.trainer.get("precision")],
+        }
+        folder = Path(settings.paths.cache_dir) / "targets" / digest(content)
+        return open_teacher(config.path or student.base["path"], config, self.device, folder)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 

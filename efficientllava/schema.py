@@ -105,6 +105,9 @@ class TeacherConfig:
 
     path: str | None = None  # None: the original unpruned checkpoint from the provenance
     dtype: str = "auto"  # as model.dtype
+    source: str = "live"  # live: runs beside the student | cached: is asked once, its answers are kept on disk
+    top_k: int = 64  # cached: tokens whose log-probabilities are kept, the rest as one; >= 1, the vocabulary is exact
+    offload: bool = False  # live, on a GPU: its decoder layers stay in host memory and visit the GPU one by one
 
 
 @dataclass

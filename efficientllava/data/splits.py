@@ -44,7 +44,8 @@ class Subset(Sequence[Record]):
 
 def record_id(records: Sequence[Record], index: int) -> str:
     """Id of a record, without making it where that is possible."""
-    return records.record_id(index) if isinstance(records, Digits | Subset) else records[index].id
+    name_of = getattr(records, "record_id", None)
+    return records[index].id if name_of is None else name_of(index)
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:

@@ -7,10 +7,37 @@ divide by the number of rows of the whole global batch, whatever its split over 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class TopK(NamedTuple):
+    """The k most likely tokens of a teacher, and all others as one.
+
+    Attributes:
+        log_probs: Log-probabilities of the k tokens at the temperature of the loss, ``(rows, k)``, fp32.
+        tokens: Their ids, ``(rows, k)``.
+        tail: Log-probability of all other tokens together, ``(rows,)``; means nothing when there are none.
+    """
+
+    log_probs: Tensor
+    tokens: Tensor
+    tail: Tensor
+
+
+def top_k(logits: Tensor, k: int, temperature: float) -> TopK:
+    """Reduce a teacher's logits to what `LogitKDLoss` needs of them.
+
+    Args:
+        logits: ``(rows, vocab)``, fp32.
+        k: Tokens to keep, >= 1; from the size of the vocabulary on, nothing is lost.
+        temperature: T > 0 of the loss.
+    """
+    log_probs = nn.functional.log_softmax(logits / temperature, dim=-1)
+    values, tokens = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
+    return TopK(values, tokens, log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1))
 
 
 @dataclass(frozen=True)
@@ -22,13 +49,13 @@ class SFTLoss:
     needs_teacher_logits: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
 
-    def __call__(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor | None = None) -> Tensor:
+    def __call__(self, logits: Tensor, targets: Tensor, teacher: object = None) -> Tensor:
         """Sum the cross-entropy over rows.
 
         Args:
             logits: Student logits, ``(rows, vocab)``, fp32.
             targets: Token ids, ``(rows,)``; rows with -100 do not count.
-            teacher_logits: Not used.
+            teacher: Not used.
 
         Returns:
             Scalar sum.
@@ -46,6 +73,10 @@ class LogitKDLoss:
     T² · Σ_v p_v (log p_v - log q_v) per row at temperature T, p the teacher and q the student (``forward``), or the
     two exchanged (``reverse``). Source: arXiv 1503.02531, section 2 (the factor T²); arXiv 2604.24380 (both ways).
 
+    Of a cached teacher only its k most likely tokens K are known. Then v runs over K and one more outcome "any other
+    token", with p_rest = 1 - Σ_{v in K} p_v and q_rest = 1 - Σ_{v in K} q_v. Merging outcomes never raises a divergence
+    (log sum inequality), so this is a lower bound of the full one, equal to it when K is the whole vocabulary.
+
     Args:
         direction: ``forward`` or ``reverse``.
         temperature: T > 0.
@@ -58,24 +89,36 @@ class LogitKDLoss:
     needs_teacher_logits: ClassVar[bool] = True
     needs_hidden: ClassVar[bool] = False
 
-    def __call__(self, logits: Tensor, targets: Tensor, teacher_logits: Tensor) -> Tensor:
+    def __call__(self, logits: Tensor, targets: Tensor, teacher: Tensor | TopK) -> Tensor:
         """Sum the divergence over rows.
 
         Args:
             logits: Student logits, ``(rows, vocab)``, fp32.
             targets: Not used.
-            teacher_logits: Teacher logits, ``(rows, vocab)``, fp32.
+            teacher: Teacher logits, ``(rows, vocab)``, fp32, or what `top_k` makes of them at this temperature.
 
         Returns:
             Scalar sum, in nats times T².
         """
         student = nn.functional.log_softmax(logits / self.temperature, dim=-1)
-        teacher = nn.functional.log_softmax(teacher_logits / self.temperature, dim=-1)
-        p, q = (teacher, student) if self.direction == "forward" else (student, teacher)
+        if isinstance(teacher, TopK):
+            student, reference = _outcomes(student, teacher)
+        else:
+            reference = nn.functional.log_softmax(teacher / self.temperature, dim=-1)
+        p, q = (reference, student) if self.direction == "forward" else (student, reference)
         return nn.functional.kl_div(q, p, reduction="sum", log_target=True) * self.temperature**2
 
     def __str__(self) -> str:
         return f"{'KL' if self.direction == 'forward' else 'RKL'}(T={self.temperature:g})"
+
+
+def _outcomes(log_probs: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the teacher's k tokens and of the rest, of student and teacher."""
+    student = log_probs.gather(-1, teacher.tokens)
+    if student.shape == log_probs.shape:
+        return student, teacher.log_probs
+    rest = log_probs.scatter(-1, teacher.tokens, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([student, rest], -1), torch.cat([teacher.log_probs, teacher.tail.unsqueeze(-1)], -1)
 
 
 @dataclass(frozen=True)

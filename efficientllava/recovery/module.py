@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
-from ..models.forward import feature_cache, forward_hidden
+from ..models.forward import FeatureCache, feature_cache, forward_hidden
 from .alignment import Match, captured
 from .objective import build_terms, divisors, positions, term_sums
-from .teacher import Teacher
+from .teacher import TeacherSource
 from .trainable import parameter_groups, trainable
 
 RECENT = 20
@@ -56,9 +56,10 @@ class RecoveryModule(L.LightningModule):
         student: The pruned model, after `trainable.prepare`.
         cfg: A `efficientllava.schema.RecoverConfig`.
         total_steps: Optimiser steps of the whole run, for the schedule.
-        teacher: The frozen teacher; needed by the distillation losses.
+        teacher: The frozen teacher, or its cached answers; needed by the distillation losses.
         matches: Pairs of layers of the hidden-state loss, from `alignment.match_layers`.
         seed: Seeds what is random in a step (the dropout of adapters), so that a resumed run repeats it.
+        features: Kept vision features of the student; None keeps them from here on.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class RecoveryModule(L.LightningModule):
         student: nn.Module,
         cfg: Any,
         total_steps: int,
-        teacher: Teacher | None = None,
+        teacher: TeacherSource | None = None,
         matches: tuple[Match, ...] = (),
         seed: int = 0,
+        features: FeatureCache | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
@@ -81,7 +83,7 @@ class RecoveryModule(L.LightningModule):
         self.seconds, self.tokens = 0.0, 0
         self.recent: deque[Tensor] = deque(maxlen=RECENT)
         self._seed = seed
-        self._features = feature_cache(student)
+        self._features = features or feature_cache(student)
         self._group = torch.zeros(2)
         self._started = 0.0
 
@@ -118,16 +120,15 @@ class RecoveryModule(L.LightningModule):
         inner = [match for match in self.matches if not match.final]
         with captured(decoder_of(self.student), [match.student for match in inner], mask) as states:
             rows = forward_hidden(self.student, batch, None if features is None else features.to(dtype))[mask]
-        reference, taught = None, {}
+        logits, pairs = None, []
         if self.teacher is not None:
-            final, taught = self.teacher(batch, features, [match.teacher for match in inner], mask)
-            reference = final, self.teacher.head
-        pairs = [
-            (rows, reference[0]) if match.final and reference else (states[match.student], taught[match.teacher])
-            for match in self.matches
-        ]
+            final, taught, logits = self.teacher(batch, features, [match.teacher for match in inner], mask)
+            pairs = [
+                (rows, final) if match.final else (states[match.student], taught[match.teacher])
+                for match in self.matches
+            ]
         head: Any = self.student.lm_head
-        sums = term_sums(self.terms, rows, targets, head, reference, pairs, self.cfg.chunk)
+        sums = term_sums(self.terms, rows, targets, head, logits, pairs, self.cfg.chunk)  # pyright: ignore[reportArgumentType]
         # Text-only batches and losses on inner layers leave parameters out; DDP needs a gradient for each.
         sums = sums + 0.0 * rows.float().sum()
         if features is None:

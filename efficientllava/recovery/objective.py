@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import require_valid
 from ..models.forward import supervised_positions
-from .losses import HiddenStateKDLoss, LogitKDLoss, SFTLoss
+from .losses import HiddenStateKDLoss, LogitKDLoss, SFTLoss, TopK
 
 Head = Callable[[Tensor], Tensor]
+# A range of rows to the teacher's logits of them, or to what is known of these.
+TeacherLogits = Callable[[slice], Tensor | TopK]
 
 
 class Term(NamedTuple):
@@ -66,7 +68,7 @@ def logit_sums(
     rows: Tensor,
     targets: Tensor,
     head: Head,
-    teacher: tuple[Tensor, Head] | None = None,
+    teacher: TeacherLogits | None = None,
     chunk: int = 1024,
 ) -> Tensor:
     """Sum the losses on logits over rows, with at most ``chunk`` rows of logits alive at a time.
@@ -78,35 +80,22 @@ def logit_sums(
         rows: Student hidden states after the final norm, ``(rows, hidden)``.
         targets: Token ids, ``(rows,)``.
         head: The student's head.
-        teacher: The teacher's hidden states of the same rows and its head.
+        teacher: Gives the teacher's logits of a range of the rows.
         chunk: Rows per call of the heads, >= 1.
 
     Returns:
         One sum per loss, ``(losses,)``, fp32; connected to ``rows`` and the head even when there are no rows.
     """
-    teacher_rows, teacher_head = teacher if teacher else (None, None)
 
-    def sums(part: Tensor, part_targets: Tensor, part_teacher: Tensor | None) -> Tensor:
-        logits = head(part).float()
-        reference = None
-        if part_teacher is not None and teacher_head is not None:
-            with torch.no_grad():
-                reference = teacher_head(part_teacher).float()
-        return torch.stack([loss(logits, part_targets, reference) for loss in losses])  # pyright: ignore[reportArgumentType]
+    def sums(part: slice) -> Tensor:
+        logits = head(rows[part]).float()
+        with torch.no_grad():
+            reference = None if teacher is None else teacher(part)
+        return torch.stack([loss(logits, targets[part], reference) for loss in losses])  # pyright: ignore[reportArgumentType]
 
     if len(rows) <= chunk:
-        return sums(rows, targets, teacher_rows)
-    starts = range(0, len(rows), chunk)
-    parts = [
-        checkpoint(
-            sums,
-            rows[i : i + chunk],
-            targets[i : i + chunk],
-            None if teacher_rows is None else teacher_rows[i : i + chunk],
-            use_reentrant=False,
-        )
-        for i in starts
-    ]
+        return sums(slice(None))
+    parts = [checkpoint(sums, slice(i, i + chunk), use_reentrant=False) for i in range(0, len(rows), chunk)]
     return torch.stack(parts).sum(0)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
@@ -150,7 +139,7 @@ def term_sums(
     rows: Tensor,
     targets: Tensor,
     head: Head,
-    teacher: tuple[Tensor, Head] | None = None,
+    teacher: TeacherLogits | None = None,
     pairs: Sequence[tuple[Tensor, Tensor]] = (),
     chunk: int = 1024,
 ) -> Tensor:
@@ -161,7 +150,7 @@ def term_sums(
         rows: Student hidden states after the final norm, ``(rows, hidden)``.
         targets: Token ids, ``(rows,)``.
         head: The student's head.
-        teacher: The teacher's hidden states of the same rows and its head.
+        teacher: Gives the teacher's logits of a range of the rows.
         pairs: Hidden states of student and teacher, one pair per matched layer, ``(rows, hidden)``; their losses are
             averaged.
         chunk: Rows per call of the heads, >= 1.

@@ -13,11 +13,14 @@ from torch import nn
 
 from ..errors import UserError
 from ..models.anatomy import decoder_of
-from .alignment import match_layers
+from ..models.forward import feature_cache
+from .alignment import Match, match_layers
+from .caching import TargetCache, TargetStats, cached_teacher
 from .losses import HiddenStateKDLoss
 from .module import RecoveryModule
-from .objective import build_terms, describe
-from .stream import RESUME_POINT, BatchStream, ResumePoint
+from .objective import Term, build_terms, describe
+from .stream import RESUME_POINT, BatchStream, ResumePoint, used_records
+from .targets import Wanted
 from .teacher import Teacher, check_teacher
 from .trainable import prepare, trainable
 
@@ -35,6 +38,7 @@ class RecoveryStats:
         tokens: Supervised tokens seen by this process.
         seconds: Training time, over resumed runs, without loading and set-up.
         final_losses: Mean of each unweighted loss over the last 20 micro-batches, by name (sft, logit, hidden).
+        targets: What a cached teacher took; None for a live one and for none.
     """
 
     loss: str
@@ -45,6 +49,7 @@ class RecoveryStats:
     tokens: int
     seconds: float
     final_losses: dict[str, float]
+    targets: TargetStats | None = None
 
     @property
     def step(self) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def recover(
     *,
     batch_size: int,
     global_batch_size: int | None = None,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | TargetCache | None = None,
     original_layers: Sequence[int] | None = None,
     seed: int = 0,
 ) -> RecoveryStats:
@@ -77,7 +82,8 @@ def recover(
         workdir: Folder of the resume point; only the caller knows when it may be deleted.
         batch_size: Records per process and micro-batch.
         global_batch_size: Records per optimiser step over all processes; None: ``batch_size`` times the processes.
-        teacher: The original model; needed when a distillation loss has weight. Frozen in place.
+        teacher: The original model, frozen in place, or where its answers are kept (``recover.teacher.source=cached``);
+            needed when a distillation loss has weight.
         original_layers: Index of each of the student's layers in the teacher; None when no layer was dropped.
         seed: Seed of adapters and of dropout within them.
 
@@ -88,9 +94,10 @@ def recover(
         UserError: A faulty configuration, a teacher that does not fit, or a loss that is not finite.
     """
     terms = build_terms(cfg)
-    frozen, matches = None, ()
-    if any(loss.needs_hidden or loss.needs_teacher_logits for _, loss in terms):
-        frozen, matches = _teach(student, teacher, terms, original_layers)
+    distils = any(loss.needs_hidden or loss.needs_teacher_logits for _, loss in terms)
+    matches = _matches(student, teacher, terms, original_layers) if distils else ()
+    # The two towers are compared before adapters change the student.
+    live = Teacher(teacher, student, cfg.teacher.offload) if distils and isinstance(teacher, nn.Module) else None
     finish = prepare(student, cfg, seed, train_head=any(loss.needs_logits for _, loss in terms))
     count = sum(p.numel() for p in trainable(student))
     trainer = trainer_factory(
@@ -106,10 +113,14 @@ def recover(
     accumulate = accumulation(batch_size, global_batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
     steps = optimiser_steps(cfg.steps, cfg.epochs, len(loader), accumulate)
+    source, targets, features = live, None, feature_cache(student)
+    if distils and isinstance(teacher, TargetCache):
+        wanted, used = _wanted(cfg, terms, matches, teacher), used_records(loader, steps * accumulate)
+        source, targets = cached_teacher(teacher, wanted, student, loader, used, batch_size, features, trainer)
     # Parity counts padding too, which is no property of a record.
-    if frozen is not None and len(loader) < steps * accumulate and cfg.parity is None:
-        frozen.remember()
-    module = RecoveryModule(student, cfg, steps, frozen, matches, seed)
+    elif live is not None and len(loader) < steps * accumulate and cfg.parity is None:
+        live.remember()
+    module = RecoveryModule(student, cfg, steps, source, matches, seed, features)
     workdir.mkdir(parents=True, exist_ok=True)
     resume = workdir / RESUME_POINT
     stream = BatchStream(loader, steps * accumulate)
@@ -124,6 +135,7 @@ def recover(
         tokens=module.tokens,
         seconds=module.seconds,
         final_losses=module.final_losses(),
+        targets=targets,
     )
 
 
@@ -167,19 +179,30 @@ def optimiser_steps(steps: int | None, epochs: float | None, batches_per_epoch: 
     return steps if epochs is None else math.ceil(epochs * batches_per_epoch / accumulate)  # pyright: ignore[reportReturnType]
 
 
-def _teach(
-    student: nn.Module, teacher: nn.Module | None, terms: tuple, original_layers: Sequence[int] | None
-) -> tuple[Teacher, tuple]:
+def _matches(
+    student: nn.Module, teacher: nn.Module | TargetCache | None, terms: Sequence[Term], original: Sequence[int] | None
+) -> tuple[Match, ...]:
+    """Pairs of compared layers, after a check that the teacher fits."""
     hidden = [loss for _, loss in terms if isinstance(loss, HiddenStateKDLoss)]
     if teacher is None:
         raise UserError("recover.weights: distillation needs a teacher; set recover.teacher.path to the original model")
     check_teacher(teacher, student, any(loss.needs_teacher_logits for _, loss in terms), bool(hidden))
-    frozen = Teacher(teacher, student)
+    depth: int = teacher.config.get_text_config().num_hidden_layers  # pyright: ignore
     layers = len(decoder_of(student).layers)
-    kept = list(range(layers)) if original_layers is None else list(original_layers)
-    if len(kept) != layers or kept[-1] >= frozen.depth or (original_layers is None and layers != frozen.depth):
+    kept = list(range(layers)) if original is None else list(original)
+    if len(kept) != layers or kept[-1] >= depth or (original is None and layers != depth):
         raise UserError(
-            f"recover.teacher.path: the teacher's {frozen.depth} layers do not match the student's {layers}, "
+            f"recover.teacher.path: the teacher's {depth} layers do not match the student's {layers}, "
             f"which are taken to be its layers {kept}; give the checkpoint that was pruned"
         )
-    return frozen, match_layers(hidden[0].layers, kept, frozen.depth) if hidden else ()
+    return match_layers(hidden[0].layers, kept, depth) if hidden else ()
+
+
+def _wanted(cfg: Any, terms: Sequence[Term], matches: Sequence[Match], teacher: TargetCache) -> Wanted:
+    """What is read of a cached teacher."""
+    inner = tuple(sorted(match.teacher for match in matches if not match.final))
+    final = any(match.final for match in matches)
+    if not any(loss.needs_teacher_logits for _, loss in terms):
+        return Wanted(inner, final)
+    vocabulary = teacher.config.get_text_config().vocab_size
+    return Wanted(inner, final, min(cfg.teacher.top_k, vocabulary), cfg.temperature)

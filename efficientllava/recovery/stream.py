@@ -12,6 +12,8 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from ..processes import gather
+
 RESUME_POINT = "last.ckpt"
 
 
@@ -23,6 +25,13 @@ def _endless(sampler: Any, start: int) -> Iterator[list[int]]:
             sampler.set_epoch(number)
         yield from itertools.islice(iter(sampler), skip, None)
         skip = 0
+
+
+def used_records(loader: DataLoader, total: int) -> list[int]:
+    """Indices of the records that a `BatchStream` of ``total`` batches serves on any process, ascending."""
+    batches = itertools.islice(_endless(loader.batch_sampler, 0), min(total, len(loader)))
+    mine = {index for batch in batches for index in batch}
+    return sorted(set().union(*gather(mine)))
 
 
 class BatchStream:

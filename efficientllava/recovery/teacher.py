@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
 from ..models.forward import HostMemory, feature_cache, forward_hidden
 from .alignment import captured
+from .objective import TeacherLogits
+from .offload import Visitor, offload
 from .trainable import silence_dropout
 
 MEMORY_LIMIT = 1 << 30  # bytes of remembered states
@@ -32,23 +34,58 @@ def same_tower(one: nn.Module, other: nn.Module) -> bool:
     return first.keys() == second.keys() and all(_equal(first[name], second[name]) for name in first)
 
 
+class Taught(NamedTuple):
+    """What a teacher says about the wanted positions of a batch, its rows.
+
+    Attributes:
+        final: States after the final norm, ``(rows, hidden)``; None where a cached teacher was not asked for them.
+        states: Raw outputs of the wanted layers by index, ``(rows, hidden)``.
+        logits: Gives the logits of a range of rows, or what is known of them.
+    """
+
+    final: Tensor | None
+    states: Mapping[int, Tensor]
+    logits: TeacherLogits
+
+
+class TeacherSource(Protocol):
+    """Where a recovery's targets come from: the live `Teacher`, or what it has said before."""
+
+    def to(self, device: torch.device | str) -> TeacherSource:
+        """Give answers on a device from now on."""
+        ...
+
+    def __call__(
+        self, batch: Mapping[str, Any], features: Tensor | None, layers: Sequence[int], mask: Tensor
+    ) -> Taught:
+        """Answer for a batch; see `Teacher`."""
+        ...
+
+
 class Teacher:
     """A frozen model that gives hidden states and logits at chosen positions; not an `nn.Module` on purpose.
 
-    It runs its *own* projector. Vision features are handed in when student and teacher have the same tower.
+    It runs its *own* projector. When student and teacher have the same vision tower, which never trains, its features
+    are handed in and its weights are in memory once.
 
     Args:
         model: The original model; put in eval mode, without dropout and gradients.
         student: The model that learns from it, to see whether the vision tower is the same.
+        offloaded: Keep the decoder layers in host memory; each visits the device while it runs.
     """
 
-    def __init__(self, model: nn.Module, student: nn.Module) -> None:
+    def __init__(self, model: nn.Module, student: nn.Module, offloaded: bool = False) -> None:
         model.eval().requires_grad_(False)
         silence_dropout(model)
         self.model = model
         self.depth = len(decoder_of(model).layers)
-        self._features = None if same_tower(model, student) else feature_cache(model)
+        shared = same_tower(model, student)
+        self._features = None if shared else feature_cache(model)
+        self._twins = list(zip(*(_tower(m).values() for m in (model, student)), strict=True)) if shared else []
+        self._offload = offloaded
+        self._visitors: list[Visitor] = []
         self._memory: HostMemory | None = None
+        self._share_tower()
 
     def remember(self) -> None:
         """Keep what is said about each record for later epochs; needs batches whose ``ids`` name each row's record.
@@ -59,9 +96,18 @@ class Teacher:
         self._memory = HostMemory(MEMORY_LIMIT)
 
     def to(self, device: torch.device | str) -> Teacher:
-        """Move the model and return self."""
-        self.model.to(device)
+        """Move the model, after the student, and return self."""
+        self._share_tower()
+        if not self._offload:
+            self.model.to(device)
+        elif not self._visitors:
+            self._visitors = offload(self.model, device)
         return self
+
+    def _share_tower(self) -> None:
+        for own, students in self._twins:
+            if own.dtype == students.dtype:
+                own.data = students.data
 
     @torch.no_grad()
     def __call__(
@@ -70,7 +116,7 @@ class Teacher:
         features: Tensor | None,
         layers: Sequence[int],
         mask: Tensor,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    ) -> Taught:
         """Run the decoder once, or recall what it said about the same records.
 
         Args:
@@ -78,42 +124,43 @@ class Teacher:
             features: The student's vision features for the batch.
             layers: Layers whose raw outputs are wanted; the same in every call.
             mask: Wanted positions, ``(batch, seq)``; a function of the records.
-
-        Returns:
-            States of the wanted positions after the final norm, and of each wanted layer by index.
         """
+        final, *states = self._recalled(batch, features, layers, mask)
+        return Taught(final, dict(zip(layers, states, strict=True)), lambda rows: self.head(final[rows]))
+
+    def _recalled(
+        self, batch: Mapping[str, Any], features: Tensor | None, layers: Sequence[int], mask: Tensor
+    ) -> Sequence[Tensor]:
         if self._memory is None:
             return self._run(batch, features, layers, mask)
         keys = record_keys(batch)
         if (known := self._memory.get(keys)) is not None:
-            final, *states = torch.cat(known, dim=1).to(mask.device)
-            return final, dict(zip(layers, states, strict=True))
-        final, states = self._run(batch, features, layers, mask)
-        stacked = torch.stack([final, *(states[layer] for layer in layers)])
-        self._memory.put(keys, stacked.split(mask.sum(1).tolist(), dim=1))
-        return final, states
+            return list(torch.cat(known, dim=1).to(mask.device))
+        states = self._run(batch, features, layers, mask)
+        self._memory.put(keys, torch.stack(states).split(mask.sum(1).tolist(), dim=1))
+        return states
 
     def _run(
         self, batch: Mapping[str, Any], features: Tensor | None, layers: Sequence[int], mask: Tensor
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    ) -> list[Tensor]:
         if self._features is not None:
             features = self._features(batch)
         if features is not None:
             features = features.to(next(projector_of(self.model).parameters()).dtype)
         with captured(decoder_of(self.model), layers, mask) as states:
             final = forward_hidden(self.model, batch, features)[mask]
-        return final, states
+        return [final, *(states[layer] for layer in layers)]
 
     def head(self, rows: Tensor) -> Tensor:
-        """Logits of rows after the final norm, ``(rows, hidden)`` to ``(rows, vocab)``."""
-        return self.model.lm_head(rows)  # pyright: ignore[reportCallIssue]
+        """Logits of rows after the final norm, ``(rows, hidden)`` to ``(rows, vocab)``, fp32."""
+        return self.model.lm_head(rows).float()  # pyright: ignore[reportCallIssue]
 
 
-def check_teacher(teacher: nn.Module, student: nn.Module, logits: bool, hidden: bool) -> None:
+def check_teacher(teacher: Any, student: nn.Module, logits: bool, hidden: bool) -> None:
     """Refuse a teacher that cannot teach this student.
 
     Args:
-        teacher: The candidate.
+        teacher: The candidate, or what else has its ``config``.
         student: The pruned model.
         logits: Logits are compared.
         hidden: Hidden states are compared.

@@ -84,6 +84,9 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.size
 
+    def record_id(self, index: int) -> str:
+        return str(index)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(100 + index)
         ids = torch.randint(0, IMAGE_TOKEN, (SEQ,), generator=generator)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from efficientllava.recovery.losses import (
     HiddenStateKDLoss,
     LogitKDLoss,
     SFTLoss,
+    top_k,
 )
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "kd_losses.json").read_text())
@@ -80,3 +82,55 @@ def test_kl_of_equal_distributions_is_zero_and_flat(direction):
     total.backward()
     assert abs(total.item()) < 1e-6
     assert logits.grad is not None and logits.grad.abs().max() < 1e-6
+
+
+def random_logits(vocab: int = 23) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(7, vocab, generator=generator), 3 * torch.randn(7, vocab, generator=generator)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_the_whole_vocabulary_as_top_k_is_the_full_divergence(direction, temperature):
+    student, teacher = random_logits()
+    loss = LogitKDLoss(direction, temperature)
+    results = []
+    for reference in (teacher, top_k(teacher, 23, temperature), top_k(teacher, 99, temperature)):
+        leaf = student.clone().requires_grad_()
+        total = loss(leaf, torch.zeros(7), reference)
+        total.backward()
+        results.append((total.detach(), leaf.grad))
+    assert results[0][0] > 1
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_fewer_tokens_bound_the_divergence_from_below(direction):
+    student, teacher = random_logits()
+    loss = LogitKDLoss(direction)
+    values = [loss(student, torch.zeros(7), top_k(teacher, k, 2.0)).item() for k in (1, 2, 4, 8, 16, 22)]
+    assert values == sorted(values) and values[0] > 0
+    assert values[-2] < values[-1] <= loss(student, torch.zeros(7), teacher).item() + 1e-5
+
+
+def test_the_rest_is_one_outcome():
+    """By hand: tokens 2 and 0 are the likeliest; tokens 1 and 3 make the third outcome."""
+    p, q = torch.tensor([0.3, 0.1, 0.5, 0.1]), torch.tensor([0.2, 0.2, 0.2, 0.4])
+    known = top_k(p.log()[None], 2, 1.0)
+    assert known.tokens.tolist() == [[2, 0]]
+    assert known.tail.exp().item() == pytest.approx(0.2)
+    forward = LogitKDLoss("forward", 1.0)(q.log()[None], torch.zeros(1), known).item()
+    reverse = LogitKDLoss("reverse", 1.0)(q.log()[None], torch.zeros(1), known).item()
+    pairs = [(0.5, 0.2), (0.3, 0.2), (0.2, 0.6)]
+    assert forward == pytest.approx(sum(a * math.log(a / b) for a, b in pairs))
+    assert reverse == pytest.approx(sum(b * math.log(b / a) for a, b in pairs))
+
+
+def test_a_student_equal_in_the_known_outcomes_has_no_gradient():
+    _, teacher = random_logits()
+    leaf = teacher.clone().requires_grad_()
+    total = LogitKDLoss("forward")(leaf, torch.zeros(7), top_k(teacher, 5, 2.0))
+    total.backward()
+    assert abs(total.item()) < 1e-5
+    assert leaf.grad is not None and leaf.grad.abs().max() < 1e-5

@@ -30,7 +30,7 @@ def parity_total(states: tuple[int, ...] = (-1,), **weights: Any) -> float:
     mask, targets = positions(LABELS, "vlmcompression")
     student, teacher = (2.0 * normal(seed, recipe["vocab"])[mask] for seed in (1, 2))
     pairs = [(normal(14 + i, recipe["hidden"])[mask], normal(26 + i, recipe["hidden"])[mask]) for i in states]
-    sums = term_sums(terms, student, targets, nn.Identity(), (teacher, nn.Identity()), pairs, chunk=3)
+    sums = term_sums(terms, student, targets, nn.Identity(), lambda rows: teacher[rows], pairs, chunk=3)
     values = sums / divisors(terms, LABELS, "vlmcompression")
     return sum(term.weight * value for term, value in zip(terms, values.tolist(), strict=True))
 
@@ -75,7 +75,7 @@ def test_chunks_change_neither_loss_nor_gradient(chunk):
         head = nn.Linear(5, 11, bias=False)
         head.weight.data = weight.clone()
         leaf = rows.clone().requires_grad_()
-        sums = logit_sums([SFTLoss(), LogitKDLoss()], leaf, targets, head, (taught, other), size)
+        sums = logit_sums([SFTLoss(), LogitKDLoss()], leaf, targets, head, lambda part: other(taught[part]), size)
         (sums * torch.tensor([0.3, 0.7])).sum().backward()
         results.append((sums.detach(), leaf.grad, head.weight.grad))
         assert other.weight.grad is None
@@ -96,7 +96,8 @@ def test_chunks_bound_the_logits_that_are_alive(monkeypatch):
 def test_no_rows_stay_connected():
     head = nn.Linear(5, 11)
     rows = torch.zeros(0, 5, requires_grad=True)
-    sums = logit_sums([SFTLoss(), LogitKDLoss()], rows, torch.zeros(0, dtype=torch.long), head, (rows.detach(), head))
+    targets = torch.zeros(0, dtype=torch.long)
+    sums = logit_sums([SFTLoss(), LogitKDLoss()], rows, targets, head, lambda part: head(rows.detach()[part]))
     sums.sum().backward()
     assert sums.tolist() == [0.0, 0.0]
     assert rows.grad is not None and torch.equal(head.weight.grad, torch.zeros(11, 5))

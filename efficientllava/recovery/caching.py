@@ -1,0 +1,245 @@
+"""One pass of the teacher over the drawn records, before training: afterwards its answers lie on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..checkpoint import compute_dtype, load, read_config, resolve
+from ..console import progress, say
+from ..data.splits import record_id
+from ..errors import UserError
+from ..models.forward import FeatureCache, supervised_positions, to_device
+from ..processes import barrier, from_first, rank, world_size
+from .losses import top_k
+from .targets import FINAL, CachedTeacher, TargetStore, Wanted, layer_part, rows_of, write_shard
+from .teacher import Teacher
+
+SHARD_BYTES = 64 << 20  # a killed pass loses no more than this per part and process
+CHUNK = 1024  # rows per call of the head
+SAMPLED = 64  # records whose tokens are counted to estimate the size of all
+
+
+@dataclass(frozen=True)
+class TargetCache:
+    """Where a teacher's answers lie, and how the teacher is had if some are missing.
+
+    Attributes:
+        folder: The store; its name stands for the content of teacher and data.
+        config: The teacher's configuration.
+        dtype: Type that the teacher computes in.
+        load: Loads the teacher.
+    """
+
+    folder: Path
+    config: Any
+    dtype: torch.dtype
+    load: Callable[[], nn.Module]
+
+
+def open_teacher(path: str, config: Any, device: str, folder: Path) -> nn.Module | TargetCache:
+    """The teacher that a configuration asks for.
+
+    Args:
+        path: Its checkpoint.
+        config: A `efficientllava.schema.TeacherConfig`.
+        device: Where it runs.
+        folder: The store of its answers, where they are cached.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    if config.source == "live":
+        return load(path, config.dtype, device, host=config.offload).model
+    described, storage = read_config(resolve(path), path)
+    dtype = compute_dtype(config.dtype, storage, device)
+    return TargetCache(folder, described, dtype, lambda: load(path, config.dtype, device).model)
+
+
+@dataclass(frozen=True)
+class TargetStats:
+    """What the answers of a teacher took.
+
+    Attributes:
+        records: Records that the recovery uses.
+        computed: Those of them that the teacher was asked about now; the others were there.
+        tokens: Their supervised tokens.
+        bytes: Size of the files that hold them.
+        seconds: Duration of the pass, loading included.
+    """
+
+    records: int
+    computed: int
+    tokens: int
+    bytes: int
+    seconds: float
+
+
+def cached_teacher(
+    cache: TargetCache,
+    wanted: Wanted,
+    student: nn.Module,
+    loader: DataLoader,
+    used: Sequence[int],
+    batch_size: int,
+    features: FeatureCache,
+    trainer: L.Trainer,
+) -> tuple[CachedTeacher, TargetStats]:
+    """Ask the teacher about the records that nobody has asked it about yet, and open the answers.
+
+    Runs that want the same store at the same time wait for the first. Processes share the work.
+
+    Args:
+        cache: Where the answers lie.
+        wanted: What the recovery reads.
+        student: The pruned model; gives vision features where its tower is the teacher's.
+        loader: The training loader.
+        used: Indices of the records that the recovery will see.
+        batch_size: Records per forward pass.
+        features: Kept vision features of the student.
+        trainer: Knows device and precision.
+
+    Raises:
+        UserError: The answers do not fit on the disk.
+    """
+    started, folder = time.perf_counter(), cache.folder
+    names = {record_id(loader.dataset, index): index for index in used}  # pyright: ignore[reportArgumentType]
+    with _lock(folder):
+        lacks: dict[str, list[str]] = from_first(_lacking(folder, wanted, list(names)) if rank() == 0 else None)
+        todo = sorted({names[name] for lacking in lacks.values() for name in lacking})
+        if todo:
+            _announce(cache, wanted, loader, todo)
+            teacher = Teacher(cache.load(), student).to(trainer.strategy.root_device)
+            shards = _Shards(folder, {part: set(lacking) for part, lacking in lacks.items()})
+            with trainer.precision_plugin.forward_context():
+                _ask(teacher, wanted, _batches(loader, todo, batch_size), features, shards, len(todo))
+            barrier()
+    store = TargetStore(folder, wanted.parts)
+    stats = TargetStats(len(names), len(todo), *store.size(list(names)), time.perf_counter() - started)
+    done = f"{stats.computed} asked in {stats.seconds:.1f} s" if todo else "(from cache)"
+    say(f"teacher targets: {stats.records:,} records, {stats.tokens:,} tokens, {stats.bytes:,} bytes, {done}")
+    return CachedTeacher(store, wanted), stats
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    if rank():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        for left in folder.glob(".*.part"):  # of a killed pass; the lock says that nobody else is at work
+            left.unlink()
+        yield
+
+
+def _lacking(folder: Path, wanted: Wanted, names: Sequence[str]) -> dict[str, list[str]]:
+    store = TargetStore(folder, wanted.parts)
+    return {part: store.missing(part, names) for part in wanted.parts}
+
+
+def _announce(cache: TargetCache, wanted: Wanted, loader: DataLoader, todo: Sequence[int]) -> None:
+    """Say what the pass will need on disk, and refuse it where that is not there."""
+    sample = [loader.dataset[todo[i * len(todo) // SAMPLED]] for i in range(SAMPLED)] if len(todo) > SAMPLED else None
+    batch: Any = loader.collate_fn(sample or [loader.dataset[index] for index in todo])
+    tokens = int(supervised_positions(batch["labels"])[0].sum()) * len(todo) / len(sample or todo)
+    text = cache.config.get_text_config()
+    need = int(tokens * wanted.bytes_per_token(text.hidden_size, cache.dtype.itemsize))
+    free = shutil.disk_usage(cache.folder).free
+    if need > free:
+        raise UserError(
+            f"recover.teacher.source=cached: needs about {need / 2**30:.1f} GiB in {cache.folder}, {free / 2**30:.1f} "
+            "GiB are free; free the disk, set paths.cache_dir elsewhere, lower data_frac, or choose "
+            "recover.teacher.source=live"
+        )
+    say(
+        f"the teacher is asked about {len(todo)} records: about {need / 2**20:.1f} MiB for {', '.join(wanted.parts)} "
+        f"in {cache.folder}, {free / 2**30:.1f} GiB are free"
+    )
+
+
+def _batches(loader: DataLoader, todo: list[int], size: int) -> DataLoader:
+    """This process's share of the records."""
+    mine = todo[rank() :: world_size()]
+    chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
+    return DataLoader(
+        loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+    )
+
+
+class _Shards:
+    """Collects answers and writes a shard of a part when enough of it is there.
+
+    Args:
+        folder: The store.
+        lacks: For each part, the records that it lacks; other answers are dropped.
+    """
+
+    def __init__(self, folder: Path, lacks: Mapping[str, set[str]]) -> None:
+        self._folder, self._lacks = folder, lacks
+        self._rows: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
+        self._tensors: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+        self._bytes: dict[str, int] = defaultdict(int)
+
+    def add(self, part: str, rows: Sequence[tuple[str, str, int]], tensors: Mapping[str, Tensor]) -> None:
+        """Take the answers to a batch, one tensor per field with the rows of all records."""
+        chosen = [index for index, row in enumerate(rows) if row[0] in self._lacks[part]]
+        self._rows[part] += [rows[index] for index in chosen]
+        for field, tensor in tensors.items():
+            records = tensor.cpu().split([count for _, _, count in rows])
+            self._tensors[part][field] += [records[index] for index in chosen]
+            self._bytes[part] += sum(records[index].nbytes for index in chosen)
+        if self._bytes[part] >= SHARD_BYTES:
+            self.write(part)
+
+    def write(self, part: str) -> None:
+        """Write what is there of a part."""
+        if rows := self._rows.pop(part, []):
+            write_shard(self._folder, part, rows, self._tensors.pop(part))
+            self._bytes[part] = 0
+
+
+@torch.no_grad()
+def _ask(
+    teacher: Teacher, wanted: Wanted, batches: DataLoader, features: FeatureCache, shards: _Shards, total: int
+) -> None:
+    device = next(teacher.model.lm_head.parameters()).device  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    done = 0
+    with progress() as tick:
+        for collated in batches:
+            batch = to_device(collated, device)
+            mask = supervised_positions(batch["labels"])[0]
+            final, states, logits = teacher(batch, features(batch), wanted.layers, mask)
+            rows = rows_of(batch, mask)
+            answers = {layer_part(layer): {"states": state} for layer, state in states.items()}
+            if wanted.final and final is not None:
+                answers[FINAL] = {"states": final}
+            if wanted.top_k:
+                answers[wanted.likely] = _likely(logits, int(mask.sum()), wanted)
+            for part, tensors in answers.items():
+                shards.add(part, rows, tensors)
+            done += len(rows)
+            tick("teacher targets", min(done * world_size(), total), total)
+    for part in wanted.parts:
+        shards.write(part)
+
+
+def _likely(logits: Callable[[slice], Any], rows: int, wanted: Wanted) -> dict[str, Tensor]:
+    """The most likely tokens of all rows, with the logits of few rows alive at a time."""
+    parts = [
+        top_k(logits(slice(i, i + CHUNK)), wanted.top_k or 1, wanted.temperature) for i in range(0, max(rows, 1), CHUNK)
+    ]
+    log_probs, tokens, tail = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return {"log_probs": log_probs, "tokens": tokens.int(), "tail": tail}
