@@ -369,13 +369,15 @@ class Run:
         from .data.collator import prompt
         from .data.conversations import open_image
         from .data.splits import load_split
+        from .models.forward import stock_inputs
 
         records = self.calibration or [record for task in self.tasks for record in task.records("test")]
         if not records:
             records = [load_split(self.settings.data, "train")[0]]
         record = next((r for r in records if r.image is not None), records[0])
         turn = next((t for t in record.turns if t.sees_image), record.turns[0])
-        return prompt(self.base.processor, turn.question, open_image(record) if turn.sees_image else None)
+        asked = prompt(self.base.processor, turn.question, open_image(record) if turn.sees_image else None)
+        return stock_inputs(self.base.model, asked)
 
     def _adopt(self, stage: str, name: str, entry: Entry) -> Any:
         """Link a finished checkpoint into the run and load it from there."""

@@ -46,8 +46,8 @@ def _images(prompts: Prompts, shown: Sequence[tuple[str, Image.Image]]) -> dict[
     if not shown:
         return {}
     names, images = zip(*shown, strict=True)
-    pixels, tiles = prompts.pixels(images)
-    return {"pixel_values": pixels, "image_ids": list(names), "image_tiles": tiles}
+    inputs, tiles = prompts.pixels(images)
+    return {**inputs, "image_ids": list(names), "image_tiles": tiles}
 
 
 def prompt(processor: Any, question: str, image: Image.Image | None = None) -> dict[str, Tensor]:
@@ -59,10 +59,11 @@ def prompt(processor: Any, question: str, image: Image.Image | None = None) -> d
         image: An image, or None for a text-only question.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and, with an image, ``pixel_values``; a batch of one.
+        ``input_ids``, ``attention_mask`` and, with an image, ``pixel_values`` and what the model's processor says
+        beside them (``image_sizes``, ``image_grid_thw``, ``pixel_attention_mask``); a batch of one.
     """
     batch = GenerationCollator(processor)([Record("prompt", image, (Turn(question, ""),), True, "prompt")])
-    return {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
+    return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
 class Collator:
@@ -79,7 +80,8 @@ class Collator:
     def __init__(self, processor: Any, max_length: int | None = None, pack: bool = True) -> None:
         self.prompts = Prompts(processor)
         self.max_length = max_length or int(self.prompts.tokenizer.model_max_length)
-        self.pack = pack
+        # Where images have positions or masks of their own, a packed row would need them per question.
+        self.pack = pack and not processor.return_mm_token_type_ids
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
         """Collate records.

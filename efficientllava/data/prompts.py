@@ -59,6 +59,10 @@ class Prompts:
         self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
         if not self._template:
             raise UserError(f"processor {type(processor).__name__}: no chat template; save one as chat_template.jinja")
+        # Gemma3's alone writes line breaks around an image.
+        sequence: str = getattr(processor, "full_image_sequence", "")
+        core = sequence.strip()
+        self._gaps = tuple(sequence.split(core)) if core else ("", "")
         # Chat markers such as Phi-3's <|end|> are added tokens without a name of their own.
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._specials = frozenset([*self.tokenizer.all_special_tokens, *added])
@@ -83,12 +87,13 @@ class Prompts:
                 content.insert(0, {"type": "image"})
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages[:-1] if open_question else messages,
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=open_question,
         )
+        return text.replace(self.image_token, self.image_token.join(self._gaps))
 
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a rendered text and the characters that each one covers."""
@@ -173,16 +178,23 @@ class Prompts:
         return ids.index(self.image_token_id) if with_image else -1
 
     def expansion(self, image: Image.Image) -> tuple[int, ...]:
-        """Token ids that stand for an image of this size in the text."""
+        """Token ids that stand for the placeholder of an image of this size."""
         size = image.size
         if size not in self._expansions:
             out = self.processor(images=[image], text=[self.image_token], add_special_tokens=False)
-            self._expansions[size] = tuple(int(token) for token in out["input_ids"][0])
+            ids = [int(token) for token in out["input_ids"][0]]
+            # The line breaks around an image are part of the text, whose tokens they may join.
+            before, after = (len(self.tokenizer(gap, add_special_tokens=False)["input_ids"]) for gap in self._gaps)
+            self._expansions[size] = tuple(ids[before : len(ids) - after])
         return self._expansions[size]
 
-    def pixels(self, images: Sequence[Image.Image]) -> tuple[Tensor, list[int]]:
-        """Pixel values ``(tiles, 3, height, width)`` of images, and the number of tiles of each."""
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], list[int]]:
+        """Image inputs of the model, and the rows of ``pixel_values`` (tiles, or patches) that each image takes."""
         options = dict(getattr(self.processor, "images_kwargs", None) or {})
-        out = self.processor.image_processor(images=list(images), return_tensors="pt", **options)
-        tiles = [int(count) for count in out.get("num_patches", [1] * len(images))]
-        return out["pixel_values"], tiles
+        # One list per image: some processors take the images of a flat list for those of one text.
+        out = self.processor.image_processor(images=[[image] for image in images], return_tensors="pt", **options)
+        rows = out.get("num_patches", [1] * len(images))
+        if "image_grid_thw" in out:
+            rows = out["image_grid_thw"].prod(1)
+        unused = {"num_patches", *self.processor.unused_input_names}
+        return {key: out[key] for key in out if key not in unused}, [int(count) for count in rows]

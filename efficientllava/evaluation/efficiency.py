@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..config import require_valid
 from ..errors import UserError
 from ..models.anatomy import language_parameters
-from ..models.forward import Batch, decoder_inputs, to_device
+from ..models.forward import Batch, decoder_inputs, stock_inputs, to_device
 from ..schema import EvaluateConfig
 
 WARM_UP = 2  # rounds that are run and not counted
@@ -58,7 +58,7 @@ def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """What the stock forward takes. No mask: one prompt has no padding, and ``generate`` drops a mask of ones too."""
     weight = next(model.parameters())
     moved = to_device(batch, weight.device, weight.dtype)
-    return {key: moved[key] for key in ("input_ids", "pixel_values") if moved.get(key) is not None}
+    return stock_inputs(model, {**moved, "attention_mask": None})
 
 
 def _count(model: nn.Module, inputs: Mapping[str, Any]) -> int:

@@ -67,7 +67,7 @@ class EvaluationModule(LightningModule):
         chosen = [self._records[i] for i in indices]
         batch: dict[str, Any] = {"indices": indices, "prompts": self._prompts(chosen)}
         if self._answers is not None:
-            # The same images as in the prompts; their features are passed on.
+            # The same images as in the prompts, which hold their pixels.
             batch["answers"] = {k: v for k, v in self._answers(chosen).items() if k != "pixel_values"}
         return batch
 
@@ -90,7 +90,10 @@ class EvaluationModule(LightningModule):
         with torch.inference_mode(False):
             features = self._cache(prompts)
         texts = generate(self.model, self._processor.tokenizer, prompts, features, self._cfg.max_new_tokens)
-        losses = reference_losses(self.model, batch["answers"], features) if "answers" in batch else None
+        losses = None
+        if "answers" in batch:
+            answers = {**batch["answers"], "pixel_values": prompts.get("pixel_values")}
+            losses = reference_losses(self.model, answers, features)
         items: list[Prediction] = []
         for row, (index, text) in enumerate(zip(batch["indices"], texts, strict=True)):
             record = self._records[index]

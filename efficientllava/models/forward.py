@@ -77,6 +77,20 @@ def segment_mask(attention_mask: Tensor, segment_ids: Tensor, dtype: torch.dtype
     return mask.masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
 
 
+def stock_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """What the model's own forward takes of a batch: its tokens, its images, and what it has to be told of them.
+
+    Args:
+        model: An image-text-to-text model.
+        batch: A batch or prompt of `efficientllava.data.collator`.
+    """
+    family, image_token = model.config.model_type, model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", *IMAGE_INPUTS) if batch.get(key) is not None}
+    if family in TOKEN_TYPES:
+        inputs[TOKEN_TYPES[family]] = (batch["input_ids"] == image_token).long()  # pyright: ignore[reportArgumentType]
+    return inputs
+
+
 def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = None) -> dict[str, Any]:
     """Turn a collated batch into keyword arguments of ``model.forward``.
 
@@ -89,18 +103,16 @@ def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = Non
         ``input_ids``, ``attention_mask`` (4-D for packed batches), ``position_ids`` where given, and the projected
         image features as ``mm_encoder_outputs``, or the image inputs where the model is not one of `PLAIN`.
     """
-    family, image_token = model.config.model_type, model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    family: str = model.config.model_type  # pyright: ignore
+    inputs = stock_inputs(model, batch)
+    images = {key: inputs.pop(key) for key in IMAGE_INPUTS if key in inputs}
     if batch.get("segment_ids") is not None:
         # The decoder's type: while it trains in fp32, a frozen tower may stay in half precision.
         dtype = next(decoder_of(model).parameters()).dtype
         inputs["attention_mask"] = segment_mask(batch["attention_mask"], batch["segment_ids"], dtype)
     if batch.get("position_ids") is not None:
         inputs["position_ids"] = batch["position_ids"]
-    if family in TOKEN_TYPES:
-        inputs[TOKEN_TYPES[family]] = (batch["input_ids"] == image_token).long()  # pyright: ignore[reportArgumentType]
     if family not in PLAIN:
-        images = {key: batch[key] for key in IMAGE_INPUTS if batch.get(key) is not None}
         return inputs | to_device(images, batch["input_ids"].device, next(model.parameters()).dtype)
     if features is None and batch.get("pixel_values") is not None:
         features = vision_features(model, batch["pixel_values"].to(next(model.parameters()).dtype))

@@ -192,8 +192,8 @@ class Pretraining:
         row: dict[str, Any] = {"step": self.step, "seconds": round(self.elapsed()), "loss": round(loss, 4)}
         if self.step <= self.config.align_steps:
             data = Digits("minival", 400)
-            pixels, _ = Collator(self.processor).prompts.pixels([record.image for record in data])  # pyright: ignore[reportArgumentType]
-            batch = {"pixel_values": pixels, **scene_targets([data.scene(i) for i in range(len(data))])}
+            images, _ = Collator(self.processor).prompts.pixels([record.image for record in data])  # pyright: ignore[reportArgumentType]
+            batch = {**images, **scene_targets([data.scene(i) for i in range(len(data))])}
             row["digits"] = round(float(self.alignment(batch)[1]), 4)
         else:
             scores = forced_match(self.model, self.processor, self.minival)

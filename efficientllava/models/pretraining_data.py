@@ -90,5 +90,5 @@ class Scenes(Dataset[Any]):
         records = [data[i] for i in indices]
         if not align:
             return self.collate(records)
-        pixels, _ = self.collate.prompts.pixels([record.image for record in records if record.image is not None])  # pyright: ignore[reportArgumentType]
-        return {"pixel_values": pixels, **scene_targets([data.scene(i) for i in indices])}
+        inputs, _ = self.collate.prompts.pixels([record.image for record in records if record.image is not None])  # pyright: ignore[reportArgumentType]
+        return {**inputs, **scene_targets([data.scene(i) for i in indices])}

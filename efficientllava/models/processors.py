@@ -1,99 +1,85 @@
-"""Processors: the right one for a folder, and an InternVL processor that needs no torchvision."""
+"""Processors: the right one for a folder, and those of video models without what needs torchvision."""
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers.models.auto.processing_auto import processor_class_from_name
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.processing_utils import ProcessorMixin
 
-INTERNVL_CLASSES = {"InternVLProcessor", "InternVLPilProcessor"}
+VIDEO = "video_processor"
+VIDEO_FILE = "video_preprocessor_config.json"
 
 
-class InternVLPilProcessor(ProcessorMixin):
-    """InternVL's processor for still images on the PIL backend, with the call surface of the stock class.
+@functools.cache
+def stills(stock: Any) -> Any:
+    """A stock processor class without its video processor, which insists on torchvision.
 
-    The stock ``InternVLProcessor`` insists on a video processor and with it on torchvision. The files that this class
-    saves name the stock class, so that they load in stock transformers where torchvision is installed.
+    For still images it is the stock class. The files that it saves name the stock class and keep the settings of its
+    video processor, so that they load in stock transformers where torchvision is installed.
 
     Args:
-        image_processor: A ``GotOcr2ImageProcessorPil``.
-        tokenizer: A tokenizer with the extra special tokens ``start_image_token``, ``end_image_token``,
-            ``context_image_token`` and ``video_token``.
-        image_seq_length: Image tokens per tile.
-        chat_template: Jinja template that writes one ``context_image_token`` per image.
+        stock: A processor class, such as ``Qwen2_5_VLProcessor``.
+
+    Returns:
+        A subclass of the same name, whose constructor takes the settings of the video processor in its place: a
+        dictionary, empty for those of the model type.
     """
 
-    text_kwargs = {"padding_side": "left"}  # noqa: RUF012 - the stock class's own convention
-    images_kwargs = {"crop_to_patches": True}  # noqa: RUF012 # pyright: ignore[reportAssignmentType]
+    # The stock signature stays: what is saved is read off it.
+    @functools.wraps(stock.__init__)
+    def __init__(self: Any, image_processor: Any, tokenizer: Any, video_processor: dict[str, Any], **rest: Any) -> None:
+        stock.__init__(self, image_processor, tokenizer, video_processor=None, **rest)
+        # Where the stock class looks for its defaults, a setting that is not there is one that was not made.
+        self.video_processor = SimpleNamespace(**{"num_frames": None, "fps": None, **video_processor})
+        self._video_settings = video_processor
 
-    def __init__(
-        self,
-        image_processor: Any = None,
-        tokenizer: Any = None,
-        image_seq_length: int = 256,
-        chat_template: str | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
-        self.image_seq_length = image_seq_length
-        self.start_image_token = tokenizer.start_image_token
-        self.end_image_token = tokenizer.end_image_token
-        self.start_image_token_id = tokenizer.start_image_token_id
-        self.end_image_token_id = tokenizer.end_image_token_id
-        self.image_token = tokenizer.context_image_token
-        self.image_token_id = tokenizer.context_image_token_id
+    def attributes(_cls: Any) -> list[str]:
+        return [name for name in stock.get_attributes() if name != VIDEO]
 
-    @property
-    def image_token_ids(self) -> list[int]:
-        """Ids of the tokens that stand for an image: context, start and end."""
-        return [self.image_token_id, self.start_image_token_id, self.end_image_token_id]
+    def to_dict(self: Any) -> dict[str, Any]:
+        """The saved settings; the video processor's are as they were given."""
+        return {**stock.to_dict(self), VIDEO: self._video_settings}
 
-    @property
-    def unused_input_names(self) -> list[str]:
-        """Outputs of the image processor that the model does not take."""
-        return ["num_patches"]
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **_kwargs: Any) -> str:
-        """The text that stands for an image: start, ``image_seq_length`` context tokens per tile, end."""
-        count = self.image_seq_length * int(image_inputs["num_patches"][image_idx])
-        return f"{self.start_image_token}{self.image_token * count}{self.end_image_token}"
-
-    def to_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The saved settings, under the stock class's name."""
-        return super().to_dict(*args, **kwargs) | {"processor_class": "InternVLProcessor"}
+    methods = {"__init__": __init__, "get_attributes": classmethod(attributes), "to_dict": to_dict}
+    return type(stock.__name__, (stock,), {"__doc__": stills.__doc__, "__module__": __name__, **methods})
 
 
-def _processor_class(folder: str | Path) -> str | None:
-    from transformers.utils.hub import cached_file
-
-    for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        path = cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)
-        if path is not None and (found := json.loads(Path(path).read_text("utf-8")).get("processor_class")):
-            return found
-    return None
+InternVLStills = stills(InternVLProcessor)
 
 
 def load_processor(folder: str | Path) -> Any:
-    """Load the processor of a checkpoint; InternVL's on the PIL backend, every other by stock ``AutoProcessor``.
+    """Load the processor of a checkpoint folder on the PIL backend, which is what the original pipelines compute.
 
     Args:
-        folder: A checkpoint folder or a hub id.
+        folder: A checkpoint folder.
 
     Returns:
-        The processor, with ``tokenizer``, ``image_processor`` and ``chat_template``.
+        The processor, with ``tokenizer``, ``image_processor`` and ``chat_template``; of still images alone.
     """
-    if _processor_class(folder) not in INTERNVL_CLASSES:
+    folder = Path(folder)
+    stock = processor_class_from_name(_processor_class(folder) or "")
+    if stock is None or VIDEO not in stock.get_attributes():
         return AutoProcessor.from_pretrained(folder, backend="pil")
-    from transformers import AutoTokenizer
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-
     settings, _ = ProcessorMixin.get_processor_dict(str(folder))
-    return InternVLPilProcessor(
-        GotOcr2ImageProcessorPil.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-        image_seq_length=settings.get("image_seq_length", 256),
-        chat_template=settings.get("chat_template"),
-    )
+    video = settings.pop(VIDEO, None) or _read(folder / VIDEO_FILE)
+    known = {
+        key: value for key, value in settings.items() if key not in ("processor_class", "auto_map", "image_processor")
+    }
+    images = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    return stills(stock)(images, AutoTokenizer.from_pretrained(folder), video, **known)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def _processor_class(folder: Path) -> str | None:
+    files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"))
+    return next((found for file in files if (found := _read(file).get("processor_class"))), None)

@@ -31,7 +31,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 
 from ..data.questions import vocabulary
 from ..data.scenes import IMAGE_SIZE
-from .processors import InternVLPilProcessor
+from .processors import InternVLStills
 from .templates import PHI3, VICUNA, chat_template
 
 PATCH = 8
@@ -219,9 +219,10 @@ def tiny_internvl() -> tuple[Any, Any]:
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    processor = InternVLPilProcessor(
+    processor = InternVLStills(
         GotOcr2ImageProcessorPil(size=_SQUARE, crop_to_patches=False, min_patches=1, max_patches=12, **_STILL),
         tokenizer,
+        {},
         image_seq_length=tokens,
         chat_template=chat_template(PHI3, "<IMG_CONTEXT>\n"),
     )

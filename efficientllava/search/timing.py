@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import layers_of
-from ..models.forward import Batch
+from ..models.forward import IMAGE_INPUTS, Batch, stock_inputs, to_device
 from .projector import assembled
 from .space import Gene, Policy
 
@@ -51,8 +51,9 @@ def first_prompt(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor
         real &= (segments == 0) | (segments == segments[real & (segments != 0)][:1])
     prompt = {"input_ids": batch["input_ids"][row][real].unsqueeze(0)}
     if seen:
-        prompt["pixel_values"] = batch["pixel_values"][: batch["image_tiles"][0]].to(next(model.parameters()).dtype)
-    return prompt
+        images = {key: batch[key][:1] for key in IMAGE_INPUTS if batch.get(key) is not None}
+        prompt |= {**images, "pixel_values": batch["pixel_values"][: batch["image_tiles"][0]]}
+    return to_device(stock_inputs(model, prompt), prompt["input_ids"].device, next(model.parameters()).dtype)
 
 
 def _alike(model: nn.Module, table: Modules) -> list[list[int]]:

@@ -439,5 +439,5 @@ def test_a_checkpoint_is_loaded_with_a_protocol(tmp_path):
 
 
 def test_a_protocol_of_another_family(internvl):
-    with pytest.raises(UserError, match=r"model\.protocol=vicuna_v1: .* InternVLPilProcessor"):
+    with pytest.raises(UserError, match=r"model\.protocol=vicuna_v1: .* InternVLProcessor"):
         convert.with_protocol(load_processor(convert.stock_folder(internvl)), "vicuna_v1")

@@ -14,7 +14,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from ...errors import UserError
-from ..processors import InternVLPilProcessor
+from ..processors import InternVLStills
 from ..templates import phi3_template, vicuna_template
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -54,7 +54,7 @@ def square_processor(
     )
 
 
-def tile_processor(tokenizer: Any, side: int, tiles: tuple[int, int], tokens: int) -> InternVLPilProcessor:
+def tile_processor(tokenizer: Any, side: int, tiles: tuple[int, int], tokens: int) -> Any:
     """InternVL's processor: tiles of the best grid, then a thumbnail where there is more than one.
 
     Args:
@@ -63,15 +63,16 @@ def tile_processor(tokenizer: Any, side: int, tiles: tuple[int, int], tokens: in
         tiles: Fewest and most tiles of an image, the thumbnail not counted.
         tokens: Image tokens per tile.
     """
+    square = {"height": side, "width": side}
     images = GotOcr2ImageProcessorPil(
-        size={"height": side, "width": side},
+        size=square,
         crop_to_patches=True,
         min_patches=tiles[0],
         max_patches=tiles[1],
         image_mean=list(IMAGENET_MEAN),
         image_std=list(IMAGENET_STD),
     )
-    return InternVLPilProcessor(images, tokenizer, image_seq_length=tokens, chat_template=phi3_template())
+    return InternVLStills(images, tokenizer, {"size": square}, image_seq_length=tokens, chat_template=phi3_template())
 
 
 def with_protocol(processor: Any, protocol: str) -> Any:
