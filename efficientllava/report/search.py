@@ -33,12 +33,12 @@ def _history(axes: Any, record: Mapping[str, Any]) -> None:
     steps = range(len(entries))
     axes.plot(steps, [entry["best"] for entry in entries], color=BEST, label="best so far")
     means = [(step, entry["mean"]) for step, entry in zip(steps, entries, strict=True) if entry["mean"] is not None]
-    axes.plot(*zip(*means, strict=True), color=MEAN, label="mean of the generation's finalists")
+    axes.plot(*zip(*means, strict=True), color=MEAN, label="mean of those that saw all samples")
     for step in steps[1:]:
         if entries[step]["theta"] != entries[step - 1]["theta"]:
             axes.axvline(step, color=DENSE, lw=0.8, ls=":")
     axes.set(title="search", xlabel="generation (dotted: projector evolved)", ylabel="objective, standard deviations")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
 
 
 def _strip(figure: Any, axes: Any, record: Mapping[str, Any]) -> None:
@@ -48,7 +48,9 @@ def _strip(figure: Any, axes: Any, record: Mapping[str, Any]) -> None:
         [gene["amounts"][level] for gene, level in zip(genes, best, strict=True) if gene["kind"] == kind]
         for kind in kinds
     ]
-    image = axes.imshow(removed, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow([[100 * share for share in row] for row in removed], cmap="YlGnBu", vmin=0, vmax=100)
+    axes.set_aspect("auto")
+    axes.set_box_aspect(0.4)
     depth = len(removed[0])
     if depth <= 12:
         for row, shares in enumerate(removed):
@@ -57,23 +59,32 @@ def _strip(figure: Any, axes: Any, record: Mapping[str, Any]) -> None:
                 axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=9)
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set_xticks(range(0, depth, max(1, depth // 8)))
-    axes.set(title="chosen policy: removed, %", xlabel="layer")
-    figure.colorbar(image, ax=axes, orientation="horizontal", fraction=0.08)
+    axes.set(title="chosen policy", xlabel="layer")
+    figure.colorbar(image, ax=axes, orientation="horizontal", fraction=0.08, label="removed, %")
 
 
 def _scatter(figure: Any, axes: Any, record: Mapping[str, Any]) -> None:
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+
     risk = record["settings"]["risk"]
     names = {"loss": "answer loss, nats per token", "kl": "KL to the dense model, nats", "error": "wrong answers"}
     points = record.get("holdout") or []
     if points:
         values = [point["holdout_loss"] for point in points]
         shown = axes.scatter(
-            [point["gap"] for point in points], [point["risk"][risk] for point in points], c=values, cmap="viridis_r"
+            [point["gap"] for point in points],
+            [point["risk"][risk] for point in points],
+            c=values,
+            cmap="viridis_r",
+            norm=LogNorm() if min(values) > 0 else None,
         )
-        figure.colorbar(shown, ax=axes, label="loss on held-out samples, nats per token")
+        bar = figure.colorbar(shown, ax=axes, label="loss on held-out samples, nats per token")
+        bar.formatter = bar.minorformatter = FormatStrFormatter("%g")
     else:
         whole = [entry for entry in record["policies"] if entry["share"] == 1.0]
         axes.scatter([entry["gap"] for entry in whole], [entry[risk] for entry in whole], color=MEAN, s=12)
     axes.axhline(record["dense"][risk], color=DENSE, lw=0.8, ls="--", label="dense")
-    axes.set(title="empirical risk and gap", xlabel="generalization gap", ylabel=names[risk])
+    axes.set(title="empirical risk and gap", xlabel=f"generalization gap, {record['gap']}", ylabel=names[risk])
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.legend(frameon=False)

@@ -164,7 +164,8 @@ class Search:
         population = self._filled(dict.fromkeys(seeds), rng)
         risks = self._evaluate(population, 1.0)
         gaps = [self._gap(policy) for policy in population]
-        state.objective = Objective.fitted(config.risk, config.gap_weight, risks, gaps)
+        weight = 0.0 if config.gap == "none" else config.gap_weight
+        state.objective = Objective.fitted(config.risk, weight, risks, gaps)
         self._note(population, 1.0, risks)
         self._select(population)
         self._save()

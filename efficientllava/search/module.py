@@ -177,7 +177,7 @@ class SearchModule(LightningModule):
         search = Search(
             space,
             evaluate,
-            gap_of(self._config.gap, table.norms, space.uniform(), len(self._inputs.records)),
+            gap_of(self._gap, table.norms, space.uniform(), len(self._inputs.records)),
             self._config,
             self._seed,
             [space.uniform(), shaped, *([space.ranked(errors)] if errors else [])],
@@ -221,6 +221,11 @@ class SearchModule(LightningModule):
                     save_file(projector_of(self.model).state_dict(), file)
             search.end_round(changed=kept)
 
+    @property
+    def _gap(self) -> str:
+        """The gap term that is recorded, also where the objective has none."""
+        return "fro" if self._config.gap == "none" else self._config.gap
+
     def _projector_file(self, theta: int) -> Path:
         return self._inputs.work / f"projector_{theta}.safetensors"
 
@@ -234,6 +239,7 @@ class SearchModule(LightningModule):
             "best": list(search.best),
             "history": search.history,
             "policies": search.record,
+            "gap": self._gap,
         }
 
     def _holdout(
