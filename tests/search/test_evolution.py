@@ -131,7 +131,7 @@ def test_parents_are_scored_on_the_samples_of_their_children() -> None:
 
 def test_is_elitist() -> None:
     space = make_space(target=0.45)
-    search = run(Search(space, Landscape(space), gap, config(gap_weight=0.5)))
+    search = run(Search(space, Landscape(space), gap, config(gap="fro", gap_weight=0.5)))
     best = [entry["best"] for entry in search.history]
     assert best == sorted(best, reverse=True) and best[-1] < best[0]
     assert [(e["round"], e["generation"]) for e in search.history] == [
@@ -146,7 +146,7 @@ def test_is_elitist() -> None:
 def test_the_gap_term_counts() -> None:
     space = make_space(target=0.45)
     plain = run(Search(space, Landscape(space), gap, config()))
-    heavy = run(Search(space, Landscape(space), gap, config(gap_weight=20.0)))
+    heavy = run(Search(space, Landscape(space), gap, config(gap="fro", gap_weight=20.0)))
     assert heavy.best[1] < plain.best[1]
     entry = heavy.record[0]
     assert entry["gap"] == gap(tuple(entry["policy"]))
