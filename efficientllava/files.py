@@ -12,11 +12,12 @@ from .errors import UserError, disk_full
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, fix: str = "free the disk or set paths.output_dir") -> Iterator[Path]:
     """Write a file under a temporary name and rename it when the block ends well.
 
     Args:
         path: Final name; an existing file is replaced.
+        fix: What a user can do where it cannot be written.
 
     Yields:
         The file to write, in the same folder.
@@ -32,9 +33,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(written.fileno())
         partial.replace(path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free the disk or set paths.output_dir"
-        ) from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {fix}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -42,12 +42,13 @@ class CalibrationConfig:
 class DataConfig:
     """Recovery, calibration and test records."""
 
-    name: str = MISSING  # digits_vqa | conversations
+    name: str = MISSING  # digits_vqa | conversations | llava_665k | bunny_695k | internvl_sft
     path: str | None = None  # LLaVA-style JSON or JSONL (conversations)
     image_root: str | None = None  # folder that relative image paths start from
     images: int = 4000  # size of the recovery pool (digits_vqa)
     test_questions: int = 2000  # size of the test split (digits_vqa)
     max_length: int | None = None  # tokens per record; None: the model's context
+    group_by_modality_length: bool = False  # batches of one modality and of similar length, as in LLaVA (files)
     max_bad_fraction: float = 0.0  # share of corrupt records that is tolerated, [0, 1)
     batch_size: int = 16  # records per process and step, >= 1
     global_batch_size: int | None = None  # records per optimiser step over all processes; None: batch_size x processes

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from .conversations import Record, Turn, open_image
-from .prompts import IGNORE, Prompts
+from .conversations import Record, Turn, open_images
+from .prompts import IGNORE, Prompts, images_of
 
 
 @dataclass
@@ -42,12 +42,25 @@ def _tokens(prompts: Prompts, rows: Sequence[list[int]], left: bool = False) -> 
     return {"input_ids": ids, "attention_mask": _stack([[1] * len(row) for row in rows], 0, left)}
 
 
-def _images(prompts: Prompts, shown: Sequence[tuple[str, Image.Image]]) -> dict[str, Any]:
-    if not shown:
+@dataclass(frozen=True)
+class _Shown:
+    """Images of a row, and how many its record has."""
+
+    record: str
+    images: list[Image.Image]
+    share: int
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.record}/{place}" for place in range(len(self.images))] if self.share > 1 else [self.record]
+
+
+def _images(prompts: Prompts, shown: Sequence[_Shown]) -> dict[str, Any]:
+    if not any(row.images for row in shown):
         return {}
-    names, images = zip(*shown, strict=True)
-    inputs, tiles = prompts.pixels(images)
-    return {**inputs, "image_ids": list(names), "image_tiles": tiles}
+    images = [image for row in shown for image in row.images]
+    inputs, tiles = prompts.pixels(images, [row.share for row in shown for _ in row.images])
+    return {**inputs, "image_ids": [name for row in shown if row.images for name in row.names], "image_tiles": tiles}
 
 
 def prompt(processor: Any, question: str, image: Image.Image | None = None) -> dict[str, Tensor]:
@@ -71,8 +84,9 @@ class Collator:
 
     Args:
         processor: The model's processor.
-        max_length: Longest prompt with its answer, in tokens, image tokens included; None for the tokenizer's limit.
-            A conversation is cut after the last turn that fits; image tokens are never cut.
+        max_length: Longest row of a conversation, in tokens, image tokens included; None for the tokenizer's limit. A
+            conversation is cut after the last turn that fits, a first answer that does not fit is cut itself (as in
+            LLaVA); image tokens are never cut.
         pack: Put the independent questions of a record into one row, each seeing the image and itself only. A packed
             row may be longer than ``max_length``, each of its questions may not.
     """
@@ -95,16 +109,15 @@ class Collator:
             question); ``pixel_values``, ``image_ids``, ``image_tiles`` where a row has an image; ``ids``.
 
         Raises:
-            UserError: If an image cannot be read, or a prompt with its first answer is longer than ``max_length``.
+            UserError: If an image cannot be read, or the tokens of a record's images do not fit into ``max_length``.
         """
         rows: list[_Row] = []
-        shown: list[tuple[str, Image.Image]] = []
+        shown: list[_Shown] = []
         for record in records:
-            image = open_image(record)
-            for row, seen in self._rows(record, image):
+            images = open_images(record)
+            for row, seen in self._rows(record, images):
                 rows.append(row)
-                if seen is not None:
-                    shown.append((record.id, seen))
+                shown.append(_Shown(record.id, seen, len(images) if seen else 0))
         batch = _tokens(self.prompts, [row.ids for row in rows])
         batch |= {"labels": _stack([row.labels for row in rows], IGNORE), "ids": [row.record for row in rows]}
         if any(len(set(row.segments)) > 1 for row in rows):
@@ -113,67 +126,76 @@ class Collator:
         return batch | _images(self.prompts, shown)
 
     def check(self, record: Record) -> None:
-        """Open a record's image and measure its prompts.
+        """Open a record's images and measure its prompts.
 
         Args:
             record: Any record.
 
         Raises:
-            UserError: As for `__call__`.
+            UserError: As for `__call__`, or if a first question leaves no room for its answer.
         """
-        list(self._rows(record, open_image(record)))
+        for row, _ in self._rows(record, open_images(record)):
+            if all(label == IGNORE for label in row.labels):
+                raise UserError(
+                    f"record {record.id!r}: its prompt leaves no room for the answer, the context holds "
+                    f"{self.max_length} tokens; shorten or drop the record, or raise data.max_length"
+                )
 
-    def _rows(self, record: Record, image: Image.Image | None) -> Iterator[tuple[_Row, Image.Image | None]]:
-        """The rows of a record, each with the image that it shows."""
+    def _rows(self, record: Record, images: list[Image.Image]) -> Iterator[tuple[_Row, list[Image.Image]]]:
+        """The rows of a record, each with the images that it shows."""
         if not record.turns:
             raise UserError(f"record {record.id!r}: no question; drop the record")
         if not record.independent:
-            yield self._conversation(record, record.turns, image), image
+            yield self._conversation(record, record.turns, images)
         elif self.pack and len(record.turns) > 1:
-            yield self._packed(record, image), image if any(turn.sees_image for turn in record.turns) else None
+            yield self._packed(record, images), images if any(turn.sees_image for turn in record.turns) else []
         else:
             for turn in record.turns:
-                seen = image if turn.sees_image else None
-                yield self._conversation(record, (turn,), seen), seen
+                yield self._conversation(record, (turn,), images if turn.sees_image else [])
 
     def _encoded(
-        self, record: Record, turns: Sequence[Turn], image: Image.Image | None
-    ) -> tuple[list[int], list[int], int]:
-        """Ids and labels of the turns that fit, with the image's tokens in place, and the position after the image."""
-        encoded = self.prompts.encode(turns, image is not None)
-        ids, labels, ends, at = list(encoded.ids), list(encoded.labels), encoded.ends, encoded.image_at
-        if image is not None:
-            tokens = self.prompts.expansion(image)
+        self, record: Record, turns: Sequence[Turn], images: list[Image.Image]
+    ) -> tuple[list[int], list[int], int, int]:
+        """Ids and labels of the turns that fit, the position after the last image, and the number of images shown."""
+        encoded = self.prompts.encode(turns, len(images))
+        ids, labels, ends, after = list(encoded.ids), list(encoded.labels), list(encoded.ends), 0
+        # From the last to the first, so that the earlier positions stay true.
+        for at, image in zip(reversed(encoded.images_at), reversed(images), strict=True):
+            tokens = self.prompts.expansion(image, len(images))
             ids[at : at + 1] = tokens
             labels[at : at + 1] = [IGNORE] * len(tokens)
-            ends = [end + len(tokens) - 1 for end in ends]
-            at += len(tokens)
-        if ends[0] > self.max_length:
+            ends = [end + len(tokens) - 1 if end > at else end for end in ends]
+            after = after + len(tokens) - 1 if after else at + len(tokens)
+        if len(ids) <= self.max_length:
+            return ids, labels, after, len(images)
+        fitting = sum(end <= self.max_length for end in ends)
+        shown = images_of(turns[: fitting or 1], turns, len(images))
+        cut = ends[fitting - 1] if fitting else self.max_length
+        if not fitting and self.prompts.image_token_id in ids[cut : ends[0]]:
             raise UserError(
-                f"record {record.id!r}: prompt and answer take {ends[0]} tokens, the context holds {self.max_length}; "
-                "shorten or drop the record, or raise data.max_length"
+                f"record {record.id!r}: its {shown} image(s) and prompt take more tokens than the context holds, "
+                f"{self.max_length}; image tokens are never cut: drop the record, or raise data.max_length"
             )
-        if len(ids) > self.max_length:
-            cut = max(end for end in ends if end <= self.max_length)
-            ids, labels = ids[:cut], labels[:cut]
-        return ids, labels, at
+        return ids[:cut], labels[:cut], min(after, cut), shown
 
-    def _conversation(self, record: Record, turns: Sequence[Turn], image: Image.Image | None) -> _Row:
+    def _conversation(
+        self, record: Record, turns: Sequence[Turn], images: list[Image.Image]
+    ) -> tuple[_Row, list[Image.Image]]:
         row = _Row(record.id)
-        ids, labels, _ = self._encoded(record, turns, image)
+        ids, labels, _, shown = self._encoded(record, turns, images)
         row.add(ids, labels, 0, 1)
-        return row
+        return row, images[:shown]
 
-    def _packed(self, record: Record, image: Image.Image | None) -> _Row:
+    def _packed(self, record: Record, images: list[Image.Image]) -> _Row:
         row = _Row(record.id)
-        seeing = [turn for turn in record.turns if turn.sees_image and image is not None]
+        seeing = [turn for turn in record.turns if turn.sees_image and images]
         for number, turn in enumerate(seeing, 1):
-            ids, labels, prefix = self._encoded(record, (turn,), image)
+            ids, labels, prefix, _ = self._encoded(record, (turn,), images)
             if number == 1:
                 row.add(ids[:prefix], labels[:prefix], 0, 0)
             row.add(ids[prefix:], labels[prefix:], prefix, number)
         for number, turn in enumerate((turn for turn in record.turns if turn not in seeing), 1):
-            ids, labels, _ = self._encoded(record, (turn,), None)
+            ids, labels, _, _ = self._encoded(record, (turn,), [])
             row.add(ids, labels, 0, -number)
         return row
 
@@ -200,25 +222,24 @@ class GenerationCollator:
             where a question has an image; per question ``ids`` (of records), ``kinds`` and ``answers``.
         """
         rows: list[list[int]] = []
-        shown: list[tuple[str, Image.Image]] = []
+        shown: list[_Shown] = []
         asked: list[tuple[Record, Turn]] = []
         for record in records:
-            image = open_image(record)
+            images = open_images(record)
             for index, turn in enumerate(record.turns):
-                seen = None if record.independent and not turn.sees_image else image
                 history = (turn,) if record.independent else record.turns[: index + 1]
-                rows.append(self._ids(history, seen))
+                seen = images if turn.sees_image or not record.independent else []
+                seen = seen if record.independent else seen[: images_of(history, record.turns, len(images))]
+                rows.append(self._ids(history, seen, len(images)))
                 asked.append((record, turn))
-                if seen is not None:
-                    shown.append((record.id, seen))
+                shown.append(_Shown(record.id, seen, len(images) if seen else 0))
         batch = _tokens(self.prompts, rows, left=True) | _images(self.prompts, shown)
         batch["ids"] = [record.id for record, _ in asked]
         batch |= {"kinds": [turn.kind for _, turn in asked], "answers": [turn.answer for _, turn in asked]}
         return batch
 
-    def _ids(self, turns: Sequence[Turn], image: Image.Image | None) -> list[int]:
-        ids, _ = self.prompts.tokenize(self.prompts.render(turns, image is not None, True))
-        at = self.prompts.placeholder(ids, image is not None)
-        if image is not None:
-            ids[at : at + 1] = self.prompts.expansion(image)
+    def _ids(self, turns: Sequence[Turn], images: list[Image.Image], share: int) -> list[int]:
+        ids, _ = self.prompts.tokenize(self.prompts.render(turns, len(images), True))
+        for at, image in zip(reversed(self.prompts.placeholders(ids, len(images))), reversed(images), strict=True):
+            ids[at : at + 1] = self.prompts.expansion(image, share)
         return ids

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,19 +21,19 @@ CACHE_LIMIT, CACHE_TOKENS = 20_000, 64
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens, with one placeholder where the image goes.
+    """A conversation as tokens, with one placeholder where each image goes.
 
     Attributes:
         ids: Token ids.
         labels: The ids of answers and of the token that closes them, ``IGNORE`` elsewhere.
         ends: Position after each answer's closing token.
-        image_at: Position of the image placeholder; -1 without an image.
+        images_at: Positions of the image placeholders.
     """
 
     ids: tuple[int, ...]
     labels: tuple[int, ...]
     ends: tuple[int, ...]
-    image_at: int
+    images_at: tuple[int, ...]
 
 
 def _common(first: str, second: str) -> int:
@@ -67,24 +69,23 @@ class Prompts:
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._specials = frozenset([*self.tokenizer.all_special_tokens, *added])
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
-        self._expansions: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._expansions: dict[tuple[int, int, int], tuple[int, ...]] = {}
 
-    def render(self, turns: Sequence[Turn], with_image: bool, open_question: bool) -> str:
+    def render(self, turns: Sequence[Turn], images: int, open_question: bool) -> str:
         """Text of a conversation by the chat template.
 
         Args:
             turns: Questions and answers, oldest first.
-            with_image: Whether the first question carries the image.
+            images: Number of images; those that no turn places stand before the first question.
             open_question: Leave out the last answer and end with the template's generation prompt.
 
         Returns:
-            The text, with one image placeholder if ``with_image``.
+            The text, with one placeholder per image.
         """
         messages: list[dict[str, Any]] = []
+        leading = images - sum(len(turn.images_at) for turn in turns)
         for index, turn in enumerate(turns):
-            content: list[dict[str, str]] = [{"type": "text", "text": turn.question}]
-            if with_image and index == 0:
-                content.insert(0, {"type": "image"})
+            content = _content(turn, 0 if index else leading)
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         text = self.tokenizer.apply_chat_template(
@@ -107,12 +108,13 @@ class Prompts:
             offsets.pop()
         return ids, offsets
 
-    def _text(self, turns: Sequence[Turn], with_image: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _text(self, turns: Sequence[Turn], images: int) -> tuple[str, list[tuple[int, int]]]:
         """The whole conversation and the character spans of answers with their closing tokens."""
         text, spans, before = "", [], ""
         for index, turn in enumerate(turns):
             upto = turns[: index + 1]
-            asked, closed = self.render(upto, with_image, True), self.render(upto, with_image, False)
+            shown = images_of(upto, turns, images)
+            asked, closed = self.render(upto, shown, True), self.render(upto, shown, False)
             if not closed.startswith(before):
                 raise UserError("chat template: it rewrites earlier turns; give a template that only appends")
             # Some templates open an answer with more than stands before a given one, such as a blank.
@@ -137,20 +139,20 @@ class Prompts:
         found = [(at, at + len(mark)) for mark in self._specials if (at := tail.find(mark)) >= 0]
         return min(found)[1] if found else None
 
-    def encode(self, turns: Sequence[Turn], with_image: bool) -> Encoded:
+    def encode(self, turns: Sequence[Turn], images: int) -> Encoded:
         """Tokens and labels of a conversation.
 
         Args:
             turns: Questions and answers, oldest first.
-            with_image: Whether the first question carries the image.
+            images: Number of images.
 
         Returns:
-            The tokens; the image is still a single placeholder.
+            The tokens; an image is still a single placeholder.
         """
-        key = (with_image, *((turn.question, turn.answer) for turn in turns))
+        key = (images, *((turn.question, turn.answer, turn.images_at) for turn in turns))
         if (known := self._encoded.get(key)) is not None:
             return known
-        text, spans = self._text(turns, with_image)
+        text, spans = self._text(turns, images)
         ids, offsets = self.tokenize(text)
         labels, ends = [IGNORE] * len(ids), []
         for start, end in spans:
@@ -158,39 +160,63 @@ class Prompts:
             for i in inside:
                 labels[i] = ids[i]
             ends.append(inside[-1] + 1)
-        result = Encoded(tuple(ids), tuple(labels), tuple(ends), self.placeholder(ids, with_image))
+        result = Encoded(tuple(ids), tuple(labels), tuple(ends), self.placeholders(ids, images))
         if len(ids) <= CACHE_TOKENS and len(self._encoded) < CACHE_LIMIT:
             self._encoded[key] = result
         return result
 
-    def placeholder(self, ids: Sequence[int], with_image: bool) -> int:
-        """Position of the image placeholder among token ids; -1 without an image.
+    def placeholders(self, ids: Sequence[int], images: int) -> tuple[int, ...]:
+        """Positions of the image placeholders among token ids.
 
         Raises:
-            UserError: If it occurs more or less often than it should.
+            UserError: If there are more or fewer than images.
         """
-        count = ids.count(self.image_token_id)
-        if count != int(with_image):
+        found = tuple(position for position, token in enumerate(ids) if token == self.image_token_id)
+        if len(found) != images:
             raise UserError(
-                f"a prompt holds the image placeholder {self.image_token!r} {count} times, expected {int(with_image)}; "
+                f"a prompt holds the image placeholder {self.image_token!r} {len(found)} times, expected {images}; "
                 "remove it from the questions and answers, the chat template writes it"
             )
-        return ids.index(self.image_token_id) if with_image else -1
+        return found
 
-    def expansion(self, image: Image.Image) -> tuple[int, ...]:
-        """Token ids that stand for the placeholder of an image of this size."""
-        size = image.size
-        if size not in self._expansions:
-            out = self.processor(images=[image], text=[self.image_token], add_special_tokens=False)
+    def expansion(self, image: Image.Image, share: int = 1) -> tuple[int, ...]:
+        """Token ids that stand for the placeholder of an image of this size.
+
+        Args:
+            image: The image.
+            share: Number of images of its record, which share the tiles that a single one may have.
+        """
+        key = (*image.size, share)
+        if key not in self._expansions:
+            out = self.processor(
+                images=[image], text=[self.image_token], add_special_tokens=False, **self._tiles(share)
+            )
             ids = [int(token) for token in out["input_ids"][0]]
             # The line breaks around an image are part of the text, whose tokens they may join.
             before, after = (len(self.tokenizer(gap, add_special_tokens=False)["input_ids"]) for gap in self._gaps)
-            self._expansions[size] = tuple(ids[before : len(ids) - after])
-        return self._expansions[size]
+            self._expansions[key] = tuple(ids[before : len(ids) - after])
+        return self._expansions[key]
 
-    def pixels(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], list[int]]:
-        """Image inputs of the model, and the rows of ``pixel_values`` (tiles, or patches) that each image takes."""
-        options = dict(getattr(self.processor, "images_kwargs", None) or {})
+    def pixels(
+        self, images: Sequence[Image.Image], shares: Sequence[int] | None = None
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Image inputs of the model, and the rows of ``pixel_values`` (tiles, or patches) that each image takes.
+
+        Args:
+            images: The images.
+            shares: Of each, as for `expansion`; None: 1.
+        """
+        limits = [self._tiles(share) for share in shares or [1] * len(images)]
+        made: list[tuple[dict[str, Tensor], list[int]]] = []
+        # Neighbours with the same limit are prepared together: mostly all of a batch.
+        for _, group in groupby(zip(images, limits, strict=True), lambda pair: list(pair[1].values())):
+            pairs = list(group)
+            made.append(self._pixels([image for image, _ in pairs], pairs[0][1]))
+        inputs = {key: torch.cat([part[key] for part, _ in made]) for key in made[0][0]} if made[1:] else made[0][0]
+        return inputs, [count for _, rows in made for count in rows]
+
+    def _pixels(self, images: Sequence[Image.Image], limit: dict[str, int]) -> tuple[dict[str, Tensor], list[int]]:
+        options = {**(getattr(self.processor, "images_kwargs", None) or {}), **limit}
         # One list per image: some processors take the images of a flat list for those of one text.
         out = self.processor.image_processor(images=[[image] for image in images], return_tensors="pt", **options)
         rows = out.get("num_patches", [1] * len(images))
@@ -198,3 +224,30 @@ class Prompts:
             rows = out["image_grid_thw"].prod(1)
         unused = {"num_patches", *self.processor.unused_input_names}
         return {key: out[key] for key in out if key not in unused}, [int(count) for count in rows]
+
+    def _tiles(self, share: int) -> dict[str, int]:
+        # As in InternVL (internvl_chat_finetune.py, multi_modal_multi_image_get_item).
+        most = getattr(self.processor.image_processor, "max_patches", None)
+        return {"max_patches": max(1, most // share)} if share > 1 and most else {}
+
+
+def images_of(some: Sequence[Turn], turns: Sequence[Turn], images: int) -> int:
+    """How many of a conversation's images its first turns show.
+
+    Args:
+        some: The first turns.
+        turns: All turns.
+        images: Number of images of all turns.
+    """
+    return images - sum(len(turn.images_at) for turn in turns[len(some) :])
+
+
+def _content(turn: Turn, leading: int) -> list[dict[str, str]]:
+    """The parts of a question: images, text, and images inside the text."""
+    parts: list[dict[str, str]] = [{"type": "image"}] * leading
+    start = 0
+    for place in turn.images_at:
+        parts += [{"type": "text", "text": turn.question[start:place]}] if place > start else []
+        parts.append({"type": "image"})
+        start = place
+    return [*parts, {"type": "text", "text": turn.question[start:]}]

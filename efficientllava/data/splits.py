@@ -6,13 +6,17 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UserError
 from ..schema import CalibrationConfig, DataConfig
-from .conversations import Record, read_conversations
+from .conversations import Record
 from .digits import SPLITS, Digits
+
+if TYPE_CHECKING:
+    from .table import Conversations
 
 PURPOSES = ("train", "calibration", "minival", "test")
 # A file of conversations lends a tenth of its records, but no more than this, to calibration and to minival each.
@@ -27,19 +31,23 @@ class Subset(Sequence[Record]):
         indices: Which of its records, in which order.
     """
 
-    def __init__(self, records: Sequence[Record], indices: Sequence[int]) -> None:
-        self._records = records
-        self._indices = [int(index) for index in indices]
+    def __init__(self, records: Sequence[Record], indices: Sequence[int] | np.ndarray) -> None:
+        self.records = records
+        self.indices = np.asarray(indices, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._records[self._indices[index]]
+        return self.records[int(self.indices[index])]
 
     def record_id(self, index: int) -> str:
         """Id of a record, without making it where that is possible."""
-        return record_id(self._records, self._indices[index])
+        return record_id(self.records, int(self.indices[index]))
+
+    def column(self, name: str) -> np.ndarray:
+        """A property of all records; see `column`."""
+        return column(self.records, name)[self.indices]
 
 
 def record_id(records: Sequence[Record], index: int) -> str:
@@ -48,15 +56,62 @@ def record_id(records: Sequence[Record], index: int) -> str:
     return records[index].id if name_of is None else name_of(index)
 
 
+def column(records: Sequence[Record], name: str) -> np.ndarray:
+    """``id``, ``source``, or ``length`` (words, negative without an image) of all records of a file.
+
+    Of records that come from no file, there is no ``length``.
+    """
+    if (read := getattr(records, "column", None)) is not None:
+        return read(name)
+    if isinstance(records, Digits) and name == "source":
+        return np.full(len(records), "digits_vqa", dtype=object)
+    if name == "id":
+        return np.array([record_id(records, index) for index in range(len(records))], dtype=object)
+    return np.array([getattr(record, name) for record in records], dtype=object)
+
+
+def conversations_of(records: Sequence[Record]) -> tuple[Conversations | None, np.ndarray]:
+    """The table that records come from, and their places in it; None for records that come from no file."""
+    indices = np.arange(len(records))
+    while isinstance(records, Subset):
+        indices, records = records.indices[indices], records.records
+    return (records if hasattr(records, "image_files") else None), indices  # pyright: ignore[reportReturnType]
+
+
 def _rng(seed: int, purpose: str) -> np.random.Generator:
     code = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:4], "little")
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, code])))
 
 
 @lru_cache(maxsize=2)
-def _conversations(path: str, image_root: str | None, max_bad_fraction: float) -> tuple[Record, ...]:
+def _conversations(path: str, image_root: str | None, max_bad_fraction: float, key: str = "data.path") -> Conversations:
     """Read once per process: several stages ask for splits of the same file."""
-    return tuple(read_conversations(path, image_root, max_bad_fraction))
+    from .table import read_conversations
+
+    return read_conversations(path, image_root, max_bad_fraction, key)
+
+
+def _source(data: DataConfig, calibration: CalibrationConfig | None = None) -> Conversations | None:
+    """The file behind a configuration, or None for the embedded data."""
+    if calibration is not None and calibration.path is not None:
+        where = (calibration.path, calibration.image_root)
+        return _conversations(*where, data.max_bad_fraction, "calibration.path")
+    if data.name == "digits_vqa":
+        return None
+    if not data.path:
+        raise UserError(f"data.path: not set, but data={data.name} needs a LLaVA-style JSON or JSONL file")
+    return _conversations(str(data.path), data.image_root, data.max_bad_fraction)
+
+
+def data_digest(data: DataConfig, calibration: CalibrationConfig | None = None) -> str:
+    """Digest of the file behind a configuration and of where its images are; empty for the embedded data.
+
+    Args:
+        data: The data node.
+        calibration: The calibration node, where its own file comes first.
+    """
+    table = _source(data, calibration)
+    return "" if table is None else f"{table.key}:{table.image_root}"
 
 
 def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:
@@ -83,47 +138,57 @@ def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:
         records = _part(data, split)
     if split in ("train", "test"):
         return records
-    return Subset(records, _rng(seed, split).permutation(len(records)).tolist())
+    return Subset(records, _rng(seed, split).permutation(len(records)))
 
 
 def _part(data: DataConfig, split: str) -> Sequence[Record]:
-    if not data.path:
-        raise UserError(f"data.path: not set, but data={data.name} needs a LLaVA-style JSON or JSONL file")
     if split == "test":
         raise UserError(f"data={data.name}: has no test split; choose a benchmark with evaluate=")
-    records = _conversations(str(data.path), data.image_root, data.max_bad_fraction)
+    records = _source(data)
+    assert records is not None
     order = _rng(0, "division").permutation(len(records))
     held = min(HELD_OUT, len(records) // 10)
     if not held:
         raise UserError(f"data.path: {data.path!r} holds {len(records)} records; at least 10 are needed")
-    parts = {"calibration": order[:held], "minival": order[held : 2 * held], "train": np.sort(order[2 * held :])}
-    return Subset(records, parts[split].tolist())
+    train = np.sort(order[2 * held :])
+    parts = {"calibration": order[:held], "minival": order[held : 2 * held]}
+    # Only training repeats what a list of files asks to repeat, so that no repetition is in two splits.
+    return Subset(records, parts[split] if split in parts else np.repeat(train, records.repeats()[train]))
 
 
-def calibration_records(calibration: CalibrationConfig, data: DataConfig, seed: int = 0) -> list[Record]:
+def calibration_records(
+    calibration: CalibrationConfig, data: DataConfig, seed: int = 0, collate: Any = None
+) -> list[Record]:
     """The records that importance and refit statistics come from.
 
     Args:
         calibration: Number of records, and the user's own file where given.
         data: Data whose calibration split serves otherwise.
         seed: Seed of the draw.
+        collate: The collator that will serve them, to leave out what it cannot use; None takes all as they are.
 
     Returns:
         ``calibration.samples`` records.
 
     Raises:
-        UserError: If there are fewer.
+        UserError: If there are fewer, or too many are corrupt.
     """
+    from .checks import usable_first
+
     if calibration.path is None:
         records = load_split(data, "calibration", seed)
     else:
-        own = _conversations(str(calibration.path), calibration.image_root, data.max_bad_fraction)
-        records = Subset(own, _rng(seed, "calibration").permutation(len(own)).tolist())
+        own = _source(data, calibration)
+        assert own is not None
+        records = Subset(own, _rng(seed, "calibration").permutation(len(own)))
     if calibration.samples > len(records):
         raise UserError(
             f"calibration.samples={calibration.samples}: only {len(records)} records are there; ask for fewer"
         )
-    return [records[index] for index in range(calibration.samples)]
+    if collate is None:
+        return [records[index] for index in range(calibration.samples)]
+    where = str(calibration.path or data.path or data.name)
+    return usable_first(records, calibration.samples, collate, data, where)
 
 
 def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Record]:
@@ -145,9 +210,8 @@ def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Reco
     if fraction == 1:
         return records
     groups: dict[str, list[int]] = defaultdict(list)
-    for index in range(len(records)):
-        # Records of the embedded data are made on access; their source is known.
-        groups["digits_vqa" if isinstance(records, Digits) else records[index].source].append(index)
+    for index, source in enumerate(column(records, "source").tolist()):
+        groups[source].append(index)
     chosen: list[int] = []
     for source, count in _shares({name: len(group) for name, group in groups.items()}, fraction).items():
         order = _rng(seed, f"draw/{source}").permutation(len(groups[source]))
@@ -168,6 +232,6 @@ def _shares(sizes: dict[str, int], fraction: float) -> dict[str, int]:
 def digest(records: Sequence[Record]) -> str:
     """Hash of the ids in their order, 16 hexadecimal digits: which records a run has used."""
     hasher = hashlib.sha256()
-    for index in range(len(records)):
-        hasher.update(record_id(records, index).encode() + b"\n")
+    for name in column(records, "id").tolist():
+        hasher.update(name.encode() + b"\n")
     return hasher.hexdigest()[:16]

@@ -161,12 +161,30 @@ def test_long_conversation_keeps_whole_turns_and_image(processor: Any) -> None:
     assert (batch["input_ids"] == processor.image_token_id).sum() == 16
 
 
+def test_a_first_answer_that_does_not_fit_is_cut(processor: Any) -> None:
+    record = talk(("repeat red", "red " * 60), ("repeat blue", "blue"))
+    batch = Collator(processor, max_length=50)([record])
+    assert batch["input_ids"].shape == (1, 50)
+    said = spoken(processor, batch["labels"][0])
+    assert set(said) == {"red"}
+    assert 10 < len(said) < 50 - 16
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 16
+
+
 @pytest.mark.parametrize("independent", [False, True])
-def test_answer_longer_than_the_context_names_the_record(processor: Any, independent: bool) -> None:
-    pairs = (("repeat " + "green " * 60, "green " * 60), ("repeat red", "red"))
-    record = talk(*pairs, name="too-long", independent=independent)
-    with pytest.raises(UserError, match=r"'too-long': prompt and answer take \d+ tokens, the context holds 80"):
-        Collator(processor, max_length=80)([record])
+def test_prompt_that_leaves_no_room_for_an_answer_names_the_record(processor: Any, independent: bool) -> None:
+    pairs = (("repeat " + "green " * 80, "green"), ("repeat red", "red"))
+    collate, record = Collator(processor, max_length=80, pack=False), talk(*pairs, name="x", independent=independent)
+    with pytest.raises(UserError, match=r"'x': its prompt leaves no room for the answer, the context holds 80"):
+        collate.check(record)
+    batch = collate([record])
+    assert (batch["labels"][0] == IGNORE).all()
+    assert batch["input_ids"].shape[1] == 80
+
+
+def test_image_tokens_are_never_cut(processor: Any) -> None:
+    with pytest.raises(UserError, match=r"'r': its 1 image.* image tokens are never cut.*data.max_length"):
+        Collator(processor, max_length=12)([talk(("repeat red", "red"))])
 
 
 def test_image_placeholder_in_a_question_is_refused(processor: Any) -> None:

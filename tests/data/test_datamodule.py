@@ -7,8 +7,10 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 
+from efficientllava.data.checks import usable
 from efficientllava.data.collator import Collator
-from efficientllava.data.datamodule import RecoveryData, ShardedBatches, usable
+from efficientllava.data.datamodule import RecoveryData
+from efficientllava.data.samplers import ShardedBatches
 from efficientllava.data.splits import digest, load_split
 from efficientllava.errors import UserError
 from efficientllava.models.tiny import BUILDERS
@@ -74,9 +76,9 @@ def test_batches_reach_a_trainer(processor) -> None:
     assert digest(data.records) != digest(RecoveryData(DATA, processor, data_frac=0.2, seed=2).records)
 
 
-def test_overlong_answers_fail_before_training(processor, tmp_path: Path) -> None:
-    def turns(answer: str) -> list[dict[str, str]]:
-        return [{"from": "human", "value": "repeat red"}, {"from": "gpt", "value": answer}]
+def test_overlong_prompts_fail_before_training(processor, tmp_path: Path) -> None:
+    def turns(question: str) -> list[dict[str, str]]:
+        return [{"from": "human", "value": question}, {"from": "gpt", "value": "red"}]
 
     records = [{"id": f"good{i}", "conversations": turns("red")} for i in range(19)]
     records.append({"id": "long", "conversations": turns("red " * 600)})

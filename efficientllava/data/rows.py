@@ -1,0 +1,130 @@
+"""One raw record of a file, in any of the accepted forms, as a row with fixed columns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+Row = dict[str, Any]
+TAG = "<image>"
+# Where several images stand in a text, a tag is followed by a line break, which the chat templates write again.
+TAG_AND_BREAK = re.compile(TAG + r"\n?")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+class BadRecordError(ValueError):
+    """Why one record of a file cannot be used; counted, and reported as a `UserError` when there are too many."""
+
+
+def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> Row:
+    """Bring one decoded record into the form in which all are kept.
+
+    One record is ``{"id"?, "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`` or
+    ``{"id"?, "images"?: [...], "messages": [{"role": "user" | "assistant", "content"}]}``; ``image`` may be a list.
+    A single image stands before its question, wherever the tag ``<image>`` is (as in LLaVA); several images stand where
+    their tags do (as in InternVL), or all before the first question.
+
+    Args:
+        raw: The record.
+        number: Its place in the file, and its id if it has none.
+        root: Folder that image paths start from.
+        source: Name of the data set; None: the record's own ``source``, else the first folder of its image, else
+            ``text``.
+
+    Returns:
+        ``id``, ``source``, ``images`` (paths), ``turns`` (``question``, ``answer``, ``images_at``), and ``length``: the
+        number of words, negative without an image (``modality_lengths`` in LLaVA).
+
+    Raises:
+        BadRecordError: It cannot be used.
+    """
+    if isinstance(raw, BadRecordError):
+        raise raw
+    if not isinstance(raw, Mapping):
+        raise BadRecordError(f"record {number}: a {type(raw).__name__} instead of an object")
+    name = str(raw.get("id", number))
+    said, inline = _said(raw, name)
+    images = raw.get("image", raw.get("images")) or inline
+    images = images if isinstance(images, list) else [images]
+    for image in images:
+        if not isinstance(image, str):
+            raise BadRecordError(f"record {name!r}: image is a {type(image).__name__} instead of a path")
+    questions = _placed(said[::2], len(images), name)
+    answers = [text.replace(TAG, "").strip() for text in said[1::2]]
+    if not all(answers):
+        raise BadRecordError(f"record {name!r}: an empty answer")
+    words = sum(len(text.split()) for text in said)
+    folders = PurePosixPath(images[0]).parts[:-1] if images else ()
+    return {
+        "id": name,
+        "source": str(source or raw.get("source") or (folders[0] if folders else "images" if images else "text")),
+        "images": [root + image for image in images],
+        "turns": [
+            {"question": question, "answer": answer, "images_at": places}
+            for (question, places), answer in zip(questions, answers, strict=True)
+        ],
+        "length": max(words, 1) if images else -max(words, 1),
+    }
+
+
+def _said(raw: Mapping[str, Any], name: str) -> tuple[list[str], list[Any]]:
+    """Questions and answers by turns, tags included, and image paths that stand inside the messages."""
+    messages = raw.get("conversations", raw.get("messages"))
+    if not isinstance(messages, list) or not messages:
+        raise BadRecordError(f"record {name!r}: neither 'conversations' nor 'messages' with at least one turn")
+    images: list[Any] = []
+    said: list[tuple[str, str]] = []
+    for message in messages:
+        if not isinstance(message, Mapping):
+            raise BadRecordError(f"record {name!r}: a turn is a {type(message).__name__} instead of an object")
+        role = message.get("from", message.get("role"))
+        if role not in ROLES:
+            raise BadRecordError(f"record {name!r}: role {role!r} is not one of {', '.join(ROLES)}")
+        said.append((ROLES[role], _content(message.get("value", message.get("content")), name, images)))
+    # As in LLaVA: an answer without a question at the start is dropped.
+    if said[0][0] == "assistant":
+        said = said[1:]
+    if not said or len(said) % 2 or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
+        raise BadRecordError(f"record {name!r}: roles do not alternate between a question and its answer")
+    return [text for _, text in said], images
+
+
+def _content(content: Any, name: str, images: list[Any]) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRecordError(f"record {name!r}: a turn holds a {type(content).__name__} instead of text")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            texts.append(_content(part.get("text"), name, images))
+        elif kind == "image":
+            # A bare marker refers to the record's own ``images``.
+            images.extend(part[key] for key in ("image", "path") if part.get(key))
+            texts.append(TAG)
+        else:
+            raise BadRecordError(f"record {name!r}: a part of a turn is neither text nor image")
+    return "\n".join(texts)
+
+
+def _placed(questions: Sequence[str], images: int, name: str) -> list[tuple[str, list[int]]]:
+    """Questions without tags, each with the places of its images; see `row_of`."""
+    counts = [question.count(TAG) for question in questions]
+    if images > 1 and sum(counts) not in (0, images):
+        raise BadRecordError(f"record {name!r}: {images} images, but {sum(counts)} tags {TAG} in its questions")
+    if images > 1 and sum(counts):
+        return [_in_place(question) for question in questions]
+    first = next((index for index, count in enumerate(counts) if count), 0) if images else 0
+    texts = [question.replace(TAG, "").strip() for question in questions]
+    return [(text, [0] if index and index == first else []) for index, text in enumerate(texts)]
+
+
+def _in_place(question: str) -> tuple[str, list[int]]:
+    parts = TAG_AND_BREAK.split(question)
+    text = "".join(parts)
+    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    ends = [len("".join(parts[: index + 1])) for index in range(len(parts) - 1)]
+    return text.strip(), [max(0, min(at, end) - start) for at in ends]

@@ -1,0 +1,239 @@
+"""A file of any size as a sequence of records: rows in an Arrow file that is mapped, not held, in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+
+from ..errors import UserError
+from ..files import whole_file
+from .checks import report_bad
+from .conversations import AnyImage, Record, StoredImage, Turn
+from .rows import BadRecordError, row_of
+from .sources import Part, locate, parts_of, raw_records
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of the columns and of how they are made; part of the cache's key
+# Files below this size are read anew in every run instead of being kept as Arrow.
+SMALL = 16 << 20
+BATCH = 1000  # rows per Arrow batch
+TURN = pa.struct([("question", pa.string()), ("answer", pa.string()), ("images_at", pa.list_(pa.int32()))])
+COLUMNS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("turns", pa.list_(TURN)),
+        ("length", pa.int32()),
+        ("part", pa.int32()),
+        ("problem", pa.string()),
+    ]
+)
+
+
+class Conversations(Sequence[Record]):
+    """The usable records of a data set; see `read_conversations`.
+
+    Args:
+        rows: Rows of `COLUMNS`, corrupt ones included.
+        parts: The files that they come from.
+        image_root: Folder that image paths start from.
+        key: Digest of all that the rows depend on.
+    """
+
+    def __init__(self, rows: datasets.Dataset, parts: Sequence[Part], image_root: Path, key: str) -> None:
+        self._rows, self._parts, self.image_root, self.key = rows, parts, image_root, key
+        table: pa.Table = rows.data
+        self._usable = np.flatnonzero(table.column("problem").is_null().to_numpy())
+        self.problems: list[str] = table.column("problem").drop_null().to_pylist()
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
+        row = self._rows[int(self._usable[index])]
+        stored = _stored_images(self._parts[row["part"]].file)
+        images: list[AnyImage] = [
+            self.image_root / path if stored is None else StoredImage(partial(_read_stored, stored, path))
+            for path in row["images"]
+        ]
+        turns = tuple(Turn(t["question"], t["answer"], images_at=tuple(t["images_at"])) for t in row["turns"])
+        return Record(row["id"], images[0] if images else None, turns, False, row["source"], tuple(images[1:]))
+
+    def column(self, name: str) -> np.ndarray:
+        """One of ``id``, ``source``, ``length`` of all records."""
+        return self._rows.data.column(name).to_numpy()[self._usable]
+
+    def record_id(self, index: int) -> str:
+        """Id of a record, without making it."""
+        return self._rows.data.column("id")[int(self._usable[index])].as_py()
+
+    def repeats(self) -> np.ndarray:
+        """How often each record occurs in the training data."""
+        return np.array([part.repeats for part in self._parts])[self.column("part")]
+
+    def image_files(self, indices: Sequence[int]) -> list[list[str]]:
+        """Image paths of records, relative to ``image_root``; none for images that are stored in the data."""
+        if any(part.file.suffix == ".parquet" for part in self._parts):
+            return [[] for _ in indices]
+        return self._rows.data.column("images").take(self._usable[np.asarray(indices)]).to_pylist()
+
+
+def read_conversations(
+    path: str | Path, image_root: str | Path | None = None, max_bad_fraction: float = 0.0, key: str = "data.path"
+) -> Conversations:
+    """Open LLaVA-style JSON or JSONL, Hugging Face ``images`` and ``messages`` in JSON or parquet, or an InternVL list.
+
+    The accepted records are those of `efficientllava.data.rows.row_of`, the accepted paths those of
+    `efficientllava.data.sources.parts_of`. Large files are read once and kept as Arrow beside the caches of the
+    `datasets` library, by content. No image is opened.
+
+    Args:
+        path: The data.
+        image_root: Folder of the images; default: the file's own folder.
+        max_bad_fraction: Share of corrupt records that is dropped with a warning, in [0, 1).
+        key: The configuration key of ``path``, for messages.
+
+    Returns:
+        The records that can be used, in the order of the data.
+
+    Raises:
+        UserError: The data or the image folder is missing or of another kind, or too many records are corrupt.
+    """
+    parts = parts_of(str(path), None if image_root is None else str(image_root), key)
+    root = Path(image_root).expanduser() if image_root is not None else locate(str(path), key).parent
+    if not root.is_dir():
+        raise UserError(
+            f"{key.replace('path', 'image_root')}: {str(root)!r} is not a folder; give the folder that holds the images"
+        )
+    try:
+        facts = [(_content(p.file, p.file.stat().st_mtime_ns), p.root, p.source, p.share, p.repeats) for p in parts]
+        small = sum(part.file.stat().st_size for part in parts) < SMALL
+    except OSError as error:
+        raise UserError(f"{key}: {str(path)!r} cannot be read ({error}); give an existing file") from error
+    digest = hashlib.blake2b(json.dumps([VERSION, facts]).encode(), digest_size=8).hexdigest()
+    if small:
+        rows = datasets.Dataset(pa.Table.from_batches(_batches(parts, key), COLUMNS))
+    else:
+        rows = datasets.Dataset.from_file(str(_arrow(parts, key, digest)))
+    records = Conversations(rows, parts, root, digest)
+    report_bad(str(path), records.problems, len(records) + len(records.problems), max_bad_fraction)
+    return records
+
+
+@lru_cache(maxsize=64)
+def _content(file: Path, _changed: int) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "blake2b").hexdigest()[:16]
+
+
+def _arrow(parts: Sequence[Part], key: str, digest: str) -> Path:
+    """The Arrow file of some parts, written where it does not exist yet."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "efficientllava"
+    target = folder / f"{parts[0].file.stem}-{digest}.arrow"
+    fix = "free the disk or set HF_HOME to a folder of yours"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); {fix}") from error
+    with FileLock(f"{target}.lock"):
+        if not target.is_file():
+            log.info("reading %s into %s", ", ".join(str(part.file) for part in parts), target)
+            with whole_file(target, fix) as partial_file, pa.OSFile(str(partial_file), "wb") as sink:
+                with pa.ipc.new_stream(sink, COLUMNS) as writer:
+                    for batch in _batches(parts, key):
+                        writer.write_batch(batch)
+    return target
+
+
+def _batches(parts: Sequence[Part], key: str) -> Iterator[pa.RecordBatch]:
+    rows = _unique(row for index in range(len(parts)) for row in _part_rows(parts, index, key))
+    while batch := list(islice(rows, BATCH)):
+        yield pa.RecordBatch.from_pylist(batch, COLUMNS)
+
+
+def _part_rows(parts: Sequence[Part], index: int, key: str) -> Iterator[dict[str, Any]]:
+    part = parts[index]
+    rows = (_row(raw, number, part) | {"part": index} for number, raw in enumerate(_raw(part, key)))
+    # A prefix is a share of a number that only reading tells.
+    yield from rows if part.share == 1 else (kept := list(rows))[: int(len(kept) * part.share)]
+
+
+def _row(raw: Any, number: int, part: Part) -> dict[str, Any]:
+    try:
+        row = row_of(raw, number, part.root, part.source)
+        return row if part.source is None else row | {"id": f"{part.source}/{row['id']}"}
+    except BadRecordError as error:
+        return {"id": str(number), "problem": str(error)}
+
+
+def _unique(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Number repeated ids: the published mixtures use an image's id for several records."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        seen[row["id"]] += 1
+        if (count := seen[row["id"]]) > 1:
+            row["id"] = f"{row['id']}#{count}"
+        yield row
+
+
+# ---- images inside parquet files ------------------------------------------------------------------------------------
+
+
+def _raw(part: Part, key: str) -> Iterator[Any]:
+    if part.file.suffix != ".parquet":
+        yield from raw_records(part.file, key)
+        return
+    stored, rows = _stored_images(part.file), _parquet(part.file)
+    if stored is None:
+        yield from rows
+        return
+    images = stored.data.column(0)
+    counts = pc.fill_null(pc.list_value_length(images), 0) if pa.types.is_list(images.type) else images.is_valid()
+    for number, row in enumerate(rows.remove_columns(stored.column_names)):
+        yield {**row, "images": [f"{number}/{place}" for place in range(int(counts[number].as_py()))]}
+
+
+@lru_cache(maxsize=64)
+def _parquet(file: Path) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset("parquet", data_files=str(file), split="train")  # pyright: ignore[reportReturnType]
+    except Exception as error:  # pyarrow and datasets raise different kinds for a broken file
+        raise UserError(f"data.path: {str(file)!r} is no parquet file ({error}); get the file again") from error
+
+
+@lru_cache(maxsize=64)
+def _stored_images(file: Path) -> datasets.Dataset | None:
+    """The column of encoded images of a parquet file, or None where it has none."""
+    if file.suffix != ".parquet":
+        return None
+    rows = _parquet(file)
+    for name in ("images", "image"):
+        feature = rows.features.get(name)
+        if isinstance(getattr(feature, "feature", feature), datasets.Image):
+            plain = datasets.Image(decode=False)
+            return rows.select_columns([name]).cast_column(
+                name, plain if isinstance(feature, datasets.Image) else datasets.List(plain)
+            )
+    return None
+
+
+def _read_stored(stored: datasets.Dataset, place: str) -> bytes:
+    row, _, index = place.partition("/")
+    value = stored[int(row)][stored.column_names[0]]
+    value = value[int(index)] if isinstance(value, list) else value
+    return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
