@@ -147,15 +147,3 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
         if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
             raise
         shutil.copy2(source, target)
-
-
-def file_digest(path: str | Path | None) -> str:
-    """Digest of a file's content; empty for None.
-
-    Args:
-        path: File.
-    """
-    if path is None:
-        return ""
-    with Path(path).expanduser().open("rb") as handle:
-        return hashlib.file_digest(handle, "blake2b").hexdigest()[:16]

@@ -17,8 +17,17 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .data.sources import is_elsewhere
 from .errors import ConfigError, UserError
 from .schema import IMPORTANCES, JUDGED, TAYLOR, JudgeConfig, RecoverConfig, RunConfig
+
+# Data whose images are published apart from their records -> what data.image_root must hold.
+IMAGE_FOLDERS = {
+    "llava_665k": "coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2",
+    "bunny_695k": "the unpacked images of finetune/ in BoyaWu10/Bunny-v1_0-data",
+    "internvl_sft": "ai2d, chartqa, coco, docvqa, dvqa, geoqa+, gqa, llava, ocr_vqa, sam, share_textvqa, synthdog-en, "
+    "textvqa, vg, web-celebrity, web-landmark, wikiart (playground/data in InternVL)",
+}
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -53,7 +62,7 @@ RULES: dict[str, Rule] = {
     "model.protocol": _one_of(None, "vicuna_v1"),
     "calibration.samples": AT_LEAST_1,
     "calibration.batch_size": AT_LEAST_1,
-    "data.name": _one_of("digits_vqa", "conversations"),
+    "data.name": _one_of("digits_vqa", "conversations", *IMAGE_FOLDERS),
     "data.images": AT_LEAST_1,
     "data.test_questions": AT_LEAST_1,
     "data.max_length": AT_LEAST_1,
@@ -130,11 +139,15 @@ RULES: dict[str, Rule] = {
     "evaluate.judge.retries": _number(0, None),
 }
 
+OF_FILES = ("path", "image_root", "group_by_modality_length")
+
 # (typed key or prefix, whether it has an effect, what would give it one)
 EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("data_frac", lambda c: c.recover.name != "none" or bool(c.pretrain), "choose a recovery with recover="),
     ("data.images", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
     ("data.test_questions", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
+    *((f"data.{key}", lambda c: c.data.name != "digits_vqa", "choose data=conversations") for key in OF_FILES),
+    ("data.group_by_modality_length", lambda c: c.recover.name != "none", "choose a recovery with recover="),
     ("prune.", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
     ("prune.importance", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
     (
@@ -397,17 +410,19 @@ def _paths(config: RunConfig) -> Iterator[str]:
     if config.pretrain:
         return
     needs_data = config.recover.name != "none" or (config.prune.method != "none" and config.calibration.path is None)
-    if config.data.name == "conversations" and config.data.path is None and needs_data:
+    data = config.data
+    if data.name != "digits_vqa" and data.path is None and needs_data:
         yield "data.path: not set; give a LLaVA-style JSON or JSONL file as data.path=…"
     for key in ("data.path", "calibration.path"):
         value = _value(config, key)
-        if value is not None and not Path(value).expanduser().is_file():
+        if value is not None and not is_elsewhere(value) and not Path(value).expanduser().exists():
             yield f"{key}={value}: no such file; give a LLaVA-style JSON or JSONL file"
-    folders = {key: "image paths start from" for key in ("data.image_root", "calibration.image_root")}
-    for key, purpose in (folders | {"evaluate.judge.prompts": "holds the official prompt files"}).items():
+    if data.name in IMAGE_FOLDERS and needs_data and data.image_root is None and is_elsewhere(data.path or ""):
+        yield f"data.image_root: not set; give the folder that holds the images: {IMAGE_FOLDERS[data.name]}"
+    for key in ("data.image_root", "calibration.image_root"):
         value = _value(config, key)
         if value is not None and not Path(value).expanduser().is_dir():
-            yield f"{key}={value}: no such folder; give the folder that {purpose}"
+            yield f"{key}={value}: no such folder; give the folder that image paths start from"
     output = Path(config.paths.output_dir)
     existing = next((p for p in [output, *output.absolute().parents] if p.exists()), None)
     if existing is not None and not existing.is_dir():

@@ -17,7 +17,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from . import processes
-from .cache import Entry, StageCache, file_digest, library_versions, link, source_digest
+from .cache import Entry, StageCache, library_versions, link, source_digest
 from .config import check, digest, typed
 from .console import Tick, progress, quiet_libraries, say
 from .errors import UserError
@@ -98,6 +98,7 @@ class Run:
         import torch
 
         from .checkpoint import load
+        from .data.splits import open_data
         from .loggers import make_trainer
 
         quiet_libraries()
@@ -108,6 +109,7 @@ class Run:
         self.device = f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
         self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest)
         self.trainer = partial(make_trainer, settings, folder)
+        open_data(settings)  # before the weights, which take their time at full size
         model = settings.model
         self.base = self.load(model.path, model.dtype, model.revision, model.protocol)
         self.models: dict[str, Any] = {"base": self.base.model}
@@ -164,9 +166,7 @@ class Run:
         if settings.prune.method != "none":
             if settings.prune.method != "auto":
                 outline(self.base.model, settings.prune)
-            self.calibration = calibration_records(settings.calibration, settings.data, settings.seed)
-            for record in self.calibration:
-                self.collate.check(record)
+            self.calibration = calibration_records(settings.calibration, settings.data, settings.seed, self.collate)
         self.recovery: Any = None
         if settings.recover.name != "none":
             self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
@@ -221,6 +221,8 @@ class Run:
         self.seconds["evaluate"] += time.perf_counter() - started
 
     def _prune(self) -> Any:
+        from .data.splits import data_digest
+
         settings = self.settings
         searches = settings.prune.method == "auto"
 
@@ -248,8 +250,7 @@ class Run:
             prune=asdict(replace(settings.prune, name="")),
             search=[asdict(replace(settings.search, name="")), source_digest("search")] if searches else None,
             calibration=[asdict(settings.calibration), digest([r.id for r in self.calibration])],
-            files=[file_digest(settings.calibration.path), file_digest(settings.data.path)],
-            images=settings.data.image_root,
+            files=data_digest(settings.data, settings.calibration),
             max_length=settings.data.max_length,
             seed=settings.seed,
         )
@@ -265,12 +266,12 @@ class Run:
         )
 
     def _searcher(self, work: Path, tick: Tick) -> Any:
+        from .data.splits import data_digest, load_split
         from .data.splits import digest as digest_of
-        from .data.splits import load_split
         from .search.module import SearchInputs, SearchModule
 
         settings = self.settings
-        files = [file_digest(settings.calibration.path), file_digest(settings.data.path), settings.data.image_root]
+        files = data_digest(settings.data, settings.calibration)
         # Only the embedded data have held-out samples of their own; no training corpus is opened for a plot.
         holdout = load_split(settings.data, "minival") if settings.data.name == "digits_vqa" else []
         inputs = SearchInputs(
@@ -286,6 +287,7 @@ class Run:
         return SearchModule(model, inputs, settings.prune, settings.search, settings.seed, self.features, tick)
 
     def _recover(self, student: Any) -> Any:
+        from .data.splits import data_digest
         from .recovery.objective import describe
         from .recovery.recover import recover
 
@@ -321,7 +323,7 @@ class Run:
             original_layers=student.original_layers,
             teacher=self._teacher_digest(student),
             recover=asdict(replace(config, name="")),
-            data=[asdict(data), self.settings.data_frac, file_digest(data.path)],
+            data=[asdict(data), self.settings.data_frac, data_digest(data)],
             seed=seed,
         )
         return self._adopt("recover", "recovered", entry)
@@ -335,13 +337,14 @@ class Run:
 
     def _teacher(self, student: Any) -> Any:
         """The teacher's model, or where its answers are kept."""
+        from .data.splits import data_digest
         from .recovery.caching import open_teacher
 
         settings, config, data = self.settings, self.settings.recover.teacher, self.settings.data
         content = {
             "teacher": [self._teacher_digest(student), config.dtype],
             "student": [self.base.digest, settings.model.dtype],  # how images are prepared, and the tower's type
-            "data": [data.name, file_digest(data.path), data.image_root, data.max_length],
+            "data": [data.name, data_digest(data), data.max_length],
             "source": source_digest("models", "data", *(f"recovery/{name}.py" for name in TARGET_SOURCES)),
             "libraries": library_versions(),
             "device": [self.device.partition(":")[0], settings.trainer.get("precision")],

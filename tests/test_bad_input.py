@@ -98,7 +98,7 @@ def broken(records, folder):
 
 
 def overlong(records, _folder):
-    said = [{"from": "human", "value": "<image>\nread"}, {"from": "gpt", "value": "red " * 600}]
+    said = [{"from": "human", "value": "<image>\n" + "read " * 600}, {"from": "gpt", "value": "red"}]
     for at in range(RECORDS):
         spoil(records, at, conversations=said)
 
@@ -111,7 +111,7 @@ FAULTS = [
     (missing, ["'r3'", "gone.png", "does not exist", "data.max_bad_fraction allows 0", "repair the data or raise it"]),
     (broken, ["'r3'", "broken.png", "cannot be read", "data.max_bad_fraction"]),
     (roles, ["'r3'", "role 'robot'", "human", "data.max_bad_fraction"]),
-    (overlong, ["prompt and answer take", "the context holds 512", "data.max_length"]),
+    (overlong, ["leaves no room for the answer", "the context holds 512 tokens", "data.max_length"]),
 ]
 
 
@@ -153,7 +153,7 @@ def test_corrupt_records_are_counted_and_tolerated_up_to_the_limit(model, data, 
     from efficientllava.schema import DataConfig
 
     records, write = data
-    missing(records, tmp_path)
+    roles(records, tmp_path)
     spoil(records, 7, image=3)
     file = write()
     config = DataConfig("conversations", str(file), str(tmp_path / "images"), max_bad_fraction=2 / RECORDS)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from efficientllava import cache as module
-from efficientllava.cache import RECORD, StageCache, file_digest, link, source_digest
+from efficientllava.cache import RECORD, StageCache, link, source_digest
 from efficientllava.errors import UserError
 
 
@@ -205,12 +205,3 @@ def test_a_full_disk_while_linking_leaves_the_old_folder(tmp_path, monkeypatch):
         link(source, target)
     assert (target / "file").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "target"]
-
-
-def test_the_digest_of_a_file(tmp_path):
-    (tmp_path / "a").write_text("1")
-    (tmp_path / "b").write_text("1")
-    assert file_digest(tmp_path / "a") == file_digest(tmp_path / "b")
-    (tmp_path / "b").write_text("2")
-    assert file_digest(tmp_path / "a") != file_digest(tmp_path / "b")
-    assert file_digest(None) == ""

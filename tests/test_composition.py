@@ -25,7 +25,9 @@ def test_every_option_composes(option, tmp_path):
     typed_keys = [option, *FILLED.get(option, [])]
     if option.startswith("search="):
         typed_keys.append("prune=auto")
-    if "conversations" in option or (option.startswith("model=") and "tiny" not in option):
+    if (option.startswith("data=") and "digits" not in option) or (
+        option.startswith("model=") and "tiny" not in option
+    ):
         typed_keys.append(f"data.path={records}")
     settings = typed(composed(*typed_keys))
     assert isinstance(settings, RunConfig)

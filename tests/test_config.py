@@ -148,6 +148,16 @@ def test_a_missing_value_names_its_key():
 def test_choosing_a_model_chooses_its_data_and_benchmarks():
     config = composed("model=checkpoint")
     assert (config.data.name, list(config.evaluate.tasks)) == ("conversations", [])
+    for model, data in (
+        ("llava_1_5_7b", "llava_665k"),
+        ("bunny_3b", "bunny_695k"),
+        ("mini_internvl_4b", "internvl_sft"),
+    ):
+        config = composed(f"model={model}")
+        assert (config.data.name, config.data.group_by_modality_length) == (data, True)
+        assert problems(f"model={model}", "data.image_root=.") == []
+        (line,) = problems(f"model={model}")
+        assert line.startswith("data.image_root: not set; give the folder that holds the images: ")
     config = composed("model=tiny_bunny")
     assert (config.data.name, list(config.evaluate.tasks)) == ("digits_vqa", ["digits_vqa"])
     config = composed("model=checkpoint", "data=digits_vqa", "evaluate=digits_vqa")

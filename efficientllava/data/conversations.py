@@ -99,6 +99,10 @@ def _opened(image: AnyImage, name: str) -> Image.Image:
     try:
         with Image.open(BytesIO(image.read()) if isinstance(image, StoredImage) else image) as file:
             return file.convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"record {name!r}: image {str(image)!r} does not exist; restore it or drop the record"
+        ) from error
     # Pillow's decoders raise SyntaxError and ValueError on broken files as well.
     except (OSError, SyntaxError, ValueError) as error:
         shown = f"image {str(image)!r}" if isinstance(image, Path) else "its image"

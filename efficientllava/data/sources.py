@@ -45,6 +45,11 @@ def is_remote(path: str) -> bool:
     return path.startswith(HUB) or (plain and not local.exists())
 
 
+def is_elsewhere(path: str) -> bool:
+    """Whether ``data.path`` names no file of the user's: something on the hub, or a list that comes with this package."""
+    return path.startswith(BUILTIN) or is_remote(path)
+
+
 def parts_of(path: str, image_root: str | None = None, key: str = "data.path") -> list[Part]:
     """Find the files of a data set; what is on the hub is downloaded once, into the hub client's cache.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
-from ..schema import CalibrationConfig, DataConfig
+from ..schema import CalibrationConfig, DataConfig, RunConfig
 from .conversations import Record
 from .digits import SPLITS, Digits
 
@@ -101,6 +101,21 @@ def _source(data: DataConfig, calibration: CalibrationConfig | None = None) -> C
     if not data.path:
         raise UserError(f"data.path: not set, but data={data.name} needs a LLaVA-style JSON or JSONL file")
     return _conversations(str(data.path), data.image_root, data.max_bad_fraction)
+
+
+def open_data(config: RunConfig) -> None:
+    """Open the files that a run will read, so that a faulty one is found before anything else is done.
+
+    Args:
+        config: The whole configuration.
+
+    Raises:
+        UserError: A file is missing, cannot be fetched, or is of another kind.
+    """
+    if config.prune.method != "none":
+        _source(config.data, config.calibration)
+    if config.recover.name != "none":
+        _source(config.data)
 
 
 def data_digest(data: DataConfig, calibration: CalibrationConfig | None = None) -> str:

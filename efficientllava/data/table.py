@@ -153,10 +153,9 @@ def _arrow(parts: Sequence[Part], key: str, digest: str) -> Path:
     with FileLock(f"{target}.lock"):
         if not target.is_file():
             log.info("reading %s into %s", ", ".join(str(part.file) for part in parts), target)
-            with whole_file(target, fix) as partial_file, pa.OSFile(str(partial_file), "wb") as sink:
-                with pa.ipc.new_stream(sink, COLUMNS) as writer:
-                    for batch in _batches(parts, key):
-                        writer.write_batch(batch)
+            with whole_file(target, fix) as partial_file, pa.ipc.new_stream(str(partial_file), COLUMNS) as writer:
+                for batch in _batches(parts, key):
+                    writer.write_batch(batch)
     return target
 
 
