@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Sequence
 from typing import Any
 
 Row = dict[str, Any]
@@ -42,7 +41,7 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
     """
     if isinstance(raw, BadRecordError):
         raise raw
-    if not isinstance(raw, Mapping):
+    if not isinstance(raw, dict):
         raise BadRecordError(f"record {number}: a {type(raw).__name__} instead of an object")
     name = str(raw.get("id", number))
     said, inline = _said(raw, name)
@@ -55,40 +54,43 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
     answers = [text.replace(TAG, "").strip() for text in said[1::2]]
     if not all(answers):
         raise BadRecordError(f"record {name!r}: an empty answer")
-    words = sum(len(text.split()) for text in said)
-    folders = PurePosixPath(images[0]).parts[:-1] if images else ()
+    # Blanks are counted much faster than words are made.
+    words = sum(text.count(" ") for text in said) + len(said)
+    folder, _, file = images[0].lstrip("/").partition("/") if images else ("text", "", "text")
     return {
         "id": name,
-        "source": str(source or raw.get("source") or (folders[0] if folders else "images" if images else "text")),
+        "source": str(source or raw.get("source") or (folder if file else "images")),
         "images": [root + image for image in images],
         "turns": [
             {"question": question, "answer": answer, "images_at": places}
             for (question, places), answer in zip(questions, answers, strict=True)
         ],
-        "length": max(words, 1) if images else -max(words, 1),
+        "length": words if images else -words,
     }
 
 
-def _said(raw: Mapping[str, Any], name: str) -> tuple[list[str], list[Any]]:
+def _said(raw: Row, name: str) -> tuple[list[str], list[Any]]:
     """Questions and answers by turns, tags included, and image paths that stand inside the messages."""
     messages = raw.get("conversations", raw.get("messages"))
     if not isinstance(messages, list) or not messages:
         raise BadRecordError(f"record {name!r}: neither 'conversations' nor 'messages' with at least one turn")
     images: list[Any] = []
-    said: list[tuple[str, str]] = []
+    roles: list[str] = []
+    texts: list[str] = []
     for message in messages:
-        if not isinstance(message, Mapping):
+        if not isinstance(message, dict):
             raise BadRecordError(f"record {name!r}: a turn is a {type(message).__name__} instead of an object")
         role = message.get("from", message.get("role"))
         if role not in ROLES:
             raise BadRecordError(f"record {name!r}: role {role!r} is not one of {', '.join(ROLES)}")
-        said.append((ROLES[role], _content(message.get("value", message.get("content")), name, images)))
+        content = message.get("value", message.get("content"))
+        roles.append(ROLES[role])
+        texts.append(content if isinstance(content, str) else _content(content, name, images))
     # As in LLaVA: an answer without a question at the start is dropped.
-    if said[0][0] == "assistant":
-        said = said[1:]
-    if not said or len(said) % 2 or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
+    start = int(roles[0] == "assistant")
+    if len(roles) == start or roles[start:] != ["user", "assistant"] * ((len(roles) - start) // 2):
         raise BadRecordError(f"record {name!r}: roles do not alternate between a question and its answer")
-    return [text for _, text in said], images
+    return texts[start:], images
 
 
 def _content(content: Any, name: str, images: list[Any]) -> str:
@@ -98,7 +100,7 @@ def _content(content: Any, name: str, images: list[Any]) -> str:
         raise BadRecordError(f"record {name!r}: a turn holds a {type(content).__name__} instead of text")
     texts = []
     for part in content:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+        kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text":
             texts.append(_content(part.get("text"), name, images))
         elif kind == "image":
@@ -117,9 +119,11 @@ def _placed(questions: Sequence[str], images: int, name: str) -> list[tuple[str,
         raise BadRecordError(f"record {name!r}: {images} images, but {sum(counts)} tags {TAG} in its questions")
     if images > 1 and sum(counts):
         return [_in_place(question) for question in questions]
-    first = next((index for index, count in enumerate(counts) if count), 0) if images else 0
-    texts = [question.replace(TAG, "").strip() for question in questions]
-    return [(text, [0] if index and index == first else []) for index, text in enumerate(texts)]
+    placed: list[tuple[str, list[int]]] = [(question.replace(TAG, "").strip(), []) for question in questions]
+    first = next((index for index, count in enumerate(counts) if count), 0)
+    if images and first:
+        placed[first][1].append(0)
+    return placed
 
 
 def _in_place(question: str) -> tuple[str, list[int]]:

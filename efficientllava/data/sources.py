@@ -46,7 +46,7 @@ def is_remote(path: str) -> bool:
 
 
 def is_elsewhere(path: str) -> bool:
-    """Whether ``data.path`` names no file of the user's: something on the hub, or a list that comes with this package."""
+    """Whether ``data.path`` names something on the hub or a list that comes with this package."""
     return path.startswith(BUILTIN) or is_remote(path)
 
 

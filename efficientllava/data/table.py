@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.config
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from filelock import FileLock
 
 from ..errors import UserError
@@ -86,11 +86,11 @@ class Conversations(Sequence[Record]):
         """How often each record occurs in the training data."""
         return np.array([part.repeats for part in self._parts])[self.column("part")]
 
-    def image_files(self, indices: Sequence[int]) -> list[list[str]]:
+    def image_files(self, indices: np.ndarray) -> list[list[str]]:
         """Image paths of records, relative to ``image_root``; none for images that are stored in the data."""
         if any(part.file.suffix == ".parquet" for part in self._parts):
             return [[] for _ in indices]
-        return self._rows.data.column("images").take(self._usable[np.asarray(indices)]).to_pylist()
+        return self._rows.data.column("images").take(self._usable[indices]).to_pylist()
 
 
 def read_conversations(
@@ -202,9 +202,11 @@ def _raw(part: Part, key: str) -> Iterator[Any]:
         yield from rows
         return
     images = stored.data.column(0)
-    counts = pc.fill_null(pc.list_value_length(images), 0) if pa.types.is_list(images.type) else images.is_valid()
+    counts = (
+        images.combine_chunks().value_lengths().fill_null(0) if pa.types.is_list(images.type) else images.is_valid()
+    )
     for number, row in enumerate(rows.remove_columns(stored.column_names)):
-        yield {**row, "images": [f"{number}/{place}" for place in range(int(counts[number].as_py()))]}
+        yield {**dict(row), "images": [f"{number}/{place}" for place in range(int(counts[number].as_py()))]}
 
 
 @lru_cache(maxsize=64)
