@@ -17,8 +17,9 @@ from torch import nn
 from .card import model_card
 from .errors import UserError
 from .files import whole_folder
+from .hub import download
 from .models.anatomy import decoder_of
-from .models.convert import stock_folder, with_protocol
+from .models.convert import layout_of, require_whole, stock_folder, with_protocol
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 
@@ -91,35 +92,41 @@ def resolve(path: str, revision: str | None = None) -> Path:
         A local folder with a ``config.json``; hub ids are downloaded, original layouts are converted.
 
     Raises:
-        UserError: There is no such checkpoint.
+        UserError: There is no such checkpoint, or a file of it is missing or truncated.
     """
     if path.startswith(BUILTIN):
         folder = Path(__file__).parent / "assets" / path.removeprefix(BUILTIN)
     elif Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
         folder = Path(path).expanduser()
     else:
-        folder = _download(path, revision)
+        # The weights may be many GB; whether they are of any use, config.json says.
+        folder = download(path, revision, ["config.json"])
+        with _of(path, folder):
+            layout = layout_of(folder)
+        if layout is None:
+            read_config(folder, path)
+        folder = download(path, revision)
     if not folder.is_dir():
         raise UserError(f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained")
-    folder = stock_folder(folder)
+    with _of(path, folder):
+        folder = stock_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
+    with _of(path, folder):
+        require_whole(folder)
     return folder
 
 
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
+@contextmanager
+def _of(path: str, folder: Path) -> Iterator[None]:
+    """Start what is said about a folder with the key that the user has typed."""
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth", "*.msgpack", "*.h5"]))
-    except Exception as error:  # the hub client raises a dozen kinds; all mean the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"model.path={name}: neither a folder nor a hub id that can be fetched ({reason}); check the name and the "
-            "network, or give a local folder"
-        ) from error
+        yield
+    except UserError as error:
+        reason = str(error).removeprefix(f"{folder}: ").replace(f"{folder}/", "")
+        raise UserError(f"model.path={path}: {reason}") from error
 
 
 def compute_dtype(name: str, storage: torch.dtype, device: str) -> torch.dtype:
@@ -143,11 +150,16 @@ def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:
         UserError: It cannot be read, or the model is not supported.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UserError(
+            f"model.path={path}: a {config.model_type!r} model takes no images; give an image-text-to-text checkpoint"
+        )
     require_supported(config.get_text_config())
     return config, getattr(config, "dtype", None) or torch.float32
 
@@ -180,6 +192,7 @@ def load(
 
     folder = resolve(path, revision)
     config, storage = read_config(folder, path)
+    processor = _processor(folder, path, protocol)
     with _load_report() as report:
         try:
             model, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -198,18 +211,22 @@ def load(
     if problems:
         listed = "; ".join(f"{name}: {', '.join(keys[:3])} ({len(keys)})" for name, keys in problems.items())
         raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
+    provenance = _provenance(folder, path, len(decoder_of(model).layers))
+    content = digest(folder) if protocol is None else f"{digest(folder)}-{protocol}"
+    return Checkpoint(model.eval(), processor, path, storage, content, provenance)
+
+
+def _processor(folder: Path, path: str, protocol: str | None) -> Any:
     try:
         processor = load_processor(folder)
-        if protocol is not None:
-            processor = with_protocol(processor, protocol)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except ImportError as error:
+        raise UserError(f"model.path={path}: {_first_line(error)}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise UserError(
             f"model.path={path}: the processor cannot be loaded: {_first_line(error)}; the folder needs the "
             "tokenizer and processor files beside the weights"
         ) from error
-    provenance = _provenance(folder, path, len(decoder_of(model).layers))
-    content = digest(folder) if protocol is None else f"{digest(folder)}-{protocol}"
-    return Checkpoint(model.eval(), processor, path, storage, content, provenance)
+    return processor if protocol is None else with_protocol(processor, protocol)
 
 
 def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:

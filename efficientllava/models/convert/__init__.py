@@ -25,9 +25,9 @@ from ...errors import UserError
 from ...files import whole_folder
 from .layouts import LAYOUTS, Layout
 from .processing import with_protocol
-from .shards import ShardWriter, open_shard, shard_files
+from .shards import ShardWriter, open_shard, require_whole, shard_files
 
-__all__ = ["convert", "stock_folder", "with_protocol"]
+__all__ = ["convert", "layout_of", "require_whole", "stock_folder", "with_protocol"]
 
 # Fields that are made anew: names of classes and versions, the type of the weights, the rotary embedding.
 DERIVED = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "rope_parameters")
@@ -46,6 +46,33 @@ def cache_root() -> Path:
     return Path(constants.HF_HOME) / "efficientllava"
 
 
+def layout_of(folder: Path) -> Layout | None:
+    """Tell an original layout by a folder's ``config.json``.
+
+    Args:
+        folder: A folder with a ``config.json``; no weights are needed.
+
+    Returns:
+        The layout; None where it is stock transformers', or the file says nothing of use.
+
+    Raises:
+        UserError: The layout is neither stock transformers' nor in `LAYOUTS`.
+    """
+    try:
+        raw = json.loads((folder / "config.json").read_text("utf-8"))
+    except (ValueError, OSError):
+        return None  # whoever loads it says what is wrong with it
+    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    # LLaVA's original layout has the stock model_type, and names a tower that it does not hold.
+    if isinstance(kind, str) and kind not in LAYOUTS and (kind not in CONFIG_MAPPING or "mm_vision_tower" in raw):
+        raise UserError(
+            f"{folder}: config.json is that of a {kind!r} in a layout of its own; take a checkpoint in the layout of "
+            "stock transformers (on the hub its name often ends with -hf), or add an entry to LAYOUTS in "
+            "efficientllava/models/convert/layouts.py"
+        )
+    return LAYOUTS.get(kind) if isinstance(kind, str) else None
+
+
 def stock_folder(folder: Path) -> Path:
     """Return a folder that stock transformers loads: the given one, or its converted copy.
 
@@ -58,13 +85,10 @@ def stock_folder(folder: Path) -> Path:
     Raises:
         UserError: The checkpoint cannot be converted; see `convert`.
     """
-    try:
-        raw = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError:
-        return folder  # whoever loads it says what is wrong with it
-    layout = LAYOUTS.get(raw["model_type"]) if isinstance(raw, dict) and "model_type" in raw else None
+    layout = layout_of(folder)
     if layout is None:
         return folder
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
     files = sorted(file for file in folder.iterdir() if file.is_file())
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.blake2b(repr((VERSION, str(folder.resolve()), facts)).encode(), digest_size=8).hexdigest()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError
 from .processing import square_processor, tile_processor
 
 Raw = Mapping[str, Any]
@@ -72,7 +71,7 @@ def _bunny_config(raw: Raw, text: Any, names: Collection[str]) -> Any:
 
     tower = str(raw.get("mm_vision_tower", "")).rstrip("/").rpartition("/")[2]
     if tower not in SIGLIP:
-        raise UserError(f"config.json: mm_vision_tower={tower!r} is not supported; supported: {', '.join(SIGLIP)}")
+        raise ValueError(f"mm_vision_tower={tower!r} is not supported; supported: {', '.join(SIGLIP)}")
     sizes, prefix = dict(SIGLIP[tower]), "model.vision_tower.vision_tower.vision_model."
     last = sizes["num_hidden_layers"] - 1
     whole = any(name.startswith(f"{prefix}encoder.layers.{last}.") for name in names)
@@ -101,7 +100,7 @@ def _internvl_config(raw: Raw, text: Any, _names: Collection[str]) -> Any:
     vision, ratio = raw["vision_config"], raw.get("downsample_ratio", 0.5)
     side, patch = vision["image_size"], vision["patch_size"]
     if raw.get("force_image_size") not in (None, side):
-        raise UserError(f"config.json: force_image_size={raw['force_image_size']}: must equal the tower's {side}")
+        raise ValueError(f"force_image_size={raw['force_image_size']}: must equal the tower's {side}")
     same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels")
     tower = InternVLVisionConfig(
         **{key: vision[key] for key in (*same, "hidden_act", "layer_norm_eps", "norm_type") if key in vision},

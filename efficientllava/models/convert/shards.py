@@ -54,6 +54,17 @@ def shard_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder}: has none of {', '.join(WEIGHTS)}, nor an index of shards; get the complete folder")
 
 
+def require_whole(folder: Path) -> None:
+    """Open every weight file of a folder, so that what is missing or truncated is found before any tensor is read.
+
+    Raises:
+        UserError: As `shard_files` and `open_shard`; it names the file.
+    """
+    for file in shard_files(folder):
+        with open_shard(file):
+            pass
+
+
 @contextmanager
 def open_shard(file: Path) -> Iterator[dict[str, Stored]]:
     """Open one weight file without reading its tensors.

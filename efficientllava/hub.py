@@ -1,0 +1,52 @@
+"""Checkpoints on the Hugging Face hub: fetched without any code, and every refusal in one line that names the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .errors import UserError, disk_full
+
+# What a checkpoint consists of; never weights in other formats. The prompt of InternVL stands in a Python file, which
+# is read and not run.
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "conversation.py"]
+REFUSALS = {
+    "GatedRepoError": "its owners ask for consent; accept their terms at https://huggingface.co/{name}, then log in "
+    "with hf auth login",
+    "RepositoryNotFoundError": "the hub has no such model, or it is private; check the name, log in with hf auth "
+    "login, or give a local folder",
+    "RevisionNotFoundError": "the hub's model has no model.revision={revision}; give a branch, tag or commit of it",
+    "IncompleteSnapshotError": "only a part of it was ever downloaded, and the hub cannot be reached; run again with a "
+    "network, or give a local folder",
+    "LocalEntryNotFoundError": "no such folder, and the hub cannot be reached ({reason}); check the network and "
+    "HF_HUB_OFFLINE, or give a local folder",
+}
+
+
+def download(name: str, revision: str | None = None, files: list[str] | None = None) -> Path:
+    """Fetch a checkpoint from the hub into its own cache, or find it there.
+
+    Args:
+        name: Hub id.
+        revision: Branch, tag or commit; None is the default branch.
+        files: Names to fetch; None: everything that belongs to a checkpoint.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        UserError: The hub cannot be reached, knows no such model, or does not let this user have it.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Nothing of a checkpoint lies in folders of its own; other formats of the weights do.
+        folder = snapshot_download(name, revision=revision, allow_patterns=files or FILES, ignore_patterns=["*/*"])
+    except Exception as error:  # the hub client raises a dozen unrelated kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kinds = [cls.__name__ for cls in type(error).__mro__]
+        known = next((REFUSALS[kind] for kind in kinds if kind in REFUSALS), None)
+        if disk_full(error):
+            known = "the disk is full; free some space, or set HF_HOME to a folder elsewhere"
+        text = known or "cannot be fetched from the hub ({reason}); check the name and the network, or give a folder"
+        raise UserError(f"model.path={name}: {text.format(name=name, revision=revision, reason=reason)}") from error
+    return Path(folder)

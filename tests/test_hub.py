@@ -1,0 +1,140 @@
+"""What the hub refuses comes as one line with the fix, before anything is downloaded or read for minutes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+from huggingface_hub import errors
+
+from efficientllava.checkpoint import load
+from efficientllava.errors import UserError
+from efficientllava.hub import FILES
+from tests.models.originals import write_original
+from tests.runs import save_tiny
+
+NAME = "org/name"
+
+
+def http(kind: type[errors.HfHubHTTPError], status: int) -> errors.HfHubHTTPError:
+    return kind(f"{status} Client Error. (Request ID: x)\n\nAccess is restricted.", response=MagicMock(headers={}))
+
+
+REFUSED = {
+    "gated": (http(errors.GatedRepoError, 401), ["accept their terms", f"huggingface.co/{NAME}", "hf auth login"]),
+    "unknown": (http(errors.RepositoryNotFoundError, 401), ["no such model", "check the name", "hf auth login"]),
+    "revision": (http(errors.RevisionNotFoundError, 404), ["has no model.revision=v2", "branch, tag or commit"]),
+    "server": (http(errors.HfHubHTTPError, 503), ["cannot be fetched", "503 Client Error"]),
+    "no network": (
+        errors.LocalEntryNotFoundError("Got: ConnectError: Name or service not known\nmore"),
+        ["no such folder", "cannot be reached (Got: ConnectError: Name", "HF_HUB_OFFLINE", "local folder"],
+    ),
+    "half": (errors.IncompleteSnapshotError("a part\nmore", snapshot_path="/cache"), ["only a part", "run again"]),
+    "disk": (OSError(28, "No space left on device"), ["disk is full", "HF_HOME"]),
+}
+
+
+def refusal(path: str, revision: str | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, revision=revision)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_the_hub_refuses(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error, told = REFUSED[case]
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    text = refusal(NAME, "v2")
+    assert text.startswith(f"model.path={NAME}: ")
+    for part in told:
+        assert part in text
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A hub whose every model is ``tmp_path/remote``; returns what was asked of it."""
+    asked: list[Any] = []
+
+    def fetch(_name: str, revision: str | None, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path / "remote")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    return asked
+
+
+def test_a_model_from_the_hub(tmp_path: Path, hub: list[Any]) -> None:
+    save_tiny(tmp_path / "remote", layers=1)
+    assert load(NAME).path == NAME
+    assert hub == [["config.json"], FILES]
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"model_type": "llama"}, "a 'llama' model takes no images"),
+        ({"model_type": "paligemma"}, "decoder 'gemma' is not supported; supported: "),
+        ({"model_type": "bunny-llama"}, "a 'bunny-llama' in a layout of its own"),
+        ({"model_type": "llava", "mm_vision_tower": "openai/clip"}, "a 'llava' in a layout of its own"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_no_weights_are_fetched_in_vain(tmp_path: Path, hub: list[Any], config: dict[str, Any], told: str) -> None:
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / "config.json").write_text(json.dumps(config))
+    text = refusal(NAME)
+    assert told in text
+    assert "models/anatomy.py" in text or "layouts.py" in text or "image-text-to-text" in text
+    assert hub == [["config.json"]]
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A stock checkpoint of three shards."""
+    whole = save_tiny(tmp_path / "whole", layers=2)
+    model = load(str(whole), dtype="float16").model
+    model.save_pretrained(tmp_path / "model", max_shard_size="400KB")
+    for file in whole.glob("*token*"):
+        shutil.copy(file, tmp_path / "model")
+    for name in ("processor_config.json", "chat_template.jinja"):
+        shutil.copy(whole / name, tmp_path / "model")
+    assert load(str(tmp_path / "model"))
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("kept", [0, 40, -100])
+def test_half_downloaded_shards(sharded: Path, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *_, last = sorted(sharded.glob("model-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:kept])
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", lambda *_, **__: 1 / 0)
+    text = refusal(str(sharded))
+    assert last.name in text
+    assert "truncated" in text
+    first.unlink()
+    assert f"{first.name} is missing" in refusal(str(sharded))
+
+
+def test_a_broken_processor_is_found_before_the_weights_are_read(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sharded / "tokenizer.json").unlink()
+    monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", lambda *_, **__: 1 / 0)
+    assert "the processor cannot be loaded" in refusal(str(sharded))
+
+
+def test_a_hub_model_in_an_original_layout(tmp_path: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    write_original(tmp_path / "remote", "internvl")
+    checkpoint = load(NAME)
+    assert checkpoint.base["path"] == NAME
+    assert type(checkpoint.model).__name__ == "InternVLForConditionalGeneration"
