@@ -26,6 +26,7 @@ from .models.pruned import is_per_layer, require_supported
 BUILTIN = "builtin:"
 PROVENANCE = "efficientllava.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHARD = "4GB"  # of weights per file; a file is copied to the host before it is written
 SAMPLED = 64  # blocks of 1 MiB that the digest of a large weight file reads
 
 
@@ -202,6 +203,11 @@ def load(
                 output_loading_info=True,
                 device_map=None if device == "cpu" or host else {"": device},
             )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"model.path={path}: the weights do not fit into the memory of {device}; prune.offload=true "
+                "prunes from host memory, trainer=cpu does everything there"
+            ) from error
         except Exception as error:  # safetensors, transformers and torch raise different kinds for a broken folder
             reason = next((line for line in report if "MISMATCH" in line), None) or _first_line(error)
             raise UserError(
@@ -302,8 +308,8 @@ def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | N
     """Save a checkpoint as a Hugging Face folder, whole or not at all.
 
     Args:
-        checkpoint: What to save. Weights are stored as ``checkpoint.storage``; round them first (`round_weights`) where
-            memory has to equal the folder bit by bit.
+        checkpoint: What to save. Weights are stored as ``checkpoint.storage``; those in memory are rounded to it, so
+            that they equal the folder's.
         folder: Target; replaced where it exists.
         card: Facts for the model card, see `efficientllava.card.model_card`.
 
@@ -319,17 +325,28 @@ def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | N
 def write(checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None = None) -> None:
     """Write all files of a checkpoint into an existing folder; see `save`."""
     model, storage = checkpoint.model, checkpoint.storage
-    state = {
-        name: tensor.to(storage) if tensor.is_floating_point() else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    model.save_pretrained(folder, state_dict=state)
+    with _stored_as(model, storage):
+        model.save_pretrained(folder, max_shard_size=SHARD)
     _declare_dtype(folder / "config.json", storage)
     checkpoint.processor.save_pretrained(folder)
     provenance = {**checkpoint.provenance, "base": checkpoint.base, "original_layers": checkpoint.original_layers}
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     needs_import = is_per_layer(model.config.get_text_config())
     (folder / "README.md").write_text(model_card(provenance, needs_import, card or {}), encoding="utf-8")
+
+
+@contextmanager
+def _stored_as(model: nn.Module, storage: torch.dtype) -> Iterator[None]:
+    """Hold weights in the type that they are stored in, one by one in place: there is never a second copy of all."""
+    changed = [(t, t.dtype) for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
+    changed = list({id(tensor): (tensor, dtype) for tensor, dtype in changed if dtype != storage}.values())
+    try:
+        for tensor, _ in changed:
+            tensor.data = tensor.data.to(storage)
+        yield
+    finally:
+        for tensor, dtype in changed:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _declare_dtype(file: Path, storage: torch.dtype) -> None:

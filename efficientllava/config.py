@@ -173,6 +173,7 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.prune.refit or c.prune.importance == "obs",
         "set prune.refit=true or prune.importance=obs",
     ),
+    ("prune.offload", lambda config: _on_gpu(config), "without a GPU all weights are in host memory anyway"),
     ("search", lambda c: c.prune.method == "auto", "set prune=auto"),
     ("search.projector_lr", lambda c: c.search.projector, "set search.projector=on"),
     ("search.projector_pull", lambda c: c.search.projector, "set search.projector=on"),
@@ -333,6 +334,11 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     prune, recover = config.prune, config.recover
     if prune.method != "none" and prune.ratio is None and prune.share is None and prune.drop_layers is None:
         yield "prune.ratio=null: set it, in [0, 1), or prune.share (widthwise) or prune.drop_layers (layerwise)"
+    if prune.method == "auto" and prune.offload:
+        yield (
+            "prune.offload=true: a search runs whole candidates on the GPU; leave it out, or choose prune=widthwise or "
+            "prune=layerwise"
+        )
     search = config.search
     if (
         prune.method == "auto"

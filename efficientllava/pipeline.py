@@ -107,7 +107,10 @@ class Run:
         self.settings, self.folder, self.overrides = settings, folder, list(overrides)
         self.cache = StageCache(Path(settings.paths.cache_dir), settings.reuse)
         self.device = f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
-        self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest)
+        # Where whole models are between stages: with offload, a model that is too large for the GPU is on the host.
+        self.home = "cpu" if settings.prune.offload else self.device
+        host = settings.prune.offload
+        self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest, host=host)
         self.trainer = partial(make_trainer, settings, folder)
         open_data(settings)  # before the weights, which take their time at full size
         model = settings.model
@@ -167,11 +170,31 @@ class Run:
             if settings.prune.method != "auto":
                 outline(self.base.model, settings.prune)
             self.calibration = calibration_records(settings.calibration, settings.data, settings.seed, self.collate)
+            self._require_memory()
         self.recovery: Any = None
         if settings.recover.name != "none":
             self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
         drawn = len(self.recovery.records) if self.recovery else 0
         self.samples = {"calibration": len(self.calibration), "recovery": drawn}
+
+    def _require_memory(self) -> None:
+        """Refuse what the GPU cannot hold."""
+        import torch
+
+        from .pruning.memory import CalibrationSize, pruning_memory, require_memory
+
+        settings, model = self.settings, self.base.model
+        if self.device == "cpu" or settings.prune.method == "auto":
+            return
+        tokens = max(map(self.collate.check, self.calibration))
+        size = CalibrationSize(len(self.calibration), tokens, settings.calibration.batch_size)
+        memory = pruning_memory(model, settings.prune, size)
+        offload, free = settings.prune.offload, torch.cuda.mem_get_info(self.device)[0]
+        fix = "lower calibration.batch_size or data.max_length" + ("" if offload else ", or set prune.offload=true")
+        require_memory(memory.peak, free if offload else free + memory.model, "prune", fix)
+        if offload and (settings.evaluate.tasks or settings.evaluate.efficiency or settings.recover.name != "none"):
+            fix = "with prune.offload=true also set evaluate=none evaluate.efficiency=false recover=none"
+            require_memory(memory.model, free, "the whole model", fix)
 
     # ---- stages -----------------------------------------------------------------------------------------------------
 
@@ -198,7 +221,7 @@ class Run:
             def compute(folder: Path, _work: Path, task: Any = task) -> dict[str, Any]:
                 trainer = self.trainer(logger=False)
                 outcome = evaluate(checkpoint.model, checkpoint.processor, task, trainer, config, self.features)
-                checkpoint.model.to(self.device)
+                checkpoint.model.to(self.home)
                 if processes.rank() == 0:
                     lines = (json.dumps(prediction) + "\n" for prediction in outcome.predictions)
                     (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -247,7 +270,7 @@ class Run:
             "prune",
             compute,
             model=self.base.digest,
-            prune=asdict(replace(settings.prune, name="")),
+            prune=asdict(replace(settings.prune, name="", offload=False)),
             search=[asdict(replace(settings.search, name="")), source_digest("search")] if searches else None,
             calibration=[asdict(settings.calibration), digest([r.id for r in self.calibration])],
             files=data_digest(settings.data, settings.calibration),
@@ -262,7 +285,7 @@ class Run:
         settings, model = self.settings, self.models.pop("base")
         size = settings.calibration.batch_size
         return PruningModule(
-            model, self.calibration, self.collate, settings.prune, size, settings.seed, self.features, tick
+            model, self.calibration, self.collate, settings.prune, size, settings.seed, self.features, tick, self.device
         )
 
     def _searcher(self, work: Path, tick: Tick) -> Any:
@@ -361,7 +384,7 @@ class Run:
         from .checkpoint import round_weights, write
         from .reload import reload_gate
 
-        round_weights(model.to(self.device), source.storage)
+        round_weights(model.to(self.home), source.storage)
         if processes.rank() == 0:
             folder.mkdir()
             write(source.after(model, step, kept), folder)
@@ -439,7 +462,10 @@ class Run:
             say("", usage(str(self.folder / last), per_layer))
 
     def _efficiency(self) -> dict[str, dict[str, Any]]:
-        """Sizes and speeds of all stages, measured together so that drift of the machine cancels."""
+        """Sizes and speeds of all stages, measured together so that drift of the machine cancels.
+
+        With offload one model at a time is on the device: two may not fit.
+        """
         from .checkpoint import resolve
         from .evaluation.efficiency import checkpoint_bytes, measure, sizes
 
@@ -447,10 +473,15 @@ class Run:
         # The pruner consumes the model that it works on.
         base = self.models.get("base") or self.load(model.path, model.dtype, model.revision).model
         models = {"base": base, **self.models}
-        if self.settings.evaluate.efficiency:
+        stages: dict[str, dict[str, Any]] = {}
+        if not self.settings.evaluate.efficiency:
+            stages = {name: sizes(model) for name, model in models.items()}
+        elif self.home == self.device:
             stages = measure(models, self._probe(), self.settings.evaluate)
         else:
-            stages = {name: sizes(model) for name, model in models.items()}
+            for name, model in models.items():
+                stages |= measure({name: model.to(self.device)}, self._probe(), self.settings.evaluate)
+                model.to(self.home)
         folders = {"base": resolve(model.path, model.revision)}
         for name, stage in stages.items():
             stage["checkpoint_bytes"] = checkpoint_bytes(folders.get(name, self.folder / name))

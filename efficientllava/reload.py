@@ -68,12 +68,16 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> None:
         logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
     finally:
         torch.set_num_threads(threads)
+    model.to("cpu")  # the fresh process may need the memory of the device
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         probe = str(Path(scratch) / "probe.safetensors")
         save_file({name: value.cpu().contiguous() for name, value in {**inputs, "logits": logits}.items()}, probe)
         command = [sys.executable, "-I", "-c", CHECK, str(folder), probe, dtype, device.type, package]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    model.to(device)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"{folder}: the reloaded checkpoint differs from the model in memory: {reason}")

@@ -79,6 +79,7 @@ class PruneConfig:
     protect_scaled: bool = False  # the published ranges of 32 layers (heads 3-30, channels 4-29), scaled to the depth
     share: float | None = None  # widthwise: nominal share per pruned layer, bypasses the ratio solver, [0, 1)
     drop_layers: int | None = None  # layerwise: number of blocks, bypasses the ratio solver
+    offload: bool = False  # weights stay in host memory, one layer at a time computes on the GPU
     reinitialise: bool = False  # control: keep the pruned shape and draw fresh weights
 
 

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efficientllava import checkpoint as store
+from efficientllava.bench import peak_memory
 from efficientllava.card import LICENSES, model_card, usage
 from efficientllava.errors import UserError
 
@@ -275,3 +276,22 @@ def test_another_failure_while_saving_leaves_nothing(loaded, tmp_path, monkeypat
     with pytest.raises(ZeroDivisionError):
         store.save(loaded, tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_in_another_type_holds_no_second_copy(tmp_path):
+    checkpoint = store.load("builtin:tiny_llava")
+    checkpoint.storage = torch.float16
+    before = {name: tensor.half().float() for name, tensor in checkpoint.model.state_dict().items()}
+    largest = max(tensor.nbytes for tensor in checkpoint.model.state_dict().values())
+    weights = list(checkpoint.model.parameters())
+
+    def prepare():
+        for weight in weights:
+            weight.data = weight.data.clone()
+
+    above = peak_memory(prepare, lambda _: store.save(checkpoint, tmp_path / "half"))
+    assert above < 2 * largest < sum(weight.nbytes for weight in weights) / 4
+    for name, tensor in checkpoint.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    (file,) = (tmp_path / "half").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}

@@ -108,6 +108,16 @@ def test_the_same_key_passes_where_it_has_an_effect():
     assert problems("recover.train=lora", "recover.lora.r=4") == []
 
 
+def test_offload_needs_a_gpu_and_no_search(monkeypatch):
+    assert problems("prune.offload=true") == [
+        "prune.offload: has no effect here; without a GPU all weights are in host memory anyway, or leave it out"
+    ]
+    monkeypatch.setattr("efficientllava.processes.on_gpu", lambda trainer: True)
+    assert problems("prune.offload=true") == []
+    (line,) = problems("prune=auto", "prune.offload=true")
+    assert line.startswith("prune.offload=true: a search runs whole candidates on the GPU")
+
+
 @pytest.mark.parametrize("key", ["nonsense", "prune.nonsense", "recover.lora.nonsense"])
 def test_an_added_key_that_nothing_reads_is_an_error(key):
     assert problems(f"+{key}=3") == [f"{key}: unknown key; remove it"]

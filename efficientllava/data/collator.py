@@ -125,21 +125,26 @@ class Collator:
             batch["segment_ids"] = _stack([row.segments for row in rows], 0)
         return batch | _images(self.prompts, shown)
 
-    def check(self, record: Record) -> None:
+    def check(self, record: Record) -> int:
         """Open a record's images and measure its prompts.
 
         Args:
             record: Any record.
 
+        Returns:
+            Tokens of its longest row.
+
         Raises:
             UserError: As for `__call__`, or if a first question leaves no room for its answer.
         """
-        for row, _ in self._rows(record, open_images(record)):
+        rows = [row for row, _ in self._rows(record, open_images(record))]
+        for row in rows:
             if all(label == IGNORE for label in row.labels):
                 raise UserError(
                     f"record {record.id!r}: its prompt leaves no room for the answer, the context holds "
                     f"{self.max_length} tokens; shorten or drop the record, or raise data.max_length"
                 )
+        return max(len(row.ids) for row in rows)
 
     def _rows(self, record: Record, images: list[Image.Image]) -> Iterator[tuple[_Row, list[Image.Image]]]:
         """The rows of a record, each with the images that it shows."""

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..models.forward import FeatureCache
+from ..models.offload import Offload
 from ..processes import sum_over
 from ..schema import PruneConfig
 from .control import reinitialise
+from .memory import CalibrationSize, store_on_host
 from .plan import PruningPlan
 from .pruner import PruneReport, apply_plan, make_plan
 from .scores import Calibration, Tick, silent
@@ -35,6 +38,7 @@ class PruningModule(LightningModule):
         seed: Seed of random importance.
         features: Vision features by image.
         tick: Progress.
+        device: Where layers compute with ``config.offload``, while the model stays in host memory.
     """
 
     def __init__(
@@ -47,10 +51,13 @@ class PruningModule(LightningModule):
         seed: int = 0,
         features: FeatureCache | None = None,
         tick: Tick = silent,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.model = model
+        self._offload = Offload(device) if config.offload else None
+        # Lightning moves all modules that it knows of to the device.
+        self._owned: nn.Module | tuple[nn.Module] = (model,) if config.offload else model
         self.plan: PruningPlan | None = None
         self.pruned: nn.Module | None = None
         self.report: PruneReport | None = None
@@ -65,19 +72,31 @@ class PruningModule(LightningModule):
         # Lightning calls no hook on a process without batches, but all must take part in the sums.
         return DataLoader(chunks or [[]], batch_size=None, collate_fn=lambda chunk: chunk and self._collate(chunk))  # pyright: ignore[reportArgumentType]
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leave batches on the host: the stream brings one at a time to the device."""
+        return batch
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Keep a batch, already on the device; the statistics go over all of them, layer by layer."""
+        """Keep a batch; the statistics go over all of them, layer by layer."""
         if batch:
             self._batches.append(batch)
 
     def on_predict_epoch_end(self) -> None:
         """Score, select, refit, cut."""
-        calibration = Calibration(self._batches, self._features, reduce=sum_over, tick=self._tick)
-        plan, scored = make_plan(self.model, calibration, self._config, self._seed)
+        model = self._owned[0] if isinstance(self._owned, tuple) else self._owned
+        batches, config = self._batches, self._config
+        calibration = Calibration(batches, self._features, sum_over, self._storage(model), self._offload, self._tick)
+        plan, scored = make_plan(model, calibration, config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
-        self.pruned, applied = apply_plan(self.model, self.plan, calibration, self._config)
-        if self._config.reinitialise:
+        self.pruned, applied = apply_plan(model, self.plan, calibration, config)
+        if config.reinitialise:
             reinitialise(self.pruned, self._seed)
-        self.model = self.pruned
+        self._owned = self.pruned
         self.report = replace(scored, loss_pruned=applied.loss_pruned, errors=applied.errors, damping=applied.damping)
         self._batches = []
+
+    def _storage(self, model: nn.Module) -> str | None:
+        """Host memory, where hidden states would take too much of a GPU's."""
+        if next(model.parameters()).device.type == "cpu":
+            return None
+        return "cpu" if store_on_host(model, self._config, CalibrationSize.of(self._batches)) else None

@@ -173,12 +173,13 @@ def block_influences(
     Returns:
         One score per kept layer.
     """
-    layers = decoder_of(stream.model).layers
+    layers, norm = decoder_of(stream.model).layers, final_norm_of(stream.model)
     hidden, scores = stream.start(), []
     for index in kept:
         influence = BlockInfluence()
         for batch, inputs, outputs in stream.run(layers[index], index, hidden):
-            compared = final_norm_of(stream.model)(outputs) if config.final_norm and index == kept[-1] else outputs
+            with stream.on_device(norm):
+                compared = norm(outputs) if config.final_norm and index == kept[-1] else outputs
             influence.add(inputs, compared, stream.counted[batch])
         scores.append(influence.value(config.block_influence, reduce))
     return scores

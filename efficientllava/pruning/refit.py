@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..models.anatomy import Component, decoder_of, describe_layer, names_of
 from .plan import LayerPlan
-from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, factorise, no_reduce
+from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, factorise, no_reduce, square_sum
 from .surgery import cut_component
 
 TARGETS = ("layer", "residual")
@@ -181,7 +181,8 @@ class SequentialPruner:
         for index, original in enumerate(decoder_of(self._stream.model).layers):
             plan = by_index.get(index)
             if plan is not None:
-                self._cut_layer(original, plan, flow, result.errors, commit)
+                with self._stream.on_device(original):
+                    self._cut_layer(original, plan, flow, result.errors, commit)
             else:
                 flow.touched = True
                 if flow.dense is not None:
@@ -228,10 +229,10 @@ class SequentialPruner:
         stream, result = self._stream, []
         kept = attention.columns(plan.groups).to(attention.writer.weight.device)
         for batch, stored in enumerate(flow.pruned):
-            inputs, wanted = stream.load(stored, batch), None
+            inputs, wanted = stream.load(stored), None
             seen = _Seen()
             if flow.dense is not None:
-                start = stream.load(flow.dense[batch], batch)
+                start = stream.load(flow.dense[batch])
                 with _captured(attention.writer, seen):
                     after = stream.call(layer, plan.index, batch, start)
                 flow.dense[batch] = stream.store(after)
@@ -251,10 +252,10 @@ class SequentialPruner:
         for batch, stored in enumerate(flow.pruned):
             seen = _Seen()
             with _captured(mlp.writer, seen):
-                output = stream.call(layer, index, batch, stream.load(stored, batch))
+                output = stream.call(layer, index, batch, stream.load(stored))
             wanted = seen.output
             if flow.dense is not None:
-                wanted = stream.load(flow.dense[batch], batch) - (output - seen.output)
+                wanted = stream.load(flow.dense[batch]) - (output - seen.output)
             counted = stream.counted[batch]
             moments.add(seen.inputs[counted], wanted[counted])
 
@@ -300,7 +301,7 @@ class _Moments:
         wanted = wanted if self._bias is None else wanted - self._bias
         self._gram.add(rows)
         add_product(self._cross, wanted, rows)
-        self._power += wanted.double().square().sum().cpu()
+        self._power += square_sum(wanted)
 
     def means(self, reduce: Reduce) -> tuple[Tensor, Target]:
         """Close the sums over all processes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from ..models.anatomy import Component, Layer, layers_of
 from ..models.forward import Batch, FeatureCache
+from ..models.offload import Offload
 from ..schema import TAYLOR, PruneConfig
 from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
-from .statistics import CalibrationStream, Gram, Reduce, no_reduce
+from .statistics import CalibrationStream, Gram, Reduce, no_reduce, square_sum
 from .taylor import TaylorScores
 
 Tick = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
@@ -28,10 +30,11 @@ class Calibration:
     """What scoring and refit look at.
 
     Args:
-        batches: Collated batches on the model's device.
+        batches: Collated batches, on any device.
         features: Vision features by image, shared with other stages.
         reduce: Sums over processes.
         storage: Device that keeps hidden states between layers; None is the compute device.
+        offload: Brings weights to the device where they stay in host memory; None: the model computes where it is.
         tick: Progress.
     """
 
@@ -39,6 +42,7 @@ class Calibration:
     features: FeatureCache | None = None
     reduce: Reduce = no_reduce
     storage: torch.device | str | None = None
+    offload: Offload | None = None
     tick: Tick = silent
 
     @property
@@ -67,7 +71,9 @@ def open_stream(model: nn.Module, calibration: Calibration, config: Counting) ->
     Raises:
         UserError: No position counts.
     """
-    stream = CalibrationStream(model, calibration.batches, config.tokens, calibration.features, calibration.storage)
+    stream = CalibrationStream(
+        model, calibration.batches, config.tokens, calibration.features, calibration.storage, calibration.offload
+    )
     stream.require_counted(config.tokens, calibration.reduce)
     return stream
 
@@ -100,23 +106,25 @@ def rank_units(
         Rankings of all layers, and the calibration stream for reuse.
     """
     layers = layers_of(model)
-    taylor = None
-    if config.importance in TAYLOR:
-        scorer = TaylorScores(model, config.importance, config.taylor_mean)
-        taylor = scorer.run(calibration.batches, calibration.features, calibration.reduce)
     stream = open_stream(model, calibration, config)
+    if config.importance in TAYLOR:
+        scores = TaylorScores(stream, config.importance, config.taylor_mean).run(calibration.reduce)
+        return [LayerScores(Ranking.from_scores(a), Ranking.from_scores(m)) for a, m in scores], stream
+    looks = config.importance not in ("magnitude", "random")
     generator = torch.Generator().manual_seed(seed)
-    if taylor is not None:
-        ranked = [LayerScores(Ranking.from_scores(a), Ranking.from_scores(m)) for a, m in taylor]
-        return ranked, stream
-    if config.importance in ("magnitude", "random"):
-        simple = magnitude_scores if config.importance == "magnitude" else lambda c: random_scores(c, generator)
-        ranked = [LayerScores(*(_levelled(c, simple(c)) for c in layer.components)) for layer in layers]
-        return ranked, stream
-    ranked, hidden = [], stream.start()
+    ranked, hidden = [], stream.start() if looks else []
     for index, layer in enumerate(layers):
-        grams, power = layer_statistics(stream, layer, index, hidden, calibration.reduce)
-        ranked.append(LayerScores(*(_rank(c, grams.pop(0), power, config) for c in layer.components)))
+        with stream.on_device(layer.module):
+            if looks:
+                grams, power = layer_statistics(stream, layer, index, hidden, calibration.reduce)
+                ranked.append(LayerScores(*(_rank(c, grams.pop(0), power, config) for c in layer.components)))
+            else:
+                simple = (
+                    magnitude_scores
+                    if config.importance == "magnitude"
+                    else partial(random_scores, generator=generator)
+                )
+                ranked.append(LayerScores(*(_levelled(c, simple(c)) for c in layer.components)))
         calibration.tick("score units", index + 1, len(layers))
     return ranked, stream
 
@@ -157,8 +165,7 @@ def layer_statistics(
             counted = stream.counted[batch]
             for linear, gram in zip(linears, grams, strict=True):
                 gram.add(captured[linear][counted])
-            square = outputs[counted].double().square().sum()
-            power += torch.tensor([float(square), float(counted.sum())], dtype=torch.float64)
+            power += torch.tensor([square_sum(outputs[counted]), float(counted.sum())], dtype=torch.float64)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.anatomy import decoder_of, final_norm_of
-from ..models.forward import Batch, FeatureCache, feature_cache, forward_hidden, supervised_positions
+from ..models.forward import Batch, FeatureCache, feature_cache, forward_hidden, supervised_positions, to_device
+from ..models.offload import Offload
 
 STRIP = 64  # rows of a matrix that are worked on at once where a whole copy would cost too much
+POSITIONS = 4096  # positions that are widened to float32 or float64 at once
+ANSWERS = 512  # supervised tokens whose logits are held at once
 
 Reduce = Callable[[Tensor], Tensor]
 TOKENS = ("all", "image", "text", "answer")
@@ -75,15 +79,28 @@ def recorded_calls(layers: Sequence[nn.Module]) -> Iterator[list[tuple[Tensor, d
             del layer.forward
 
 
+def _moved(value: Any, device: torch.device | str | None, shared: dict[int, Tensor]) -> Any:
+    """Move the tensors of a nested value; one that occurs several times is moved once, and ``shared`` with others."""
+    if isinstance(value, Tensor) and device is not None:
+        return shared.setdefault(id(value), value.to(device))
+    if isinstance(value, dict):
+        return {key: _moved(item, device, shared) for key, item in value.items()}
+    return type(value)(_moved(item, device, shared) for item in value) if type(value) in (list, tuple) else value
+
+
 class CalibrationStream:
     """What every decoder layer is called with, and the means to move hidden states of all batches through one layer.
 
     Args:
         model: An image-text-to-text model in eval mode.
-        batches: Collated batches on the model's device.
+        batches: Collated batches on any device; the images of one at a time are brought to the one that computes.
         tokens: Which positions count, see `counted_positions`.
         features: Vision features by image, shared with other stages; None keeps its own.
-        storage: Device that keeps the hidden states between layers; None keeps them where they are.
+        storage: Device that keeps hidden states, masks and the like between layers; None keeps them where they are.
+        offload: Brings weights to the device where they stay in host memory; activations are then stored there too.
+
+    Attributes:
+        device: Where layers compute.
     """
 
     def __init__(
@@ -93,21 +110,27 @@ class CalibrationStream:
         tokens: str = "all",
         features: FeatureCache | None = None,
         storage: torch.device | str | None = None,
+        offload: Offload | None = None,
     ) -> None:
         self.model = model
         self.batches = batches
+        self.device = offload.device if offload else next(model.parameters()).device
         decoder = decoder_of(model)
         self.depth = len(decoder.layers)
         image_token_id = model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        self.counted = [counted_positions(b, tokens, image_token_id) for b in batches]  # pyright: ignore[reportArgumentType]
+        self.counted = [counted_positions(b, tokens, image_token_id).to(self.device) for b in batches]  # pyright: ignore[reportArgumentType]
         self._kwargs: list[list[dict[str, Any]]] = []
         self._added: list[list[Tensor | None]] = []
         self._features = features or feature_cache(model)
-        self._storage = storage
+        self._storage, self._offload = "cpu" if offload else storage, offload
+
+    def on_device(self, *modules: nn.Module, without: Sequence[nn.Module] = ()) -> AbstractContextManager[None]:
+        """Have modules where they compute, see `efficientllava.models.offload.Offload.on_device`."""
+        return self._offload.on_device(*modules, without=without) if self._offload else contextlib.nullcontext()
 
     def over(self, batches: Sequence[Batch]) -> CalibrationStream:
         """A stream of the same model over other batches, with the same vision features; all positions count."""
-        return CalibrationStream(self.model, batches, "all", self._features, self._storage)
+        return CalibrationStream(self.model, batches, "all", self._features, self._storage, self._offload)
 
     @torch.no_grad()
     def start(self) -> list[Tensor]:
@@ -116,14 +139,19 @@ class CalibrationStream:
         The layers must be as they were made: after a cut there is no start any more.
         """
         hidden, kwargs, added = [], [], []
-        for batch in self.batches:
-            with recorded_calls(decoder_of(self.model).layers) as calls:
-                forward_hidden(self.model, batch, self._features(batch))
-            hidden.append(self.store(calls[0][0]))
-            kwargs.append([keywords for _, keywords in calls])
-            # The layers are idle: what changes between two of them the decoder adds itself, as DeepStack does.
-            steps = itertools.pairwise(inputs for inputs, _ in calls)
-            added.append([None if after is before else after - before for before, after in steps] + [None])
+        layers = decoder_of(self.model).layers
+        with self.on_device(self.model, without=layers):
+            for batch in self.batches:
+                here = to_device(batch, self.device)
+                with recorded_calls(layers) as calls:
+                    forward_hidden(self.model, here, self._features(here))
+                hidden.append(self.store(calls[0][0]))
+                shared: dict[int, Tensor] = {}
+                kwargs.append([_moved(keywords, self._storage, shared) for _, keywords in calls])
+                # The layers are idle: what changes between two of them the decoder adds itself, as DeepStack does.
+                steps = itertools.pairwise(inputs for inputs, _ in calls)
+                changes = [None if after is before else after - before for before, after in steps]
+                added.append([*_moved(changes, self._storage, shared), None])
         self._kwargs, self._added = kwargs, added
         return hidden
 
@@ -131,24 +159,25 @@ class CalibrationStream:
         """Move hidden states to the device that keeps them between layers."""
         return hidden if self._storage is None else hidden.to(self._storage)
 
-    def load(self, stored: Tensor, batch: int) -> Tensor:
-        """Move hidden states of a batch to the device that computes on them."""
-        return stored.to(self.counted[batch].device)
+    def load(self, stored: Tensor) -> Tensor:
+        """Move hidden states to the device that computes on them."""
+        return stored.to(self.device)
 
-    @torch.no_grad()
     def call(self, layer: nn.Module, position: int, batch: int, inputs: Tensor) -> Tensor:
         """Run one layer on one batch.
 
         Args:
-            layer: The layer, original or cut.
+            layer: The layer, original or cut, on the compute device.
             position: Its index in the original decoder, which decides mask and position embeddings.
             batch: Index of the batch.
-            inputs: ``(batch, seq, hidden)`` on the compute device.
+            inputs: ``(batch, seq, hidden)`` on the compute device; what requires a gradient gets a graph.
 
         Returns:
             The next layer's input, like ``inputs``.
         """
-        output, added = layer(inputs, **self._kwargs[batch][position]), self._added[batch][position]
+        keywords, added = _moved((self._kwargs[batch][position], self._added[batch][position]), self.device, {})
+        with torch.set_grad_enabled(inputs.requires_grad):
+            output = layer(inputs, **keywords)
         return output if added is None else output + added
 
     def run(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -162,11 +191,12 @@ class CalibrationStream:
         Yields:
             ``(batch index, input, output)``, both ``(batch, seq, hidden)`` on the compute device.
         """
-        for batch, stored in enumerate(hidden):
-            inputs = self.load(stored, batch)
-            output = self.call(layer, position, batch, inputs)
-            hidden[batch] = self.store(output)
-            yield batch, inputs, output
+        with self.on_device(layer):
+            for batch, stored in enumerate(hidden):
+                inputs = self.load(stored)
+                output = self.call(layer, position, batch, inputs)
+                hidden[batch] = self.store(output)
+                yield batch, inputs, output
 
     def advance(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> None:
         """Replace the layer's inputs by its outputs, for all batches."""
@@ -200,11 +230,14 @@ class CalibrationStream:
         """
         norm, head = final_norm_of(self.model), self.model.lm_head
         total = torch.zeros(2, dtype=torch.float64)
-        for batch, state in zip(self.batches, hidden, strict=True):
-            mask, targets = supervised_positions(batch["labels"])
-            logits = head(norm(state.to(mask.device)[mask])).float()  # pyright: ignore[reportCallIssue]
-            loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
-            total += torch.tensor([float(loss), float(len(targets))], dtype=torch.float64)
+        with self.on_device(norm, head):  # pyright: ignore[reportArgumentType]
+            for batch, state in zip(self.batches, hidden, strict=True):
+                mask, targets = supervised_positions(batch["labels"].to(self.device))
+                rows = self.load(state)[mask]
+                for part, wanted in zip(rows.split(ANSWERS), targets.split(ANSWERS), strict=True):
+                    logits = head(norm(part)).float()  # pyright: ignore[reportCallIssue]
+                    loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
+                    total += torch.tensor([float(loss), float(len(wanted))], dtype=torch.float64)
         total = reduce(total)
         return float(total[0] / total[1].clamp(min=1))
 
@@ -226,12 +259,19 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         right: ``(positions, n)``.
     """
     dtype = torch.promote_types(right.dtype, torch.float32)
-    left, right = left.to(dtype), right.to(dtype)
-    if dtype == total.dtype:
-        total.addmm_(left.T, right)
-        return
-    for start in range(0, len(total), STRIP):  # in strips, so that the product needs no second matrix
-        total[start : start + STRIP] += left[:, start : start + STRIP].T @ right
+    for some, others in zip(left.split(POSITIONS), right.split(POSITIONS), strict=True):
+        wide = others.to(dtype)
+        narrow = wide if left is right else some.to(dtype)
+        if dtype == total.dtype:
+            total.addmm_(narrow.T, wide)
+            continue
+        for start in range(0, len(total), STRIP):  # in strips, so that the product needs no second matrix
+            total[start : start + STRIP] += narrow[:, start : start + STRIP].T @ wide
+
+
+def square_sum(rows: Tensor) -> float:
+    """Sum of squares in float64, over ``(positions, size)``."""
+    return sum(float(part.double().square().sum()) for part in rows.split(POSITIONS))
 
 
 def factorise(gram: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -293,8 +333,9 @@ class BlockInfluence:
 
     def add(self, inputs: Tensor, outputs: Tensor, counted: Tensor) -> None:
         """Add one batch: inputs and outputs ``(batch, seq, hidden)``, counted ``(batch, seq)``; fp32, O(N d)."""
-        cosine = nn.functional.cosine_similarity(inputs[counted].float(), outputs[counted].float(), dim=-1)
-        self.total += float((1.0 - cosine).double().sum())
+        for before, after in zip(inputs[counted].split(POSITIONS), outputs[counted].split(POSITIONS), strict=True):
+            cosine = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+            self.total += float((1.0 - cosine).double().sum())
         self.count += int(counted.sum())
 
     def value(self, how: str, reduce: Reduce = no_reduce) -> float:

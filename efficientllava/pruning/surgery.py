@@ -135,6 +135,7 @@ def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
     for name, parameter in fresh.named_parameters():
         parameter.requires_grad_(flags[name])
     fresh.generation_config = model.generation_config
+    decoder.layers = nn.ModuleList()  # who still holds the old model for its tower holds no layer's weights
     return fresh.train(model.training)
 
 

@@ -1,8 +1,8 @@
 """Taylor importance: how much the answer loss would move if a unit's weights went to zero.
 
-Gradients are consumed as they arrive: a hook reduces every parameter's gradient to per-row or per-column sums and frees
-it before the backward pass reaches the next layer, so that no full gradient of the model ever exists (except for the
-``batch`` mean, as published, which needs it).
+The backward pass goes layer by layer: the forward pass keeps what every layer was called with, then each layer, the
+last one first, runs again and hands its input's gradient on. A layer's weight gradients are reduced to per-row or
+per-column sums before the next layer is looked at, so that never more than one layer's gradients exist.
 
 Source: arXiv 2604.24380, section 3.2, and arXiv 2305.11627, eq. 4-6. With ``s = w * g`` and ``G`` the mean of squared
 per-sample gradients: ``param_first`` sums ``|s|`` over a unit's rows and columns, ``vectorize`` sums ``|sum s|`` per
@@ -12,59 +12,44 @@ row or column, ``param_second`` sums ``w^2 G``, ``param_mix`` sums ``|s - w^2 G 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..models.anatomy import Layer, layers_of
-from ..models.forward import Batch, FeatureCache, answer_loss
+from ..models.anatomy import Layer, final_norm_of, layers_of
+from ..models.forward import supervised_positions
 from ..schema import TAYLOR
-from .statistics import Reduce, no_reduce
+from .statistics import ANSWERS, CalibrationStream, Reduce, no_reduce
 
 
 class TaylorScores:
-    """Accumulates Taylor scores over calibration batches.
+    """Scores the units of all layers.
 
     Args:
-        model: An image-text-to-text model in eval mode.
+        stream: The calibration stream.
         variant: ``param_first``, ``param_second``, ``param_mix`` or ``vectorize``.
-        mean: ``sample``: scores of every micro-batch's own gradient, averaged. ``batch``: the score of the gradient of
-            the one loss over all batches, as published; holds the gradients of all scored weights.
+        mean: ``sample``: scores of every micro-batch's own gradient, averaged; the layer inputs of one micro-batch are
+            kept. ``batch``: the score of the gradient of the one loss over all batches, as published; those of all are.
 
     Raises:
         ValueError: Unknown variant or mean.
     """
 
-    def __init__(self, model: nn.Module, variant: str = "param_first", mean: str = "sample") -> None:
+    def __init__(self, stream: CalibrationStream, variant: str = "param_first", mean: str = "sample") -> None:
         if variant not in TAYLOR:
             raise ValueError(f"variant must be one of {TAYLOR}, got {variant!r}")
         if mean not in ("sample", "batch"):
             raise ValueError(f"mean must be sample or batch, got {mean!r}")
-        self._model, self._variant, self._mean = model, variant, mean
-        self._layers = layers_of(model)
-        self._axes = _scored_weights(self._layers)
+        self._stream, self._variant, self._mean = stream, variant, mean
+        self._layers = layers_of(stream.model)
         self._scores: dict[Tensor, Tensor] = {}
-        self._gradient: dict[Tensor, Tensor] = {}
-        self._square: dict[Tensor, Tensor] = {}
-        self._batches = 0
-        self._share = 1.0
 
-    def run(
-        self,
-        batches: Sequence[Batch],
-        features: FeatureCache | None = None,
-        reduce: Reduce = no_reduce,
-    ) -> list[tuple[Tensor, Tensor]]:
+    def run(self, reduce: Reduce = no_reduce) -> list[tuple[Tensor, Tensor]]:
         """Score all units.
 
         Args:
-            batches: Collated micro-batches with labels, on the model's device.
-            features: Vision features by image.
             reduce: Sums over processes.
 
         Returns:
@@ -73,115 +58,160 @@ class TaylorScores:
         Raises:
             UserError: No batch has a supervised token.
         """
-        tokens = [float((b["labels"][:, 1:] != -100).sum()) for b in batches]
-        total = float(reduce(torch.tensor([sum(tokens)], dtype=torch.float64)))
+        tokens = [float((b["labels"][:, 1:] != -100).sum()) for b in self._stream.batches]
+        answered = [batch for batch, count in enumerate(tokens) if count]
+        sums = torch.tensor([sum(tokens), float(len(answered))], dtype=torch.float64)
+        total, batches = reduce(sums).tolist()
         if not total:
             raise UserError(
                 f"prune.importance={self._variant}: the calibration records have no answer to take a loss of"
             )
-        flags = {p: p.requires_grad for p in self._model.parameters()}
-        for parameter in flags:
-            parameter.requires_grad_(parameter in self._axes)
-        handles: list[Any] = [p.register_post_accumulate_grad_hook(self._consume) for p in self._axes]
-        try:
-            with torch.enable_grad(), checkpointed(self._layers):
-                for batch, count in zip(batches, tokens, strict=True):
-                    if not count:
-                        continue
-                    self._share = count / total
-                    self._batches += 1
-                    answer_loss(self._model, batch, features(batch) if features else None).backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
-        return self._units(reduce)
-
-    def _consume(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        parameter.grad = None
-        gradient = gradient.float()
+        start = self._stream.start()
         if self._mean == "sample":
-            _add(self._scores, parameter, self._reduce(parameter, gradient, gradient))
-            return
-        if self._variant != "param_second":
-            _add(self._gradient, parameter, gradient * self._share)
-        if self._variant in ("param_second", "param_mix"):
-            _add(self._square, parameter, gradient.square_())
+            for batch in answered:
+                self._score({batch: start[batch]}, {batch: 1.0}, no_reduce, 1.0)
+            return self._units(lambda scores: reduce(scores) / batches)
+        self._score({b: start[b] for b in answered}, {b: tokens[b] / total for b in answered}, reduce, batches)
+        return self._units(no_reduce)
 
-    def _reduce(self, parameter: Tensor, gradient: Tensor, rms: Tensor) -> Tensor:
-        """Reduce elementwise scores to the parameter's scored axis: rows of a reader, columns of a writer.
+    @torch.no_grad()
+    def _score(self, hidden: dict[int, Tensor], shares: dict[int, float], reduce: Reduce, batches: float) -> None:
+        """Add the scores of the gradient of one loss.
 
         Args:
-            parameter: A scored weight.
-            gradient: Its mean gradient.
-            rms: The root of its mean squared gradient.
+            hidden: Inputs of the first layer by batch.
+            shares: What each batch's mean loss counts for.
+            reduce: Sums gradients over processes.
+            batches: Number of batches of all processes.
         """
-        weight = parameter.detach().float()
-        other = 1 - self._axes[parameter]
+        stream, inputs = self._stream, [hidden]
+        for index, layer in enumerate(self._layers):
+            with stream.on_device(layer.module):
+                entered = inputs[-1].items()
+                inputs.append(
+                    {b: stream.store(stream.call(layer.module, index, b, stream.load(x))) for b, x in entered}
+                )
+        flowing = {batch: self._loss_gradient(batch, output) for batch, output in inputs.pop().items()}
+        for index, layer in reversed(list(enumerate(self._layers))):
+            with stream.on_device(layer.module), _requiring_gradients(list(_scored(layer))) as weights:
+                moments = _Moments(weights, self._variant)
+                for batch, stored in inputs.pop().items():
+                    flowing[batch], gradients = self._backward(layer, index, batch, stored, flowing[batch])
+                    moments.add(gradients, shares[batch])
+                for weight, axis in _scored(layer).items():
+                    found = self._reduce(weight, axis, *moments.take(weight, reduce, batches))
+                    self._scores[weight] = self._scores[weight].add_(found) if weight in self._scores else found
+
+    @torch.enable_grad()
+    def _loss_gradient(self, batch: int, output: Tensor) -> Tensor:
+        """Gradient of a batch's mean answer loss by the last layer's output, where that is stored."""
+        stream = self._stream
+        norm, head = final_norm_of(stream.model), stream.model.lm_head
+        mask, targets = supervised_positions(stream.batches[batch]["labels"].to(stream.device))
+        result = torch.zeros_like(output, device=stream.device)
+        rows = stream.load(output)[mask]
+        with stream.on_device(norm, head):  # pyright: ignore[reportArgumentType]
+            found = []
+            for part, wanted in zip(rows.split(ANSWERS), targets.split(ANSWERS), strict=True):
+                part = part.detach().requires_grad_()
+                logits = head(norm(part)).float()  # pyright: ignore[reportCallIssue]
+                loss = nn.functional.cross_entropy(logits, wanted, reduction="sum") / len(targets)
+                found += torch.autograd.grad(loss, part)
+        result[mask] = torch.cat(found)
+        return stream.store(result)
+
+    @torch.enable_grad()
+    def _backward(
+        self, layer: Layer, index: int, batch: int, stored: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, dict[Tensor, Tensor]]:
+        """Run a layer again; return the gradients by its input, and by its scored weights."""
+        stream, weights = self._stream, list(_scored(layer))
+        inputs = stream.load(stored).detach().requires_grad_()
+        output = stream.call(layer.module, index, batch, inputs)
+        before, *gradients = torch.autograd.grad(output, [inputs, *weights], stream.load(gradient))
+        return stream.store(before), dict(zip(weights, gradients, strict=True))
+
+    def _reduce(self, weight: Tensor, axis: int, gradient: Tensor, rms: Tensor) -> Tensor:
+        """Reduce elementwise scores to a weight's scored axis: rows of a reader, columns of a writer.
+
+        Args:
+            weight: A scored weight.
+            axis: The axis that belongs to units.
+            gradient: Its mean gradient; used up.
+            rms: The root of its mean squared gradient; used up.
+        """
+        wide, other = weight.detach().float(), 1 - axis
         if self._variant == "param_first":
-            return (weight * gradient).abs_().sum(other).double()
+            return gradient.mul_(wide).abs_().sum(other).double()
         if self._variant == "vectorize":
-            return (weight * gradient).sum(other).abs_().double()
-        second = (weight * rms).square_()
+            return gradient.mul_(wide).sum(other).abs_().double()
+        second = rms.mul_(wide).square_()
         if self._variant == "param_second":
             return second.sum(other).double()
-        return second.mul_(-0.5).addcmul_(weight, gradient).abs_().sum(other).double()
+        return second.mul_(-0.5).addcmul_(wide, gradient).abs_().sum(other).double()
 
-    def _axis_scores(self, parameter: Tensor, batches: float, reduce: Reduce) -> Tensor:
-        # A process without batches takes part in every reduction, with zeros.
-        if self._mean == "sample":
-            empty = parameter.new_zeros(parameter.shape[self._axes[parameter]], dtype=torch.float64)
-            return reduce(self._scores.pop(parameter, empty)) / batches
-        gradient = rms = torch.zeros_like(parameter, dtype=torch.float32)
-        if self._variant != "param_second":
-            gradient = reduce(self._gradient.pop(parameter, gradient))
-        if self._variant in ("param_second", "param_mix"):
-            rms = (reduce(self._square.pop(parameter, rms)) / batches).sqrt_()
-        return self._reduce(parameter, gradient, rms)
-
-    def _units(self, reduce: Reduce) -> list[tuple[Tensor, Tensor]]:
-        batches = float(reduce(torch.tensor([float(self._batches)], dtype=torch.float64)))
-        axes = {p: self._axis_scores(p, batches, reduce) for p in self._axes}
+    def _units(self, close: Reduce) -> list[tuple[Tensor, Tensor]]:
         result: list[tuple[Tensor, Tensor]] = []
         for layer in self._layers:
+            # A process without batches takes part in every reduction, with zeros.
+            lines: dict[Tensor, Tensor] = {}
+            for weight, axis in _scored(layer).items():
+                none = torch.zeros(weight.shape[axis], dtype=torch.float64, device=self._stream.device)
+                lines[weight] = close(self._scores.pop(weight, none))
             scores = []
             for component in layer.components:
-                unit = component.reduce_columns(axes[component.writer.weight])
+                unit = component.reduce_columns(lines[component.writer.weight])
                 for reader in component.readers:
-                    unit = unit + component.reduce_rows(reader, axes[reader.linear.weight])
+                    unit = unit + component.reduce_rows(reader, lines[reader.linear.weight])
                 scores.append(unit.cpu())
             result.append((scores[0], scores[1]))
         return result
 
 
+class _Moments:
+    """What a variant needs of the gradients of some weights, in float32: their sum, and the sum of their squares."""
+
+    def __init__(self, weights: Sequence[Tensor], variant: str) -> None:
+        def zeros() -> dict[Tensor, Tensor]:
+            return {weight: torch.zeros_like(weight, dtype=torch.float32) for weight in weights}
+
+        self._sum = zeros() if variant != "param_second" else {}
+        self._squares = zeros() if variant in ("param_second", "param_mix") else {}
+
+    def add(self, gradients: dict[Tensor, Tensor], share: float) -> None:
+        """Add the gradients of one batch, used up; the sum takes a share of them, the squares are whole."""
+        for weight in list(gradients):
+            gradient = gradients.pop(weight)
+            if self._sum:
+                self._sum[weight].add_(gradient, alpha=share)
+            if self._squares:
+                self._squares[weight].add_(gradient.float().square_())
+
+    def take(self, weight: Tensor, reduce: Reduce, batches: float) -> tuple[Tensor, Tensor]:
+        """Gradient of all processes, and root of their mean square; what the variant does not need is empty."""
+        gradient, square = (part.pop(weight, weight.new_empty(0)) for part in (self._sum, self._squares))
+        if len(gradient):
+            gradient = reduce(gradient)
+        return gradient, reduce(square).div_(batches).sqrt_() if len(square) else square
+
+
 @contextlib.contextmanager
-def checkpointed(layers: Sequence[Layer]) -> Iterator[None]:
-    """Keep only layer boundaries in the graph and run every layer again in the backward pass.
-
-    transformers' own switch works in training mode only, where dropout would disturb the scores.
-    """
-    for layer in layers:
-        layer.module.forward = functools.partial(checkpoint, layer.module.forward, use_reentrant=False)
+def _requiring_gradients(weights: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
+    flags = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
     try:
-        yield
+        yield weights
     finally:
-        for layer in layers:
-            del layer.module.forward
+        for weight, flag in zip(weights, flags, strict=True):
+            weight.requires_grad_(flag)
 
 
-def _add(store: dict[Tensor, Tensor], parameter: Tensor, value: Tensor) -> None:
-    store[parameter] = store[parameter].add_(value) if parameter in store else value
-
-
-def _scored_weights(layers: Sequence[Layer]) -> dict[Tensor, int]:
-    """Scored weights with the axis that belongs to units: 0 for readers, 1 for writers."""
+def _scored(layer: Layer) -> dict[Tensor, int]:
+    """Scored weights of a layer with the axis that belongs to units: 0 for readers, 1 for writers."""
     axes: dict[Tensor, int] = {}
-    for layer in layers:
-        for component in layer.components:
-            axes[component.writer.weight] = 1
-            for reader in component.readers:
-                axes[reader.linear.weight] = 0
+    for component in layer.components:
+        axes[component.writer.weight] = 1
+        for reader in component.readers:
+            axes[reader.linear.weight] = 0
     return axes

@@ -100,7 +100,7 @@ class Evaluator:
     def _run_dense(self, model: nn.Module) -> Risk:
         sums = torch.zeros(3, dtype=torch.float64)
         for batch, answers in enumerate(self.answers):
-            hidden = self._stream.load(self._start[batch], batch)
+            hidden = self._stream.load(self._start[batch])
             for position, layer in enumerate(decoder_of(model).layers):
                 hidden = self._stream.call(layer, position, batch, hidden)
             rows = answers.rows(hidden)
@@ -203,7 +203,7 @@ class Evaluator:
 
     def _resume(self, batch: int, prefix: Policy) -> _State:
         def load(part: Policy) -> Tensor:
-            return self._stream.load(self._kept[batch, part] if part else self._start[batch], batch)
+            return self._stream.load(self._kept[batch, part] if part else self._start[batch])
 
         if len(prefix) % 2:
             return _State(len(prefix), load(prefix[:-1]), load(prefix))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,8 +32,8 @@ def collate(records: list[Any]) -> dict[str, Any]:
 RECORDS = [SimpleNamespace(id=str(i)) for i in range(12)]
 
 
-def module(**options: Any) -> PruningModule:
-    return PruningModule(make_model("llama_gqa"), RECORDS, collate, CONFIG, batch_size=5, **options)
+def module(prune: PruneConfig = CONFIG, **options: Any) -> PruningModule:
+    return PruningModule(make_model("llama_gqa"), RECORDS, collate, prune, batch_size=5, **options)
 
 
 def test_the_module_is_plan_and_apply():
@@ -59,6 +60,22 @@ def test_the_module_is_plan_and_apply():
     assert pruner.report.loss_pruned == applied.loss_pruned
     for one, two in zip(pruner.pruned.parameters(), smaller.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_offload_keeps_the_model_out_of_lightnings_reach():
+    pruner = module(prune=replace(CONFIG, offload=True))
+    assert not list(pruner.parameters())
+    assert pruner.transfer_batch_to_device({"x": 1}, torch.device("meta"), 0) == {"x": 1}
+    pruner._batches = [collate(RECORDS[:6]), collate(RECORDS[6:])]
+    whole = module()
+    whole._batches = list(pruner._batches)
+    for one in (pruner, whole):
+        one.on_predict_epoch_end()
+    assert pruner.plan == whole.plan
+    assert pruner.pruned is not None and whole.pruned is not None
+    for one, two in zip(pruner.pruned.parameters(), whole.pruned.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert pruner._offload is not None and 0 < pruner._offload.peak < sum(p.nbytes for p in whole.pruned.parameters())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

@@ -91,7 +91,7 @@ def test_storage_holds_the_hidden_states_between_layers():
     stream = CalibrationStream(model, make_batches(), storage="cpu")
     hidden = stream.start()
     assert stream.store(hidden[0]) is hidden[0]
-    assert stream.load(hidden[0], 0).device == stream.counted[0].device
+    assert stream.load(hidden[0]).device == stream.counted[0].device
 
 
 def test_the_stream_uses_the_shared_vision_features():

@@ -112,7 +112,7 @@ def test_layerwise_removes_the_published_blocks(model, count):
 
 def taylor(model: Any, variant: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Scores as published: the squared gradients are per row, the first-order ones of the mean over rows."""
-    return TaylorScores(model, variant, "batch").run(rows(batch_of()))
+    return TaylorScores(CalibrationStream(model, rows(batch_of())), variant, "batch").run()
 
 
 @pytest.mark.parametrize("variant", ["param_first", "vectorize", "param_second", "param_mix"])

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from efficientllava import bench
+from efficientllava.errors import UserError
+from efficientllava.pruning.memory import (
+    MARGIN,
+    CalibrationSize,
+    PruningMemory,
+    pruning_memory,
+    require_memory,
+    store_on_host,
+)
+from efficientllava.pruning.pruner import apply_plan, make_plan
+from efficientllava.pruning.scores import Calibration
+from efficientllava.schema import PruneConfig
+from tests.conftest import make_batches
+
+LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)
+WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)
+TAYLOR = PruneConfig("widthwise", "widthwise", 0.3, "param_first", "local")
+CONFIGS = [
+    LAYERWISE,
+    replace(WIDTHWISE, selection="local"),
+    replace(WIDTHWISE, selection="local", refit_target="layer", importance="magnitude"),
+    TAYLOR,
+    replace(TAYLOR, importance="param_mix", taylor_mean="batch"),
+]
+USUAL = CalibrationSize(64, 700, 8)
+
+
+@pytest.fixture(scope="module")
+def llava_7b():
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008)
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text)).bfloat16()
+
+
+@pytest.mark.parametrize("size", [USUAL, CalibrationSize(64, 2048, 8), CalibrationSize(512, 2048, 8)], ids=str)
+@pytest.mark.parametrize("config", [LAYERWISE, WIDTHWISE], ids=["layerwise", "widthwise"])
+def test_llava_7b_is_pruned_within_the_margin(llava_7b, config, size):
+    memory = pruning_memory(llava_7b, config, size)
+    assert memory.model == 2 * 7_063_427_072 + 8 * 577 + 2 * 2 * 64  # bf16; position ids and rotary frequencies
+    assert 1 < memory.ratio <= MARGIN
+
+
+@pytest.mark.parametrize("importance", ["param_first", "vectorize", "param_second", "param_mix"])
+@pytest.mark.parametrize("mean", ["sample", "batch"])
+def test_llava_7b_fits_with_taylor_scores_of_small_micro_batches(llava_7b, importance, mean):
+    config = replace(TAYLOR, importance=importance, taylor_mean=mean)
+    assert pruning_memory(llava_7b, config, CalibrationSize(64, 1024, 2)).ratio <= MARGIN
+
+
+def test_llava_7b_is_pruned_from_host_memory_on_a_small_card(llava_7b):
+    for config in (LAYERWISE, WIDTHWISE, replace(TAYLOR, taylor_mean="batch")):
+        memory = pruning_memory(llava_7b, replace(config, offload=True), USUAL)
+        assert memory.peak < 5e9
+        assert memory.host > memory.model
+
+
+def test_hidden_states_go_to_the_host_only_where_they_must(llava_7b):
+    assert not store_on_host(llava_7b, WIDTHWISE, CalibrationSize(8, 700, 8))
+    assert store_on_host(llava_7b, WIDTHWISE, CalibrationSize(512, 700, 8))
+    assert store_on_host(llava_7b, replace(WIDTHWISE, offload=True), CalibrationSize(8, 700, 8))
+
+
+def small(monkeypatch, **sizes):
+    for name, value in {"HIDDEN": 128, "LAYERS": 2, "HEADS": 4, "CHANNELS": 352, "VOCABULARY": 64, **sizes}.items():
+        monkeypatch.setattr(bench, name, value)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["layerwise", "obs", "magnitude", "taylor", "taylor, batch"])
+@pytest.mark.parametrize("wide", [False, True], ids=["many tokens", "wide layers"])
+def test_no_run_takes_more_than_the_bound(monkeypatch, config, wide):
+    small(monkeypatch, **({"LENGTH": 16, "BATCHES": 2} if wide else {"LENGTH": 256, "BATCHES": 4, "ROWS": 2}))
+
+    def prune(model):
+        calibration = Calibration(bench.random_batches())
+        plan, _ = make_plan(model, calibration, config)
+        apply_plan(model, plan, calibration, config)
+
+    measured = bench.peak_memory(lambda: bench.middle_sized().bfloat16(), prune)
+    model = bench.middle_sized().bfloat16()
+    bound = pruning_memory(model, config, CalibrationSize.of(bench.random_batches()), stored=False)
+    assert measured < bound.peak - bound.model < 4 * measured
+
+
+def test_the_size_of_batches_is_that_of_their_longest_rows():
+    assert CalibrationSize.of(make_batches(2)) == CalibrationSize(6, 20, 3)
+    assert CalibrationSize.of([]) == CalibrationSize(0, 0, 1)
+
+
+def test_what_does_not_fit_is_refused_in_one_line():
+    require_memory(5, 5, "prune", "")
+    with pytest.raises(UserError, match=r"^prune needs up to 17\.7 GB of memory, 8\.0 GB are free; set it smaller$"):
+        require_memory(int(17.66e9), int(8e9), "prune", "set it smaller")
+
+
+def test_the_peak_is_the_largest_phase():
+    assert PruningMemory(10, {"a": 12, "b": 11}, 0).ratio == 1.2
