@@ -399,7 +399,7 @@ class Run:
 
         records = self.calibration or [record for task in self.tasks for record in task.records("test")]
         if not records:
-            records = [load_split(self.settings.data, "train")[0]]
+            records = [(self.recovery.records if self.recovery else load_split(self.settings.data, "train"))[0]]
         record = next((r for r in records if r.image is not None), records[0])
         turn = next((t for t in record.turns if t.sees_image), record.turns[0])
         asked = prompt(self.base.processor, turn.question, open_image(record) if turn.sees_image else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def locate(path: str, key: str = "data.path") -> Path:
         return Path(path).expanduser()
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # each retry; we say it once
     owner, name, *rest = path.removeprefix(HUB).split("/")
     name, _, revision = name.partition("@")
     try:

@@ -206,7 +206,7 @@ def _raw(part: Part, key: str) -> Iterator[Any]:
         images.combine_chunks().value_lengths().fill_null(0) if pa.types.is_list(images.type) else images.is_valid()
     )
     for number, row in enumerate(rows.remove_columns(stored.column_names)):
-        yield {**dict(row), "images": [f"{number}/{place}" for place in range(int(counts[number].as_py()))]}
+        yield {**dict(row), "images": [f"{number}:{place}" for place in range(int(counts[number].as_py()))]}
 
 
 @lru_cache(maxsize=64)
@@ -214,7 +214,8 @@ def _parquet(file: Path) -> datasets.Dataset:
     try:
         return datasets.load_dataset("parquet", data_files=str(file), split="train")  # pyright: ignore[reportReturnType]
     except Exception as error:  # pyarrow and datasets raise different kinds for a broken file
-        raise UserError(f"data.path: {str(file)!r} is no parquet file ({error}); get the file again") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.path: {str(file)!r} is no parquet file ({reason}); get the file again") from error
 
 
 @lru_cache(maxsize=64)
@@ -234,7 +235,7 @@ def _stored_images(file: Path) -> datasets.Dataset | None:
 
 
 def _read_stored(stored: datasets.Dataset, place: str) -> bytes:
-    row, _, index = place.partition("/")
+    row, _, index = place.partition(":")
     value = stored[int(row)][stored.column_names[0]]
     value = value[int(index)] if isinstance(value, list) else value
     return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]

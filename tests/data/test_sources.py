@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from efficientllava.data import sources, splits, table
+from efficientllava.data.checks import usable
+from efficientllava.data.conversations import open_images
+from efficientllava.data.datamodule import RecoveryData
+from efficientllava.data.splits import calibration_records, draw, load_split
+from efficientllava.data.table import read_conversations
+from efficientllava.errors import UserError
+from efficientllava.models.tiny import BUILDERS
+from efficientllava.schema import CalibrationConfig, DataConfig
+
+HUB = "hf://datasets/org/name/folder/file.json"
+
+
+def said(question: str = "what?", answer: str = "a cat") -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    sources.locate.cache_clear()
+    splits._conversations.cache_clear()
+    return tmp_path
+
+
+# ---- large files ----------------------------------------------------------------------------------------------------
+
+
+def test_large_files_are_read_once_and_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As in the published mix: ids are numbers or text, and an image's id stands for several records.
+    records = [{"id": i if i % 2 else str(i), "image": f"a/{i}.jpg", "conversations": said(f"{i}?")} for i in range(9)]
+    file = tmp_path / "mix.json"
+    file.write_text(json.dumps([*records, records[3], {"conversations": "?"}]))
+    small = read_conversations(file, max_bad_fraction=0.5)
+    monkeypatch.setattr(table, "SMALL", 0)
+    monkeypatch.setattr(table, "BATCH", 4)
+    monkeypatch.setattr(sources, "CHUNK", 50)  # less than a record
+    large = read_conversations(file, max_bad_fraction=0.5)
+    assert list(large) == list(small)
+    assert [record.id for record in large] == [*map(str, range(9)), "3#2"]
+    (arrow,) = (tmp_path / "cache" / "efficientllava").glob("*.arrow")
+    assert large._rows.cache_files == [{"filename": str(arrow)}]
+    monkeypatch.setattr(table, "raw_records", None)
+    again = read_conversations(file, max_bad_fraction=0.5)
+    assert list(again) == list(large)
+    assert again.key == large.key
+    assert len(again.problems) == 1
+
+
+def test_a_list_that_ends_too_early_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "SMALL", 0)
+    file = tmp_path / "half.json"
+    file.write_text(json.dumps([{"conversations": said()}] * 9)[:-20])
+    with pytest.raises(UserError, match=r"half\.json' is not JSON"):
+        read_conversations(file)
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_only_images_that_are_used_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, config = tmp_path / "mix.json", DataConfig("conversations", str(tmp_path / "mix.json"), str(tmp_path))
+    records = [{"id": str(i), "image": f"coco/{i}.png", "conversations": said("repeat red", "red")} for i in range(200)]
+    file.write_text(json.dumps(records))
+    calibration = CalibrationConfig(samples=4)
+    used = [*draw(load_split(config, "train"), 0.1, 0), *calibration_records(calibration, config)]
+    assert len(used) == len({record.id for record in used}) == 20
+    (tmp_path / "coco").mkdir()
+    for record in used:
+        Image.new("RGB", (8, 8)).save(record.images[0])  # pyright: ignore[reportArgumentType]
+    opened: list[Any] = []
+    real = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: (opened.append(file), real(file))[1])
+    data = RecoveryData(config, BUILDERS["tiny_llava"]()[1], 0.1)
+    assert sorted(r.id for r in data.records) == sorted(r.id for r in used[:16])
+    calibration_records(calibration, config, 0, data._collate)
+    assert set(opened) == {record.image for record in used}
+    # Beyond the limit none is opened, but a missing one is still found.
+    opened.clear()
+    monkeypatch.setattr("efficientllava.data.checks.CHECK_LIMIT", 3)
+    assert len(usable(data.records, data._collate, config)) == 16
+    Path(used[5].images[0]).unlink()  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError) as error:
+        usable(data.records, data._collate, config)
+    for part in (
+        "1 of 16 records",
+        f"{used[5].id}.png' does not exist",
+        f"data.image_root={tmp_path} is expected to hold coco",
+    ):
+        assert part in str(error.value)
+    config.max_bad_fraction = 0.1
+    assert len(usable(data.records, data._collate, config)) == 15
+    assert opened == []
+
+
+def test_calibration_leaves_out_what_it_cannot_use(tmp_path: Path) -> None:
+    config = DataConfig("conversations", str(tmp_path / "mix.json"), str(tmp_path), max_bad_fraction=0.1)
+    records = [{"id": str(i), "image": "a.png", "conversations": said("repeat red", "red")} for i in range(100)]
+    Path(str(config.path)).write_text(json.dumps(records))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    first = calibration_records(CalibrationConfig(samples=5), config)
+    records[int(first[2].id)]["image"] = "gone.png"
+    Path(str(config.path)).write_text(json.dumps(records))
+    splits._conversations.cache_clear()
+    collate = RecoveryData(config, BUILDERS["tiny_llava"]()[1])._collate
+    kept = [record.id for record in calibration_records(CalibrationConfig(samples=5), config, 0, collate)]
+    assert kept[:4] == [record.id for record in first if record != first[2]]
+    assert len(kept) == 5
+    config.max_bad_fraction = 0
+    with pytest.raises(UserError, match=r"gone.png' does not exist.*data.max_bad_fraction allows 0"):
+        calibration_records(CalibrationConfig(samples=5), config, 0, collate)
+
+
+# ---- lists of files -------------------------------------------------------------------------------------------------
+
+
+def listed(folder: Path, **entries: dict[str, Any]) -> Path:
+    for name in entries:
+        rows = [{"id": i, "image": f"{i}.png", "conversations": said(f"{name} {i}?")} for i in range(10)]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    given = {name: {"root": f"data/{name}", "annotation": f"{name}.jsonl", **more} for name, more in entries.items()}
+    (folder / "list.json").write_text(json.dumps(given))
+    return folder / "list.json"
+
+
+def test_an_internvl_list_takes_prefixes_and_repeats_only_in_training(tmp_path: Path) -> None:
+    file = listed(tmp_path, one={"repeat_time": 1}, some={"repeat_time": 0.35}, twice={"repeat_time": 2})
+    records = read_conversations(file)
+    assert Counter(record.source for record in records) == {"one": 10, "some": 3, "twice": 10}
+    assert records[10].id == "some/0"
+    assert records[10].image == tmp_path / "data" / "some" / "0.png"
+    config = DataConfig("internvl_sft", str(file))
+    parts = {split: load_split(config, split) for split in ("train", "calibration", "minival")}
+    ids = {split: Counter(record.id for record in part) for split, part in parts.items()}
+    assert {name: count for name, count in ids["train"].items() if count != 2 and name.startswith("twice")} == {}
+    assert {count for name, count in ids["train"].items() if not name.startswith("twice")} == {1}
+    assert sum(len(part) for part in ids.values()) == len(set().union(*ids.values())) == 23
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"repeat_time": 1.5}, "repeat_time=1.5 of 'one': must be a whole number"),
+        ({"annotation": "gone.jsonl"}, "gone.jsonl' of 'one' does not exist; the paths in list.json start from"),
+        ({"annotation": None}, "'one' names no annotation"),
+    ],
+)
+def test_a_faulty_list_is_named(tmp_path: Path, entry: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        read_conversations(listed(tmp_path, one=entry))
+    assert "\n" not in str(error.value)
+
+
+def test_the_published_list_has_eight_files_of_the_hub() -> None:
+    fetched: list[tuple[str, str]] = []
+    patch = pytest.MonkeyPatch()
+    patch.setattr("huggingface_hub.hf_hub_download", lambda repo, file, **_: fetched.append((repo, file)) or __file__)
+    with patch.context():
+        parts = sources.parts_of("builtin:internvl_sft.json", "/data")
+    patch.undo()
+    assert len(parts) == len(set(fetched)) == 8
+    assert {repo for repo, _ in fetched} == {"OpenGVLab/InternVL-Chat-V1-2-SFT-Data"}
+    assert [part.root for part in parts][:3] == ["", "", "dvqa/"]
+
+
+# ---- the hub --------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_the_hub_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    (tmp_path / "file.json").write_text(json.dumps([{"conversations": said()}]))
+
+    def fetch(repo: str, file: str, repo_type: str, revision: str | None) -> str:
+        asked.append((repo, file, repo_type, revision))
+        return str(tmp_path / "file.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    assert len(read_conversations(HUB)) == 1
+    assert len(read_conversations(HUB.replace("name", "name@v1"))) == 1
+    assert asked == [("org/name", "folder/file.json", "dataset", revision) for revision in (None, "v1")]
+
+
+@pytest.mark.parametrize("path", [HUB, "org/name"])
+def test_without_network_one_line_says_what_to_do(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match=r"neither in the hub's cache nor can it be fetched \(no route\)") as error:
+        read_conversations(path)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"data.path={path}")
+    assert error.value.exit_code == 2
+
+
+def test_what_is_remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "data").touch()
+    found = [sources.is_remote(path) for path in (HUB, "org/name", "my/data", "my/gone.json", "./org/name", "a/b/c")]
+    assert found == [True, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("plural", [True, False])
+def test_images_inside_parquet_are_read_when_opened(tmp_path: Path, plural: bool) -> None:
+    def png(side: int) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, 2)).save(buffer, "png")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    def talk(question: str, images: int) -> list[dict[str, Any]]:
+        shown = [{"type": "image", "text": None}] * images
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}, answer]
+
+    first = 2 if plural else 1
+    texts = datasets.Dataset.from_list([{"messages": talk(*it)} for it in (("a?", first), ("b?", 0), ("c?", 1))])
+    if plural:
+        images, kind = [[png(3), png(4)], [], [png(5)]], datasets.List(datasets.Image())
+    else:
+        images, kind = [png(3), None, png(5)], datasets.Image()
+    name = "images" if plural else "image"
+    rows = texts.add_column(name, images).cast_column(name, kind)  # pyright: ignore[reportCallIssue]
+    rows.to_parquet(str(tmp_path / "data.parquet"))
+    records = read_conversations(tmp_path / "data.parquet")
+    assert records.problems == []
+    sizes = [[image.size for image in open_images(record)] for record in records]
+    assert sizes == [[(3, 2), (4, 2)][:first], [], [(5, 2)]]
+    assert [record.turns[0].question for record in records] == ["a?", "b?", "c?"]
+    assert [record.source for record in records] == ["images", "text", "images"]
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"data\.parquet' is no parquet file"):
+        read_conversations(tmp_path / "data.parquet")
