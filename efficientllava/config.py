@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,8 +229,14 @@ def _on_gpu(config: RunConfig) -> bool:
 
 
 def register_schema() -> None:
-    """Make the schema available to the configuration files under the name ``_schema``."""
+    """Make the schema available to the configuration files under the name ``_schema``, and ``${sweep_digest:}``."""
     ConfigStore.instance().store(name="_schema", node=RunConfig)
+    OmegaConf.register_new_resolver("sweep_digest", sweep_digest, replace=True)
+
+
+def sweep_digest() -> str:
+    """Digest of what was typed, in any order; not of how and where the sweep runs."""
+    return digest(sorted(typed for typed in sys.argv[1:] if not typed.startswith(("-", "hydra", "paths."))))
 
 
 def instantiate(node: Any, **overrides: Any) -> Any:

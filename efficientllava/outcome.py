@@ -48,6 +48,27 @@ class ReportFailedJobs(Callback):
             print(f"error: job {config.hydra.job.num}: {line}", file=sys.stderr)
 
 
+class FailedJob(JobReturn):
+    """What is left of a job of a sweep that has failed in a process of its own; told when it is made.
+
+    Args:
+        number: Number of the job.
+        reason: Why it failed, in one line.
+        **known: Fields of Hydra's ``JobReturn``.
+    """
+
+    def __init__(self, number: int, reason: str, **known: Any) -> None:
+        super().__init__(status=JobStatus.FAILED, **known)
+        self._return_value = UserError(f"job {number}: {reason}")
+        _failed_jobs.append(number)
+        print(f"error: job {number}: {reason}", file=sys.stderr)
+
+    @property
+    def return_value(self) -> Any:
+        """Never a value: asking for it raises the failure, without the line that Hydra would print first."""
+        raise self._return_value
+
+
 def exit_code(main: Callable[[], object]) -> int:
     """Run a program and report its failure in one line per problem.
 

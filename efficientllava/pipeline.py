@@ -45,6 +45,9 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
     folder = Path(output_dir)
     if settings.pretrain:
         return _pretrain(settings, folder)
+    if settings.reuse and not processes.launched() and _finished(settings, folder):
+        say(f"{folder} is finished: nothing to do (reuse=false does it again)")
+        return _objective(settings, folder)
     count = processes.wanted(settings.trainer)
     if count > 1 and not processes.launched():
         code = processes.relaunch(count, overrides, output_dir)
@@ -58,6 +61,29 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
         folder.mkdir(parents=True, exist_ok=True)
         Run(settings, folder, overrides).execute()
     return _objective(settings, folder)
+
+
+def run_key(settings: RunConfig) -> str:
+    """Digest of all that decides the numbers of a run, wherever it lies: configuration, model, data, source, libraries.
+
+    Args:
+        settings: The checked configuration.
+    """
+    from .checkpoint import digest as digest_of
+    from .checkpoint import resolve
+
+    plain = {**asdict(settings), "paths": None, "sweep": None}
+    files = [file_digest(settings.calibration.path), file_digest(settings.data.path)]
+    model = digest_of(resolve(settings.model.path, settings.model.revision))
+    return digest([plain, files, model, source_digest("."), library_versions()])
+
+
+def _finished(settings: RunConfig, folder: Path) -> bool:
+    """Whether a folder holds the results of this very run."""
+    from .results import read
+
+    file = folder / "results.json"
+    return file.exists() and read(file).get("run_key") == run_key(settings)
 
 
 def _objective(settings: RunConfig, folder: Path) -> float | None:
@@ -445,6 +471,7 @@ class Run:
             seconds=self.seconds,
             seed=self.settings.seed,
             config_digest=digest(self.settings),
+            run_key=run_key(self.settings),
             overrides=self.overrides,
             reused=[name for name, entry in self.entries.items() if entry.reused],
             name=self.settings.name,

@@ -209,11 +209,28 @@ class SearchConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What several runs share (``-m``)."""
+
+    name: str = MISSING  # folder under sweeps/; the same command has the same name
+
+
+@dataclass
 class PathsConfig:
     """The only place that names folders."""
 
     output_dir: str = "outputs"
     cache_dir: str = "outputs/cache"
+
+
+@dataclass
+class GpuPoolConfig:
+    """``hydra.launcher`` of ``hydra/launcher=gpu_pool``, which runs every job of a sweep as a process of its own."""
+
+    _target_: str = "hydra_plugins.gpu_pool.launcher.GpuPoolLauncher"
+    gpus_per_job: int | None = None  # GPUs of one job, >= 1; None: as many as trainer.devices asks for
+    slots: int | None = None  # jobs at once where they use no GPU, >= 1; None: one per core
+    timeout_min: float | None = None  # minutes after which a job counts as hanging and is ended, > 0
 
 
 @dataclass(frozen=True)
@@ -259,6 +276,7 @@ class RunConfig:
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     pretrain: Any = None  # a PretrainConfig: trains a tiny teacher instead of a run
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     trainer: dict[str, Any] = field(default_factory=dict)
     logger: Any = None
     callbacks: Any = None

@@ -1,0 +1,84 @@
+"""Sweeps: the pool launcher behind the command line, names of sweeps, and runs that are finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from efficientllava import pipeline
+from efficientllava.config import sweep_digest, typed
+
+from .runs import RUN, composed, run, save_tiny, small
+
+BARE = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "prune.selection=local")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def command(model, output, *more):
+    typed = small(model, output, *BARE, *more)
+    return [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "recover."))]
+
+
+def test_a_sweep_is_named_by_what_was_typed(monkeypatch):
+    names = []
+    for typed_ in (["-m", "seed=0,1", "prune=widthwise"], ["prune=widthwise", "seed=0,1", "-m"], ["-m", "seed=0,2"]):
+        monkeypatch.setattr(sys, "argv", ["run.py", *typed_, "paths.output_dir=/x", "hydra/launcher=gpu_pool"])
+        names.append(sweep_digest())
+    assert names[0] == names[1] != names[2]
+
+
+@pytest.mark.usefixtures("without_fresh_processes")
+def test_a_finished_run_is_recognised_and_a_changed_one_runs_again(model, tmp_path, monkeypatch):
+    started = []
+    execute = pipeline.Run.execute
+    monkeypatch.setattr(pipeline.Run, "execute", lambda self: started.append(self.folder) or execute(self))
+    metric = "optimized_metric=ratio.achieved"
+    first = run(tmp_path / "run", command(model, tmp_path / "out", metric))
+    again = pipeline.run(composed(*command(model, tmp_path / "out", metric)), str(tmp_path / "run"))
+    assert len(started) == 1 and again == first["ratio"]["achieved"]
+    run(tmp_path / "run", command(model, tmp_path / "out", metric, "seed=1"))
+    assert len(started) == 2
+    run(tmp_path / "run", command(model, tmp_path / "out", metric, "seed=1", "reuse=false"))
+    assert len(started) == 3
+
+
+def test_the_key_of_a_run_is_its_content_not_its_place(model, tmp_path):
+    keys = [
+        pipeline.run_key(typed(composed(*command(model, output, *more))))
+        for output, *more in ((tmp_path / "a",), (tmp_path / "b", "sweep.name=x"), (tmp_path / "a", "prune.ratio=0.2"))
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_pool_runs_a_sweep_and_the_same_command_fills_its_gaps(model, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    line = [*RUN, "-m", *command(model, tmp_path / "out", "sweep.name=mine", "prune.ratio=0.2,0.3,1.5")]
+    line += ["hydra/launcher=gpu_pool", "hydra.launcher.slots=2"]
+
+    def sweep():
+        given = {"capture_output": True, "text": True, "cwd": tmp_path, "check": False}
+        return subprocess.run(line, env={**environment, "OMP_NUM_THREADS": "1"}, **given)
+
+    first = sweep()
+    assert first.returncode == 1 and "Traceback" not in first.stderr, first.stderr
+    assert "error: job 2: prune.ratio=1.5: must be in [0, 1)" in first.stderr
+    assert "error: 1 jobs of the sweep failed: [2]" in first.stderr
+    folder = tmp_path / "out" / "sweeps" / "mine"
+    achieved = [json.loads((folder / str(n) / "results.json").read_text())["ratio"]["achieved"] for n in (0, 1)]
+    assert achieved == pytest.approx([0.2, 0.3], abs=0.02)
+    times = [(folder / str(n) / "results.json").stat().st_mtime_ns for n in (0, 1)]
+    (folder / "1" / "results.json").unlink()
+    assert sweep().returncode == 1
+    assert (folder / "0" / "results.json").stat().st_mtime_ns == times[0]
+    assert "nothing to do" in (folder / "0" / "job.log").read_text()
+    assert json.loads((folder / "1" / "results.json").read_text())["reused"] == ["prune"]
