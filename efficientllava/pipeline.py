@@ -71,9 +71,10 @@ def run_key(settings: RunConfig) -> str:
     """
     from .checkpoint import digest as digest_of
     from .checkpoint import resolve
+    from .data.splits import data_digest
 
     plain = {**asdict(settings), "paths": None, "sweep": None}
-    files = [file_digest(settings.calibration.path), file_digest(settings.data.path)]
+    files = data_digest(settings.data, settings.calibration)
     model = digest_of(resolve(settings.model.path, settings.model.revision))
     return digest([plain, files, model, source_digest("."), library_versions()])
 
