@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -205,6 +206,11 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: not {*JUDGED}.isdisjoint(c.evaluate.tasks),
         f"it belongs to evaluate.tasks={'|'.join(JUDGED)}",
     ),
+    (
+        "evaluate.lmms_eval.include_path",
+        lambda c: bool(c.evaluate.lmms_eval.tasks),
+        "it belongs to evaluate.lmms_eval.tasks",
+    ),
     ("evaluate.judge.key_env", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
     ("evaluate.judge.concurrency", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
     ("evaluate.judge.timeout", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
@@ -368,6 +374,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     if recover.name != "none" and not config.pretrain:
         yield from _recovery(recover)
     yield from _judge(config.evaluate.judge)
+    if config.evaluate.lmms_eval.tasks and not importlib.util.find_spec("lmms_eval"):
+        yield "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'"
 
 
 def _judge(judge: JudgeConfig) -> Iterator[str]:
@@ -432,10 +440,15 @@ def _paths(config: RunConfig) -> Iterator[str]:
             yield f"{key}={value}: no such file; give a LLaVA-style JSON or JSONL file"
     if data.name in IMAGE_FOLDERS and needs_data and data.image_root is None and is_elsewhere(data.path or ""):
         yield f"data.image_root: not set; give the folder that holds the images: {IMAGE_FOLDERS[data.name]}"
-    for key in ("data.image_root", "calibration.image_root"):
+    folders = {key: "image paths start from" for key in ("data.image_root", "calibration.image_root")}
+    folders |= {
+        "evaluate.judge.prompts": "holds the official prompt files",
+        "evaluate.lmms_eval.include_path": "holds tasks in lmms-eval's format",
+    }
+    for key, purpose in folders.items():
         value = _value(config, key)
         if value is not None and not Path(value).expanduser().is_dir():
-            yield f"{key}={value}: no such folder; give the folder that image paths start from"
+            yield f"{key}={value}: no such folder; give the folder that {purpose}"
     output = Path(config.paths.output_dir)
     existing = next((p for p in [output, *output.absolute().parents] if p.exists()), None)
     if existing is not None and not existing.is_dir():

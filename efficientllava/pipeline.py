@@ -182,7 +182,7 @@ class Run:
         from .data.collator import Collator
         from .data.datamodule import RecoveryData
         from .data.splits import calibration_records
-        from .evaluation import judges, tasks
+        from .evaluation import judges, lmms, tasks
         from .models.forward import feature_cache
         from .pruning.outline import outline
 
@@ -191,6 +191,7 @@ class Run:
         self.tasks = [tasks.load(name, settings.data) for name in settings.evaluate.tasks]
         for name in settings.evaluate.tasks:
             judges.prepare(name, settings.evaluate.judge)
+        lmms.prepare(settings.evaluate)
         self.collate = Collator(processor, settings.data.max_length)
         self.calibration = []
         if settings.prune.method != "none":
@@ -268,7 +269,35 @@ class Run:
             self.answers.setdefault(stage, [row["prediction"] for row in rows])
             score = entry.record["metrics"]["accuracy"]
             say(f"{stage:<10} {task.name}: accuracy {score:.4f}" + ("  (from cache)" if entry.reused else ""))
+        if config.lmms_eval.tasks:
+            self._lmms_eval(stage, checkpoint)
         self.seconds["evaluate"] += time.perf_counter() - started
+
+    def _lmms_eval(self, stage: str, checkpoint: Any) -> None:
+        """Score a model on the tasks that lmms-eval runs."""
+        from .evaluation import lmms
+
+        config = self.settings.evaluate
+
+        def compute(folder: Path, _work: Path) -> dict[str, Any]:
+            metrics, samples = lmms.evaluate(checkpoint.model, checkpoint.processor, config, self.features)
+            for task, rows in samples.items():
+                lines = (json.dumps(row, default=str) + "\n" for row in rows)
+                (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+            return {"metrics": processes.from_first(metrics)}
+
+        entry = self._stage(
+            "evaluate",
+            compute,
+            model=checkpoint.digest,
+            lmms=[*lmms.facts(config), source_digest("evaluation/lmms")],
+            evaluate=[config.limit, config.batch_size],
+        )
+        self.entries[f"evaluate/{stage}/lmms_eval"] = entry
+        for task, metrics in entry.record["metrics"].items():
+            self.metrics[stage][f"lmms_eval/{task}"] = metrics
+            shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+            say(f"{stage:<10} lmms_eval/{task}: {shown}" + ("  (from cache)" if entry.reused else ""))
 
     def _prune(self) -> Any:
         from .data.splits import data_digest

@@ -157,6 +157,14 @@ class JudgeConfig:
 
 
 @dataclass
+class LmmsConfig:
+    """Tasks that lmms-eval runs, prompts and scores (extra ``[lmms]``)."""
+
+    tasks: list[str] = field(default_factory=list)  # names of lmms-eval, such as mme; empty: none
+    include_path: str | None = None  # folder with further tasks in lmms-eval's format
+
+
+@dataclass
 class EvaluateConfig:
     """What base, pruned and recovered models are measured on."""
 
@@ -168,6 +176,7 @@ class EvaluateConfig:
     repeats: int = 9  # latency repeats after warm-up; the median is reported
     new_tokens: int = 16  # tokens generated for the decode latency
     judge: JudgeConfig = field(default_factory=JudgeConfig)
+    lmms_eval: LmmsConfig = field(default_factory=LmmsConfig)
 
 
 @dataclass

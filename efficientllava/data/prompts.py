@@ -58,8 +58,8 @@ class Prompts:
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
         self.image_token_id: int = processor.image_token_id
-        self._template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
-        if not self._template:
+        self.template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        if not self.template:
             raise UserError(f"processor {type(processor).__name__}: no chat template; save one as chat_template.jinja")
         # Gemma3's alone writes line breaks around an image.
         sequence: str = getattr(processor, "full_image_sequence", "")
@@ -90,7 +90,7 @@ class Prompts:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         text = self.tokenizer.apply_chat_template(
             messages[:-1] if open_question else messages,
-            chat_template=self._template,
+            chat_template=self.template,
             tokenize=False,
             add_generation_prompt=open_question,
         )

@@ -118,7 +118,7 @@ def _placed(questions: Sequence[str], images: int, name: str) -> list[tuple[str,
     if images > 1 and sum(counts) not in (0, images):
         raise BadRecordError(f"record {name!r}: {images} images, but {sum(counts)} tags {TAG} in its questions")
     if images > 1 and sum(counts):
-        return [_in_place(question) for question in questions]
+        return [in_place(question) for question in questions]
     placed: list[tuple[str, list[int]]] = [(question.replace(TAG, "").strip(), []) for question in questions]
     first = next((index for index, count in enumerate(counts) if count), 0)
     if images and first:
@@ -126,7 +126,8 @@ def _placed(questions: Sequence[str], images: int, name: str) -> list[tuple[str,
     return placed
 
 
-def _in_place(question: str) -> tuple[str, list[int]]:
+def in_place(question: str) -> tuple[str, list[int]]:
+    """A question without its tags, and where in it they stood, counted in characters."""
     parts = TAG_AND_BREAK.split(question)
     text = "".join(parts)
     start, end = len(text) - len(text.lstrip()), len(text.rstrip())
