@@ -111,12 +111,13 @@ def quiet_libraries() -> None:
     # transformers' own validation reads the sizes of per-layer configurations and warns about itself.
     heterogeneity = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     heterogeneity.addFilter(_is_no_validation)
-    # Lightning's own deprecations, its view on loader workers, and predictions that are returned on another way.
+    # Deprecations inside Lightning and transformers, its view on loader workers, and predictions that are returned on another way.
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",
         "predict returned None.*",
         ".*Checkpoint directory.*",
+        ".*gradient_checkpointing.* is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 
