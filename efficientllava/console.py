@@ -111,7 +111,7 @@ def quiet_libraries() -> None:
     # transformers' own validation reads the sizes of per-layer configurations and warns about itself.
     heterogeneity = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     heterogeneity.addFilter(_is_no_validation)
-    # Deprecations inside Lightning and transformers, its view on loader workers, and predictions that are returned on another way.
+    # Deprecations inside the libraries, Lightning's view on loader workers, and predictions returned on another way.
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",
