@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--base-url", required=True, help="of an OpenAI-compatible endpoint, up to /v1")
     parser.add_argument("--model", required=True, help="name of the judge there")
     parser.add_argument("--key-env", default=default.key_env, help="variable that holds the key; '' if there is none")
-    parser.add_argument("--cache", type=Path, default=Path("outputs/cache/judges"), help="folder of verdicts")
+    parser.add_argument("--cache", type=Path, default=Path("outputs/cache/verdicts"), help="folder of verdicts")
     for name, kind in (("attempts", int), ("concurrency", int), ("timeout", float), ("retries", int)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(default, name), help="as evaluate.judge." + name)
     parser.add_argument("--body", type=json.loads, default={}, help="JSON merged into every request; null removes")
