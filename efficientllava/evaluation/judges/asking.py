@@ -18,6 +18,12 @@ from .request import Request
 from .verdicts import Verdict, VerdictCache
 
 FAULTS_IN_A_ROW = 5  # requests without an answer, one after the other, after which the rest is not tried
+
+
+class Stopped(Fault):
+    """A request that was not sent, since others had shown that it would have been in vain."""
+
+
 _READABLE: dict[str, Callable[[str], bool]] = {
     "mmvet": lambda text: mmvet_grade(text) is not None,
     "llava_bench": lambda text: llava_bench_pair(text) != FAILED,
@@ -40,17 +46,16 @@ def judge(
     worker = _Worker(task, config, VerdictCache(cache / f"{task}.jsonl"), wait)
     found: list[Verdict | None] = [None] * len(asked)
     failed: dict[int, Fault] = {}
-    row = 0
     with ThreadPoolExecutor(config.concurrency) as pool:
         futures = {pool.submit(worker, r.body, r.record["id"], r.run): i for i, r in enumerate(asked) if r.body}
         try:
             for future in as_completed(futures):
                 try:
-                    found[futures[future]], row = future.result(), 0
+                    found[futures[future]] = future.result()
+                except Stopped:
+                    pass  # the faults that led to it are reported
                 except Fault as fault:
-                    failed[futures[future]], row = fault, row + 1
-                    if config.base_url and (fault.everywhere or row >= FAULTS_IN_A_ROW):
-                        raise _unanswered(task, asked, failed) from None
+                    failed[futures[future]] = fault
         except BaseException:
             worker.stop()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -82,7 +87,7 @@ class _Worker:
     ) -> None:
         self._task, self._config, self._cache = task, config, cache
         self._client = Client(config, wait) if config.base_url else None
-        self._lock, self.sent = threading.Lock(), 0
+        self._lock, self.sent, self._row = threading.Lock(), 0, 0
 
     def stop(self) -> None:
         if self._client:
@@ -104,8 +109,15 @@ class _Worker:
         if self._client is None:
             raise Fault("no endpoint", final=True)
         if self._client.stop.is_set():
-            raise Fault("stopped", final=True)
-        text, model = self._client.ask(body)
+            raise Stopped("not tried")
+        try:
+            text, model = self._client.ask(body)
+        except Fault as fault:
+            with self._lock:
+                self._row += 1
+                if fault.everywhere or self._row >= FAULTS_IN_A_ROW:
+                    self.stop()
+            raise
         with self._lock:
-            self.sent += 1
+            self.sent, self._row = self.sent + 1, 0
         return self._cache.add(key, {**about, "model": model, "verdict": text, "request": body})
