@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUN ?= prune=widthwise recover=kd_hidden data_frac=0.05
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test install-dev run test test-all bench lint format type clean
+.PHONY: help install install-test install-dev run test test-all test-gpu bench lint format type clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: install-test ## Run the tests, under 5 minutes on 2 cores
 
 test-all: test ## Also run what is slow: kills, several processes
 	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu'
+
+test-gpu: install-test ## Run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
 
 bench: install ## Print measured ratios of time and memory
 	$(BIN)/python -m efficientllava.bench

@@ -27,7 +27,7 @@ from .models.forward import answer_loss, feature_cache, to_device
 from .pruning.pruner import apply_plan, make_plan
 from .pruning.scores import Calibration
 from .pruning.statistics import gram_dtype
-from .schema import DataConfig, EvaluateConfig, PruneConfig, RecoverConfig, WeightsConfig
+from .schema import DataConfig, EvaluateConfig, PruneConfig, RecoverConfig, TeacherConfig, WeightsConfig
 
 HIDDEN, LAYERS, HEADS, CHANNELS, VOCABULARY = 512, 4, 8, 1408, 512
 ROWS, BATCHES, LENGTH = 1, 16, 128
@@ -214,6 +214,23 @@ def recovery_row(load: Callable[[], Any], steps: int = 12) -> Row:
     return Row("recovery step: ours / plain torch loop", stats.seconds, plain_loop(load().model, data), "s", "near 1")
 
 
+def teacher_row(load: Callable[[], Any], steps: int = 12) -> Row:
+    """A distillation step with cached answers, which were asked for beforehand, against one with a live teacher."""
+    from .recovery.caching import open_teacher
+    from .recovery.recover import recover
+
+    config = RecoverConfig("kd_both", WeightsConfig(0.5, 0.5, 0.5), steps=steps, save_every=10**6)
+    data, times = training_batches(load(), steps)[0], {}
+    with tempfile.TemporaryDirectory() as work:
+        for source in ("live", "cached"):
+            student = load()
+            teacher = open_teacher(student.path, TeacherConfig(source=source), "cpu", Path(work) / "targets")
+            folder = Path(work) / source
+            stats = recover(student.model, data, config, quiet_trainer, folder, batch_size=8, teacher=teacher)
+            times[source] = stats.seconds
+    return Row("distillation step: cached / live teacher", times["cached"], times["live"], "s", "< 1")
+
+
 def plain_loop(model: Any, data: RecoveryData) -> float:
     """Seconds of supervised training written by hand: every batch once, decoder and projector train."""
     from .recovery.trainable import prepare, trainable
@@ -277,7 +294,13 @@ def main() -> None:
     with redirect_stdout(StringIO()):
         rows = memory_rows()
         checkpoint = fresh()
-        rows += [evaluation_row(checkpoint), recovery_row(fresh), vision_row(checkpoint), *search_rows()]
+        rows += [
+            evaluation_row(checkpoint),
+            recovery_row(fresh),
+            teacher_row(fresh),
+            vision_row(checkpoint),
+            *search_rows(),
+        ]
     print(table(rows))
 
 

@@ -17,7 +17,12 @@ from .schema import RunConfig
 
 
 def make_trainer(
-    settings: RunConfig, folder: Path, quiet: bool = False, callbacks: Sequence[Any] = (), **overrides: Any
+    settings: RunConfig,
+    folder: Path,
+    quiet: bool = False,
+    callbacks: Sequence[Any] = (),
+    training: bool = False,
+    **overrides: Any,
 ) -> Any:
     """Make a Trainer from the configuration's node.
 
@@ -26,9 +31,12 @@ def make_trainer(
         folder: The run's folder.
         quiet: No progress bar, no logger and no configured callbacks.
         callbacks: Added to the configured ones.
+        training: Whether weights train; only then is a model shared out over processes.
         **overrides: Arguments that the stage decides.
     """
     node = dict(settings.trainer)
+    if processes.sharded(node) and not training:
+        node["strategy"] = "ddp"
     if processes.launched():
         node["devices"] = processes.world_size() // int(node.get("num_nodes", 1))
     options = {"default_root_dir": str(folder), "enable_checkpointing": False}

@@ -48,6 +48,7 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
     if settings.reuse and not processes.launched() and _finished(settings, folder):
         say(f"{folder} is finished: nothing to do (reuse=false does it again)")
         return _objective(settings, folder)
+    processes.on_gpu(settings.trainer)  # refuses what is not there
     count = processes.wanted(settings.trainer)
     if count > 1 and not processes.launched():
         code = processes.relaunch(count, overrides, output_dir)
@@ -383,7 +384,7 @@ class Run:
                 student.model,
                 self.recovery,
                 config,
-                self.trainer,
+                partial(self.trainer, training=True),
                 work,
                 batch_size=data.batch_size,
                 global_batch_size=data.global_batch_size,

@@ -44,12 +44,19 @@ def on_gpu(trainer: Mapping[str, Any]) -> bool:
         trainer: The trainer node; ``accelerator`` may be missing.
 
     Raises:
-        UserError: It insists on GPUs and there is none.
+        UserError: It insists on GPUs, or shards over them, and there is none.
     """
     accelerator, found = str(trainer.get("accelerator", "auto")), torch.cuda.is_available()
+    if sharded(trainer) and not (found and accelerator != "cpu"):
+        raise UserError("trainer=fsdp: shards the model over GPUs and has none here; choose trainer=ddp or trainer=cpu")
     if accelerator in ("gpu", "cuda") and not found:
         raise UserError(f"trainer.accelerator={accelerator}: torch finds no GPU here; choose trainer=cpu")
     return found and accelerator in ("auto", "gpu", "cuda")
+
+
+def sharded(trainer: Mapping[str, Any]) -> bool:
+    """Whether a trainer node shares out one model over its processes."""
+    return "Sharding" in str(trainer.get("strategy")) or "fsdp" in str(trainer.get("strategy")).lower()
 
 
 def launched() -> bool:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from efficientllava import processes
+from efficientllava import loggers, pipeline, processes
+from efficientllava.config import typed as to_settings
 from efficientllava.errors import UserError
 
-from .runs import ROOT, RUN, save_tiny, small
+from .runs import ROOT, RUN, composed, save_tiny, small
 
 # What two processes may change: the order in which float32 gradients of a batch are summed.
 LOSS_TOLERANCE = 2e-3
@@ -51,6 +52,27 @@ def test_gpus_are_used_where_there_are_any_and_missed_where_they_are_asked_for(m
         assert processes.on_gpu({"accelerator": "auto"}) is processes.on_gpu({}) is found
     with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: torch finds no GPU"):
         processes.on_gpu({"accelerator": "gpu"})
+
+
+@pytest.mark.parametrize("option", [[], ["trainer.accelerator=cpu"], ["trainer.devices=2"]])
+def test_sharding_needs_gpus(monkeypatch, tmp_path, option):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    typed = ["trainer=fsdp", f"paths.output_dir={tmp_path}", *option]
+    with pytest.raises(
+        UserError, match=r"^trainer=fsdp: shards the model over GPUs.*trainer=ddp or trainer=cpu$"
+    ) as told:
+        pipeline.run(composed(*typed), str(tmp_path / "run"), typed)
+    assert told.value.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+def test_only_training_is_sharded(tmp_path, monkeypatch):
+    settings = to_settings(composed("trainer=fsdp", "callbacks=none"))
+    built = []
+    monkeypatch.setattr(loggers, "instantiate", lambda node, **options: built.append({**node, **options}))
+    loggers.make_trainer(settings, tmp_path, logger=False)
+    loggers.make_trainer(settings, tmp_path, logger=False, training=True)
+    assert built[0]["strategy"] == "ddp"
+    assert built[1]["strategy"]["_target_"] == "efficientllava.recovery.sharding.Sharding"
 
 
 def start(monkeypatch, tmp_path, body):

@@ -18,7 +18,7 @@ from ..models.forward import FeatureCache, feature_cache, forward_hidden
 from .alignment import Match, captured
 from .objective import build_terms, divisors, positions, term_sums
 from .teacher import TeacherSource
-from .trainable import parameter_groups, trainable
+from .trainable import parameter_groups, trainable, weights_of
 
 RECENT = 20
 
@@ -82,6 +82,9 @@ class RecoveryModule(L.LightningModule):
         self.total_steps = total_steps
         self.seconds, self.tokens = 0.0, 0
         self.recent: deque[Tensor] = deque(maxlen=RECENT)
+        # Taken now: while weights are sharded, names and shapes are others.
+        self._shapes = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        self._groups = parameter_groups(student, cfg.lr, cfg.projector_lr, cfg.weight_decay)
         self._seed = seed
         self._features = features or feature_cache(student)
         self._group = torch.zeros(2)
@@ -115,11 +118,12 @@ class RecoveryModule(L.LightningModule):
         """Unweighted loss sums of a micro-batch, in the order of `terms`, connected to all trainable parameters."""
         mask, targets = positions(batch["labels"], self.cfg.parity)
         features = self._features(batch)
-        projector = projector_of(self.student)
-        dtype = next(projector.parameters()).dtype
+        projector = weights_of(projector_of(self.student))
         inner = [match for match in self.matches if not match.final]
         with captured(decoder_of(self.student), [match.student for match in inner], mask) as states:
-            rows = forward_hidden(self.student, batch, None if features is None else features.to(dtype))[mask]
+            rows = forward_hidden(self.student, batch, None if features is None else features.to(projector[0].dtype))[
+                mask
+            ]
         logits, pairs = None, []
         if self.teacher is not None:
             final, taught, logits = self.teacher(batch, features, [match.teacher for match in inner], mask)
@@ -132,7 +136,7 @@ class RecoveryModule(L.LightningModule):
         # Text-only batches and losses on inner layers leave parameters out; DDP needs a gradient for each.
         sums = sums + 0.0 * rows.float().sum()
         if features is None:
-            sums = sums + 0.0 * torch.stack([p.float().sum() for p in projector.parameters()]).sum()
+            sums = sums + 0.0 * torch.stack([p.float().sum() for p in projector]).sum()
         return sums
 
     def _log(self, values: Tensor, weights: Tensor) -> None:
@@ -145,12 +149,11 @@ class RecoveryModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """AdamW or SGD over the parameter groups, with a schedule by optimiser step."""
-        groups = parameter_groups(self.student, self.cfg.lr, self.cfg.projector_lr, self.cfg.weight_decay)
         if self.cfg.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9)
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(self._groups, momentum=0.9)
         else:
             # The fused step hides its unscaled gradients from clipping under fp16.
-            optimizer = torch.optim.AdamW(groups, fused=self.trainer.precision != "16-mixed")
+            optimizer = torch.optim.AdamW(self._groups, fused=self.trainer.precision != "16-mixed")
         total, warmup, name = self.total_steps, self.cfg.warmup, self.cfg.scheduler
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: learning_rate_factor(step, total, warmup, name)
@@ -197,15 +200,15 @@ class RecoveryModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable parameters only; the rest comes from the pruned checkpoint."""
-        wanted = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {name: v for name, v in checkpoint["state_dict"].items() if name in wanted}
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: v for name, v in weights.items() if name in self._shapes}
         recent = [values.tolist() for values in self.recent]
         checkpoint["recovery"] = {"seconds": self.seconds, "tokens": self.tokens, "recent": recent}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a resume point belongs to this run and restore its counters."""
-        wanted = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
-        if {name: value.shape for name, value in checkpoint["state_dict"].items()} != wanted:
+        loaded = checkpoint.get("state_dict")  # FSDP has taken it out by now
+        if loaded is not None and {name: value.shape for name, value in loaded.items()} != self._shapes:
             raise UserError(
                 "recover: the resume point last.ckpt was written for another model; delete it to start anew"
             )

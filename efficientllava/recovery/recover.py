@@ -19,6 +19,7 @@ from .caching import TargetCache, TargetStats, cached_teacher
 from .losses import HiddenStateKDLoss
 from .module import RecoveryModule
 from .objective import Term, build_terms, describe
+from .sharding import Sharding
 from .stream import RESUME_POINT, BatchStream, ResumePoint, used_records
 from .targets import Wanted
 from .teacher import Teacher, check_teacher
@@ -98,8 +99,6 @@ def recover(
     matches = _matches(student, teacher, terms, original_layers) if distils else ()
     # The two towers are compared before adapters change the student.
     live = Teacher(teacher, student, cfg.teacher.offload) if distils and isinstance(teacher, nn.Module) else None
-    finish = prepare(student, cfg, seed, train_head=any(loss.needs_logits for _, loss in terms))
-    count = sum(p.numel() for p in trainable(student))
     trainer = trainer_factory(
         callbacks=[ResumePoint(workdir, cfg.save_every)],
         max_epochs=1,
@@ -107,6 +106,10 @@ def recover(
         enable_checkpointing=False,
         use_distributed_sampler=False,
     )
+    if isinstance(trainer.strategy, Sharding):
+        decoder_of(student).layers.to("cpu")  # they go to their device in shares
+    finish = prepare(student, cfg, seed, train_head=any(loss.needs_logits for _, loss in terms))
+    count = sum(p.numel() for p in trainable(student))
     datamodule.trainer = trainer
     datamodule.setup("fit")
     loader = datamodule.train_dataloader()

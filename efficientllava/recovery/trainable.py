@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.anatomy import decoder_of, projector_of
 
@@ -99,6 +99,16 @@ def trainable(model: nn.Module) -> Iterator[nn.Parameter]:
     return (p for p in model.parameters() if p.requires_grad)
 
 
+def weights_of(module: nn.Module) -> list[Tensor]:
+    """All weights of a module; while FSDP runs it, they are plain attributes and no parameters.
+
+    Args:
+        module: Any module.
+    """
+    found = (value for part in module.modules() for value in (*part._parameters.values(), *vars(part).values()))
+    return [value for value in found if isinstance(value, Tensor)]
+
+
 def _add_adapters(model: nn.Module, lora: Any, seed: int) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
 
@@ -119,12 +129,16 @@ def _add_adapters(model: nn.Module, lora: Any, seed: int) -> Callable[[], None]:
 
 def _upcast(parts: list[nn.Module]) -> Callable[[], None]:
     """Hold the floating parameters of modules in fp32; the returned function restores their types."""
-    stored = {p: p.dtype for part in parts for p in part.parameters() if p.is_floating_point() and p.itemsize < 4}
-    for parameter in stored:
-        parameter.data = parameter.data.float()
+    stored: list[tuple[nn.Module, str, torch.dtype]] = []  # by place: sharding makes new parameters
+    for module in (module for part in parts for module in part.modules()):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.itemsize < 4:
+                stored.append((module, name, parameter.dtype))
+                parameter.data = parameter.data.float()
 
     def restore() -> None:
-        for parameter, dtype in stored.items():
+        for module, name, dtype in stored:
+            parameter: nn.Parameter = getattr(module, name)
             parameter.data = parameter.data.to(dtype)
 
     return restore

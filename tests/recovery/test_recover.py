@@ -18,7 +18,7 @@ from efficientllava.recovery.recover import accumulation, optimiser_steps, recov
 from efficientllava.recovery.stream import RESUME_POINT
 from efficientllava.schema import LoraConfig
 
-from .conftest import Data, drop_layers, make_batch, make_cfg, make_factory, make_model, perturb
+from .conftest import VOCAB, Data, drop_layers, make_batch, make_cfg, make_factory, make_model, perturb
 
 HIDDEN = {"sft": 0.5, "hidden": 0.5}
 
@@ -170,37 +170,67 @@ def test_distillation_without_a_teacher_is_refused(tmp_path):
         run(make_model(), tmp_path)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    script = """
-import sys, torch
-from tests.recovery.conftest import Data, make_cfg, make_factory, make_model, perturb
-from efficientllava.recovery.recover import recover
+SCRIPT = """
+import copy, sys, torch
 from pathlib import Path
+from tests.recovery.conftest import Data, make_cfg, make_factory, make_model, perturb
+from tests.recovery.test_recover import Kill, KilledError
+from efficientllava.processes import connect, finish, rank
+from efficientllava.recovery.caching import TargetCache
+from efficientllava.recovery.recover import recover
+from efficientllava.recovery.sharding import Sharding
+from efficientllava.schema import LoraConfig
+
 torch.set_num_threads(1)
-out, world = Path(sys.argv[1]), int(sys.argv[2])
+out, world, strategy, train = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+connect({"accelerator": "cpu"})
 teacher = make_model()
+cfg = make_cfg(sft=0.3, logit=0.3, hidden=0.4, steps=6, lr=1e-3, save_every=2, train=train, lora=LoraConfig(r=4))
+
+def run(student, source, workdir, extra=()):
+    own = {"devices": world, "strategy": Sharding() if strategy == "sharded" else "ddp"} if world > 1 else {}
+    options = {"batch_size": 4, "global_batch_size": 16, "teacher": source}
+    return recover(student, Data(), cfg, make_factory(extra, **own), workdir, **options)
+
 student = perturb(teacher)
-cfg = make_cfg(sft=0.3, logit=0.3, hidden=0.4, steps=4, lr=1e-3, save_every=2)
-factory = make_factory(devices=world, strategy="ddp" if world > 1 else "auto")
-stats = recover(student, Data(), cfg, factory, out, batch_size=4, global_batch_size=16, teacher=teacher)
-rank = torch.distributed.get_rank() if world > 1 else 0
-torch.save((student.state_dict(), stats.steps, stats.samples), out / f"{rank}.pt")
+if world > 1:
+    cache = TargetCache(out / "targets", teacher.config, torch.float32, lambda: copy.deepcopy(teacher))
+    try:
+        run(copy.deepcopy(student), cache, out, (Kill(3),))
+    except KilledError:
+        stats = run(student, cache, out)
+        assert stats.targets.computed == 0 and stats.targets.records == 24
+else:
+    stats = run(student, teacher, out)
+torch.save((student.state_dict(), stats.steps, stats.samples, stats.trainable_parameters), out / f"{rank()}.pt")
+finish()
 """
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("strategy", "train"), [("ddp", "full"), ("sharded", "full"), ("sharded", "lora")])
+def test_two_processes_that_were_killed_equal_one_with_a_live_teacher(tmp_path, strategy, train):
+    """Each process computes half of the teacher's answers; both go on from the resume point of step 2."""
+    assert make_cfg().teacher.top_k >= VOCAB  # nothing of the teacher's logits is lost
     results = []
     for world in (1, 2):
         out = tmp_path / str(world)
+        out.mkdir()
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-        (tmp_path / "script.py").write_text(script)
+        (tmp_path / "script.py").write_text(SCRIPT)
         root = Path(__file__).parents[2]
-        command = [sys.executable, *launch, str(tmp_path / "script.py"), str(out), str(world)]
-        subprocess.run(command, check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, timeout=280)
+        command = [sys.executable, *launch, str(tmp_path / "script.py"), str(out), str(world), strategy, train]
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, cwd=root, env=environment, timeout=400)
         results += [torch.load(path, weights_only=True) for path in sorted(out.glob("*.pt"))]
     assert len(results) == 3
-    for weights, steps, samples in results[1:]:
-        assert (steps, samples) == (4, 64) == results[0][1:]
+    for weights, *numbers in results[1:]:
+        assert numbers == list(results[0][1:]) and numbers[:2] == [6, 96]
         torch.testing.assert_close(weights, results[0][0], atol=2e-5, rtol=1e-4)
     assert all(torch.equal(value, results[2][0][name]) for name, value in results[1][0].items())
+    shards = list((tmp_path / "2" / "targets").glob("final-*.safetensors"))
+    assert len(shards) == 2
 
 
 def test_parity_mode_trains(tmp_path):
