@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
 from ..models.forward import HostMemory, feature_cache, forward_hidden
+from ..models.offload import Offload, offload_layers
 from .alignment import captured
 from .objective import TeacherLogits
-from .offload import Visitor, offload
 from .trainable import silence_dropout
 
 MEMORY_LIMIT = 1 << 30  # bytes of remembered states
@@ -82,8 +82,8 @@ class Teacher:
         shared = same_tower(model, student)
         self._features = None if shared else feature_cache(model)
         self._twins = list(zip(*(_tower(m).values() for m in (model, student)), strict=True)) if shared else []
-        self._offload = offloaded
-        self._visitors: list[Visitor] = []
+        self._offloaded = offloaded
+        self._offload: Offload | None = None
         self._memory: HostMemory | None = None
         self._share_tower()
 
@@ -98,10 +98,10 @@ class Teacher:
     def to(self, device: torch.device | str) -> Teacher:
         """Move the model, after the student, and return self."""
         self._share_tower()
-        if not self._offload:
+        if not self._offloaded:
             self.model.to(device)
-        elif not self._visitors:
-            self._visitors = offload(self.model, device)
+        elif self._offload is None:
+            self._offload = offload_layers(self.model, device)
         return self
 
     def _share_tower(self) -> None:

@@ -10,7 +10,7 @@ from efficientllava.models.forward import feature_cache, supervised_positions
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.teacher import Teacher
 
-from .conftest import LAYERS, Data, make_batch, make_cfg, make_factory, make_model, perturb
+from .conftest import Data, make_batch, make_cfg, make_factory, make_model, perturb
 
 
 def storages(*models) -> set[int]:
@@ -24,12 +24,13 @@ def test_one_layer_at_a_time_is_on_the_device_and_the_answers_are_the_same():
     expected = Teacher(copy.deepcopy(model), model)(batch, features, [0, 2], mask)
     teacher = Teacher(model, copy.deepcopy(model), offloaded=True).to("cpu")
     home = {name: p.data_ptr() for name, p in decoder_of(model).layers.named_parameters()}
-    resident = []
+    sizes = [sum(p.nbytes for p in block.parameters()) for block in decoder_of(model).layers]
+    offload, resident = teacher._offload, []
+    assert offload is not None and len(set(sizes)) == 1
     for block in decoder_of(model).layers:
-        block.mlp.register_forward_hook(lambda *_: resident.append(sum(v.resident for v in teacher._visitors)))
+        block.mlp.register_forward_hook(lambda *_: resident.append(offload.resident))
     got = teacher(batch, features, [0, 2], mask)
-    assert resident == [1] * LAYERS
-    assert not any(visitor.resident for visitor in teacher._visitors)
+    assert resident == sizes and offload.peak == sizes[0] and offload.resident == 0
     assert {name: p.data_ptr() for name, p in decoder_of(model).layers.named_parameters()} == home
     assert torch.equal(got.final, expected.final)
     assert all(torch.equal(got.states[layer], expected.states[layer]) for layer in (0, 2))
@@ -41,7 +42,7 @@ def test_a_layer_leaves_also_when_it_fails():
     layer = decoder_of(model).layers[0]
     with pytest.raises((TypeError, AttributeError)):
         layer(None)
-    assert not teacher._visitors[0].resident
+    assert teacher._offload is not None and teacher._offload.resident == 0
 
 
 def test_an_offloaded_teacher_trains_the_same_student(tmp_path):
