@@ -43,6 +43,7 @@ def test_weights_are_found_where_they_are_no_parameters():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("train", ["full", "lora"])
 def test_a_sharded_recovery_leaves_an_ordinary_checkpoint(tmp_path, train):
