@@ -7,6 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn, JobStatus
@@ -29,10 +30,15 @@ HINTS = (
 )
 _failed_jobs: list[int] = []
 _failure: list[BaseException] = []
+_sweeps: list[Path] = []
 
 
-class ReportFailedJobs(Callback):
-    """Hydra callback: a bad job of a sweep is reported when it ends, and the others go on."""
+class ReportSweep(Callback):
+    """Hydra callback: a bad job of a sweep is reported when it ends, the others go on, and a page closes the sweep."""
+
+    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Remember where the sweep lies: Hydra does not say that it has ended where a job has failed."""
+        _sweeps.append(Path(config.hydra.sweep.dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
         """Print why a job of a sweep has failed; hand the failure of a single run to `exit_code`."""
@@ -81,6 +87,7 @@ def exit_code(main: Callable[[], object]) -> int:
     """
     _failed_jobs.clear()
     _failure.clear()
+    _sweeps.clear()
     debug = os.environ.get(DEBUG) == "1"
     # Hydra would print its own shortened traceback and exit with 1.
     os.environ |= {DEBUG: "1", TRACEBACKS: str(int(debug))}
@@ -88,6 +95,7 @@ def exit_code(main: Callable[[], object]) -> int:
         main()
         if _failure:
             raise _failure[0]
+        _close_sweep()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
@@ -100,6 +108,7 @@ def exit_code(main: Callable[[], object]) -> int:
         if debug:
             raise
         if _failed_jobs:
+            _close_sweep()
             print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
             return 1
         if isinstance(error, OSError) and not (_failure or _of_hydra(error) or disk_full(error)):
@@ -109,6 +118,16 @@ def exit_code(main: Callable[[], object]) -> int:
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 2 if _of_hydra(error) else 1
     return 0
+
+
+def _close_sweep() -> None:
+    """Write table, plots and page of a sweep that has finished runs."""
+    from .report.__main__ import report
+
+    for folder in _sweeps:
+        if next(folder.glob("*/results.json"), None):
+            report(folder)
+            print(f"table, plots and page of the sweep: {folder / 'report.html'}")
 
 
 def _of_hydra(error: BaseException) -> bool:

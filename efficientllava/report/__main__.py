@@ -1,7 +1,7 @@
-"""``python -m efficientllava.report <folder> [metric]``: one table from all runs below a folder.
+"""``python -m efficientllava.report <folder> [metric]``: one table and one page from all runs below a folder.
 
-Writes ``results.csv`` and ``results.md`` into the folder and prints the table: a row per configuration, mean and
-standard deviation over its seeds.
+Writes ``results.csv``, ``results.md``, ``report.html`` and ``plots/`` into the folder and prints the table: a row per
+configuration, mean and standard deviation over its seeds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ..errors import UserError
-from ..results import STAGES, Results, read
+from ..results import STAGES, Results
 from .tables import markdown
 
 METRIC = "digits_vqa/accuracy"
@@ -52,11 +52,30 @@ def main(arguments: list[str]) -> None:
     if not 1 <= len(arguments) <= 2:
         raise UserError("usage: python -m efficientllava.report <folder of runs> [task/metric]")
     folder = Path(arguments[0])
-    files = sorted(folder.rglob("results.json"), key=lambda file: [(len(part), part) for part in file.parts])
-    if not files:
-        raise UserError(f"{folder}: no results.json below this folder; give a folder of finished runs")
-    metric = arguments[1] if len(arguments) == 2 else METRIC
-    results = [read(file) for file in files]
+    print(report(folder, arguments[1] if len(arguments) == 2 else None), end="")
+
+
+def report(folder: Path, metric: str | None = None) -> str:
+    """Write everything about a folder of runs.
+
+    Args:
+        folder: A sweep, or anything that holds runs.
+        metric: ``task/metric``; None: the first metric of the first task that the runs measured.
+
+    Returns:
+        The table in Markdown.
+
+    Raises:
+        UserError: There is no finished run below the folder.
+    """
+    from .advisor import advise
+    from .page import page, write_page
+    from .plots import draw
+    from .runs import arms_of, load_runs
+
+    runs = load_runs(folder)
+    results = [run.results for run in runs]
+    metric = metric or _first_metric(results)
     table = rows(results, metric)
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(table[0]))
@@ -64,7 +83,18 @@ def main(arguments: list[str]) -> None:
         writer.writerows(table)
     text = markdown(results, metric)
     (folder / "results.md").write_text(text, encoding="utf-8")
-    print(text, end="")
+    arms = arms_of(runs)
+    plots = list(draw(arms, metric))
+    text_of_page = page(folder.name, arms, metric, plots, advise(arms, metric))
+    write_page(folder / "report.html", text_of_page, plots)
+    return text
+
+
+def _first_metric(results: list[Results]) -> str:
+    for result in results:
+        for task, metrics in result["stages"].get("base", {}).get("metrics", {}).items():
+            return f"{task}/{'accuracy' if 'accuracy' in metrics else next(iter(metrics))}"
+    return METRIC
 
 
 if __name__ == "__main__":
