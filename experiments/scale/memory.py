@@ -1,0 +1,121 @@
+"""Memory of pruning LLaVA-1.5-7B: the closed form, and one layer of its size measured on a CPU (``--measure``)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from efficientllava import bench
+from efficientllava.models.anatomy import layers_of
+from efficientllava.pruning.importance import OBS_ROUNDS, eliminate
+from efficientllava.pruning.memory import CalibrationSize, pruning_memory
+from efficientllava.pruning.plan import LayerPlan, PruningPlan
+from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
+from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
+from efficientllava.schema import PruneConfig
+
+LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)
+WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)
+PAPER = PruneConfig("widthwise_paper", "widthwise", 0.3, "param_first", "local", taylor_mean="batch")
+
+
+def llava_7b() -> Any:
+    """LLaVA-1.5-7B on the meta device."""
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008)
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text)).bfloat16()
+
+
+def closed_form() -> None:
+    """Print peaks of all methods."""
+    model = llava_7b()
+    print("| records x tokens, micro-batch | method | one GPU, GB | x weights | offload: card, GB | host, GB |")
+    print("|---|---|---:|---:|---:|---:|")
+    for size in (CalibrationSize(64, 700, 2), CalibrationSize(64, 2048, 2), CalibrationSize(64, 2048, 8)):
+        for config in (LAYERWISE, WIDTHWISE, PAPER):
+            memory = pruning_memory(model, config, size)
+            small = pruning_memory(model, replace(config, offload=True), size)
+            data = f"{size.records} x {size.tokens}, {size.batch_size}"
+            shown = f"{memory.peak / 1e9:.1f} | {memory.ratio:.2f} | {small.peak / 1e9:.1f} | {small.host / 1e9:.1f}"
+            print(f"| {data} | `{config.name}` | {shown} |")
+
+
+def one_layer(device: str = "cpu") -> Any:
+    """A random LLaVA with one decoder layer of the 7B model's size, bf16."""
+    with torch.device("meta"):
+        model = bench.middle_sized().bfloat16()
+    if device == "meta":
+        return model
+    model, generator = model.to_empty(device="cpu"), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        drawn = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.data = drawn.mul_(0.04).sub_(0.02) if parameter.ndim > 1 else torch.ones_like(parameter)
+    for buffer in model.buffers():
+        buffer.zero_()
+    return model
+
+
+def report(
+    what: str, config: PruneConfig, phase: str, function: Callable[[Any], Any], prepare: Any = one_layer
+) -> None:
+    """Print what a call holds above what was prepared, next to the bound of its phase."""
+    spent = 0.0
+
+    def timed(argument: Any) -> None:
+        nonlocal spent
+        began = time.process_time()
+        function(argument)
+        spent = time.process_time() - began
+
+    peak = bench.peak_memory(prepare, timed)
+    memory = pruning_memory(one_layer("meta"), config, CalibrationSize.of(bench.random_batches()), stored=False)
+    bound = memory.phases[phase] - memory.model
+    print(f"| {what} | {peak / 1e6:.0f} | {bound / 1e6:.0f} | {spent:.0f} |", flush=True)
+
+
+def measure() -> None:
+    """Measure statistics, an OBS round, refit with cut, and Taylor scores of one layer."""
+    torch.set_num_threads(1)
+    bench.LAYERS, bench.HIDDEN, bench.CHANNELS, bench.HEADS, bench.VOCABULARY = 1, 4096, 11008, 32, 512
+    bench.BATCHES, bench.LENGTH = 2, 128
+    generator = torch.Generator().manual_seed(0)
+    kept = LayerPlan(0, tuple(range(22)), tuple(sorted(torch.randperm(11008, generator=generator)[:7680].tolist())))
+    ratio = plan_ratio(one_layer("meta"), [kept])
+    plan = PruningPlan("widthwise", (kept,), 1, 1, None, ratio, ())
+
+    def statistics(model: Any) -> None:
+        stream = open_stream(model, Calibration(bench.random_batches()), WIDTHWISE)
+        layer_statistics(stream, layers_of(model)[0], 0, stream.start())
+
+    def gram() -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.randn(512, 11008, generator=generator)
+        return torch.rand(4096, 11008, generator=generator).bfloat16(), inputs.T @ inputs
+
+    def round_of_obs(given: tuple[torch.Tensor, torch.Tensor]) -> None:
+        list(eliminate(*given, 1, 0.01, [11008 - 11008 // OBS_ROUNDS]))
+
+    print("| one layer, 4096 x 11008, 256 tokens | measured, MB | bound, MB | CPU seconds |\n|---|---:|---:|---:|")
+    report("statistics", WIDTHWISE, "statistics", statistics)
+    batches = Calibration(bench.random_batches())
+    report("refit and cut", WIDTHWISE, "refit and cut", lambda model: apply_plan(model, plan, batches, WIDTHWISE))
+    report("Taylor scores", PAPER, "scores", lambda model: make_plan(model, batches, PAPER))
+    report(f"OBS, one of {OBS_ROUNDS} rounds, beside its Gram matrix", WIDTHWISE, "scores", round_of_obs, gram)
+
+
+if __name__ == "__main__":
+    measure() if "--measure" in sys.argv else closed_form()
