@@ -129,8 +129,10 @@ RULES: dict[str, Rule] = {
     "recover.teacher.top_k": AT_LEAST_1,
     "recover.chunk": AT_LEAST_1,
     "recover.save_every": AT_LEAST_1,
+    "evaluate.protocol": _one_of("llava", "lmms_eval"),
     "evaluate.limit": AT_LEAST_1,
     "evaluate.batch_size": AT_LEAST_1,
+    "evaluate.num_workers": _number(0, None),
     "evaluate.max_new_tokens": AT_LEAST_1,
     "evaluate.repeats": AT_LEAST_1,
     "evaluate.new_tokens": _number(2, None),
@@ -142,6 +144,11 @@ RULES: dict[str, Rule] = {
 }
 
 OF_FILES = ("path", "image_root", "group_by_modality_length")
+
+
+def _reads_benchmarks(config: RunConfig) -> bool:
+    return any(task != "digits_vqa" for task in config.evaluate.tasks)
+
 
 # (typed key or prefix, whether it has an effect, what would give it one)
 EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
@@ -225,6 +232,25 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.recover.teacher.source == "live" and _on_gpu(c),
         "it belongs to recover.teacher.source=live on a GPU",
     ),
+    ("evaluate.root", _reads_benchmarks, "choose a published benchmark with evaluate="),
+    (
+        "evaluate.namespace",
+        lambda c: _reads_benchmarks(c) and c.evaluate.root is None,
+        "it belongs to published benchmarks without evaluate.root",
+    ),
+    ("evaluate.protocol", _reads_benchmarks, "choose a published benchmark with evaluate="),
+    (
+        "evaluate.limit",
+        lambda c: bool(c.evaluate.tasks or c.evaluate.lmms_eval.tasks),
+        "choose a benchmark with evaluate=",
+    ),
+    (
+        "evaluate.batch_size",
+        lambda c: bool(c.evaluate.tasks or c.evaluate.lmms_eval.tasks),
+        "choose a benchmark with evaluate=",
+    ),
+    ("evaluate.num_workers", lambda c: bool(c.evaluate.tasks), "choose a benchmark with evaluate="),
+    ("evaluate.max_new_tokens", lambda c: bool(c.evaluate.tasks), "choose a benchmark with evaluate="),
 )
 
 
@@ -376,6 +402,7 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     yield from _judge(config.evaluate.judge)
     if config.evaluate.lmms_eval.tasks and not importlib.util.find_spec("lmms_eval"):
         yield "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'"
+    yield from _tasks(config.evaluate.tasks)
 
 
 def _judge(judge: JudgeConfig) -> Iterator[str]:
@@ -394,6 +421,16 @@ def _judge(judge: JudgeConfig) -> Iterator[str]:
         fits = False
     if not fits:
         yield "evaluate.judge.base_url: must be like https://host:port/v1; a key belongs into evaluate.judge.key_env"
+
+
+def _tasks(names: Sequence[str]) -> Iterator[str]:
+    from .evaluation.tasks import available
+
+    for name in names:
+        if name not in available():
+            yield f"evaluate.tasks: {name!r} is not a benchmark; choose of {', '.join(available())}"
+    if len(names) > len({*names}):
+        yield f"evaluate.tasks=[{','.join(names)}]: names a benchmark more than once; leave one of them out"
 
 
 def _recovery(recover: RecoverConfig) -> Iterator[str]:
@@ -449,6 +486,9 @@ def _paths(config: RunConfig) -> Iterator[str]:
         value = _value(config, key)
         if value is not None and not Path(value).expanduser().is_dir():
             yield f"{key}={value}: no such folder; give the folder that {purpose}"
+    root = config.evaluate.root
+    if root is not None and not Path(root).expanduser().exists():
+        yield f"evaluate.root={root}: no such file or folder; give what holds the benchmark's rows"
     output = Path(config.paths.output_dir)
     existing = next((p for p in [output, *output.absolute().parents] if p.exists()), None)
     if existing is not None and not existing.is_dir():

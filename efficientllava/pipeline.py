@@ -21,7 +21,7 @@ from .cache import Entry, StageCache, library_versions, link, source_digest
 from .config import check, digest, typed
 from .console import Tick, progress, quiet_libraries, say
 from .errors import UserError
-from .schema import RunConfig
+from .schema import JUDGED, RunConfig
 
 TARGET_SOURCES = ("alignment", "caching", "losses", "targets", "teacher")  # what cached targets depend on
 
@@ -127,6 +127,7 @@ class Run:
 
         from .checkpoint import load
         from .data.splits import open_data
+        from .evaluation import judges, tasks
         from .loggers import make_trainer
 
         quiet_libraries()
@@ -141,13 +142,18 @@ class Run:
         self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest, host=host)
         self.trainer = partial(make_trainer, settings, folder)
         open_data(settings)  # before the weights, which take their time at full size
+        self.tasks = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
+        for task in self.tasks:
+            task.records()
+            judges.prepare(task.name, settings.evaluate.judge)
         model = settings.model
         self.base = self.load(model.path, model.dtype, model.revision, model.protocol)
         self.models: dict[str, Any] = {"base": self.base.model}
         self.entries: dict[str, Entry] = {}
         self.metrics: dict[str, dict[str, Any]] = {}
         self.seconds = {"prune": 0.0, "recover": 0.0, "evaluate": 0.0}
-        self.answers: dict[str, list[str]] = {}
+        self.answers: dict[str, list[tuple[str, float | None]]] = {}
+        self.judged: dict[str, dict[str, Any]] = {}
 
     def execute(self) -> None:
         """Run all stages and write the record."""
@@ -183,15 +189,12 @@ class Run:
         from .data.collator import Collator
         from .data.datamodule import RecoveryData
         from .data.splits import calibration_records
-        from .evaluation import judges, lmms, tasks
+        from .evaluation import lmms
         from .models.forward import feature_cache
         from .pruning.outline import outline
 
         settings, processor = self.settings, self.base.processor
         self.features = feature_cache(self.base.model)
-        self.tasks = [tasks.load(name, settings.data) for name in settings.evaluate.tasks]
-        for name in settings.evaluate.tasks:
-            judges.prepare(name, settings.evaluate.judge)
         lmms.prepare(settings.evaluate)
         self.collate = Collator(processor, settings.data.max_length)
         self.calibration = []
@@ -229,9 +232,10 @@ class Run:
 
     def _stage(self, name: str, compute: Callable[[Path, Path], dict[str, Any]], **inputs: Any) -> Entry:
         """A stage's result through the cache; ``inputs`` is what it depends on beside what all stages do."""
-        folder = {"evaluate": "evaluation", "prune": "pruning", "recover": "recovery"}[name]
+        answering = tuple(f"evaluation/{part}.py" for part in ("generation", "module", "predictions"))
+        sources = {"evaluate": answering, "prune": ("pruning",), "recover": ("recovery",)}[name]
         shared = {
-            "source": source_digest(folder, "models", "data", "checkpoint.py"),
+            "source": source_digest(*sources, "models", "data", "checkpoint.py"),
             "dtype": self.settings.model.dtype,
             "device": self.device.partition(":")[0],
             "processes": processes.world_size(),
@@ -241,38 +245,77 @@ class Run:
         return self.cache.stage(name, {**shared, **inputs}, compute)
 
     def _evaluate(self, stage: str, checkpoint: Any) -> None:
-        from .evaluation.module import evaluate
+        from .evaluation.scorers.averages import study
 
-        started, config = time.perf_counter(), self.settings.evaluate
+        started = time.perf_counter()
         self.metrics[stage] = {}
         for task in self.tasks:
-
-            def compute(folder: Path, _work: Path, task: Any = task) -> dict[str, Any]:
-                trainer = self.trainer(logger=False)
-                outcome = evaluate(checkpoint.model, checkpoint.processor, task, trainer, config, self.features)
-                checkpoint.model.to(self.home)
-                if processes.rank() == 0:
-                    lines = (json.dumps(prediction) + "\n" for prediction in outcome.predictions)
-                    (folder / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-                return {"metrics": outcome.metrics}
-
-            entry = self._stage(
-                "evaluate",
-                compute,
-                model=checkpoint.digest,
-                task=task.name,
-                evaluate=[config.limit, config.max_new_tokens, config.batch_size],
-                questions=digest([r.id for r in task.records("test")]),
-            )
-            self.entries[f"evaluate/{stage}/{task.name}"] = entry
-            self.metrics[stage][task.name] = entry.record["metrics"]
-            rows = [json.loads(line) for line in (entry.folder / "predictions.jsonl").read_text("utf-8").splitlines()]
-            self.answers.setdefault(stage, [row["prediction"] for row in rows])
-            score = entry.record["metrics"]["accuracy"]
-            say(f"{stage:<10} {task.name}: accuracy {score:.4f}" + ("  (from cache)" if entry.reused else ""))
-        if config.lmms_eval.tasks:
+            entry = self._answer(stage, checkpoint, task)
+            scored = self._score(stage, task, entry) if processes.rank() == 0 else None
+            self.metrics[stage][task.name] = processes.from_first(scored)
+            self._tell(stage, task, entry.reused)
+        if self.settings.evaluate.lmms_eval.tasks:
             self._lmms_eval(stage, checkpoint)
+        try:
+            self.metrics[stage] |= study(self.metrics[stage], self.metrics["base"])
+        except UserError as error:
+            say(f"{stage:<10} {error}")
         self.seconds["evaluate"] += time.perf_counter() - started
+
+    def _answer(self, stage: str, checkpoint: Any, task: Any) -> Entry:
+        """A model's answers to a benchmark, as a file in the cache; an interrupted call goes on where it was."""
+        from .evaluation.module import answer
+
+        config = self.settings.evaluate
+
+        def compute(folder: Path, work: Path) -> dict[str, Any]:
+            from .evaluation.predictions import write
+
+            trainer = self.trainer(logger=False)
+            model, processor = checkpoint.model, checkpoint.processor
+            lines = answer(model, processor, task, trainer, config, self.features, work, checkpoint.digest)
+            model.to(self.home)
+            if processes.rank() == 0:
+                write(lines, folder / "predictions.jsonl")
+            return {"n": len(lines)}
+
+        questions = [[r.id, r.turns[0].question, dict(r.details)] for r in task.records()]
+        entry = self.entries[f"evaluate/{stage}/{task.name}"] = self._stage(
+            "evaluate",
+            compute,
+            model=checkpoint.digest,
+            task=[task.name, task.facts, task.max_new_tokens, task.stop],
+            evaluate=[config.limit, config.max_new_tokens, config.batch_size],
+            questions=digest(questions),
+        )
+        return entry
+
+    def _score(self, stage: str, task: Any, entry: Entry) -> dict[str, float]:
+        """Metrics of a benchmark's answers, which are linked into the run; on the first process only."""
+        from .evaluation import judges
+        from .evaluation.predictions import read
+
+        config, name = self.settings.evaluate, f"{task.name}.jsonl"
+        file = self.folder / "predictions" / stage / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        link(entry.folder / "predictions.jsonl", file)
+        records = read(file)
+        scores: Any = None
+        if task.name in JUDGED:
+            cache, export = Path(self.settings.paths.cache_dir) / "verdicts", self.folder / "requests" / stage / name
+            judgement = judges.score(records, task.name, config.judge, cache, config.protocol, export)
+            self.judged.setdefault(task.name, {})[stage] = judgement.info
+            scores = None if judgement.missing else judgement
+        scores = scores or task.score(records)
+        right = [outcome.score for outcome in scores.outcomes] or [None] * len(records)
+        self.answers.setdefault(stage, list(zip((r["prediction"] for r in records), right, strict=True)))
+        return scores.metrics
+
+    def _tell(self, stage: str, task: Any, reused: bool) -> None:
+        metrics = self.metrics[stage][task.name]
+        shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in task.headline if name in metrics)
+        said = shown or f"{metrics['n']} answers, no score"
+        say(f"{stage:<10} {task.name}: {said}" + ("  (from cache)" if reused else ""))
 
     def _lmms_eval(self, stage: str, checkpoint: Any) -> None:
         """Score a model on the tasks that lmms-eval runs."""
@@ -454,7 +497,7 @@ class Run:
         from .data.splits import load_split
         from .models.forward import stock_inputs
 
-        records = self.calibration or [record for task in self.tasks for record in task.records("test")]
+        records = self.calibration or [record for task in self.tasks for record in task.records()]
         if not records:
             records = [(self.recovery.records if self.recovery else load_split(self.settings.data, "train"))[0]]
         record = next((r for r in records if r.image is not None), records[0])
@@ -507,11 +550,13 @@ class Run:
             reused=[name for name, entry in self.entries.items() if entry.reused],
             name=self.settings.name,
             model=self.base.path,
+            benchmarks={task.name: {**task.facts, "headline": task.headline} for task in self.tasks},
+            judges=self.judged,
             reports={name: entry.record for name, entry in self.entries.items() if name in ("prune", "recover")},
         )
         write(results, self.folder / "results.json")
         if self.answers:
-            records = list(self.tasks[0].records("test"))[: self.settings.evaluate.limit]
+            records = list(self.tasks[0].records())[: self.settings.evaluate.limit]
             draw_samples(records, self.answers, self.folder / "samples.png")
         say("", tabulate(results), "", f"everything lies in [bold]{self.folder}[/bold]")
         last = next((name for name in ("recovered", "pruned") if name in self.models), None)

@@ -169,9 +169,13 @@ class EvaluateConfig:
     """What base, pruned and recovered models are measured on."""
 
     tasks: list[str] = field(default_factory=list)  # benchmark names; empty: none
+    root: str | None = None  # file or folder with the benchmarks' rows; None: the Hugging Face hub
+    namespace: str = "lmms-lab-encoder"  # account of the hub that keeps the benchmarks' copies
+    protocol: str = "llava"  # llava: prompts and parsing of the papers' scripts | lmms_eval: of that leaderboard
     limit: int | None = None  # first N questions of each task
     batch_size: int = 128  # questions per generate call
-    max_new_tokens: int = 8
+    num_workers: int = 0  # processes that read and prepare images
+    max_new_tokens: int | None = None  # longest answer in tokens; None: as the benchmark says
     efficiency: bool = True  # FLOPs and latency of one image-question
     repeats: int = 9  # latency repeats after warm-up; the median is reported
     new_tokens: int = 16  # tokens generated for the decode latency

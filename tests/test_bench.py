@@ -49,3 +49,10 @@ def test_the_table_shows_each_ratio():
     assert lines[1].split() == ["this", "/", "that", "1.50", "3.00", "s", "2.00", "s", "low"]
     assert "0.25" in lines[2]
     assert len(lines) == 3
+
+
+def test_an_evaluation_is_compared_with_a_loop_that_answers_the_same():
+    from efficientllava.checkpoint import load
+
+    row = bench.generation_row(load("builtin:tiny_llava"), questions=6, size=3)
+    assert row.measured > 0 and row.reference > 0 and row.wish == "< 1.15"

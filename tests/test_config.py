@@ -226,3 +226,25 @@ def test_a_judge_needs_a_name_and_a_benchmark():
     assert line.startswith("evaluate.judge.runs: has no effect here; it belongs to evaluate.tasks=")
     (line,) = problems(*JUDGE, "evaluate.judge.retries=2")
     assert line.startswith("evaluate.judge.retries: has no effect here; set evaluate.judge.base_url")
+
+
+def test_benchmarks_are_known_and_their_rows_there(tmp_path):
+    (line,) = problems("evaluate.tasks=[pope,nonsense]")
+    assert line.startswith("evaluate.tasks: 'nonsense' is not a benchmark; choose of ai2d, ") and "vizwiz" in line
+    (line,) = problems("evaluate.tasks=[pope,pope]")
+    assert line.startswith("evaluate.tasks=[pope,pope]: names a benchmark more than once")
+    (line,) = problems("evaluate=pope", f"evaluate.root={tmp_path}/nowhere")
+    assert line.startswith(f"evaluate.root={tmp_path}/nowhere: no such file or folder")
+    (line,) = problems("evaluate=pope", "evaluate.protocol=mine")
+    assert line.startswith("evaluate.protocol=mine: must be one of llava, lmms_eval")
+
+
+def test_options_of_benchmarks_need_one(tmp_path):
+    for option in (f"evaluate.root={tmp_path}", "evaluate.namespace=x", "evaluate.protocol=lmms_eval"):
+        assert problems("evaluate=gqa", option) == []
+        (line,) = problems(option)
+        assert "has no effect here" in line
+    (line,) = problems("evaluate=gqa", f"evaluate.root={tmp_path}", "evaluate.namespace=x")
+    assert line.startswith("evaluate.namespace: has no effect here")
+    (line,) = problems("evaluate=none", "evaluate.limit=3")
+    assert line.startswith("evaluate.limit: has no effect here; choose a benchmark")

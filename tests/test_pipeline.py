@@ -44,7 +44,8 @@ def test_the_folder_of_a_run(first):
     place, typed, record = first
     folder = place / "run"
     names = {p.name for p in folder.iterdir()}
-    assert names == {"plan.json", "pruned", "recovered", "results.json", "samples.png"}
+    assert names == {"plan.json", "predictions", "pruned", "recovered", "results.json", "samples.png"}
+    assert {p.name for p in (folder / "predictions").iterdir()} == {"base", "pruned", "recovered"}
     for stage in ("pruned", "recovered"):
         files = {p.name for p in (folder / stage).iterdir()}
         assert files >= {"config.json", "model.safetensors", "README.md", "tokenizer.json", "processor_config.json"}

@@ -14,6 +14,7 @@ from efficientllava import loggers, pipeline, processes
 from efficientllava.config import typed as to_settings
 from efficientllava.errors import UserError
 
+from .evaluation.published import publish
 from .runs import ROOT, RUN, composed, save_tiny, small
 
 # What two processes may change: the order in which float32 gradients of a batch are summed.
@@ -153,6 +154,25 @@ def test_two_processes_make_the_run_of_one(single):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("everything lies in") == 1
     compare(place, "two")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_score_a_benchmark_as_one_does(tmp_path):
+    root = publish(tmp_path / "published", 10)
+    typed = ["evaluate=pope", f"evaluate.root={root}", "prune=none", "recover=none", "evaluate.efficiency=false"]
+    typed += ["evaluate.batch_size=2", "evaluate.max_new_tokens=4", "logger=none", f"paths.output_dir={tmp_path}/out"]
+    found = {}
+    for name, trainer in (("one", ["trainer=cpu"]), ("two", ["trainer=ddp", "trainer.devices=2"])):
+        done = shell([*RUN, *typed, *trainer, "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}/{name}"], tmp_path)
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / name / "predictions/base/pope.jsonl").read_text().splitlines()
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["reused"] == []
+        assert results["benchmarks"]["pope"]["protocol"] == "llava"
+        found[name] = [json.loads(line) for line in lines], results["stages"]["base"]["metrics"]
+    assert found["one"] == found["two"]
+    assert len(found["two"][0]) == found["two"][1]["pope"]["n"] == 10
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UserError
-from .conversations import Record, Turn, open_images
+from .conversations import Record, Turn, image_key, open_images
 from .prompts import IGNORE, Prompts, images_of
 
 
@@ -46,13 +46,17 @@ def _tokens(prompts: Prompts, rows: Sequence[list[int]], left: bool = False) -> 
 class _Shown:
     """Images of a row, and how many its record has."""
 
-    record: str
+    names: list[str]
     images: list[Image.Image]
     share: int
 
-    @property
-    def names(self) -> list[str]:
-        return [f"{self.record}/{place}" for place in range(len(self.images))] if self.share > 1 else [self.record]
+
+def _show(record: Record, seen: list[Image.Image]) -> _Shown:
+    """The first images of a record, as a row shows them."""
+    share = len(record.images) if seen else 0
+    # Images that share a record may be cut into fewer tiles than alone.
+    suffix = f"/{share}" if share > 1 else ""
+    return _Shown([image_key(image) + suffix for image in record.images[: len(seen)]], seen, share)
 
 
 def _images(prompts: Prompts, shown: Sequence[_Shown]) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def _images(prompts: Prompts, shown: Sequence[_Shown]) -> dict[str, Any]:
         return {}
     images = [image for row in shown for image in row.images]
     inputs, tiles = prompts.pixels(images, [row.share for row in shown for _ in row.images])
-    return {**inputs, "image_ids": [name for row in shown if row.images for name in row.names], "image_tiles": tiles}
+    return {**inputs, "image_ids": [name for row in shown for name in row.names], "image_tiles": tiles}
 
 
 def prompt(processor: Any, question: str, image: Image.Image | None = None) -> dict[str, Tensor]:
@@ -117,7 +121,7 @@ class Collator:
             images = open_images(record)
             for row, seen in self._rows(record, images):
                 rows.append(row)
-                shown.append(_Shown(record.id, seen, len(images) if seen else 0))
+                shown.append(_show(record, seen))
         batch = _tokens(self.prompts, [row.ids for row in rows])
         batch |= {"labels": _stack([row.labels for row in rows], IGNORE), "ids": [row.record for row in rows]}
         if any(len(set(row.segments)) > 1 for row in rows):
@@ -237,7 +241,7 @@ class GenerationCollator:
                 seen = seen if record.independent else seen[: images_of(history, record.turns, len(images))]
                 rows.append(self._ids(history, seen, len(images)))
                 asked.append((record, turn))
-                shown.append(_Shown(record.id, seen, len(images) if seen else 0))
+                shown.append(_show(record, seen))
         batch = _tokens(self.prompts, rows, left=True) | _images(self.prompts, shown)
         batch["ids"] = [record.id for record, _ in asked]
         batch |= {"kinds": [turn.kind for _, turn in asked], "answers": [turn.answer for _, turn in asked]}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -58,6 +60,7 @@ class Record:
             only); false for one conversation in which later turns see earlier ones.
         source: Name of the data set, for stratified subsets.
         more_images: The second image and all that follow, in the order in which the turns show them.
+        details: What a benchmark's scorer wants to know beside question and answer.
     """
 
     id: str
@@ -66,6 +69,7 @@ class Record:
     independent: bool
     source: str
     more_images: tuple[AnyImage, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def images(self) -> tuple[AnyImage, ...]:
@@ -91,6 +95,18 @@ def open_image(record: Record) -> Image.Image | None:
 def open_images(record: Record) -> list[Image.Image]:
     """All images of a record, as `open_image` opens the first."""
     return [_opened(image, record.id) for image in record.images]
+
+
+def image_key(image: AnyImage) -> str:
+    """Name of an image, the same wherever it is shown: its path, else a digest of its content."""
+    match image:
+        case Path() as path:
+            return str(path)
+        case StoredImage() as stored:
+            content = stored.read()
+        case _:
+            content = repr((image.size, image.mode)).encode() + image.tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _opened(image: AnyImage, name: str) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..data.conversations import Record
 from ..models.forward import Batch, decoder_inputs, forward_hidden, supervised_positions
@@ -50,18 +50,45 @@ def greedy_config(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Gene
     Returns:
         The configuration for ``model.generate``.
     """
-    stop = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
-    stop = tokenizer.eos_token_id if stop is None else stop
+    end = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+    end = tokenizer.eos_token_id if end is None else end
     padding = tokenizer.pad_token_id
     if padding is None:
-        padding = stop[0] if isinstance(stop, list) else stop
+        padding = end[0] if isinstance(end, list) else end
     return GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=stop, pad_token_id=padding
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=padding
     )
 
 
+class StopTexts(StoppingCriteria):
+    """Ends the rows in which a text has appeared; transformers' own criterion fails on word-level tokenizers.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        stop: Texts, none of them empty.
+        start: Length of the prompts.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int) -> None:
+        self._tokenizer, self._stop, self._start = tokenizer, stop, start
+        self._window = max(map(len, stop))  # tokens, since none of them is shorter than a character
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One boolean per row."""
+        tails = self._tokenizer.batch_decode(input_ids[:, self._start :][:, -self._window :])
+        ended = [any(mark in tail for mark in self._stop) for tail in tails]
+        return torch.tensor(ended, device=input_ids.device)
+
+
 @torch.inference_mode()
-def generate(model: nn.Module, tokenizer: Any, batch: Batch, features: Tensor | None, max_new_tokens: int) -> list[str]:
+def generate(
+    model: nn.Module,
+    tokenizer: Any,
+    batch: Batch,
+    features: Tensor | None,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+) -> list[str]:
     """Answer left-padded prompts through the stock ``generate``.
 
     Args:
@@ -70,14 +97,21 @@ def generate(model: nn.Module, tokenizer: Any, batch: Batch, features: Tensor | 
         batch: A batch of `efficientllava.data.collator.GenerationCollator` on the model's device.
         features: Output of `efficientllava.models.forward.vision_features` for the batch's images, or None.
         max_new_tokens: Longest answer.
+        stop: Texts that end an answer; they and what follows are cut off.
 
     Returns:
         Text per row, without special tokens, stripped.
     """
+    config, start = greedy_config(model, tokenizer, max_new_tokens), batch["input_ids"].shape[1]
+    criteria = StoppingCriteriaList([StopTexts(tokenizer, stop, start)] if stop else [])
     inputs = decoder_inputs(model, batch, features)
-    tokens = model.generate(**inputs, generation_config=greedy_config(model, tokenizer, max_new_tokens))  # pyright: ignore[reportCallIssue]
-    answers = tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    tokens = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)  # pyright: ignore[reportCallIssue]
+    answers = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
+    return [_until(answer, stop).strip() for answer in answers]
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    return text[: min((at for mark in stop if (at := text.find(mark)) >= 0), default=len(text))]
 
 
 @torch.inference_mode()

@@ -17,78 +17,24 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import UserError
-from .scorers import PROTOCOLS, Record, Scorer, choice, judged, text, vqa, yesno
+from ..schema import DataConfig, EvaluateConfig
+from . import tasks
+from .benchmark import BenchmarkTask
+from .predictions import GOLD_ALIASES, read
+from .scorers import PROTOCOLS, Record, Scorer, vqa
 
-SCORERS: dict[str, Scorer] = {
-    "ai2d": choice.ai2d,
-    "docvqa": text.docvqa,
-    "gqa": text.gqa,
-    "llava_bench": judged.llava_bench,
-    "mathvista": text.mathvista,
-    "mme": yesno.mme,
-    "mmmu": choice.mmmu,
-    "mmvet": judged.mmvet,
-    "pope": yesno.pope,
-    "scienceqa": choice.scienceqa,
-    "textvqa": vqa.vizwiz,
-    "vizwiz": vqa.vizwiz,
-    "vqav2": vqa.vqav2,
-}
-# What others call our keys; the first that is there counts.
-ALIASES = {
-    "id": ("id", "question_id", "questionId", "pid"),
-    "question": ("question", "prompt"),
-    "prediction": ("prediction", "text", "response"),
-    "answer": ("answer", "answers", "ground_truth", "label"),
-    "verdict": ("verdict", "content"),
-}
-GOLD_ALIASES = ALIASES | {"question": ("question", "text"), "prediction": ()}
+# Scorers without a benchmark of their own.
+EXTRA: dict[str, Scorer] = {"textvqa": vqa.vizwiz, "vqav2": vqa.vqav2}
 
 
-def read(path: Path, aliases: dict[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """Read a file of predictions or references.
-
-    Args:
-        path: JSON lines, a JSON list of objects, or a JSON object of objects by id.
-        aliases: Our keys, and the names under which they may be found.
-
-    Returns:
-        The objects, each with the content of its ``metadata`` and with our keys beside its own; ids are texts.
-
-    Raises:
-        UserError: If the file cannot be read, is no JSON, is empty, or holds something without an id.
-    """
-    try:
-        content = _parse(path, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a JSON or JSON-lines file") from error
-    if isinstance(content, dict):
-        nested = all(isinstance(item, dict) for item in content.values())
-        content = [{"id": key, **item} for key, item in content.items()] if nested else [content]
-    if not isinstance(content, list) or not content:
-        raise UserError(f"{path}: holds no objects; give one JSON object per line")
-    rows = []
-    for number, item in enumerate(content, 1):
-        metadata = item.get("metadata") if isinstance(item, dict) else None
-        row = {**metadata, **item} if isinstance(metadata, dict) else item
-        if not isinstance(row, dict) or not any(name in row for name in aliases["id"]):
-            raise UserError(f"{path}: object {number} has no id; it needs one of {', '.join(aliases['id'])}")
-        row |= {key: row[name] for key, names in aliases.items() for name in reversed(names) if name in row}
-        rows.append(row | {"id": str(row["id"])})
-    return rows
-
-
-def _parse(path: Path, content: str) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        items = []
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            items += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise UserError(f"{path}: line {number} is no JSON ({error})") from error
-    return items
+def scorer(task: str) -> Scorer:
+    """The scorer of a benchmark, by its name: one of `tasks.available` or of `EXTRA`."""
+    if task in EXTRA:
+        return EXTRA[task]
+    found = tasks.load(task, DataConfig(), EvaluateConfig())
+    if isinstance(found, BenchmarkTask):
+        return found.benchmark.scorer
+    return lambda records, protocol: found.score(records)
 
 
 def _asked(row: Record) -> str:
@@ -149,7 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = Parser(prog="python -m efficientllava.evaluation.score", description="Score a file of predictions.")
     parser.add_argument("predictions", type=Path)
-    parser.add_argument("--task", required=True, choices=SCORERS)
+    parser.add_argument("--task", required=True, choices=sorted({*tasks.available(), *EXTRA}))
     parser.add_argument("--protocol", default="llava", choices=PROTOCOLS)
     parser.add_argument("--gold", type=Path, help="file of references")
     parser.add_argument("--outcomes", type=Path, help="file to write with what became of every prediction (JSON lines)")
@@ -158,8 +104,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--prompts", help="with --requests: as evaluate.judge.prompts")
     options = parser.parse_args(arguments)
-    records = read(options.predictions, ALIASES)
-    twice = [key for key, count in Counter((row["id"], _asked(row)) for row in records).items() if count > 1]
+    records = read(options.predictions)
+    keys = ((row["id"], _asked(row), row.get("category")) for row in records)
+    twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise UserError(
             f"{options.predictions}: question {twice[0][0]!r} is answered more than once; remove the others"
@@ -168,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
         records = join(records, read(options.gold, GOLD_ALIASES))
     if options.requests:
         return _export(records, options)
-    scores = SCORERS[options.task](records, options.protocol)
+    scores = scorer(options.task)(records, options.protocol)
     if options.outcomes:
         lines = (json.dumps(asdict(outcome)) + "\n" for outcome in scores.outcomes)
         options.outcomes.write_text("".join(lines), encoding="utf-8")

@@ -217,7 +217,7 @@ class HostMemory:
 
 
 class FeatureCache:
-    """Vision features by image id, computed once and kept on the host.
+    """Vision features by image, computed once and kept on the host.
 
     Args:
         compute: Maps ``pixel_values`` to features; usually `vision_features` with a model bound. None: there are no
@@ -243,11 +243,16 @@ class FeatureCache:
         if self._compute is None or pixels is None or not len(pixels):
             return None
         ids: list[str] = batch["image_ids"]
-        if (known := self._memory.get(ids)) is not None:
-            return torch.cat(known).to(pixels.device)
-        features = self._compute(pixels)
-        self._memory.put(ids, features.split(batch.get("image_tiles") or [1] * len(ids)))
-        return features
+        tiles = pixels.split(batch.get("image_tiles") or [1] * len(ids))
+        found = {key: kept[0] for key in ids if (kept := self._memory.get([key]))}
+        # Several questions of a batch may show one image.
+        missing = {key: part for key, part in zip(ids, tiles, strict=True) if key not in found}
+        if not missing:
+            return torch.cat([found[key] for key in ids]).to(pixels.device)
+        computed = self._compute(torch.cat(list(missing.values()))).split([len(part) for part in missing.values()])
+        self._memory.put(list(missing), computed)
+        found |= zip(missing, computed, strict=True)
+        return torch.cat([found[key].to(pixels.device) for key in ids])
 
 
 def feature_cache(model: nn.Module) -> FeatureCache:

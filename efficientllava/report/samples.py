@@ -11,7 +11,9 @@ from typing import Any
 from ..data.conversations import Record, open_image
 from ..files import whole_file
 
+Answer = tuple[str, float | None]
 SHOWN = 8
+HALF = 0.5
 COLUMNS = 2
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 INK, FAINT, PAPER, CARD = "#1f2328", "#6e7781", "#ffffff", "#f6f8fa"
@@ -58,7 +60,7 @@ def _image(figure: Any, record: Record, left: float, bottom: float) -> None:
     axes.axis("off")
 
 
-def _card(figure: Any, record: Record, answers: Mapping[str, str], left: float, bottom: float) -> None:
+def _card(figure: Any, record: Record, answers: Mapping[str, Answer], left: float, bottom: float) -> None:
     """One question: the image, the question, the reference, and a line per model."""
     from matplotlib.patches import FancyBboxPatch
 
@@ -87,9 +89,9 @@ def _card(figure: Any, record: Record, answers: Mapping[str, str], left: float, 
     for number, line in enumerate(lines):
         write(text_left, 0.36 + 0.23 * number, line, size=12, color=INK, weight="bold")
     rows = [("reference", turn.answer, INK, "")]
-    for stage, answer in answers.items():
-        right = answer.strip() == turn.answer.strip()
-        rows.append((stage, answer, RIGHT if right else WRONG, "✓" if right else "✗"))
+    for stage, (answer, score) in answers.items():
+        colour, mark = (INK, "") if score is None else (RIGHT, "✓") if score > HALF else (WRONG, "✗")
+        rows.append((stage, answer, colour, mark))
     step = 0.27
     top = CARD_HEIGHT - 0.24 - step * (len(rows) - 1)
     for number, (label, answer, colour, mark) in enumerate(rows):
@@ -101,7 +103,7 @@ def _card(figure: Any, record: Record, answers: Mapping[str, str], left: float, 
 
 def draw_samples(
     records: Sequence[Record],
-    answers: Mapping[str, Sequence[str]],
+    answers: Mapping[str, Sequence[Answer]],
     path: str | os.PathLike[str],
     indices: Sequence[int] | None = None,
 ) -> None:
@@ -109,7 +111,8 @@ def draw_samples(
 
     Args:
         records: Questions: records of one turn.
-        answers: Per stage (``base``, ``pruned``, ``recovered``) one answer per record.
+        answers: Per stage (``base``, ``pruned``, ``recovered``) one answer per record, with its score in [0, 1] (right
+            above one half), or None where there is none.
         path: PNG to write.
         indices: Which records to show; default: `choose`.
 

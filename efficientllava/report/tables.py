@@ -18,6 +18,8 @@ LABELS = {
     "accuracy text": "text-only questions",
     "answer loss": "answer loss, nats per token",
 }
+STUDY = ("avg", "avg_percent")  # of evaluate=vlmcompression
+POINTS = ("perception", "cognition", *STUDY)  # metrics that are no shares
 Row = tuple[str, str, list[str]]  # label, style, one cell per stage
 
 
@@ -89,14 +91,23 @@ def _metric_label(metrics: Mapping[str, float], name: str) -> str:
 
 def _task_rows(results: Results, stages: Sequence[Mapping[str, Any]], task: str) -> Iterator[Row]:
     metrics: dict[str, float] = next(found for stage in stages if (found := _find(stage, "metrics", task)))
-    for name in metrics:
-        if name == "n" or name.startswith(("n_", "n/")):
-            continue
-        show = percent if name.startswith("accuracy") else lambda value: f"{value:.3f}"
+    # Of a benchmark with many groups only what papers print is shown.
+    headline: list[str] | None = _find(results.get("benchmarks", {}), task, "headline")
+    scores = [name for name in metrics if not (name == "n" or name.startswith(("n_", "n/")))]
+    for name in scores if headline is None or task == "digits_vqa" else headline:
+        share = not name.endswith("loss") and (headline is not None or name.startswith("accuracy"))
+        show = _points if name in POINTS else percent if share else lambda value: f"{value:.3f}"
         style = "dim" if "/" in name else ""
         yield from _row(_metric_label(metrics, name), stages, ["metrics", task, name], show, style)
-    for name in ["accuracy"] if "accuracy" in metrics else metrics:
+    if headline and not metrics.keys() & {*headline}:
+        yield from _row("answers, not scored", stages, ["metrics", task, "n"], quantity)
+    plain = ["accuracy"] if "accuracy" in metrics else [name for name in scores if name not in STUDY]
+    for name in headline or plain:
         yield from _row(f"retained {name}", stages, ["retained", f"{task}/{name}"], percent, "bold")
+
+
+def _points(value: float) -> str:
+    return f"{value:.1f}"
 
 
 def tabulate(results: Results, title: str | None = None) -> Table:
@@ -140,6 +151,8 @@ def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | Non
             f"speed: {setup['device']}, {setup['dtype']}, {setup['threads']} threads, batch {setup['batch_size']}, "
             f"image {size}, prompt {setup['prompt_tokens']} tokens, median of {setup['repeats']}"
         )
+    protocols = {facts["protocol"] for facts in results.get("benchmarks", {}).values() if "protocol" in facts}
+    lines += [f"benchmarks: prompts and parsing of {', '.join(sorted(protocols))}"] if protocols else []
     if results.get("reused"):
         lines.append(f"from the cache: {', '.join(results['reused'])}")
     return "\n".join(lines) or None

@@ -6,6 +6,8 @@ import torch
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
 from efficientllava.models.tiny import BUILDERS
 
+from .published import publish
+
 torch.set_num_threads(1)
 
 
@@ -30,3 +32,15 @@ def tiny():
 @pytest.fixture(scope="session")
 def questions():
     return list(DigitsVQA(24).records())
+
+
+@pytest.fixture(autouse=True)
+def data_cache(tmp_path_factory, monkeypatch):
+    """What `datasets` makes of files stays with the tests."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """All benchmarks as a user who has downloaded them has them; made-up content."""
+    return publish(tmp_path_factory.mktemp("published"))

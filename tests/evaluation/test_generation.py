@@ -104,3 +104,14 @@ def test_batches_hold_questions_of_like_length(questions):
     assert len(mixed) <= 1
     lengths = [len(questions[i].turns[0].question) for batch in batches for i in batch if questions[i].image]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_stop_text_ends_an_answer_and_is_cut_off(tiny, questions):
+    model, processor = tiny
+    batch = GenerationCollator(processor)(questions[:6])
+    features, tokenizer = _features(model, batch), processor.tokenizer
+    whole = generate(model, tokenizer, batch, features, 8)
+    mark = next(text for text in whole if len(text) > 3)[1:3]
+    stopped = generate(model, tokenizer, batch, features, 8, (mark, "never"))
+    assert stopped == [text.split(mark)[0].strip() for text in whole]
+    assert any(mark in text for text in whole)

@@ -1,13 +1,12 @@
-import socket
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from lightning.pytorch import Trainer
 
 from efficientllava.data.collator import GenerationCollator
-from efficientllava.evaluation.module import EvaluationModule, evaluate, gather, in_order
+from efficientllava.evaluation.module import EvaluationModule, answer, evaluate, in_order
+from efficientllava.evaluation.predictions import as_record, resume, write
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import feature_cache
@@ -32,23 +31,23 @@ def _trainer(**options):
 def test_evaluate_answers_every_question_in_order_and_deterministically(tiny, questions):
     model, processor = tiny
     first = evaluate(model, processor, TASK, _trainer(), CFG)
-    assert [item["id"] for item in first.predictions] == [record.id for record in questions]
-    assert [item["answer"] for item in first.predictions] == [record.turns[0].answer for record in questions]
-    assert first.metrics["n"] == 24 and 0 <= first.metrics["accuracy"] <= 1
-    assert first.metrics["answer_loss"] > 1, "an untrained model knows no answer"
+    assert [item["question_id"] for item in first.lines] == [record.id for record in questions]
+    assert [item["metadata"]["answer"] for item in first.lines] == [record.turns[0].answer for record in questions]
+    assert first.scores.metrics["n"] == 24 and 0 <= first.scores.metrics["accuracy"] <= 1
+    assert first.scores.metrics["answer_loss"] > 1, "an untrained model knows no answer"
     second = evaluate(model, processor, TASK, _trainer(), replace(CFG, batch_size=3))
-    assert [item["prediction"] for item in second.predictions] == [item["prediction"] for item in first.predictions]
-    assert second.metrics["answer_loss"] == pytest.approx(first.metrics["answer_loss"], rel=1e-6)
+    assert [item["text"] for item in second.lines] == [item["text"] for item in first.lines]
+    assert second.scores.metrics["answer_loss"] == pytest.approx(first.scores.metrics["answer_loss"], rel=1e-6)
 
 
 def test_limit_takes_the_first_questions(tiny):
     model, processor = tiny
-    assert evaluate(model, processor, TASK, _trainer(), replace(CFG, limit=5)).metrics["n"] == 5
+    assert evaluate(model, processor, TASK, _trainer(), replace(CFG, limit=5)).scores.metrics["n"] == 5
 
 
 def test_a_trainer_told_to_stop_early_scores_what_was_answered(tiny):
     model, processor = tiny
-    assert evaluate(model, processor, TASK, _trainer(limit_predict_batches=1), CFG).metrics["n"] == 7
+    assert evaluate(model, processor, TASK, _trainer(limit_predict_batches=1), CFG).scores.metrics["n"] == 7
 
 
 def test_two_ranks_answer_what_one_answers(tiny, questions):
@@ -56,15 +55,15 @@ def test_two_ranks_answer_what_one_answers(tiny, questions):
     alone = evaluate(model, processor, TASK, _trainer(), CFG)
     shares = []
     for rank in range(2):
-        module = EvaluationModule(model, processor, questions, CFG, feature_cache(model))
+        module = EvaluationModule(model, processor, TASK, questions, CFG, feature_cache(model))
         module._trainer = SimpleNamespace(global_rank=rank, world_size=2)
         for index, batch in enumerate(module.predict_dataloader()):
             module.predict_step(batch, index)
-        shares.append(module.predictions)
+        shares.append(module.lines)
     assert all(shares) and sum(map(len, shares)) == 24
     together = in_order(shares[1] + shares[0], questions)
-    assert [item["prediction"] for item in together] == [item["prediction"] for item in alone.predictions]
-    assert TASK.score(together) == pytest.approx(alone.metrics)
+    assert [item["text"] for item in together] == [item["text"] for item in alone.lines]
+    assert TASK.score([as_record(item) for item in together]).metrics == pytest.approx(alone.scores.metrics)
 
 
 def test_each_image_passes_the_tower_once_over_several_models(tiny):
@@ -79,7 +78,7 @@ def test_each_image_passes_the_tower_once_over_several_models(tiny):
     second = evaluate(model, processor, TASK, _trainer(), CFG, cache)
     handle.remove()
     assert 0 < calls == len(seen)
-    assert second.predictions == first.predictions
+    assert second.lines == first.lines
 
 
 def test_cached_features_can_be_trained_on(tiny, questions):
@@ -104,7 +103,7 @@ def test_a_failing_generation_fails_the_evaluation(tiny, monkeypatch):
 
 
 def test_doubled_and_lost_answers_are_errors(questions):
-    items = [{"id": record.id} for record in questions]
+    items = [{"answer_id": record.id} for record in questions]
     assert in_order(items[::-1], questions) == items
     with pytest.raises(RuntimeError, match="1 questions were answered more than once"):
         in_order([*items, items[0]], questions)
@@ -113,26 +112,72 @@ def test_doubled_and_lost_answers_are_errors(questions):
     assert in_order(items[2:], questions, partial=True) == items[2:]
 
 
-def _gather_in_process(rank, port, queue):
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    queue.put((rank, gather([{"id": f"{rank}-{i}"} for i in range(rank + 1)])))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+class Killed(Exception):
+    """Stands for the end of the process."""
 
 
-@pytest.mark.slow
-def test_every_rank_gets_the_predictions_of_all():
-    assert gather([{"id": "a"}]) == [{"id": "a"}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_gather_in_process, args=(rank, port, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    found = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert found[0] == found[1] == [{"id": "0-0"}, {"id": "1-0"}, {"id": "1-1"}]
+def test_a_killed_evaluation_goes_on_where_it_was(tiny, questions, tmp_path, monkeypatch):
+    model, processor = tiny
+    whole = answer(model, processor, TASK, _trainer(), CFG, model_id="m")
+    count = []
+
+    def dies(*args, **options):
+        count.append(1)
+        if len(count) == 3:
+            raise Killed
+        return generate(*args, **options)
+
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", dies)
+    with pytest.raises(Killed):
+        answer(model, processor, TASK, _trainer(), CFG, work=tmp_path / "work", model_id="m")
+    (file,) = (tmp_path / "work").iterdir()
+    assert file.read_bytes().count(b"\n") == 14, "two batches of seven were written as they came"
+    with file.open("ab") as handle:
+        handle.write(b'{"question_id": "half of a li')
+    asked = []
+    monkeypatch.setattr(model, "generate", lambda **kw: asked.append(len(kw["input_ids"])) or generate(**kw))
+    again = answer(model, processor, TASK, _trainer(), CFG, work=tmp_path / "work", model_id="m")
+    assert sum(asked) == 10, "what was answered is not asked again"
+    assert [item["text"] for item in again] == [item["text"] for item in whole]
+    assert [item["answer_id"] for item in again] == [record.id for record in questions]
+    asked.clear()
+    assert answer(model, processor, TASK, _trainer(), CFG, work=tmp_path / "work", model_id="m") == again
+    assert asked == []
+
+
+def test_what_every_process_has_written_is_found_and_half_a_line_cut_off(tmp_path):
+    assert resume(tmp_path / "new") == [] and (tmp_path / "new").is_dir()
+    write([{"a": 1}, {"a": "\u2028é"}], tmp_path / "answers-0.jsonl", "a")
+    write([{"a": 3}], tmp_path / "answers-1.jsonl", "a")
+    with (tmp_path / "answers-1.jsonl").open("a") as file:
+        file.write('{"a": 4')
+    assert [item["a"] for item in resume(tmp_path)] == [1, "\u2028é", 3]
+    write([{"a": 5}], tmp_path / "answers-1.jsonl", "a")
+    assert [item["a"] for item in resume(tmp_path)] == [1, "\u2028é", 3, 5]
+
+
+def test_questions_about_one_image_share_its_vision_pass(tiny, questions):
+    model, processor = tiny
+    record = next(record for record in questions if record.image is not None)
+    twins = [replace(record, id=str(index), image=record.image.copy()) for index in range(5)]
+    seen = []
+    handle = model.model.vision_tower.register_forward_hook(
+        lambda _m, args, kwargs, _o: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+    )
+    task = SimpleNamespace(records=lambda: twins, answer_loss=False, stop=(), max_new_tokens=4)
+    lines = answer(model, processor, task, _trainer(), replace(CFG, batch_size=2))
+    handle.remove()
+    assert seen == [1]
+    assert len(lines) == 5 and len({item["text"] for item in lines}) == 1
+
+
+def test_skipped_questions_have_an_empty_answer(tiny, questions):
+    model, processor = tiny
+    records = [
+        replace(record, details={"skipped": True}) if index % 2 else record
+        for index, record in enumerate(questions[:6])
+    ]
+    task = SimpleNamespace(records=lambda: records, answer_loss=False, stop=(), max_new_tokens=4)
+    lines = answer(model, processor, task, _trainer(), CFG)
+    assert [item["text"] == "" for item in lines] == [False, True] * 3

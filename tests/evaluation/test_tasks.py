@@ -7,7 +7,7 @@ from efficientllava.data.digits import IMAGE_KINDS, TEXT_KINDS
 from efficientllava.errors import UserError
 from efficientllava.evaluation import tasks
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
-from efficientllava.schema import DataConfig
+from efficientllava.schema import DataConfig, EvaluateConfig
 
 
 def _predictions(records, wrong=lambda record: False):
@@ -25,9 +25,9 @@ def _predictions(records, wrong=lambda record: False):
 
 def test_registry_finds_the_benchmark_by_its_file():
     assert "digits_vqa" in tasks.available()
-    assert tasks.load("digits_vqa", DataConfig(name="digits_vqa", test_questions=7)) == DigitsVQA(7)
+    assert tasks.load("digits_vqa", DataConfig(test_questions=7), EvaluateConfig()) == DigitsVQA(7)
     with pytest.raises(UserError, match=r"evaluate\.tasks: 'nonsense' is not one of .*digits_vqa"):
-        tasks.load("nonsense", DataConfig(name="digits_vqa"))
+        tasks.load("nonsense", DataConfig(), EvaluateConfig())
 
 
 def test_records_are_single_questions_with_distinct_ids():
@@ -41,17 +41,17 @@ def test_records_are_single_questions_with_distinct_ids():
 
 def test_perfect_and_empty_answers():
     records = DigitsVQA(200).records()
-    perfect = DigitsVQA(200).score(_predictions(records))
+    perfect = DigitsVQA(200).score(_predictions(records)).metrics
     assert {value for name, value in perfect.items() if name.startswith("accuracy")} == {1.0}
     assert perfect["n"] == 200 == perfect["n_image"] + perfect["n_text"]
     assert {name.removeprefix("accuracy/") for name in perfect if "accuracy/" in name} == {*IMAGE_KINDS, *TEXT_KINDS}
-    nothing = DigitsVQA(200).score(_predictions(records, wrong=lambda record: True))
+    nothing = DigitsVQA(200).score(_predictions(records, wrong=lambda record: True)).metrics
     assert {value for name, value in nothing.items() if name.startswith("accuracy")} == {0.0}
 
 
 def test_text_only_questions_are_scored_separately():
     records = DigitsVQA(200).records()
-    metrics = DigitsVQA(200).score(_predictions(records, wrong=lambda record: record.image is None))
+    metrics = DigitsVQA(200).score(_predictions(records, wrong=lambda record: record.image is None)).metrics
     assert metrics["accuracy_image"] == 1 and metrics["accuracy_text"] == 0
     assert metrics["accuracy"] == metrics["n_image"] / 200
     assert metrics["accuracy/count"] == 1 and metrics["accuracy/text_copying"] == 0
@@ -60,21 +60,21 @@ def test_text_only_questions_are_scored_separately():
 def test_the_order_of_predictions_does_not_matter():
     predictions = _predictions(DigitsVQA(60).records(), wrong=lambda record: record.id.endswith("3"))
     shuffled = random.Random(0).sample(predictions, len(predictions))
-    assert DigitsVQA(60).score(shuffled) == DigitsVQA(60).score(predictions)
+    assert DigitsVQA(60).score(shuffled).metrics == DigitsVQA(60).score(predictions).metrics
 
 
 def test_answer_loss_is_a_mean_over_tokens():
     first, second = _predictions(DigitsVQA(2).records())
-    metrics = DigitsVQA(2).score([first | {"loss": 3.0, "tokens": 1}, second | {"loss": 1.0, "tokens": 3}])
+    metrics = DigitsVQA(2).score([first | {"loss": 3.0, "tokens": 1}, second | {"loss": 1.0, "tokens": 3}]).metrics
     assert metrics["answer_loss"] == 1.0
-    assert "answer_loss" not in DigitsVQA(2).score([first, second])
+    assert "answer_loss" not in DigitsVQA(2).score([first, second]).metrics
 
 
 def test_almost_right_is_wrong_and_spaces_do_not_count():
     (item,) = _predictions(DigitsVQA(1).records())
     score = DigitsVQA(1).score
-    assert score([item | {"prediction": f" {item['answer']}\n"}])["accuracy"] == 1
-    assert score([item | {"prediction": f"{item['answer']} red"}])["accuracy"] == 0
+    assert score([item | {"prediction": f" {item['answer']}\n"}]).metrics["accuracy"] == 1
+    assert score([item | {"prediction": f"{item['answer']} red"}]).metrics["accuracy"] == 0
 
 
 def test_independent_turns_become_questions():

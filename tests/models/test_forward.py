@@ -87,13 +87,29 @@ def test_features_are_computed_once_and_kept_within_a_limit():
 
     batch = make_batch()
     generous, tight = FeatureCache(compute), FeatureCache(compute, limit_bytes=3 * 16 * 16 * 4)
-    for cache, expected in ((generous, [2]), (tight, [2, 2])):
+    for cache, expected in ((generous, [2]), (tight, [2, 1])):
         calls.clear()
         first, second = cache(batch), cache(batch)
         assert torch.equal(first, batch["pixel_values"].flatten(1))
         assert torch.equal(second, first)
         assert calls == expected
     assert generous(make_batch(images=False)) is None
+
+
+def test_an_image_of_several_questions_passes_the_tower_once():
+    calls: list[int] = []
+
+    def compute(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return pixels.flatten(1)
+
+    cache = FeatureCache(compute)
+    first, second, third = torch.randn(3, 2, 3, 4, 4)  # of two tiles each
+    ask = {"pixel_values": torch.cat([first, second, first]), "image_ids": ["a", "b", "a"], "image_tiles": [2, 2, 2]}
+    assert torch.equal(cache(ask), torch.cat([first, second, first]).flatten(1))
+    ask = {"pixel_values": torch.cat([third, second]), "image_ids": ["c", "b"], "image_tiles": [2, 2]}
+    assert torch.equal(cache(ask), torch.cat([third, second]).flatten(1))
+    assert calls == [4, 2]
 
 
 def test_to_device_casts_floating_tensors_only():

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, LlavaProcessor
 
 from efficientllava.data.collator import Collator
-from efficientllava.data.conversations import Record
+from efficientllava.data.conversations import Record, image_key
 from efficientllava.models.forward import TOKEN_TYPES, stock_inputs
 from efficientllava.models.processors import InternVLStills, load_processor
 from efficientllava.models.tiny import tiny_internvl, tiny_llava
@@ -92,7 +92,7 @@ def test_images_of_a_batch_are_those_of_its_records(name: str) -> None:
     _, processor = BUILDERS[name]()
     collate, records = Collator(processor), [r for r in make_records() if r.image]
     together = collate(records)
-    assert together["image_ids"] == [record.id for record in records]
+    assert together["image_ids"] == [image_key(record.image) for record in records]
     assert sum(together["image_tiles"]) == len(together["pixel_values"])
     for record, rows in zip(records, together["pixel_values"].split(together["image_tiles"]), strict=True):
         alone = collate([record])["pixel_values"]

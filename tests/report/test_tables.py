@@ -117,8 +117,10 @@ def test_table_shows_other_metrics_as_they_are():
     for entry in results["stages"].values():
         entry["metrics"] = {"mme": {"perception": 1510.7, "n": 2374}}
     results["stages"]["pruned"]["retained"] = {"mme/perception": 0.5}
+    results["benchmarks"] = {"mme": {"protocol": "lmms_eval", "headline": ["perception", "cognition"]}}
     text = printed(results)
-    assert row(text, "perception")[0] == "1510.700"
+    assert "prompts and parsing of lmms_eval" in text
+    assert row(text, "perception")[0] == "1510.7"
     assert row(text, "retained perception") == ["-", "50.0 %", "-"]
 
 

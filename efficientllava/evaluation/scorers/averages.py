@@ -12,7 +12,7 @@ from . import mean
 # LLaVA-1.5-7B, whose published F1 is 85.9, fits lmms-eval's accuracy.
 COLUMNS = {
     "MMMU": ("mmmu", "accuracy", 100),
-    "SQA": ("scienceqa", "accuracy/IMG", 100),
+    "SQA": ("scienceqa_img", "accuracy", 100),
     "MathV": ("mathvista", "accuracy", 100),
     "AI2D": ("ai2d", "accuracy", 100),
     "MME-C": ("mme", "cognition", 1 / 8),
@@ -48,6 +48,20 @@ def average_percent(metrics: Mapping[str, Mapping[str, float]], base: Mapping[st
     if whole == 0:
         raise UserError("AVG-%: the unpruned model has an AVG of 0, of which nothing is a percentage")
     return 100 * average(metrics) / whole
+
+
+def study(
+    metrics: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """AVG and AVG-% as ``{"vlmcompression": {"avg", "avg_percent", "n"}}``; nothing unless all its tasks were run.
+
+    Raises:
+        UserError: As for `average_percent`.
+    """
+    if not {task for task, _, _ in COLUMNS.values()} <= metrics.keys():
+        return {}
+    percent = average_percent(metrics, base)
+    return {"vlmcompression": {"avg": average(metrics), "avg_percent": percent, "n": len(COLUMNS)}}
 
 
 def over_runs(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -59,7 +59,7 @@ def scienceqa_letter(text: str, protocol: str) -> str | None:
 
 
 def _scienceqa_groups(record: Record) -> list[str]:
-    image = bool(record.get("image")) or "<image>" in str(record.get("prompt", ""))
+    image = any(record.get(key) for key in ("image", "has_image")) or "<image>" in str(record.get("prompt", ""))
     names = ["IMG"] if image else []
     if "hint" in record:
         names += ["TXT"] if record["hint"] else [] if image else ["NO"]
@@ -71,8 +71,9 @@ def _scienceqa_groups(record: Record) -> list[str]:
 def scienceqa(records: Sequence[Record], protocol: str = "llava") -> Scores:
     """Accuracy; ``accuracy/IMG`` is the papers' "SQA-I". For the protocols see `scienceqa_letter`.
 
-    Keys: ``answer`` (index or letter); ``image`` (or ``<image>`` in ``prompt``), ``hint``, ``subject`` and ``grade``
-    make the groups IMG, TXT, NO, NAT, SOC, LAN, G1-6, G7-12. A letter beyond the choices is no answer, so it is wrong.
+    Keys: ``answer`` (index or letter); ``image`` or ``has_image`` (or ``<image>`` in ``prompt``), ``hint``,
+    ``subject`` and ``grade`` make the groups IMG, TXT, NO, NAT, SOC, LAN, G1-6, G7-12. A letter beyond the choices is
+    no answer, so it is wrong.
     """
 
     def judge(record: Record) -> tuple[str | None, float]:

@@ -1,60 +1,65 @@
-"""Benchmarks: one file each. The file's name is the benchmark's name, its function ``task`` makes it.
+"""Benchmarks: one file each. The file's name is the benchmark's name.
 
-To add one, put ``<name>.py`` here with ``def task(data: DataConfig) -> Task``; ``evaluate.tasks=[<name>]`` runs it.
+To add one, put ``<name>.py`` here with ``BENCHMARK = Benchmark(…)`` (see `efficientllava.evaluation.benchmark` and
+``gqa.py``), or, for questions that are made rather than read, with ``def task(data: DataConfig) -> Task``. Then
+``evaluate.tasks=[<name>]`` runs it, and ``python -m efficientllava.evaluation.score --task <name>`` scores its files.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import NotRequired, Protocol, TypedDict
+from typing import Any, Protocol
 
 from ...data.conversations import Record
 from ...errors import UserError
-from ...schema import DataConfig
-
-
-class Prediction(TypedDict):
-    """What a model said to one question.
-
-    Attributes:
-        id: Id of the question's record.
-        question: Its text.
-        kind: Question type; may be empty.
-        answer: The reference.
-        prediction: Generated text, without special tokens, stripped.
-        loss: Cross-entropy of the reference, summed over its tokens, in nats; where the task asks for it.
-        tokens: Supervised tokens of the reference, with ``loss``.
-    """
-
-    id: str
-    question: str
-    kind: str
-    answer: str
-    prediction: str
-    loss: NotRequired[float]
-    tokens: NotRequired[int]
+from ...schema import DataConfig, EvaluateConfig
+from ..benchmark import BenchmarkTask
+from ..scorers import Record as Answered
+from ..scorers import Scores
 
 
 class Task(Protocol):
-    """A benchmark.
+    """Questions, how they are to be answered, and the score of the answers."""
 
-    Attributes:
-        name: Key of its metrics in ``results.json``.
-        answer_loss: Whether the loss of the reference answers is wanted beside the generated text.
-    """
-
-    name: str
-    answer_loss: bool
-
-    def records(self, split: str = "test") -> Sequence[Record]:
-        """The questions of a split: records with exactly one turn and distinct ids."""
+    @property
+    def name(self) -> str:
+        """Key of its metrics in ``results.json``."""
         ...
 
-    def score(self, predictions: Sequence[Prediction]) -> dict[str, float]:
-        """Metrics of predictions in any order, ``n`` among them; accuracies in [0, 1]."""
+    @property
+    def headline(self) -> tuple[str, ...]:
+        """Names of the metrics that a run shows."""
+        ...
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest answer, in tokens."""
+        ...
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer, beside the model's own end token."""
+        ...
+
+    @property
+    def answer_loss(self) -> bool:
+        """Whether the loss of the reference answers is wanted beside the generated text."""
+        ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What stands beside the result in ``results.json``: protocol, data set, split."""
+        ...
+
+    def records(self) -> Sequence[Record]:
+        """The questions: records with exactly one turn and distinct ids."""
+        ...
+
+    def score(self, records: Sequence[Answered]) -> Scores:
+        """Metrics of answers in any order, ``n`` among them; shares in [0, 1]."""
         ...
 
 
@@ -63,22 +68,26 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
-def load(name: str, data: DataConfig) -> Task:
+def load(name: str, data: DataConfig, evaluate: EvaluateConfig) -> Task:
     """Make a benchmark by its name.
 
     Args:
         name: One of `available`.
-        data: Sizes and paths of the run's data.
+        data: Sizes of the embedded data.
+        evaluate: ``protocol``, ``namespace``, ``root``.
 
     Returns:
-        The benchmark.
+        The benchmark; its questions are not read yet.
 
     Raises:
         UserError: If there is no such benchmark.
     """
     if name not in available():
         raise UserError(f"evaluate.tasks: {name!r} is not one of {', '.join(available())}")
-    return import_module(f"{__name__}.{name}").task(data)
+    module = import_module(f"{__name__}.{name}")
+    if hasattr(module, "BENCHMARK"):
+        return BenchmarkTask(name, module.BENCHMARK, evaluate)
+    return module.task(data)
 
 
 def single_questions(records: Sequence[Record]) -> list[Record]:

@@ -9,13 +9,15 @@ from functools import lru_cache
 from ...data.conversations import Record
 from ...data.digits import IMAGE_KINDS, KINDS, TEXT_KINDS, Digits
 from ...schema import DataConfig
-from . import Prediction, single_questions
+from ..scorers import Outcome, Scores, mean, predicted, value
+from ..scorers import Record as Answered
+from . import single_questions
 
 
 @lru_cache(maxsize=2)
-def _questions(split: str, size: int) -> tuple[Record, ...]:
+def _questions(size: int) -> tuple[Record, ...]:
     """Made once for the base, the pruned and the recovered model."""
-    return tuple(single_questions(list(Digits(split, size)))[:size])
+    return tuple(single_questions(list(Digits("test", size)))[:size])
 
 
 @dataclass(frozen=True)
@@ -30,17 +32,26 @@ class DigitsVQA:
 
     size: int
     name: str = "digits_vqa"
+    headline: tuple[str, ...] = ("accuracy",)
+    max_new_tokens: int = 8
+    stop: tuple[str, ...] = ()
     answer_loss: bool = True
 
-    def records(self, split: str = "test") -> Sequence[Record]:
-        """The first ``size`` questions of a split of `efficientllava.data.digits`."""
-        return _questions(split, self.size)
+    @property
+    def facts(self) -> dict[str, str]:
+        """Where the questions come from."""
+        return {"dataset": "digits_vqa", "split": "test"}
 
-    def score(self, predictions: Sequence[Prediction]) -> dict[str, float]:
+    def records(self) -> Sequence[Record]:
+        """The first ``size`` questions of the test split of `efficientllava.data.digits`."""
+        return _questions(self.size)
+
+    def score(self, records: Sequence[Answered]) -> Scores:
         """Accuracies in [0, 1], the mean answer loss in nats per token, and the counts behind them.
 
         Args:
-            predictions: At least one, in any order.
+            records: At least one, in any order; keys ``prediction``, ``answer``, ``kind``, and ``loss`` and ``tokens``
+                where the loss is known.
 
         Returns:
             ``accuracy``, ``accuracy_image``, ``accuracy_text``, ``accuracy/<kind>``, ``answer_loss``, and ``n``,
@@ -48,15 +59,19 @@ class DigitsVQA:
         """
         groups = {"": set(KINDS), "_image": set(IMAGE_KINDS), **{f"/{kind}": {kind} for kind in IMAGE_KINDS}}
         groups |= {"_text": set(TEXT_KINDS), **{f"/{kind}": {kind} for kind in TEXT_KINDS}}
+        right = [predicted(item).strip() == value(item, "answer") for item in records]
+        asked = [value(item, "kind") for item in records]
         hits = {
-            name: [item["prediction"].strip() == item["answer"] for item in predictions if item["kind"] in kinds]
+            name: [hit for hit, kind in zip(right, asked, strict=True) if kind in kinds]
             for name, kinds in groups.items()
         }
-        metrics = {f"accuracy{name}": sum(found) / len(found) for name, found in hits.items() if found}
-        tokens = sum(item.get("tokens", 0) for item in predictions)
+        metrics = {f"accuracy{name}": mean(found) for name, found in hits.items() if found or not name}
+        tokens = sum(item.get("tokens", 0) for item in records)
         if tokens:
-            metrics["answer_loss"] = sum(item.get("loss", 0.0) for item in predictions) / tokens
-        return metrics | {f"n{name}": len(found) for name, found in hits.items() if found}
+            metrics["answer_loss"] = sum(item.get("loss", 0.0) for item in records) / tokens
+        metrics |= {f"n{name}": len(found) for name, found in hits.items() if found}
+        outcomes = [Outcome(item["id"], predicted(item), float(hit)) for item, hit in zip(records, right, strict=True)]
+        return Scores(metrics, outcomes)
 
 
 def task(data: DataConfig) -> DigitsVQA:

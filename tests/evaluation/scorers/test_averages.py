@@ -3,7 +3,7 @@
 import pytest
 
 from efficientllava.errors import UserError
-from efficientllava.evaluation.scorers.averages import COLUMNS, average, average_percent, over_runs
+from efficientllava.evaluation.scorers.averages import COLUMNS, average, average_percent, over_runs, study
 
 # MMMU, SQA, MathV, AI2D, MME-C, MME-P, POPE, DocVQA, GQA as printed; then AVG and AVG-%.
 DENSE = (35.10, 68.67, 26.70, 54.80, 363.21, 1511.33, 86.99, 28.10, 61.98), 53.70, 100.00
@@ -49,3 +49,14 @@ def test_several_evaluations():
     runs = [{"score": 0.2, "score_parsed": 0.2, "n": 2}, {"score": 0.4, "n": 2}]
     summary = over_runs(runs)
     assert summary == pytest.approx({"score": 0.3, "n": 2, "score_std": 0.1})
+
+
+def test_the_study_s_numbers_stand_beside_its_benchmarks():
+    dense, width = _metrics(DENSE[0]), _metrics(WIDTH_30[0])
+    found = study(width, dense)["vlmcompression"]
+    assert found["avg"] == pytest.approx(42.90, abs=0.02) and found["avg_percent"] == pytest.approx(79.88, abs=0.05)
+    assert study(dense, dense)["vlmcompression"]["avg_percent"] == 100
+    assert study({"pope": dense["pope"]}, dense) == {}
+    del width["mme"]["cognition"]
+    with pytest.raises(UserError, match="MME-C"):
+        study(width, dense)

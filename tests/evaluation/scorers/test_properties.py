@@ -5,7 +5,8 @@ import random
 import pytest
 
 from efficientllava.errors import UserError
-from efficientllava.evaluation.score import SCORERS
+from efficientllava.evaluation import tasks
+from efficientllava.evaluation.score import EXTRA, scorer
 from efficientllava.evaluation.scorers import PROTOCOLS, mean, means
 
 MATH = {"question_type": "multi_choice", "answer_type": "text", "choices": ["red", "blue"]}
@@ -62,6 +63,9 @@ PERFECT = {
         1,
     ),
 }
+PERFECT["scienceqa_img"] = PERFECT["scienceqa"]
+PERFECT["digits_vqa"] = [{"prediction": "7", "answer": "7", "kind": "count"}] * 8, "accuracy", 1
+SCORERS = {name: scorer(name) for name in (*tasks.available(), *EXTRA)}
 TASKS = pytest.mark.parametrize("task", SCORERS)
 BOTH = pytest.mark.parametrize("protocol", PROTOCOLS)
 
@@ -71,8 +75,8 @@ def _records(task):
     return [{"id": f"validation_Art_{i}", **record} for i, record in enumerate(PERFECT[task][0])]
 
 
-def test_every_task_is_here():
-    assert set(PERFECT) == set(SCORERS)
+def test_every_benchmark_is_here():
+    assert set(PERFECT) == set(SCORERS) and len(SCORERS) == 15
 
 
 @TASKS

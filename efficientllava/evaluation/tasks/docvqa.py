@@ -1,0 +1,19 @@
+"""DocVQA (arXiv 2007.00398): questions about scanned documents; the validation split, since test has no answers.
+
+LLaVA's scripts do not know it: both protocols are lmms-eval's.
+"""
+
+from ..benchmark import SHORT, Benchmark
+from ..scorers.text import docvqa
+
+BENCHMARK = Benchmark(
+    dataset="DocVQA",
+    config="DocVQA",
+    split="validation",
+    id="questionId",
+    columns=("question", "answers"),
+    prompt=lambda row, protocol: row["question"] + SHORT,
+    scorer=docvqa,
+    headline=("anls",),
+    tokens=128,
+)

@@ -1,0 +1,7 @@
+"""The 2017 questions of ScienceQA's test split that have an image."""
+
+from dataclasses import replace
+
+from . import scienceqa
+
+BENCHMARK = replace(scienceqa.BENCHMARK, config="ScienceQA-IMG", headline=("accuracy",))
