@@ -136,6 +136,10 @@ RULES: dict[str, Rule] = {
     "evaluate.max_new_tokens": AT_LEAST_1,
     "evaluate.repeats": AT_LEAST_1,
     "evaluate.new_tokens": _number(2, None),
+    "evaluate.speed_batches": (
+        (lambda sizes: len({*sizes}) == len(sizes) and min(sizes, default=1) >= 1),
+        "distinct, >= 1",
+    ),
     "evaluate.judge.runs": AT_LEAST_1,
     "evaluate.judge.attempts": AT_LEAST_1,
     "evaluate.judge.concurrency": AT_LEAST_1,
@@ -208,6 +212,9 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.recover.weights.logit + c.recover.weights.hidden > 0,
         "set recover.weights.logit or recover.weights.hidden above 0",
     ),
+    ("evaluate.repeats", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
+    ("evaluate.new_tokens", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
+    ("evaluate.speed_batches", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
     (
         "evaluate.judge",
         lambda c: not {*JUDGED}.isdisjoint(c.evaluate.tasks),

@@ -26,6 +26,7 @@ SMALL = (
     "recover.steps=2",
     "evaluate.repeats=1",
     "evaluate.new_tokens=2",
+    "evaluate.speed_batches=[1]",
     "logger=none",
     "callbacks=none",
     "trainer=cpu",

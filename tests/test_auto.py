@@ -30,7 +30,11 @@ def model(tmp_path_factory):
 
 def command(model, output, *more):
     typed = small(model, output, *QUICK, *more)
-    return [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "data.", "recover."))]
+    return [
+        o
+        for o in typed
+        if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed", "data.", "recover."))
+    ]
 
 
 @pytest.mark.usefixtures("without_fresh_processes")

@@ -172,7 +172,11 @@ def test_stages_can_be_left_out(first, model, options, stages, folders):
 def test_without_benchmarks_sizes_are_still_reported(first, model):
     place, _, _ = first
     options = ["evaluate=none", "evaluate.efficiency=false", "recover=none", "prune.ratio=0.3"]
-    typed = [o for o in small(model, place / "out", *options) if not o.startswith(("evaluate.repeats", "evaluate.new"))]
+    typed = [
+        o
+        for o in small(model, place / "out", *options)
+        if not o.startswith(("evaluate.repeats", "evaluate.new", "evaluate.speed"))
+    ]
     record = run(place / "bare", typed)
     assert record["stages"]["pruned"]["metrics"] == {}
     assert record["stages"]["pruned"]["parameters"] < record["stages"]["base"]["parameters"]
@@ -233,7 +237,9 @@ def test_equal_weights_that_were_other_layers_are_recovered_anew(first, model):
     run(place / "dropped", [o for o in small(model, place / "out", *options) if o != "prune.round_to=1"])
     dropped = place / "dropped" / "pruned"
     typed = small(dropped, place / "out", "prune=none", "evaluate=none", "evaluate.efficiency=false")
-    typed = [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "data.test"))]
+    typed = [
+        o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed", "data.test"))
+    ]
     assert run(place / "layers0", typed)["reused"] == []
     assert run(place / "layers1", typed)["reused"] == ["recover"]
     provenance = json.loads((dropped / "efficientllava.json").read_text())
@@ -245,7 +251,7 @@ def test_equal_weights_that_were_other_layers_are_recovered_anew(first, model):
 def test_the_closing_lines_load_what_the_run_has_made(first, model, capsys):
     place, _, _ = first
     options = ["prune.ratio=0.3", "prune.protect=[0]", "recover=none", "evaluate=none", "evaluate.efficiency=false"]
-    unmeasured = ("evaluate.repeats", "evaluate.new_tokens", "data.test")
+    unmeasured = ("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed", "data.test")
     typed = [o for o in small(model, place / "out", *options) if not o.startswith(unmeasured)]
     run(place / "protected", typed)
     assert "import efficientllava" in capsys.readouterr().out

@@ -25,7 +25,7 @@ def model(tmp_path_factory):
 def command(model, output, *more):
     options = ["recover.save_every=2", f"recover.steps={STEPS}", "evaluate=none", "evaluate.efficiency=false", *more]
     typed = small(model, output, *options)
-    return [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens"))]
+    return [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed"))]
 
 
 def kill_when(appears, typed, place):

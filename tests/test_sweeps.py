@@ -24,7 +24,9 @@ def model(tmp_path_factory):
 
 def command(model, output, *more):
     typed = small(model, output, *BARE, *more)
-    return [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "recover."))]
+    return [
+        o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed", "recover."))
+    ]
 
 
 def test_a_sweep_is_named_by_what_was_typed(monkeypatch):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet, finalize
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..config import require_valid
@@ -108,26 +111,80 @@ def _round(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tupl
 
 
 def _latencies(
-    models: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, Any]], repeats: int, new_tokens: int
+    models: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, Any]], repeats: int, new_tokens: int, batch: int
 ) -> dict[str, list[tuple[float, float]]]:
     """Rounds over all models in turn, so that drift of the machine (clock, heat, neighbours) hits all alike."""
     names = list(models)
+    repeated = {name: _repeat(inputs[name], batch) for name in names}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for index in range(WARM_UP + repeats):
         first = index % len(names)
         for name in names[first:] + names[:first]:
-            measured = _round(models[name], inputs[name], new_tokens)
+            measured = _round(models[name], repeated[name], new_tokens)
             if index >= WARM_UP:
                 times[name].append(measured)
     return times
 
 
+def _repeat(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The prompt ``count`` times, each with its own images."""
+    return {key: torch.cat([value] * count) if torch.is_tensor(value) else value for key, value in inputs.items()}
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Interquartile range."""
+    return float(np.subtract(*np.percentile(values, [75, 25])))
+
+
+def _throughput(times: Sequence[tuple[float, float]], batch: int, new_tokens: int) -> dict[str, float]:
+    """Generated tokens per second of a whole ``generate``, time to the first token included; median and spread."""
+    speeds = [1e3 * batch * new_tokens / (first + later * (new_tokens - 1)) for first, later in times]
+    return {f"batch_{batch}": statistics.median(speeds), f"batch_{batch}_iqr": _spread(speeds)}
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor holds; of a quantized one, those of its codes, scales and zero points."""
+    if is_traceable_wrapper_subclass(tensor):
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+class _Held(TorchDispatchMode):
+    """Counts the bytes of results that are alive at once; what an operation needs inside itself is not seen."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = self._bytes = 0
+        self._seen = WeakSet(tensor.untyped_storage() for tensor in known)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                self._change(storage.nbytes())
+                finalize(storage, self._change, -storage.nbytes())
+        return result
+
+    def _change(self, size: int) -> None:
+        self._bytes += size
+        self.peak = max(self.peak, self._bytes)
+
+
+def _held_peak(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> int:
+    """Most bytes of activations, keys and values that decoding holds at once."""
+    given = [value for value in inputs.values() if torch.is_tensor(value)]
+    with _Held([*model.parameters(), *model.buffers(), *given]) as held:
+        _round(model, inputs, new_tokens)
+    return held.peak
+
+
 def _memory(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> dict[str, int]:
-    """Bytes of the weights and, on an accelerator, weights plus what decoding allocates on top of what was there."""
-    weights = sum(p.numel() * p.element_size() for p in [*model.parameters(), *model.buffers()])
+    """Bytes of the weights, and weights plus what decoding allocates on top (without an accelerator: see `_Held`)."""
+    weights = sum(tensor_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
     device = inputs["input_ids"].device
     if device.type != "cuda":
-        return {"weights": weights}
+        return {"weights": weights, "peak": weights + _held_peak(model, inputs, new_tokens)}
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -148,6 +205,7 @@ def _setup(model: nn.Module, batch: Batch, cfg: EvaluateConfig) -> dict[str, Any
         "tiles": len(pixels) if pixels is not None else 0,
         "new_tokens": cfg.new_tokens,
         "repeats": cfg.repeats,
+        "warm_up": WARM_UP,
     }
 
 
@@ -162,13 +220,15 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) 
     Args:
         models: For example ``{"base": ..., "pruned": ..., "recovered": ...}``, each on the device it is measured on.
         batch: One prompt, without padding: ``input_ids`` ``(1, T)``, ``pixel_values`` where it has an image.
-        cfg: ``repeats`` (>= 1) and ``new_tokens`` (>= 2).
+        cfg: ``repeats`` (>= 1), ``new_tokens`` (>= 2) and ``speed_batches``.
 
     Returns:
         Per model the entries of a stage in ``results.json``: ``parameters``, ``language_parameters``, ``memory_bytes``
-        (``weights``; ``peak`` on CUDA), ``flops`` (see `prefill_flops`), ``latency_ms`` (medians ``prefill`` = time to
-        first token from pixels on, and ``decode`` per token; ``prefill_iqr`` and ``decode_iqr`` are interquartile
-        ranges) and ``setup``, the conditions.
+        (``weights``; ``peak`` adds what decoding one prompt allocates), ``flops`` (see `prefill_flops`), ``latency_ms``
+        (batch 1; medians ``prefill`` = time to first token from pixels on, and ``decode`` per token; ``prefill_iqr``
+        and ``decode_iqr`` are interquartile ranges), ``tokens_per_second`` (``batch_8`` and ``batch_8_iqr`` for 8 in
+        ``speed_batches``: generated tokens of the whole batch, the prefill's time included) and ``setup``, the
+        conditions.
 
     Raises:
         UserError: If ``repeats`` or ``new_tokens`` is too small.
@@ -180,10 +240,13 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) 
     for model in models.values():
         model.eval()
     inputs = {name: _inputs(model, batch) for name, model in models.items()}
-    times = _latencies(models, inputs, cfg.repeats, cfg.new_tokens)
+    times = {
+        size: _latencies(models, inputs, cfg.repeats, cfg.new_tokens, size) for size in sorted({1, *cfg.speed_batches})
+    }
     measured = {}
     for name, model in models.items():
-        prefill, decode = zip(*times[name], strict=True)
+        prefill, decode = zip(*times[1][name], strict=True)
+        speeds = [_throughput(times[size][name], size, cfg.new_tokens) for size in cfg.speed_batches]
         measured[name] = {
             **sizes(model),
             "memory_bytes": _memory(model, inputs[name], cfg.new_tokens),
@@ -191,9 +254,10 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) 
             "latency_ms": {
                 "prefill": statistics.median(prefill),
                 "decode": statistics.median(decode),
-                "prefill_iqr": float(np.subtract(*np.percentile(prefill, [75, 25]))),
-                "decode_iqr": float(np.subtract(*np.percentile(decode, [75, 25]))),
+                "prefill_iqr": _spread(prefill),
+                "decode_iqr": _spread(decode),
             },
+            "tokens_per_second": {key: value for speed in speeds for key, value in speed.items()},
             "setup": _setup(model, batch, cfg),
         }
         model.train(training[name])

@@ -69,14 +69,18 @@ def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterato
         later: list[Mapping[str, Any]] = [{}, *stages[1:]]
         yield from _row(label, later, ["language_parameters"], lambda size: percent(1 - size / whole))
     yield from _row("checkpoint, MiB", stages, ["checkpoint_bytes"], lambda size: f"{size / 2**20:.2f}")
-    yield from _row("memory peak, MiB", stages, ["memory_bytes", "peak"], lambda size: f"{size / 2**20:.0f}")
+    yield from _row("memory peak, MiB", stages, ["memory_bytes", "peak"], lambda size: f"{size / 2**20:.2f}")
 
 
 def _speed_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     yield from _row("FLOPs per image-question", stages, ["flops", "prefill"], quantity)
     yield from _row("  in the language model", stages, ["flops", "prefill_language"], quantity, "dim")
-    yield from _row("prefill latency, ms", stages, ["latency_ms", "prefill"], _milliseconds)
-    yield from _row("per-token latency, ms", stages, ["latency_ms", "decode"], _milliseconds)
+    for label, name in (("prefill latency, ms", "prefill"), ("per-token latency, ms", "decode")):
+        yield from _row(label, stages, ["latency_ms", name], _milliseconds)
+        yield from _row("  interquartile range", stages, ["latency_ms", f"{name}_iqr"], _milliseconds, "dim")
+    sizes = (key for key in next(iter(stages), {}).get("tokens_per_second", {}) if not key.endswith("_iqr"))
+    for key in sizes:
+        yield from _row(f"tokens/s, {key.replace('_', ' ')}", stages, ["tokens_per_second", key], quantity)
 
 
 def _metric_label(metrics: Mapping[str, float], name: str) -> str:

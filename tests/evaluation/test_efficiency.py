@@ -8,7 +8,7 @@ from efficientllava.evaluation import efficiency
 from efficientllava.evaluation.efficiency import checkpoint_bytes, measure, parameters, prefill_flops
 from efficientllava.schema import EvaluateConfig
 
-CFG = EvaluateConfig(repeats=3, new_tokens=3)
+CFG = EvaluateConfig(repeats=3, new_tokens=3, speed_batches=[1])
 
 
 @pytest.fixture
@@ -81,10 +81,46 @@ def test_rounds_are_interleaved_and_reported_as_medians(tiny, monkeypatch):
         return value, value / 2
 
     monkeypatch.setattr(efficiency, "_round", fake)
+    monkeypatch.setattr(efficiency, "_held_peak", lambda *_: 0)
     stages = measure({"a": model, "b": other}, prompt(processor, "is there a seven?"), CFG)
     assert order == list("abba" + "abbaab"), "the first two rounds warm up, then the order turns"
     assert stages["a"]["latency_ms"] == {"prefill": 2.0, "decode": 1.0, "prefill_iqr": 1.0, "decode_iqr": 0.5}
     assert stages["b"]["latency_ms"]["prefill"] == 20.0 and stages["b"]["latency_ms"]["prefill_iqr"] == 10.0
+
+
+def test_tokens_per_second_count_the_whole_batch_and_the_prefill(tiny, monkeypatch):
+    model, processor = tiny
+    seen = []
+
+    def fake(_model, inputs, _new_tokens):
+        seen.append(len(inputs["input_ids"]))
+        return 20.0, 5.0  # ms: 20 + 2 * 5 for three tokens
+
+    monkeypatch.setattr(efficiency, "_round", fake)
+    monkeypatch.setattr(efficiency, "_held_peak", lambda *_: 0)
+    cfg = EvaluateConfig(repeats=2, new_tokens=3, speed_batches=[4, 8])
+    stage = measure({"base": model}, prompt(processor, "is there a seven?"), cfg)["base"]
+    assert stage["tokens_per_second"] == {"batch_4": 400, "batch_4_iqr": 0, "batch_8": 800, "batch_8_iqr": 0}
+    assert sorted(seen) == [1] * 4 + [4] * 4 + [8] * 4, "latency is measured at batch 1, asked for or not"
+    assert stage["latency_ms"]["prefill"] == 20 and stage["latency_ms"]["decode"] == 5
+
+
+def test_a_batch_of_equal_prompts_gives_equal_rows(family, batch):
+    model, _ = family
+    inputs = efficiency._inputs(model, batch)
+    with torch.no_grad():
+        one, three = (model(**efficiency._repeat(inputs, n), logits_to_keep=1).logits for n in (1, 3))
+    torch.testing.assert_close(three, one.expand_as(three))
+
+
+def test_peak_memory_is_what_decoding_holds_beside_the_weights(tiny):
+    model, processor = tiny
+    inputs = efficiency._inputs(model, prompt(processor, "is there a seven?"))
+    peaks = [efficiency._memory(model, efficiency._repeat(inputs, n), 3) for n in (1, 8)]
+    held = [memory["peak"] - memory["weights"] for memory in peaks]
+    config, tokens = model.config.text_config, inputs["input_ids"].shape[1] + 2
+    keys_and_values = 2 * config.num_hidden_layers * config.hidden_size * tokens * model.lm_head.weight.element_size()
+    assert held[0] > keys_and_values and 4 * held[0] < held[1] < 9 * held[0]
 
 
 def test_a_round_decodes_what_generate_decodes(tiny, monkeypatch):
