@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from .card import model_card
@@ -19,9 +20,10 @@ from .errors import UserError
 from .files import whole_folder
 from .hub import download
 from .models.anatomy import decoder_of
-from .models.convert import layout_of, require_whole, stock_folder, with_protocol
+from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
+from .schema import ModelConfig
 
 BUILTIN = "builtin:"
 PROVENANCE = "efficientllava.json"
@@ -95,11 +97,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
     Raises:
         UserError: There is no such checkpoint, or a file of it is missing or truncated.
     """
-    if path.startswith(BUILTIN):
-        folder = Path(__file__).parent / "assets" / path.removeprefix(BUILTIN)
-    elif Path(path).expanduser().exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        folder = Path(path).expanduser()
-    else:
+    folder = local_folder(path)
+    if folder is None:
         # The weights may be many GB; whether they are of any use, config.json says.
         folder = download(path, revision, ["config.json"])
         with _of(path, folder):
@@ -107,16 +106,35 @@ def resolve(path: str, revision: str | None = None) -> Path:
         if layout is None:
             read_config(folder, path)
         folder = download(path, revision)
-    if not folder.is_dir():
-        raise UserError(f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained")
     with _of(path, folder):
-        folder = stock_folder(folder)
+        folder = stock_folder(_with_config(folder, path))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
     with _of(path, folder):
         require_whole(folder)
+    return folder
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder that a path names; None for a hub id.
+
+    Raises:
+        UserError: There is no such folder, or no config.json in it.
+    """
+    if path.startswith(BUILTIN):
+        folder = Path(__file__).parent / "assets" / path.removeprefix(BUILTIN)
+    else:
+        folder = Path(path).expanduser()
+        if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.exists():
+            return None
+    if not folder.is_dir():
+        raise UserError(f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
+    return _with_config(folder, path)
+
+
+def _with_config(folder: Path, path: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained")
     return folder
 
 
@@ -135,6 +153,39 @@ def compute_dtype(name: str, storage: torch.dtype, device: str) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.float32 if device == "cpu" else storage
+
+
+def stock_config(model: ModelConfig, complete: bool = True) -> Any:
+    """Find the configuration of a checkpoint; weights are not read.
+
+    Args:
+        model: ``path``, ``revision``, and the facts in ``architecture``, which count for the hub id that they name.
+        complete: Fetch the whole of a hub id where its config.json alone does not say enough.
+
+    Returns:
+        The configuration of an image-text-to-text model that stock transformers loads.
+
+    Raises:
+        UserError: There is no configuration, it cannot be read, or the model is not supported.
+    """
+    from transformers import AutoConfig
+
+    folder, facts = local_folder(model.path), dict(model.architecture or {})
+    if folder is None and facts.pop("_name_or_path", None) == model.path:
+        try:
+            return AutoConfig.for_model(**facts)
+        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            raise UserError(f"model.architecture: is no configuration ({_first_line(error)}); mend it") from error
+    if folder is None:
+        folder = download(model.path, model.revision, ["config.json"])
+        with _of(model.path, folder):
+            original = layout_of(folder) is not None
+        if original and not complete:
+            raise UserError(f"model.path={model.path}: is in its original layout; give a local copy as model.path=…")
+        folder = resolve(model.path, model.revision) if original else folder
+    with _of(model.path, folder):
+        config = layout_config(folder)
+    return config or read_config(folder, model.path)[0]
 
 
 def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .data.sources import is_elsewhere
 from .errors import ConfigError, UserError
+from .presets import register_presets
 from .schema import IMPORTANCES, JUDGED, TAYLOR, JudgeConfig, RecoverConfig, RunConfig
 
 # Data whose images are published apart from their records -> what data.image_root must hold.
@@ -264,12 +265,13 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
 def _on_gpu(config: RunConfig) -> bool:
     from .processes import on_gpu  # late: it imports torch
 
-    return on_gpu(config.trainer)
+    return on_gpu(config.trainer, planned=config.dry_run)
 
 
 def register_schema() -> None:
-    """Make the schema available to the configuration files under the name ``_schema``, and ``${sweep_digest:}``."""
+    """Make ``_schema``, the presets and ``${sweep_digest:}`` available to the configuration files."""
     ConfigStore.instance().store(name="_schema", node=RunConfig)
+    register_presets()
     OmegaConf.register_new_resolver("sweep_digest", sweep_digest, replace=True)
 
 
@@ -474,7 +476,8 @@ def _effects(config: RunConfig, overrides: Sequence[str]) -> Iterator[str]:
 def _paths(config: RunConfig) -> Iterator[str]:
     if config.pretrain:
         return
-    needs_data = config.recover.name != "none" or (config.prune.method != "none" and config.calibration.path is None)
+    calibrates = config.prune.method != "none" and config.calibration.path is None
+    needs_data = not config.dry_run and (config.recover.name != "none" or calibrates)
     data = config.data
     if data.name != "digits_vqa" and data.path is None and needs_data:
         yield "data.path: not set; give a LLaVA-style JSON or JSONL file as data.path=…"

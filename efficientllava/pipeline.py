@@ -45,6 +45,11 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
     folder = Path(output_dir)
     if settings.pretrain:
         return _pretrain(settings, folder)
+    if settings.dry_run:
+        from .dry_run import dry_run
+
+        dry_run(settings, folder)
+        return None
     if settings.reuse and not processes.launched() and _finished(settings, folder):
         say(f"{folder} is finished: nothing to do (reuse=false does it again)")
         return _objective(settings, folder)
@@ -128,7 +133,10 @@ class Run:
         from .checkpoint import load
         from .data.splits import open_data
         from .evaluation import judges, tasks
+        from .evaluation.efficiency import sizes
+        from .forecast import forecast
         from .loggers import make_trainer
+        from .memory import require_least
 
         quiet_libraries()
         if settings.threads:
@@ -141,6 +149,7 @@ class Run:
         host = settings.prune.offload
         self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest, host=host)
         self.trainer = partial(make_trainer, settings, folder)
+        require_least(forecast(settings))
         open_data(settings)  # before the weights, which take their time at full size
         self.tasks = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
         for task in self.tasks:
@@ -149,6 +158,7 @@ class Run:
         model = settings.model
         self.base = self.load(model.path, model.dtype, model.revision, model.protocol)
         self.models: dict[str, Any] = {"base": self.base.model}
+        self.sizes = {"base": sizes(self.base.model)}
         self.entries: dict[str, Entry] = {}
         self.metrics: dict[str, dict[str, Any]] = {}
         self.seconds = {"prune": 0.0, "recover": 0.0, "evaluate": 0.0}
@@ -191,7 +201,6 @@ class Run:
         from .data.splits import calibration_records
         from .evaluation import lmms
         from .models.forward import feature_cache
-        from .pruning.outline import outline
 
         settings, processor = self.settings, self.base.processor
         self.features = feature_cache(self.base.model)
@@ -199,8 +208,6 @@ class Run:
         self.collate = Collator(processor, settings.data.max_length)
         self.calibration = []
         if settings.prune.method != "none":
-            if settings.prune.method != "auto":
-                outline(self.base.model, settings.prune)
             self.calibration = calibration_records(settings.calibration, settings.data, settings.seed, self.collate)
             self._require_memory()
         self.recovery: Any = None
@@ -377,7 +384,12 @@ class Run:
             max_length=settings.data.max_length,
             seed=settings.seed,
         )
-        return self._adopt("prune", "pruned", entry)
+        pruned = self._adopt("prune", "pruned", entry)
+        # The pruned model takes the base's place; of the base only shapes are still looked at.
+        self.features.follow(pruned.model)
+        self.models.pop("base", None)
+        self.base.model = self.base.model.to("meta")
+        return pruned
 
     def _pruner(self, tick: Tick) -> Any:
         from .pruning.module import PruningModule
@@ -507,6 +519,8 @@ class Run:
 
     def _adopt(self, stage: str, name: str, entry: Entry) -> Any:
         """Link a finished checkpoint into the run and load it from there."""
+        from .evaluation.efficiency import sizes
+
         self.entries[stage] = entry
         self.seconds[stage] = entry.record["seconds"]
         if processes.rank() == 0:
@@ -515,7 +529,10 @@ class Run:
                     link(path, self.folder / path.name)
         processes.barrier()
         checkpoint = self.load(self.folder / name, self.settings.model.dtype)
+        if not self.settings.evaluate.efficiency:
+            self.models.clear()  # nothing will be measured side by side
         self.models[name] = checkpoint.model
+        self.sizes[name] = sizes(checkpoint.model)
         return checkpoint
 
     # ---- the record -------------------------------------------------------------------------------------------------
@@ -570,21 +587,20 @@ class Run:
         With offload one model at a time is on the device: two may not fit.
         """
         from .checkpoint import resolve
-        from .evaluation.efficiency import checkpoint_bytes, measure, sizes
+        from .evaluation.efficiency import checkpoint_bytes, measure
 
-        model = self.settings.model
-        # The pruner consumes the model that it works on.
-        base = self.models.get("base") or self.load(model.path, model.dtype, model.revision).model
-        models = {"base": base, **self.models}
-        stages: dict[str, dict[str, Any]] = {}
-        if not self.settings.evaluate.efficiency:
-            stages = {name: sizes(model) for name, model in models.items()}
-        elif self.home == self.device:
-            stages = measure(models, self._probe(), self.settings.evaluate)
-        else:
-            for name, model in models.items():
-                stages |= measure({name: model.to(self.device)}, self._probe(), self.settings.evaluate)
-                model.to(self.home)
+        model, stages = self.settings.model, self.sizes
+        if self.settings.evaluate.efficiency:
+            # The pruner consumes the model that it works on.
+            base = self.models.get("base") or self.load(model.path, model.dtype, model.revision).model
+            models = {"base": base, **self.models}
+            if self.home == self.device:
+                stages = measure(models, self._probe(), self.settings.evaluate)
+            else:
+                stages = {}
+                for name, each in models.items():
+                    stages |= measure({name: each.to(self.device)}, self._probe(), self.settings.evaluate)
+                    each.to(self.home)
         folders = {"base": resolve(model.path, model.revision)}
         for name, stage in stages.items():
             stage["checkpoint_bytes"] = checkpoint_bytes(folders.get(name, self.folder / name))

@@ -22,31 +22,35 @@ from .outcome import TRACEBACKS
 GRACE = 10.0  # seconds between the failure of one process and the end of the others
 
 
-def wanted(trainer: Mapping[str, Any]) -> int:
+def wanted(trainer: Mapping[str, Any], planned: bool = False) -> int:
     """Number of processes that a trainer node asks for on this machine.
 
     Args:
         trainer: The trainer node; ``devices`` may be a number, a list, ``auto`` or -1.
+        planned: See `on_gpu`.
     """
     devices = trainer.get("devices", 1)
     if isinstance(devices, (list, tuple)):
         return len(devices)
     if str(devices) in ("auto", "-1"):
         parallel = str(trainer.get("strategy", "auto")) != "auto"
-        return torch.cuda.device_count() if parallel and on_gpu(trainer) else 1
+        return torch.cuda.device_count() if parallel and on_gpu(trainer, planned) else 1
     return int(devices)
 
 
-def on_gpu(trainer: Mapping[str, Any]) -> bool:
+def on_gpu(trainer: Mapping[str, Any], planned: bool = False) -> bool:
     """Whether a trainer node computes on GPUs of this machine.
 
     Args:
         trainer: The trainer node; ``accelerator`` may be missing.
+        planned: The run is for another machine, which has what the node insists on.
 
     Raises:
         UserError: It insists on GPUs, or shards over them, and there is none.
     """
     accelerator, found = str(trainer.get("accelerator", "auto")), torch.cuda.is_available()
+    if planned and accelerator in ("gpu", "cuda"):
+        return True
     if sharded(trainer) and not (found and accelerator != "cpu"):
         raise UserError("trainer=fsdp: shards the model over GPUs and has none here; choose trainer=ddp or trainer=cpu")
     if accelerator in ("gpu", "cuda") and not found:

@@ -25,6 +25,7 @@ class ModelConfig:
     revision: str | None = None  # hub revision; None is the default branch
     dtype: str = "auto"  # auto | float32 | float16 | bfloat16; auto: float32 on CPU, as stored elsewhere
     train: str = "full"  # what recoveries that train the decoder train by default: lora | full
+    architecture: Any = None  # fields of the config.json of a hub id, as far as they decide sizes; None: it is fetched
     protocol: str | None = None  # vicuna_v1: LLaVA-1.5's own preprocessing and prompt; None: as the folder says
 
 
@@ -280,6 +281,7 @@ class RunConfig:
     seed: int = 0
     data_frac: float = 1.0  # fraction of the recovery data, (0, 1]
     optimized_metric: str | None = None  # dotted key into results.json that a sweeper optimises
+    dry_run: bool = False  # say what a run would make and need, and stop; reads no weights
     reuse: bool = True  # take finished stages from the cache
     threads: int | None = None  # CPU threads per process; None: as many as torch likes
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -234,6 +234,11 @@ def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Reco
     return Subset(records, sorted(chosen))
 
 
+def record_count(data: DataConfig, fraction: float) -> int | None:
+    """Number of records that `draw` takes of the training records, where it is known without reading them."""
+    return max(1, round(fraction * data.images)) if data.name == "digits_vqa" else None
+
+
 def _shares(sizes: dict[str, int], fraction: float) -> dict[str, int]:
     """Records to take of each source: largest remainders, so that the sum is the rounded total."""
     total = max(1, round(fraction * sum(sizes.values())))

@@ -254,6 +254,10 @@ class FeatureCache:
         found |= zip(missing, computed, strict=True)
         return torch.cat([found[key].to(pixels.device) for key in ids])
 
+    def follow(self, model: nn.Module) -> None:
+        """Compute what is lacking with a model that has the same tower; the one before is no longer kept alive."""
+        self._compute = feature_cache(model)._compute
+
 
 def feature_cache(model: nn.Module) -> FeatureCache:
     """A cache of vision features that base, pruned and recovered models share: their towers are the same.

@@ -174,7 +174,7 @@ class _Terms:
         # Mask (one byte or one number per pair of positions) and position embeddings of a micro-batch.
         rows = min(size.batch_size, size.records)
         self.calls = rows * size.tokens * (size.tokens + 2 * layer.head_dim) * each
-        self.vision = _vision(model, rows * size.tiles, each)
+        self.vision = vision_bytes(model, rows * size.tiles, each)
 
     @property
     def activations(self) -> int:
@@ -222,8 +222,14 @@ class _Terms:
         return min(self.micro, ANSWERS) * self._vocabulary * (self._size + 12) + 2 * self.micro * self.hidden
 
 
-def _vision(model: nn.Module, images: int, size: int) -> int:
-    """The tower's pass over the images of a micro-batch: all its hidden states, and one layer's working set."""
+def vision_bytes(model: nn.Module, images: int, size: int) -> int:
+    """The tower's pass over the images of a micro-batch: all its hidden states, and one layer's working set.
+
+    Args:
+        model: The model; only its configuration is looked at.
+        images: Images, or tiles of images.
+        size: Bytes per activation.
+    """
     config = getattr(model.config, "vision_config", None)
     edge, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if not edge or not patch:

@@ -27,7 +27,7 @@ from .layouts import LAYOUTS, Layout
 from .processing import with_protocol
 from .shards import ShardWriter, open_shard, require_whole, shard_files
 
-__all__ = ["convert", "layout_of", "require_whole", "stock_folder", "with_protocol"]
+__all__ = ["convert", "layout_config", "layout_of", "require_whole", "stock_folder", "with_protocol"]
 
 # Fields that are made anew: names of classes and versions, the type of the weights, the rotary embedding.
 DERIVED = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "rope_parameters")
@@ -130,15 +130,7 @@ def convert(source: Path, target: Path, layout: Layout, raw: Mapping[str, Any]) 
     """
     from transformers import AutoModelForImageTextToText, GenerationConfig
 
-    _require(layout, raw, source)
-    stored = _stored(source)
-    try:
-        tokenizer = _tokenizer(layout, source)
-        config = layout.build(raw, _text_config(layout, raw, len(tokenizer)), stored)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
-    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source}: config.json lacks or mistakes a field ({reason}); get the original file") from error
+    config, tokenizer, stored = _described(source, layout, raw)
     config.image_token_id = tokenizer.convert_tokens_to_ids(next(iter(layout.image_tokens.values())))
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
@@ -153,6 +145,35 @@ def convert(source: Path, target: Path, layout: Layout, raw: Mapping[str, Any]) 
     end = tokenizer.convert_tokens_to_ids(layout.end)
     GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id).save_pretrained(target)
     layout.processor(tokenizer, config, raw).save_pretrained(target)
+
+
+def layout_config(folder: Path) -> Any:
+    """The stock configuration that a folder of a published layout will be converted to; None for any other layout.
+
+    Raises:
+        UserError: As `convert`.
+    """
+    layout = layout_of(folder)
+    if layout is None:
+        return None
+    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    config, _, _ = _described(folder, layout, raw)
+    config.dtype = layout.text_part(raw).get("torch_dtype")
+    return config
+
+
+def _described(source: Path, layout: Layout, raw: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    """Stock configuration, tokenizer, and shape and file of every stored tensor."""
+    _require(layout, raw, source)
+    stored = _stored(source)
+    try:
+        tokenizer = _tokenizer(layout, source)
+        config = layout.build(raw, _text_config(layout, raw, len(tokenizer)), stored)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
+    except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{source}: config.json lacks or mistakes a field ({reason}); get the original file") from error
+    return config, tokenizer, stored
 
 
 def _require(layout: Layout, raw: Mapping[str, Any], source: Path) -> None:

@@ -1,0 +1,156 @@
+"""``dry_run=true``: say what a run would make and need, and stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from .console import quiet_libraries, say
+from .data.splits import record_count
+from .evaluation.efficiency import sizes
+from .files import whole_file
+from .forecast import Forecast, forecast, shape_of, weight_bytes
+from .memory import describe, stage_memory
+from .recovery.objective import describe as describe_loss
+from .recovery.recover import accumulation, optimiser_steps
+from .report.tables import percent, quantity, tabulate
+from .schema import RunConfig
+
+
+def dry_run(settings: RunConfig, folder: Path) -> dict[str, Any]:
+    """Print the forecast of a run and write it to ``dry_run.json``.
+
+    Args:
+        settings: The checked configuration.
+        folder: The run's folder.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: What the run itself would refuse for its sizes.
+    """
+    quiet_libraries()
+    plan = forecast(settings)
+    result = report(plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "dry_run.json") as file:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    say(f"[bold]{settings.name}[/bold]  {settings.model.path}: a dry run, no weights are read")
+    say("", tabulate(result), *_lines(plan, result), "", _memory_table(result), *result["memory"]["assumptions"])
+    return result
+
+
+def report(plan: Forecast) -> dict[str, Any]:
+    """Everything that is known of a run before it starts, as plain JSON values; keys as in ``results.json``."""
+    settings, outline = plan.settings, plan.plan
+    stages = {"base": plan.base}
+    stages |= {"pruned": plan.pruned} if settings.prune.method != "none" else {}
+    stages |= {"recovered": plan.pruned} if settings.recover.name != "none" else {}
+    nominal = settings.prune.share if settings.prune.share is not None else settings.prune.drop_layers
+    low, high = outline.achieved
+    memory = stage_memory(plan)
+    return {
+        "ratio": {
+            "requested": None if nominal is not None else settings.prune.ratio,
+            "achieved": low if low == high else None,
+            "between": [low, high],
+            "largest": outline.largest,
+        },
+        "shape": {
+            "exact": outline.exact,
+            "base": shape_of(plan.base),
+            "options": len(outline.options),
+            "pruned": shape_of(plan.pruned),
+            "stock": plan.stock,
+        },
+        "stages": {
+            name: {**sizes(model), "checkpoint_bytes": weight_bytes(model, plan.storage)}
+            for name, model in stages.items()
+        },
+        "recovery": _recovery(plan) if settings.recover.name != "none" else None,
+        "memory": {
+            "device": plan.device,
+            "processes": plan.processes,
+            "stages": {
+                name: {"bytes": stage.total, "certain": stage.least, "parts": dict(stage.parts), "host": stage.host}
+                for name, stage in memory.items()
+            },
+            "assumptions": describe(plan),
+        },
+    }
+
+
+def _recovery(plan: Forecast) -> dict[str, Any]:
+    settings, config, data = plan.settings, plan.settings.recover, plan.settings.data
+    samples = record_count(data, settings.data_frac)
+    accumulate = accumulation(data.batch_size, data.global_batch_size, plan.processes)
+    steps = config.steps
+    if samples is not None:
+        batches = -(-samples // (data.batch_size * plan.processes))
+        steps = optimiser_steps(config.steps, config.epochs, batches, accumulate)
+    return {
+        "loss": describe_loss(config),
+        "train": config.train,
+        "trainable_parameters": plan.training[0],
+        "samples": samples,
+        "global_batch_size": accumulate * data.batch_size * plan.processes,
+        "steps": steps,
+    }
+
+
+def _lines(plan: Forecast, result: dict[str, Any]) -> list[str]:
+    """What the table has no column for."""
+    settings, ratio, shape = plan.settings, result["ratio"], result["shape"]
+    lines = []
+    if settings.prune.method != "none":
+        kept, low, high = shape["pruned"], *ratio["between"]
+        achieved = percent(low) if low == high else f"between {percent(low)} and {percent(high)}, which the data decide"
+        lines.append(f"achieved ratio: {achieved}; at most {percent(ratio['largest'])} can be removed this way")
+        layers = ", ".join(_runs(kept))
+        about = "" if shape["exact"] else "about "
+        lines.append(f"kept: {about}{len(kept)} of {len(shape['base'])} layers; {layers}")
+        loads = {True: "yes", False: "no, it needs import efficientllava", None: "depends on the shape that is chosen"}
+        lines.append(f"loads in stock transformers: {loads[shape['stock']]}")
+    if recovery := result["recovery"]:
+        amount = (
+            f"{recovery['steps']} steps" if recovery["steps"] else f"{settings.recover.epochs:g} epochs of the data"
+        )
+        known = "" if recovery["samples"] is None else f", {recovery['samples']} samples"
+        lines.append(
+            f"recovery: {recovery['loss']}, trains {recovery['train']} ({quantity(recovery['trainable_parameters'])} "
+            f"parameters), {amount} of {recovery['global_batch_size']} records{known}"
+        )
+    return lines
+
+
+def _runs(shapes: list[list[int]]) -> list[str]:
+    """Equal neighbours together, such as ``26 heads, 8806 channels (x 24)``."""
+    lines: list[tuple[list[int], int]] = []
+    for shape in shapes:
+        if lines and lines[-1][0] == shape:
+            lines[-1] = (shape, lines[-1][1] + 1)
+        else:
+            lines.append((shape, 1))
+    return [f"{count} x {heads} heads + {channels} channels" for (heads, _, channels), count in lines]
+
+
+def _memory_table(result: dict[str, Any]) -> Table:
+    """One row per stage."""
+    memory = result["memory"]
+    processes = f" of each of {memory['processes']} processes" if memory["processes"] > 1 else ""
+    device = {"cuda": "GPU", "cpu": "host"}[memory["device"]]
+    table = Table(box=box.SIMPLE_HEAD, title=f"{device} memory{processes}, GB", title_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("worst case", justify="right")
+    table.add_column("certain", justify="right")
+    table.add_column("of it")
+    for name, stage in memory["stages"].items():
+        parts = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in stage["parts"].items() if size)
+        parts += f"; and {stage['host'] / 1e9:.2f} on the host" if stage["host"] and memory["device"] == "cuda" else ""
+        table.add_row(name, f"{stage['bytes'] / 1e9:.2f}", f"{stage['certain'] / 1e9:.2f}", parts)
+    return table

@@ -1,0 +1,66 @@
+"""Sizes of the models of arXiv 2604.24380 as the presets make them, beside those that its Table 2 prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from efficientllava.checkpoint import stock_config
+from efficientllava.config import register_schema, typed
+from efficientllava.evaluation.efficiency import parameters
+from efficientllava.forecast import meta_model, plan_outline
+from efficientllava.presets import FAMILIES, SHARES
+from efficientllava.schema import RunConfig
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+# Billions of parameters left, by label: widthwise and layerwise.
+PRINTED = {
+    "llava": {"w": {15: 6.0, 30: 5.0, 45: 3.8, 60: 2.8}, "l": {15: 6.0, 30: 5.0, 45: 4.0, 60: 2.8}},
+    "internvl": {"w": {15: 3.5, 30: 3.0, 45: 2.5, 60: 1.6}, "l": {15: 3.5, 30: 3.0, 45: 2.5, 60: 1.6}},
+    "bunny": {"w": {15: 2.8, 30: 2.4, 45: 2.0, 60: 1.5}, "l": {15: 2.8, 30: 2.4, 45: 2.0, 60: 1.5}},
+}
+HEAD = "| preset | nominal | language model removed | left | printed | deviation |\n|---|---|---:|---:|---:|---:|"
+
+
+@cache
+def settings_of(name: str) -> RunConfig:
+    """The configuration of a preset."""
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(compose("config", [f"experiment={name}", "dry_run=true", "trainer=cpu"]))
+
+
+@cache
+def model_of(family: str) -> nn.Module:
+    """The unpruned model of a family on the meta device."""
+    return meta_model(stock_config(settings_of(f"vlmcompression_{family}_w15").model))
+
+
+def sizes(name: str) -> tuple[float, float]:
+    """Share of language-model parameters that a preset removes, and all parameters that are left, in billions."""
+    base = model_of(name.split("_")[1])
+    plan = plan_outline(base, settings_of(name))
+    return plan.achieved[0], (parameters(base) - plan.removed[0]) / 1e9
+
+
+def rows() -> Iterator[str]:
+    """One row per preset."""
+    for family, printed in PRINTED.items():
+        for method, labels in printed.items():
+            for label, billions in labels.items():
+                name = f"vlmcompression_{family}_{method}{label}"
+                nominal = (
+                    f"share {SHARES[label]}" if method == "w" else f"{FAMILIES[family].blocks[label]} of 32 blocks"
+                )
+                removed, left = sizes(name)
+                deviation = f"{100 * (left / billions - 1):+.1f} %" if abs(left - billions) > 0.0505 else ""
+                cells = (f"`{name}`", nominal, f"{100 * removed:.1f} %", f"{left:.2f} B", f"{billions} B", deviation)
+                yield f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    print(HEAD, *rows(), sep="\n")

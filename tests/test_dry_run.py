@@ -1,0 +1,127 @@
+"""A dry run says what the run will be."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from efficientllava import pipeline
+from efficientllava.errors import UserError
+
+from .runs import composed, run, save_tiny, small
+
+pytestmark = pytest.mark.usefixtures("without_fresh_processes")
+HEADER = 20_000  # bytes of a weight file that are no weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def chosen(folder, tmp_path, *options):
+    """Overrides of a small run in which each has an effect."""
+    overrides = small(folder, tmp_path / "out", *options)
+    return [o for o in overrides if o != "prune.round_to=1"] if "prune=layerwise" in options else overrides
+
+
+def dry(tmp_path, overrides):
+    overrides = [*overrides, "dry_run=true"]
+    pipeline.run(composed(*overrides), str(tmp_path / "dry"), overrides)
+    assert [p.name for p in (tmp_path / "dry").iterdir()] == ["dry_run.json"]
+    return json.loads((tmp_path / "dry" / "dry_run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["prune.ratio=0.3", "prune.selection=local", "recover=kd_hidden"],
+        ["prune=widthwise_paper", "prune.share=0.4", "recover=none"],
+        [
+            "prune=layerwise",
+            "prune.ratio=0.2",
+            "recover=sft",
+            "recover.train=lora",
+            "recover.steps=null",
+            "recover.epochs=2",
+        ],
+        ["prune=auto", "prune.ratio=0.3", "search.granularity=unstructured", "recover=none"],
+    ],
+    ids=["local", "share", "layerwise", "masks"],
+)
+def test_what_is_exact_is_what_the_run_reports(folder, tmp_path, options):
+    overrides = chosen(folder, tmp_path, *options, "evaluate=none", "evaluate.efficiency=false")
+    if "prune=auto" in options:
+        overrides += ["search.generations=1", "search.rounds=1", "search.projector=false"]
+    told = dry(tmp_path, overrides)
+    done = run(tmp_path / "run", overrides)
+    assert told["ratio"]["achieved"] == done["ratio"]["achieved"]
+    assert told["ratio"]["requested"] == done["ratio"]["requested"] or "prune=auto" in options
+    assert list(told["stages"]) == list(done["stages"])
+    for name, stage in told["stages"].items():
+        assert stage["parameters"] == done["stages"][name]["parameters"]
+        assert stage["language_parameters"] == done["stages"][name]["language_parameters"]
+        assert 0 < done["stages"][name]["checkpoint_bytes"] - stage["checkpoint_bytes"] < HEADER
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    kept = [[len(layer["groups"]), len(layer["channels"])] for layer in plan["layers"]]
+    assert [[groups, channels] for _, groups, channels in told["shape"]["pruned"]] == kept
+    config = json.loads((tmp_path / "run" / "pruned" / "config.json").read_text())
+    assert told["shape"]["stock"] == ("pruned_" not in config["text_config"]["model_type"])
+    if told["recovery"]:
+        stats = done["reports"]["recover"]["stats"]
+        assert told["recovery"]["trainable_parameters"] == stats["trainable_parameters"]
+        assert told["recovery"]["steps"] == stats["steps"]
+        assert told["recovery"]["samples"] == done["samples"]["recovery"]
+        assert told["recovery"]["loss"] == stats["loss"]
+
+
+@pytest.mark.parametrize("options", [["prune.selection=global"], ["prune.selection=shape"], ["prune=auto"]])
+def test_what_the_data_decide_is_a_range(folder, tmp_path, options):
+    told = dry(tmp_path, chosen(folder, tmp_path, *options, "prune.ratio=0.4", "recover=none"))
+    low, high = told["ratio"]["between"]
+    assert low <= 0.4 <= high <= told["ratio"]["largest"] < 1
+    assert not told["shape"]["exact"]
+    assert told["shape"]["stock"] == ("prune.selection=shape" in options)
+
+
+def test_a_searched_saving_of_time_is_open(folder, tmp_path):
+    options = ["prune=auto", "search.budget.resource=latency", "search.budget.target=1.5", "recover=none"]
+    told = dry(tmp_path, chosen(folder, tmp_path, *options))
+    assert told["ratio"]["between"] == [0.0, pytest.approx(told["ratio"]["largest"], abs=1e-5)]
+
+
+@pytest.mark.parametrize("options", [["prune.selection=local"], ["prune=layerwise"], ["prune=auto"]])
+def test_a_ratio_out_of_reach_is_refused_with_the_largest(folder, tmp_path, options):
+    overrides = chosen(folder, tmp_path, *options, "prune.ratio=0.98", "recover=none")
+    with pytest.raises(UserError, match=r"prune\.ratio=0\.98") as told:
+        dry(tmp_path, overrides)
+    assert told.value.exit_code == 2
+
+
+def test_a_full_size_family_needs_no_weights_no_data_and_no_hub(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("efficientllava.checkpoint.load", lambda *_: pytest.fail("weights were read"))
+    options = ["model=llava_1_5_7b", "prune=widthwise", "prune.selection=local", "prune.ratio=0.3", "trainer=gpu"]
+    told = dry(tmp_path, [*options, f"paths.output_dir={tmp_path}"])
+    assert told["stages"]["base"] == {
+        "parameters": 7063427072,
+        "language_parameters": 6738939904,
+        "checkpoint_bytes": 2 * 7063427072,
+    }
+    assert told["shape"]["pruned"] == [[22, 22, 59 * 128]] * 32
+    assert told["shape"]["stock"] is True
+    removed = 32 * (10 * 4 * 128 * 4096 + (11008 - 59 * 128) * 3 * 4096)
+    assert told["ratio"]["achieved"] == removed / 6738939904
+    assert told["recovery"]["samples"] is None
+    assert told["memory"]["device"] == "cuda"
+    assert told["memory"]["stages"]["recover"]["parts"]["teacher"] == 2 * 7063427072
+    shown = capsys.readouterr().out
+    for part in ("achieved ratio: 30.1 %", "32 x 22 heads + 7552 channels", "stock transformers: yes", "GPU memory"):
+        assert part in shown
+
+
+def test_a_batch_that_does_not_divide_is_refused(folder, tmp_path):
+    overrides = small(folder, tmp_path / "out", "data.batch_size=3", "data.global_batch_size=8", "recover=sft")
+    with pytest.raises(UserError, match=r"data\.global_batch_size=8"):
+        dry(tmp_path, overrides)
