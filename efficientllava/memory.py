@@ -86,7 +86,7 @@ def stage_memory(plan: Forecast) -> dict[str, StageMemory]:
     if settings.evaluate.efficiency:
         # With offload one model at a time is on the device.
         held = {"base": base} if settings.prune.offload else held
-        parts = {**held, **_answering(plan, plan.base, record, 1)}
+        parts = {**held, **_answering(plan, plan.base, record, max([1, *settings.evaluate.speed_batches]))}
         stages["measure speed"] = StageMemory(parts, tuple(held), "set evaluate.efficiency=false")
     return stages
 

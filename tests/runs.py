@@ -56,6 +56,10 @@ def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
         base = [o for o in base if not o.startswith(idle)]
     if "prune=none" in overrides:
         base = [o for o in base if not o.startswith("calibration.")]
+    if "evaluate.efficiency=false" in overrides:
+        base = [o for o in base if not o.startswith("evaluate.")]
+    if "prune=layerwise" in overrides:
+        base = [o for o in base if not o.startswith("prune.round_to")]
     sets = ["model=checkpoint", f"model.path={model}", "model.name=tiny", "model.train=full", "data=digits_vqa"]
     sets += ["evaluate=digits_vqa"] if not any(o.startswith("evaluate=") for o in overrides) else []
     return [*sets, f"paths.output_dir={output}", *base, *overrides]

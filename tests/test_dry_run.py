@@ -20,12 +20,6 @@ def folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
-def chosen(folder, tmp_path, *options):
-    """Overrides of a small run in which each has an effect."""
-    overrides = small(folder, tmp_path / "out", *options)
-    return [o for o in overrides if o != "prune.round_to=1"] if "prune=layerwise" in options else overrides
-
-
 def dry(tmp_path, overrides):
     overrides = [*overrides, "dry_run=true"]
     pipeline.run(composed(*overrides), str(tmp_path / "dry"), overrides)
@@ -51,7 +45,7 @@ def dry(tmp_path, overrides):
     ids=["local", "share", "layerwise", "masks"],
 )
 def test_what_is_exact_is_what_the_run_reports(folder, tmp_path, options):
-    overrides = chosen(folder, tmp_path, *options, "evaluate=none", "evaluate.efficiency=false")
+    overrides = small(folder, tmp_path / "out", *options, "evaluate=none", "evaluate.efficiency=false")
     if "prune=auto" in options:
         overrides += ["search.generations=1", "search.rounds=1", "search.projector=false"]
     told = dry(tmp_path, overrides)
@@ -78,7 +72,7 @@ def test_what_is_exact_is_what_the_run_reports(folder, tmp_path, options):
 
 @pytest.mark.parametrize("options", [["prune.selection=global"], ["prune.selection=shape"], ["prune=auto"]])
 def test_what_the_data_decide_is_a_range(folder, tmp_path, options):
-    told = dry(tmp_path, chosen(folder, tmp_path, *options, "prune.ratio=0.4", "recover=none"))
+    told = dry(tmp_path, small(folder, tmp_path / "out", *options, "prune.ratio=0.4", "recover=none"))
     low, high = told["ratio"]["between"]
     assert low <= 0.4 <= high <= told["ratio"]["largest"] < 1
     assert not told["shape"]["exact"]
@@ -87,13 +81,13 @@ def test_what_the_data_decide_is_a_range(folder, tmp_path, options):
 
 def test_a_searched_saving_of_time_is_open(folder, tmp_path):
     options = ["prune=auto", "search.budget.resource=latency", "search.budget.target=1.5", "recover=none"]
-    told = dry(tmp_path, chosen(folder, tmp_path, *options))
+    told = dry(tmp_path, small(folder, tmp_path / "out", *options))
     assert told["ratio"]["between"] == [0.0, pytest.approx(told["ratio"]["largest"], abs=1e-5)]
 
 
 @pytest.mark.parametrize("options", [["prune.selection=local"], ["prune=layerwise"], ["prune=auto"]])
 def test_a_ratio_out_of_reach_is_refused_with_the_largest(folder, tmp_path, options):
-    overrides = chosen(folder, tmp_path, *options, "prune.ratio=0.98", "recover=none")
+    overrides = small(folder, tmp_path / "out", *options, "prune.ratio=0.98", "recover=none")
     with pytest.raises(UserError, match=r"prune\.ratio=0\.98") as told:
         dry(tmp_path, overrides)
     assert told.value.exit_code == 2
