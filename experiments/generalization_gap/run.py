@@ -35,7 +35,7 @@ from efficientllava.search.space import Budget, SearchSpace
 from efficientllava.search.structured import Structured
 
 RATIOS, SAMPLES, WEIGHTS, RISKS = (0.3, 0.5), (16, 32, 64, 128), (0.0, 0.1, 0.3, 1.0, 3.0), ("loss", "kl", "error")
-QUESTIONS = 2  # per held-out image; search samples have 10
+QUESTIONS = 1  # per held-out image; search samples have 10
 HERE = Path(__file__).parent
 
 
