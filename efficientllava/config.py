@@ -141,6 +141,7 @@ RULES: dict[str, Rule] = {
         (lambda sizes: len({*sizes}) == len(sizes) and min(sizes, default=1) >= 1),
         "distinct, >= 1",
     ),
+    "evaluate.quantization": _one_of("none", "int8", "int4"),
     "evaluate.judge.runs": AT_LEAST_1,
     "evaluate.judge.attempts": AT_LEAST_1,
     "evaluate.judge.concurrency": AT_LEAST_1,
@@ -408,6 +409,12 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         yield f"search.stages={stages}: must be rising shares of the samples that end with 1, such as [0.25,1.0]"
     if recover.name != "none" and not config.pretrain:
         yield from _recovery(recover)
+    kind = config.evaluate.quantization
+    if kind != "none" and importlib.util.find_spec("torchao") is None:
+        yield (
+            f"evaluate.quantization={kind}: torchao is not installed; pip install -c constraints.txt '.[quantize]', or "
+            "set evaluate.quantization=none"
+        )
     yield from _judge(config.evaluate.judge)
     if config.evaluate.lmms_eval.tasks and not importlib.util.find_spec("lmms_eval"):
         yield "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'"

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .cache import Entry, StageCache, library_versions, link, source_digest
 from .config import check, digest, typed
 from .console import Tick, progress, quiet_libraries, say
 from .errors import UserError
+from .results import STAGES
 from .schema import JUDGED, RunConfig
 
 TARGET_SOURCES = ("alignment", "caching", "losses", "targets", "teacher")  # what cached targets depend on
@@ -200,9 +202,12 @@ class Run:
         from .data.datamodule import RecoveryData
         from .data.splits import calibration_records
         from .evaluation import lmms
+        from .evaluation.quantization import require_groups
         from .models.forward import feature_cache
 
         settings, processor = self.settings, self.base.processor
+        if settings.evaluate.quantization == "int4":
+            require_groups(self.base.model)
         self.features = feature_cache(self.base.model)
         lmms.prepare(settings.evaluate)
         self.collate = Collator(processor, settings.data.max_length)
@@ -268,6 +273,13 @@ class Run:
         except UserError as error:
             say(f"{stage:<10} {error}")
         self.seconds["evaluate"] += time.perf_counter() - started
+        kind = self.settings.evaluate.quantization
+        if kind != "none" and stage in STAGES:
+            from .evaluation.quantization import quantized
+
+            made_by = f"{kind}-torchao-{metadata.version('torchao')}"
+            twin = {"model": quantized(checkpoint.model, kind), "digest": f"{checkpoint.digest}-{made_by}"}
+            self._evaluate(f"{stage}_{kind}", replace(checkpoint, **twin))
 
     def _answer(self, stage: str, checkpoint: Any, task: Any) -> Entry:
         """A model's answers to a benchmark, as a file in the cache; an interrupted call goes on where it was."""
@@ -543,7 +555,7 @@ class Run:
         from .models.pruned import is_per_layer
         from .pruning.plan import PruningPlan
         from .report.samples import draw_samples
-        from .report.tables import tabulate
+        from .report.tables import tabulate, tabulate_quantized
         from .results import build, write
 
         stages = self._efficiency()
@@ -574,8 +586,9 @@ class Run:
         write(results, self.folder / "results.json")
         if self.answers:
             records = list(self.tasks[0].records())[: self.settings.evaluate.limit]
-            draw_samples(records, self.answers, self.folder / "samples.png")
-        say("", tabulate(results), "", f"everything lies in [bold]{self.folder}[/bold]")
+            shown = {stage: answers for stage, answers in self.answers.items() if stage in STAGES}
+            draw_samples(records, shown, self.folder / "samples.png")
+        say("", tabulate(results), *tabulate_quantized(results), "", f"everything lies in [bold]{self.folder}[/bold]")
         last = next((name for name in ("recovered", "pruned") if name in self.models), None)
         if last:
             per_layer = is_per_layer(self.models[last].config.get_text_config())
@@ -588,12 +601,17 @@ class Run:
         """
         from .checkpoint import resolve
         from .evaluation.efficiency import checkpoint_bytes, measure
+        from .evaluation.quantization import quantized
 
-        model, stages = self.settings.model, self.sizes
+        model, stages, kind = self.settings.model, self.sizes, self.settings.evaluate.quantization
+        if kind != "none":
+            stages = {**stages, **{f"{name}_{kind}": dict(size) for name, size in stages.items()}}
         if self.settings.evaluate.efficiency:
             # The pruner consumes the model that it works on.
             base = self.models.get("base") or self.load(model.path, model.dtype, model.revision).model
             models = {"base": base, **self.models}
+            if kind != "none":
+                models |= {f"{name}_{kind}": quantized(each, kind) for name, each in models.items()}
             if self.home == self.device:
                 stages = measure(models, self._probe(), self.settings.evaluate)
             else:
@@ -602,6 +620,9 @@ class Run:
                     stages |= measure({name: each.to(self.device)}, self._probe(), self.settings.evaluate)
                     each.to(self.home)
         folders = {"base": resolve(model.path, model.revision)}
-        for name, stage in stages.items():
-            stage["checkpoint_bytes"] = checkpoint_bytes(folders.get(name, self.folder / name))
+        for name in stages:
+            if name in STAGES:
+                stages[name]["checkpoint_bytes"] = checkpoint_bytes(folders.get(name, self.folder / name))
+            elif "flops" in stages[name]:  # the same products; the counter does not see into quantized ones
+                stages[name]["flops"] = stages[name.removesuffix(f"_{kind}")]["flops"]
         return stages

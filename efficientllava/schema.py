@@ -181,6 +181,7 @@ class EvaluateConfig:
     repeats: int = 9  # latency repeats after warm-up; the median is reported
     new_tokens: int = 16  # tokens generated for the decode latency
     speed_batches: list[int] = field(default_factory=lambda: [1, 8])  # prompts at once for tokens per second, each >= 1
+    quantization: str = "none"  # none | int8 | int4: every stage again, decoder linears quantized weight-only (torchao)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     lmms_eval: LmmsConfig = field(default_factory=LmmsConfig)
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import UserError
-from ..results import STAGES, Results
+from ..results import STAGES, Results, is_score
 
 ABSENT = "-"
 LABELS = {
@@ -143,6 +143,41 @@ def tabulate(results: Results, title: str | None = None) -> Table:
         if rows:
             table.add_section()
     return table
+
+
+def tabulate_quantized(results: Results) -> Iterator[Table]:
+    """Each stage beside its quantized copy, a row each: memory, speed and the first score of every benchmark.
+
+    Args:
+        results: Output of `results.build` or `results.read`.
+
+    Yields:
+        One table; none where nothing was quantized.
+    """
+    stages = results["stages"]
+    names = sorted(stages, key=lambda name: (STAGES.index(name.partition("_")[0]), name))
+    if set(names) <= {*STAGES}:
+        return
+    columns: list[tuple[str, list[str], Callable[[Any], str]]] = [
+        ("weights, MiB", ["memory_bytes", "weights"], lambda size: f"{size / 2**20:.2f}"),
+        ("peak, MiB", ["memory_bytes", "peak"], lambda size: f"{size / 2**20:.2f}"),
+        ("prefill, ms", ["latency_ms", "prefill"], _milliseconds),
+        ("token, ms", ["latency_ms", "decode"], _milliseconds),
+    ]
+    for task, metrics in stages["base"]["metrics"].items():
+        score = next((name for name in metrics if is_score(name)), None)
+        if score:
+            show = percent if score.startswith("accuracy") else lambda value: f"{value:.3f}"
+            columns.append((f"{task} {score}", ["metrics", task, score], show))
+    columns = [column for column in columns if any(_find(stages[name], *column[1]) is not None for name in names)]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for label, _, _ in columns:
+        table.add_column(label, justify="right")
+    for name in names:
+        values = [(_find(stages[name], *keys), show) for _, keys, show in columns]
+        table.add_row(name, *(ABSENT if value is None else show(value) for value, show in values))
+    yield table
 
 
 def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | None:

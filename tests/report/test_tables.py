@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from efficientllava.errors import UserError
-from efficientllava.report.tables import markdown, quantity, tabulate
+from efficientllava.report.tables import markdown, quantity, tabulate, tabulate_quantized
 from efficientllava.results import build
 
 SETUP = {
@@ -170,3 +170,19 @@ def test_markdown_names_rows_by_what_differs():
 def test_markdown_of_nothing_is_a_user_error(runs, metric):
     with pytest.raises(UserError, match="at least one run"):
         markdown(runs, metric)
+
+
+def test_quantized_copies_stand_below_their_stage_and_nowhere_else():
+    results = make()
+    assert list(tabulate_quantized(results)) == []
+    whole = printed(results)
+    for name in ("base", "pruned", "recovered"):
+        results["stages"][f"{name}_int8"] = {**results["stages"][name], "memory_bytes": {"weights": 2**20}}
+    assert printed(results) == whole
+    (table,) = tabulate_quantized(results)
+    file = io.StringIO()
+    Console(file=file, width=80).print(table)
+    lines = [line.split() for line in file.getvalue().splitlines() if "%" in line]
+    order = ["base", "base_int8", "pruned", "pruned_int8", "recovered", "recovered_int8"]
+    assert [line[0] for line in lines] == order
+    assert lines[0][1:] == ["-", "5.36", "2.05", "97.5", "%"] and lines[1][1] == "1.00"
