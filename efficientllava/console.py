@@ -108,9 +108,6 @@ def quiet_libraries() -> None:
     for name in [*logging.root.manager.loggerDict, "lightning.pytorch", "lightning.fabric"]:
         if name.startswith(("lightning", "httpx")):
             logging.getLogger(name).setLevel(logging.WARNING)
-    # torchao names every kernel that it cannot load here (those of other machines), its registration each enumeration.
-    for name in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     # transformers' own validation reads the sizes of per-layer configurations and warns about itself.
     heterogeneity = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     heterogeneity.addFilter(_is_no_validation)

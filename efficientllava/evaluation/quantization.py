@@ -60,4 +60,4 @@ def _scheme(kind: str, weight: torch.Tensor) -> Any:
         return ao.Int8WeightOnlyConfig()
     if weight.is_cuda and weight.dtype == torch.bfloat16:
         return ao.Int4WeightOnlyConfig(group_size=GROUP, int4_packing_format="tile_packed_to_4d")
-    return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(GROUP))
+    return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(GROUP))  # pyright: ignore
