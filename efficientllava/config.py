@@ -271,7 +271,10 @@ def _on_gpu(config: RunConfig) -> bool:
 
 def register_schema() -> None:
     """Make ``_schema``, the presets and ``${sweep_digest:}`` available to the configuration files."""
-    ConfigStore.instance().store(name="_schema", node=RunConfig)
+    store = ConfigStore.instance()
+    store.store(name="_schema", node=RunConfig)
+    # --help copies everything behind the groups once per option, the store of which there is only one included.
+    vars(store)["__deepcopy__"] = lambda _memo: store
     register_presets()
     OmegaConf.register_new_resolver("sweep_digest", sweep_digest, replace=True)
 
