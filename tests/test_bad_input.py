@@ -188,7 +188,7 @@ def test_an_unknown_benchmark(model, data, tmp_path):
     data[1]()
     error = refused(model, tmp_path, "evaluate.tasks=[mmlu]")
     assert error.exit_code == 2
-    assert "'mmlu' is not one of digits_vqa" in str(error)
+    assert "'mmlu' is not a benchmark; choose of ai2d, digits_vqa" in str(error)
 
 
 def test_a_ratio_that_cannot_be_reached_names_the_largest_one(model, data, tmp_path):

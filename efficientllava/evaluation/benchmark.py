@@ -190,7 +190,10 @@ class BenchmarkTask:
 
 
 def _shown(row: Row) -> str:
-    """The reference as a reader sees it: of several answers the first."""
+    """The reference as a reader sees it: of several answers the first, of a choice's number its text."""
     answer = next((row[name] for name in ("answer", "answers", "gpt_answer") if name in row), "")
-    answer = answer[0] if isinstance(answer, list) and answer else answer
-    return str(answer)
+    answer = str(answer[0] if isinstance(answer, list) and answer else answer)
+    choices = row.get("choices") or row.get("options")
+    if isinstance(choices, list) and answer.isdecimal() and int(answer) < len(choices):
+        return lettered(choices).split("\n")[int(answer)]
+    return answer

