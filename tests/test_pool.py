@@ -67,18 +67,23 @@ def is_gone(pid):
     return False
 
 
-def test_an_interrupt_ends_all_jobs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_all_jobs(tmp_path, monkeypatch, number):
     monkeypatch.setattr(pool, "GRACE", 0.3)
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of pytest-xdist ignore it
     pids = []
 
     def interrupt(state):
         pids[:] = [entry.process.pid for entry in state.running]
         if len(pids) == 2:
-            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
 
     jobs = [job(i, tmp_path, "import time; time.sleep(600)") for i in range(3)]
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs(jobs, cpu_slots(2), show=interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_jobs(jobs, cpu_slots(2), timeout=60, show=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert len(pids) == 2 and all(is_gone(pid) for pid in pids)
     assert not (tmp_path / "2").exists()
 
