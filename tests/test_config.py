@@ -112,7 +112,7 @@ def test_offload_needs_a_gpu_and_no_search(monkeypatch):
     assert problems("prune.offload=true") == [
         "prune.offload: has no effect here; without a GPU all weights are in host memory anyway, or leave it out"
     ]
-    monkeypatch.setattr("efficientllava.processes.on_gpu", lambda trainer: True)
+    monkeypatch.setattr("efficientllava.processes.on_gpu", lambda trainer, planned=False: True)
     assert problems("prune.offload=true") == []
     (line,) = problems("prune=auto", "prune.offload=true")
     assert line.startswith("prune.offload=true: a search runs whole candidates on the GPU")

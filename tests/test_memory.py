@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -108,14 +109,17 @@ def test_what_is_measured_side_by_side_is_held_side_by_side(folder):
 def test_the_base_makes_room_for_the_pruned_model(folder, tmp_path, monkeypatch):
     from efficientllava.recovery import recover as stage
 
-    held, recover = [], stage.recover
+    def alive():
+        gc.collect()
+        names = ("LlavaForConditionalGeneration",)
+        return [o for o in gc.get_objects() if type(o).__name__ in names and not next(o.parameters()).is_meta]
+
+    kept = alive()
+    held, recover, others = [], stage.recover, {id(model) for model in kept}
 
     def watch(student, *args, **options):
-        import gc
-
-        gc.collect()
-        names = {type(student).__name__}
-        held.extend(o for o in gc.get_objects() if type(o).__name__ in names and not next(o.parameters()).is_meta)
+        held.extend(model for model in alive() if id(model) not in others)
+        assert student in held
         return recover(student, *args, **options)
 
     monkeypatch.setattr(stage, "recover", watch)
@@ -123,6 +127,7 @@ def test_the_base_makes_room_for_the_pruned_model(folder, tmp_path, monkeypatch)
     options = ["recover=sft", "prune.selection=local", "evaluate.efficiency=false", "evaluate=none"]
     run(tmp_path / "run", small(folder, tmp_path / "out", *options))
     assert len(held) == 1
+    assert len(kept) == len(others)  # kept until here, so that no number is given away again
 
 
 def test_processes_share_the_host(folder, monkeypatch):
