@@ -79,10 +79,10 @@ def run_key(settings: RunConfig) -> str:
     """
     from .checkpoint import digest as digest_of
     from .checkpoint import resolve
-    from .data.splits import data_digest
+    from .data.splits import sources_digest
 
     plain = {**asdict(settings), "paths": None, "sweep": None}
-    files = data_digest(settings.data, settings.calibration)
+    files = sources_digest(settings)
     model = digest_of(resolve(settings.model.path, settings.model.revision))
     return digest([plain, files, model, source_digest("."), library_versions()])
 

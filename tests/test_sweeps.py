@@ -11,6 +11,7 @@ import pytest
 
 from efficientllava import pipeline
 from efficientllava.config import sweep_digest, typed
+from efficientllava.errors import UserError
 
 from .runs import RUN, composed, run, save_tiny, small
 
@@ -58,6 +59,15 @@ def test_the_key_of_a_run_is_its_content_not_its_place(model, tmp_path):
         for output, *more in ((tmp_path / "a",), (tmp_path / "b", "sweep.name=x"), (tmp_path / "a", "prune.ratio=0.2"))
     ]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_the_key_of_a_run_opens_no_data_that_no_stage_reads(model, tmp_path):
+    file = tmp_path / "mine.json"
+    common = ["data=conversations", f"data.path={file}", f"data.image_root={tmp_path}", "model=checkpoint"]
+    common += [f"model.path={model}", "model.name=tiny", "evaluate=none", "prune=none"]
+    assert len(pipeline.run_key(typed(composed(*common, "recover=none")))) == 16
+    with pytest.raises(UserError, match=r"mine\.json"):
+        pipeline.run_key(typed(composed(*common, "recover=sft")))
 
 
 @pytest.mark.slow

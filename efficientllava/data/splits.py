@@ -112,10 +112,22 @@ def open_data(config: RunConfig) -> None:
     Raises:
         UserError: A file is missing, cannot be fetched, or is of another kind.
     """
-    if config.prune.method != "none":
-        _source(config.data, config.calibration)
-    if config.recover.name != "none":
-        _source(config.data)
+    _sources(config)
+
+
+def _sources(config: RunConfig) -> list[Conversations | None]:
+    """The files that the stages of a run read; one that no stage reads is not opened, which may mean fetched."""
+    calibration = [_source(config.data, config.calibration)] if config.prune.method != "none" else []
+    return calibration + ([_source(config.data)] if config.recover.name != "none" else [])
+
+
+def sources_digest(config: RunConfig) -> list[str]:
+    """Digests as of `data_digest` of the files that the stages of a run read.
+
+    Args:
+        config: The whole configuration.
+    """
+    return [_digest(table) for table in _sources(config)]
 
 
 def data_digest(data: DataConfig, calibration: CalibrationConfig | None = None) -> str:
@@ -125,7 +137,10 @@ def data_digest(data: DataConfig, calibration: CalibrationConfig | None = None) 
         data: The data node.
         calibration: The calibration node, where its own file comes first.
     """
-    table = _source(data, calibration)
+    return _digest(_source(data, calibration))
+
+
+def _digest(table: Conversations | None) -> str:
     return "" if table is None else f"{table.key}:{table.image_root}"
 
 
