@@ -168,6 +168,18 @@ def read(path: str | os.PathLike[str]) -> Results:
     return content
 
 
+def find(node: Any, *keys: str) -> Any:
+    """Follow keys into nested mappings; None where one is missing."""
+    for key in keys:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def last_stage(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a run ends with: recovered if it recovered, else pruned, else base."""
+    return next(results["stages"][stage] for stage in reversed(STAGES) if stage in results["stages"])
+
+
 def lookup(results: Mapping[str, Any], key: str) -> float:
     """A number by its dotted key, for sweepers.
 

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..errors import UserError
-from ..results import STAGES, Results, read
+from ..results import Results, find, last_stage, read
 
 # Keys that say where and how a run was done, not what.
 PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "optimized_metric")
@@ -32,11 +32,6 @@ class Run:
     folder: Path
     results: Results
     config: Mapping[str, Any]
-
-    @property
-    def last(self) -> Mapping[str, Any]:
-        """What the run ends with: recovered if it recovered, else pruned, else base."""
-        return next(self.results["stages"][stage] for stage in reversed(STAGES) if stage in self.results["stages"])
 
     @property
     def command(self) -> str:
@@ -73,7 +68,7 @@ class Arm:
             *path: Keys into ``results.json``, or into its last stage.
             last: Which of the two.
         """
-        found = (dig(run.last if last else run.results, path) for run in self.runs)
+        found = (find(last_stage(run.results) if last else run.results, *path) for run in self.runs)
         return [value for value in found if isinstance(value, int | float)]
 
     def mean(self, *path: str, last: bool = False) -> tuple[float, float] | None:
@@ -82,13 +77,6 @@ class Arm:
         if not values:
             return None
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def dig(node: Any, path: Sequence[str]) -> Any:
-    """Follow keys into nested mappings; None where one is missing."""
-    for key in path:
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node
 
 
 def load_runs(folder: Path) -> list[Run]:

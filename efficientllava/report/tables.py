@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import UserError
-from ..results import STAGES, Results, is_score
+from ..results import STAGES, Results, find, is_score, last_stage
 
 ABSENT = "-"
 LABELS = {
@@ -44,18 +44,11 @@ def _milliseconds(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
-def _find(stage: Mapping[str, Any], *keys: str) -> Any:
-    node: Any = stage
-    for key in keys:
-        node = node.get(key) if isinstance(node, Mapping) else None
-    return node
-
-
 def _row(
     label: str, stages: Sequence[Mapping[str, Any]], keys: Sequence[str], show: Callable[[Any], str], style: str = ""
 ) -> Iterator[Row]:
     """One row, or none when no stage has the number."""
-    values = [_find(stage, *keys) for stage in stages]
+    values = [find(stage, *keys) for stage in stages]
     if any(value is not None for value in values):
         yield label, style, [ABSENT if value is None else show(value) for value in values]
 
@@ -63,7 +56,7 @@ def _row(
 def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     yield from _row("parameters", stages, ["parameters"], quantity)
     yield from _row("language-model parameters", stages, ["language_parameters"], quantity)
-    requested, whole = results["ratio"].get("requested"), _find(results["stages"], "base", "language_parameters")
+    requested, whole = results["ratio"].get("requested"), find(results["stages"], "base", "language_parameters")
     if whole and len(stages) > 1:
         label = "  removed" if requested is None else f"  removed ({percent(requested)} requested)"
         later: list[Mapping[str, Any]] = [{}, *stages[1:]]
@@ -94,9 +87,9 @@ def _metric_label(metrics: Mapping[str, float], name: str) -> str:
 
 
 def _task_rows(results: Results, stages: Sequence[Mapping[str, Any]], task: str) -> Iterator[Row]:
-    metrics: dict[str, float] = next(found for stage in stages if (found := _find(stage, "metrics", task)))
+    metrics: dict[str, float] = next(found for stage in stages if (found := find(stage, "metrics", task)))
     # Of a benchmark with many groups only what papers print is shown.
-    headline: list[str] | None = _find(results.get("benchmarks", {}), task, "headline")
+    headline: list[str] | None = find(results.get("benchmarks", {}), task, "headline")
     scores = [name for name in metrics if not (name == "n" or name.startswith(("n_", "n/")))]
     for name in scores if headline is None or task == "digits_vqa" else headline:
         share = not name.endswith("loss") and (headline is not None or name.startswith("accuracy"))
@@ -169,13 +162,13 @@ def tabulate_quantized(results: Results) -> Iterator[Table]:
         if score:
             show = percent if score.startswith("accuracy") else lambda value: f"{value:.3f}"
             columns.append((f"{task} {score}", ["metrics", task, score], show))
-    columns = [column for column in columns if any(_find(stages[name], *column[1]) is not None for name in names)]
+    columns = [column for column in columns if any(find(stages[name], *column[1]) is not None for name in names)]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for label, _, _ in columns:
         table.add_column(label, justify="right")
     for name in names:
-        values = [(_find(stages[name], *keys), show) for _, keys, show in columns]
+        values = [(find(stages[name], *keys), show) for _, keys, show in columns]
         table.add_row(name, *(ABSENT if value is None else show(value) for value, show in values))
     yield table
 
@@ -239,16 +232,11 @@ def markdown(results: Sequence[Results], metric: str = "digits_vqa/accuracy") ->
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
     for key, runs in groups.items():
         label = " ".join(item for item in key if item not in common) or "default"
-        last = [_last_stage(run) for run in runs]
+        last = [last_stage(run) for run in runs]
         cells = [f"`{label}`", str(len({run["seed"] for run in runs}))]
         cells.append(_spread([run["ratio"].get("achieved") for run in runs]))
-        cells += [_spread([_find(run["stages"], stage, "metrics", task, name) for run in runs]) for stage in STAGES]
-        cells.append(_spread([_find(stage, "retained", metric) for stage in last]))
-        cells.append(_spread([_find(stage, "metrics", task, "answer_loss") for stage in last], scale=1, digits=3))
+        cells += [_spread([find(run["stages"], stage, "metrics", task, name) for run in runs]) for stage in STAGES]
+        cells.append(_spread([find(stage, "retained", metric) for stage in last]))
+        cells.append(_spread([find(stage, "metrics", task, "answer_loss") for stage in last], scale=1, digits=3))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _last_stage(run: Results) -> Mapping[str, Any]:
-    """What the run ends with: recovered if it recovered, else pruned, else base."""
-    return next(run["stages"][stage] for stage in reversed(STAGES) if stage in run["stages"])
