@@ -19,7 +19,8 @@ from omegaconf import DictConfig
 
 from . import processes
 from .cache import Entry, StageCache, library_versions, link, source_digest
-from .config import check, digest, typed
+from .checks import check
+from .config import digest, typed
 from .console import Tick, progress, quiet_libraries, say
 from .errors import UserError
 from .results import STAGES

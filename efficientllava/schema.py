@@ -1,6 +1,6 @@
 """Dataclass schemas of our own configuration nodes. Importing this file is cheap, so that ``--help`` is fast.
 
-Every field's comment states its meaning, unit and range; `efficientllava.config.check` enforces the ranges.
+Every field's comment states its meaning, unit and range; `efficientllava.checks.check` enforces the ranges.
 Nodes that belong to other libraries (trainer, logger, callbacks) stay plain dictionaries with a ``_target_``.
 """
 

@@ -3,7 +3,8 @@
 import pytest
 from omegaconf import OmegaConf
 
-from efficientllava.config import check, instantiate, typed
+from efficientllava.checks import check
+from efficientllava.config import instantiate, typed
 from efficientllava.schema import RunConfig
 
 from .runs import ROOT, composed

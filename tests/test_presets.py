@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from efficientllava.config import check
+from efficientllava.checks import check
 from efficientllava.forecast import forecast, shape_of
 from efficientllava.presets import presets
 

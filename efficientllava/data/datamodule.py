@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 from torch.utils.data import DataLoader
 
-from ..config import require_valid
+from ..checks import require_valid
 from ..schema import DataConfig
 from .checks import usable
 from .collator import Collator

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..config import require_valid
+from ..checks import require_valid
 from ..errors import UserError
 from ..models.anatomy import language_parameters
 from ..models.forward import Batch, decoder_inputs, stock_inputs, to_device

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import require_valid
+from ..checks import require_valid
 from ..models.forward import supervised_positions
 from .losses import HiddenStateKDLoss, LogitKDLoss, SFTLoss, TopK
 

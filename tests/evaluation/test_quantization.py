@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from efficientllava.config import check, typed
+from efficientllava.checks import check
+from efficientllava.config import typed
 from efficientllava.errors import UserError
 from efficientllava.evaluation import efficiency, quantization
 from efficientllava.evaluation.quantization import quantized, require_groups

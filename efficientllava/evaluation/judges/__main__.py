@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...config import require_valid
+from ...checks import require_valid
 from ...outcome import exit_code
 from ...schema import JudgeConfig
 from ..score import Parser

@@ -1,0 +1,197 @@
+"""Everything that can be wrong with a configuration, found before any weight is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from omegaconf import MISSING
+
+from .data.sources import is_elsewhere
+from .errors import ConfigError
+from .rules import EFFECTS, IMAGE_FOLDERS, RULES
+from .schema import JudgeConfig, RecoverConfig, RunConfig
+
+
+def check(config: RunConfig, overrides: Sequence[str] = ()) -> None:
+    """Find every problem at once.
+
+    Args:
+        config: The typed configuration.
+        overrides: What the user typed, such as ``prune.ratio=0.3``; a typed key must have an effect.
+
+    Raises:
+        ConfigError: One line per problem: key, value, what is allowed, the fix.
+    """
+    problems = [*_ranges(config), *_combinations(config), *_effects(config, overrides), *_paths(config)]
+    if problems:
+        raise ConfigError(problems)
+
+
+def _value(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _ranges(config: Any, node: str = "") -> Iterator[str]:
+    for key, (allowed, description) in RULES.items():
+        value = _value(config, key.removeprefix(node)) if key.startswith(node) else None
+        if value not in (None, MISSING) and not allowed(value):
+            yield f"{key}={value}: must be {description}"
+
+
+def require_valid(config: Any, node: str) -> None:
+    """Refuse a configuration node of the Python interface, which does not come through `check`.
+
+    Args:
+        config: The node.
+        node: Its key with a dot behind it, such as ``recover.``.
+
+    Raises:
+        ConfigError: One line per problem.
+    """
+    problems = [*_ranges(config, node), *(_recovery(config) if isinstance(config, RecoverConfig) else ())]
+    problems += _judge(config) if isinstance(config, JudgeConfig) else ()
+    if problems:
+        raise ConfigError(problems)
+
+
+def _combinations(config: RunConfig) -> Iterator[str]:
+    prune, recover = config.prune, config.recover
+    if prune.method != "none" and prune.ratio is None and prune.share is None and prune.drop_layers is None:
+        yield "prune.ratio=null: set it, in [0, 1), or prune.share (widthwise) or prune.drop_layers (layerwise)"
+    if prune.method == "auto" and prune.offload:
+        yield (
+            "prune.offload=true: a search runs whole candidates on the GPU; leave it out, or choose prune=widthwise or "
+            "prune=layerwise"
+        )
+    search = config.search
+    if (
+        prune.method == "auto"
+        and search.uniform
+        and (search.granularity, search.budget.resource)
+        != (
+            "structured",
+            "params",
+        )
+    ):
+        yield "search.uniform=true: needs search.granularity=structured and search.budget.resource=params"
+    if prune.method == "auto" and search.mutants + search.crossovers > search.population:
+        yield (
+            f"search.population={search.population}: is less than search.mutants={search.mutants} + "
+            f"search.crossovers={search.crossovers}; raise it, or lower them"
+        )
+    stages = search.stages
+    if prune.method == "auto" and (not stages or stages != sorted({*stages, 1.0}) or stages[0] <= 0):
+        yield f"search.stages={stages}: must be rising shares of the samples that end with 1, such as [0.25,1.0]"
+    if recover.name != "none" and not config.pretrain:
+        yield from _recovery(recover)
+    kind = config.evaluate.quantization
+    if kind != "none" and importlib.util.find_spec("torchao") is None:
+        yield (
+            f"evaluate.quantization={kind}: torchao is not installed; pip install -c constraints.txt '.[quantize]', or "
+            "set evaluate.quantization=none"
+        )
+    yield from _judge(config.evaluate.judge)
+    if config.evaluate.lmms_eval.tasks and not importlib.util.find_spec("lmms_eval"):
+        yield "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'"
+    yield from _tasks(config.evaluate.tasks)
+
+
+def _judge(judge: JudgeConfig) -> Iterator[str]:
+    """Never shows a value in which a key may hide."""
+    if judge.key_env is not None and not re.fullmatch(r"[A-Za-z_]\w*", judge.key_env, re.ASCII):
+        yield "evaluate.judge.key_env: must be the name of an environment variable that holds the key, not the key"
+    if judge.base_url is None:
+        return
+    if judge.model is None:
+        yield "evaluate.judge.model: not set; give the judge's name at evaluate.judge.base_url"
+    try:
+        url = urlsplit(judge.base_url)
+        plain = not (url.username or url.query or url.fragment)
+        fits = url.scheme in ("http", "https") and bool(url.hostname) and plain and url.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
+        yield "evaluate.judge.base_url: must be like https://host:port/v1; a key belongs into evaluate.judge.key_env"
+
+
+def _tasks(names: Sequence[str]) -> Iterator[str]:
+    from .evaluation.tasks import available
+
+    for name in names:
+        if name not in available():
+            yield f"evaluate.tasks: {name!r} is not a benchmark; choose of {', '.join(available())}"
+    if len(names) > len({*names}):
+        yield f"evaluate.tasks=[{','.join(names)}]: names a benchmark more than once; leave one of them out"
+
+
+def _recovery(recover: RecoverConfig) -> Iterator[str]:
+    if not any((recover.weights.sft, recover.weights.logit, recover.weights.hidden)):
+        yield "recover.weights: all are 0, nothing would be learnt; set one above 0 or choose recover=none"
+    if (recover.steps is None) == (recover.epochs is None):
+        yield (
+            f"recover.steps={recover.steps}, recover.epochs={recover.epochs}: exactly one must be set; "
+            "set the other to null, as in recover.epochs=null recover.steps=100"
+        )
+    if recover.teacher.source == "cached" and recover.parity is not None:
+        yield (
+            f"recover.teacher.source=cached, recover.parity={recover.parity}: this parity compares padding too, which "
+            "is no property of a record; set recover.teacher.source=live"
+        )
+    layers = recover.hidden_layers
+    if layers not in ("last", "all") and not (
+        isinstance(layers, list | tuple) and layers and all(type(v) is int for v in layers)
+    ):
+        yield f"recover.hidden_layers={layers}: must be last, all or a list of layer indices such as [3,7]"
+
+
+def _effects(config: RunConfig, overrides: Sequence[str]) -> Iterator[str]:
+    keys = [override.lstrip("+").partition("=")[0] for override in overrides if not override.startswith("~")]
+    for key in keys:
+        for prefix, has_effect, fix in EFFECTS:
+            if (key == prefix or key.startswith(prefix if prefix.endswith(".") else prefix + ".")) and not has_effect(
+                config
+            ):
+                yield f"{key}: has no effect here; {fix}, or leave it out"
+                break
+
+
+def _paths(config: RunConfig) -> Iterator[str]:
+    if config.pretrain:
+        return
+    calibrates = config.prune.method != "none" and config.calibration.path is None
+    needs_data = not config.dry_run and (config.recover.name != "none" or calibrates)
+    data = config.data
+    if data.name != "digits_vqa" and data.path is None and needs_data:
+        yield "data.path: not set; give a LLaVA-style JSON or JSONL file as data.path=…"
+    for key in ("data.path", "calibration.path"):
+        value = _value(config, key)
+        if value is not None and not is_elsewhere(value) and not Path(value).expanduser().exists():
+            yield f"{key}={value}: no such file; give a LLaVA-style JSON or JSONL file"
+    if data.name in IMAGE_FOLDERS and needs_data and data.image_root is None and is_elsewhere(data.path or ""):
+        yield f"data.image_root: not set; give the folder that holds the images: {IMAGE_FOLDERS[data.name]}"
+    folders = {key: "image paths start from" for key in ("data.image_root", "calibration.image_root")}
+    folders |= {
+        "evaluate.judge.prompts": "holds the official prompt files",
+        "evaluate.lmms_eval.include_path": "holds tasks in lmms-eval's format",
+    }
+    for key, purpose in folders.items():
+        value = _value(config, key)
+        if value is not None and not Path(value).expanduser().is_dir():
+            yield f"{key}={value}: no such folder; give the folder that {purpose}"
+    root = config.evaluate.root
+    if root is not None and not Path(root).expanduser().exists():
+        yield f"evaluate.root={root}: no such file or folder; give what holds the benchmark's rows"
+    output = Path(config.paths.output_dir)
+    existing = next((p for p in [output, *output.absolute().parents] if p.exists()), None)
+    if existing is not None and not existing.is_dir():
+        yield f"paths.output_dir={output}: {existing} is a file; give a folder"
+    elif existing is not None and not os.access(existing, os.W_OK):
+        yield f"paths.output_dir={output}: {existing} may not be written; give a folder of yours"

@@ -1,0 +1,253 @@
+"""What each key may be, and when it has an effect: two tables that `efficientllava.checks` applies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from .schema import IMPORTANCES, JUDGED, TAYLOR, RunConfig
+
+# Data whose images are published apart from their records -> what data.image_root must hold.
+IMAGE_FOLDERS = {
+    "llava_665k": "coco/train2017, gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K, vg/VG_100K_2",
+    "bunny_695k": "the unpacked images of finetune/ in BoyaWu10/Bunny-v1_0-data",
+    "internvl_sft": "ai2d, chartqa, coco, docvqa, dvqa, geoqa+, gqa, llava, ocr_vqa, sam, share_textvqa, synthdog-en, "
+    "textvqa, vg, web-celebrity, web-landmark, wikiart (playground/data in InternVL)",
+}
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def _one_of(*options: Any) -> Rule:
+    shown = ", ".join("null" if option is None else str(option) for option in options)
+    return (lambda value: value in options), f"one of {shown}"
+
+
+def _number(low: float, high: float | None, *, open_low: bool = False, open_high: bool = True) -> Rule:
+    def inside(value: float) -> bool:
+        above = value > low if open_low else value >= low
+        return above and (value < math.inf if high is None else value < high if open_high else value <= high)
+
+    left = "(" if open_low else "["
+    right = "infinity)" if high is None else f"{high:g}{')' if open_high else ']'}"
+    return inside, f"in {left}{low:g}, {right}"
+
+
+POSITIVE = _number(0, None, open_low=True)
+AT_LEAST_1 = _number(1, None)
+SHARE = _number(0, 1)
+DTYPE = _one_of("auto", "float32", "float16", "bfloat16")
+
+# key -> (predicate, what is allowed); null passes where the schema allows it
+RULES: dict[str, Rule] = {
+    "data_frac": _number(0, 1, open_low=True, open_high=False),
+    "seed": _number(0, 2**32),
+    "threads": AT_LEAST_1,
+    "model.dtype": DTYPE,
+    "model.train": _one_of("lora", "full"),
+    "model.protocol": _one_of(None, "vicuna_v1"),
+    "calibration.samples": AT_LEAST_1,
+    "calibration.batch_size": AT_LEAST_1,
+    "data.name": _one_of("digits_vqa", "conversations", *IMAGE_FOLDERS),
+    "data.images": AT_LEAST_1,
+    "data.test_questions": AT_LEAST_1,
+    "data.max_length": AT_LEAST_1,
+    "data.max_bad_fraction": SHARE,
+    "data.batch_size": AT_LEAST_1,
+    "data.global_batch_size": AT_LEAST_1,
+    "data.num_workers": _number(0, None),
+    "prune.method": _one_of("none", "layerwise", "widthwise", "auto"),
+    "prune.ratio": SHARE,
+    "prune.importance": _one_of(*IMPORTANCES),
+    "prune.selection": _one_of("shape", "local", "global"),
+    "prune.refit_target": _one_of("layer", "residual"),
+    "prune.damping": POSITIVE,
+    "prune.round_to": AT_LEAST_1,
+    "prune.tokens": _one_of("all", "image", "text", "answer"),
+    "prune.block_influence": _one_of("mean", "sum"),
+    "prune.taylor_mean": _one_of("sample", "batch"),
+    "prune.share": SHARE,
+    "prune.drop_layers": _number(0, None),
+    "search.method": _one_of("evolution", "random"),
+    "search.granularity": _one_of("structured", "unstructured", "2:4"),
+    "search.budget.resource": _one_of("params", "flops", "latency"),
+    "search.budget.target": POSITIVE,
+    "search.risk": _one_of("loss", "kl", "error"),
+    "search.gap": _one_of("fro", "fro_logprod", "dist", "none"),
+    "search.gap_weight": _number(0, None),
+    "search.rounds": AT_LEAST_1,
+    "search.generations": AT_LEAST_1,
+    "search.population": _number(2, None),
+    "search.parents": AT_LEAST_1,
+    "search.mutants": _number(0, None),
+    "search.crossovers": _number(0, None),
+    "search.mutation": _number(0, 1, open_low=True, open_high=False),
+    "search.exchange": _number(0, 1, open_high=False),
+    "search.finalists": AT_LEAST_1,
+    "search.projector_lr": POSITIVE,
+    "search.projector_pull": _number(0, None),
+    "search.projector_anchor": _number(0, None),
+    "recover.name": _one_of("none", "projector", "sft", "kd_logit", "kd_hidden", "kd_both"),
+    "recover.weights.sft": _number(0, None),
+    "recover.weights.logit": _number(0, None),
+    "recover.weights.hidden": _number(0, None),
+    "recover.train": _one_of("projector", "lora", "full"),
+    "recover.lr": POSITIVE,
+    "recover.projector_lr": POSITIVE,
+    "recover.steps": AT_LEAST_1,
+    "recover.epochs": POSITIVE,
+    "recover.optimizer": _one_of("adamw", "sgd"),
+    "recover.weight_decay": _number(0, None),
+    "recover.scheduler": _one_of("cosine", "linear", "constant"),
+    "recover.warmup": SHARE,
+    "recover.max_grad_norm": POSITIVE,
+    "recover.lora.r": AT_LEAST_1,
+    "recover.lora.alpha": POSITIVE,
+    "recover.lora.dropout": SHARE,
+    "recover.kl": _one_of("forward", "reverse"),
+    "recover.temperature": POSITIVE,
+    "recover.hidden_metric": _one_of("l2", "cosine"),
+    "recover.parity": _one_of(None, "vlmcompression"),
+    "recover.teacher.dtype": DTYPE,
+    "recover.teacher.source": _one_of("live", "cached"),
+    "recover.teacher.top_k": AT_LEAST_1,
+    "recover.chunk": AT_LEAST_1,
+    "recover.save_every": AT_LEAST_1,
+    "evaluate.protocol": _one_of("llava", "lmms_eval"),
+    "evaluate.limit": AT_LEAST_1,
+    "evaluate.batch_size": AT_LEAST_1,
+    "evaluate.num_workers": _number(0, None),
+    "evaluate.max_new_tokens": AT_LEAST_1,
+    "evaluate.repeats": AT_LEAST_1,
+    "evaluate.new_tokens": _number(2, None),
+    "evaluate.speed_batches": (
+        (lambda sizes: len({*sizes}) == len(sizes) and min(sizes, default=1) >= 1),
+        "distinct, >= 1",
+    ),
+    "evaluate.quantization": _one_of("none", "int8", "int4"),
+    "evaluate.judge.runs": AT_LEAST_1,
+    "evaluate.judge.attempts": AT_LEAST_1,
+    "evaluate.judge.concurrency": AT_LEAST_1,
+    "evaluate.judge.timeout": POSITIVE,
+    "evaluate.judge.retries": _number(0, None),
+}
+
+OF_FILES = ("path", "image_root", "group_by_modality_length")
+
+
+def _reads_benchmarks(config: RunConfig) -> bool:
+    return any(task != "digits_vqa" for task in config.evaluate.tasks)
+
+
+# (typed key or prefix, whether it has an effect, what would give it one)
+EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
+    ("data_frac", lambda c: c.recover.name != "none" or bool(c.pretrain), "choose a recovery with recover="),
+    ("data.images", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
+    ("data.test_questions", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
+    *((f"data.{key}", lambda c: c.data.name != "digits_vqa", "choose data=conversations") for key in OF_FILES),
+    ("data.group_by_modality_length", lambda c: c.recover.name != "none", "choose a recovery with recover="),
+    ("prune.", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
+    ("prune.importance", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    (
+        "prune.selection",
+        lambda c: c.prune.method == "widthwise" and c.prune.share is None,
+        "it belongs to prune=widthwise without prune.share",
+    ),
+    (
+        "prune.round_to",
+        lambda c: c.prune.method in ("widthwise", "auto"),
+        "it belongs to prune=widthwise or prune=auto",
+    ),
+    ("prune.share", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    ("prune.protect", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    (
+        "prune.taylor_mean",
+        lambda c: c.prune.method == "widthwise" and c.prune.importance in TAYLOR,
+        f"it needs prune.importance={'|'.join(TAYLOR)}",
+    ),
+    ("prune.refit_target", lambda c: c.prune.refit, "set prune.refit=true"),
+    (
+        "prune.damping",
+        lambda c: c.prune.refit or c.prune.importance == "obs",
+        "set prune.refit=true or prune.importance=obs",
+    ),
+    ("prune.offload", lambda config: _on_gpu(config), "without a GPU all weights are in host memory anyway"),
+    ("search", lambda c: c.prune.method == "auto", "set prune=auto"),
+    ("search.projector_lr", lambda c: c.search.projector, "set search.projector=on"),
+    ("search.projector_pull", lambda c: c.search.projector, "set search.projector=on"),
+    ("search.projector_anchor", lambda c: c.search.projector, "set search.projector=on"),
+    (
+        "search.finalists",
+        lambda c: c.search.granularity == "structured",
+        "masks are not refitted; set search.granularity=structured",
+    ),
+    ("search.gap_weight", lambda c: c.search.gap != "none", "set search.gap"),
+    ("prune.drop_layers", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
+    ("prune.iterative", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
+    ("prune.block_influence", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
+    ("prune.final_norm", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
+    ("recover.", lambda c: c.recover.name != "none", "choose a recovery with recover="),
+    ("recover.lora", lambda c: c.recover.train == "lora", "set recover.train=lora"),
+    ("recover.kl", lambda c: c.recover.weights.logit > 0, "set recover.weights.logit above 0"),
+    ("recover.temperature", lambda c: c.recover.weights.logit > 0, "set recover.weights.logit above 0"),
+    ("recover.hidden_metric", lambda c: c.recover.weights.hidden > 0, "set recover.weights.hidden above 0"),
+    ("recover.hidden_layers", lambda c: c.recover.weights.hidden > 0, "set recover.weights.hidden above 0"),
+    (
+        "recover.teacher",
+        lambda c: c.recover.weights.logit + c.recover.weights.hidden > 0,
+        "set recover.weights.logit or recover.weights.hidden above 0",
+    ),
+    ("evaluate.repeats", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
+    ("evaluate.new_tokens", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
+    ("evaluate.speed_batches", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
+    (
+        "evaluate.judge",
+        lambda c: not {*JUDGED}.isdisjoint(c.evaluate.tasks),
+        f"it belongs to evaluate.tasks={'|'.join(JUDGED)}",
+    ),
+    (
+        "evaluate.lmms_eval.include_path",
+        lambda c: bool(c.evaluate.lmms_eval.tasks),
+        "it belongs to evaluate.lmms_eval.tasks",
+    ),
+    ("evaluate.judge.key_env", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    ("evaluate.judge.concurrency", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    ("evaluate.judge.timeout", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    ("evaluate.judge.retries", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    (
+        "recover.teacher.top_k",
+        lambda c: c.recover.teacher.source == "cached" and c.recover.weights.logit > 0,
+        "set recover.teacher.source=cached and recover.weights.logit above 0",
+    ),
+    (
+        "recover.teacher.offload",
+        lambda c: c.recover.teacher.source == "live" and _on_gpu(c),
+        "it belongs to recover.teacher.source=live on a GPU",
+    ),
+    ("evaluate.root", _reads_benchmarks, "choose a published benchmark with evaluate="),
+    (
+        "evaluate.namespace",
+        lambda c: _reads_benchmarks(c) and c.evaluate.root is None,
+        "it belongs to published benchmarks without evaluate.root",
+    ),
+    ("evaluate.protocol", _reads_benchmarks, "choose a published benchmark with evaluate="),
+    (
+        "evaluate.limit",
+        lambda c: bool(c.evaluate.tasks or c.evaluate.lmms_eval.tasks),
+        "choose a benchmark with evaluate=",
+    ),
+    (
+        "evaluate.batch_size",
+        lambda c: bool(c.evaluate.tasks or c.evaluate.lmms_eval.tasks),
+        "choose a benchmark with evaluate=",
+    ),
+    ("evaluate.num_workers", lambda c: bool(c.evaluate.tasks), "choose a benchmark with evaluate="),
+    ("evaluate.max_new_tokens", lambda c: bool(c.evaluate.tasks), "choose a benchmark with evaluate="),
+)
+
+
+def _on_gpu(config: RunConfig) -> bool:
+    from .processes import on_gpu  # late: it imports torch
+
+    return on_gpu(config.trainer, planned=config.dry_run)

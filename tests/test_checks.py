@@ -1,0 +1,226 @@
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from efficientllava.checks import check
+from efficientllava.config import typed
+from efficientllava.errors import ConfigError
+from efficientllava.rules import EFFECTS, RULES
+
+from .runs import composed
+
+
+def problems(*overrides):
+    try:
+        check(typed(composed(*overrides)), overrides)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def test_defaults_have_no_problem():
+    assert problems() == []
+    assert problems("prune=widthwise", "recover=kd_hidden", "data_frac=0.05") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("data_frac=0", "(0, 1]"),
+        ("data_frac=1.2", "(0, 1]"),
+        ("data_frac=-0.5", "(0, 1]"),
+        ("data_frac=nan", "(0, 1]"),
+        ("prune.ratio=1", "[0, 1)"),
+        ("prune.ratio=1.5", "[0, 1)"),
+        ("prune.ratio=-0.1", "[0, 1)"),
+        ("data.max_bad_fraction=1", "[0, 1)"),
+        ("calibration.samples=0", "[1, infinity)"),
+        ("recover.steps=0", "[1, infinity)"),
+        ("recover.lr=0", "(0, infinity)"),
+        ("recover.lr=inf", "(0, infinity)"),
+        ("prune.importance=best", "obs"),
+        ("prune.selection=greedy", "shape, local, global"),
+        ("recover.train=all", "projector, lora, full"),
+        ("model.dtype=int8", "bfloat16"),
+        ("seed=-1", "[0,"),
+    ],
+)
+def test_a_value_outside_its_range_is_named_with_what_is_allowed(override, allowed):
+    key, _, _ = override.partition("=")
+    (line,) = problems(override)
+    assert line.startswith(f"{key}=")
+    assert allowed in line
+
+
+@pytest.mark.parametrize("override", ["data_frac=1", "prune.ratio=0", "prune.ratio=0.99", "data.max_bad_fraction=0.5"])
+def test_the_ends_of_a_range_are_allowed(override):
+    assert problems(override) == []
+
+
+def test_every_rule_names_a_key_of_the_schema():
+    whole = composed()
+    config = typed(whole)
+    for key in RULES:
+        node = config
+        for part in key.split("."):
+            assert part in {field.name for field in dataclasses.fields(node)}, key
+            node = getattr(node, part)
+    for prefix, _, fix in EFFECTS:
+        assert OmegaConf.select(whole, prefix.rstrip("."), default="none") != "none", prefix
+        assert fix
+
+
+def test_several_problems_come_at_once():
+    found = problems("prune.ratio=2", "data_frac=0", "recover.kl=sideways", "evaluate.batch_size=0")
+    assert {line.partition("=")[0] for line in found} >= {
+        "prune.ratio",
+        "data_frac",
+        "recover.kl",
+        "evaluate.batch_size",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["recover=none", "data_frac=0.5"], "data_frac"),
+        (["prune=none", "prune.ratio=0.5"], "prune.ratio"),
+        (["recover=none", "recover.lr=1e-3"], "recover.lr"),
+        (["prune=layerwise", "prune.importance=obs"], "prune.importance"),
+        (["prune=layerwise", "prune.selection=local"], "prune.selection"),
+        (["prune=widthwise", "prune.iterative=true"], "prune.iterative"),
+        (["prune=widthwise", "prune.drop_layers=2"], "prune.drop_layers"),
+        (["prune.taylor_mean=batch"], "prune.taylor_mean"),
+        (["recover=sft", "recover.kl=reverse"], "recover.kl"),
+        (["recover=sft", "recover.teacher.path=x"], "recover.teacher.path"),
+        (["recover.train=full", "recover.lora.r=4"], "recover.lora.r"),
+        (["model=checkpoint", "model.path=x", "data.path=x.json", "data.images=9"], "data.images"),
+    ],
+)
+def test_a_typed_key_without_effect_is_an_error(overrides, key):
+    assert any(line.startswith(f"{key}: has no effect") for line in problems(*overrides))
+
+
+def test_the_same_key_passes_where_it_has_an_effect():
+    assert problems("prune=layerwise", "prune.iterative=true") == []
+    assert problems("prune.importance=param_first", "prune.taylor_mean=batch") == []
+    assert problems("recover=kd_logit", "recover.kl=reverse") == []
+    assert problems("recover.train=lora", "recover.lora.r=4") == []
+
+
+def test_offload_needs_a_gpu_and_no_search(monkeypatch):
+    assert problems("prune.offload=true") == [
+        "prune.offload: has no effect here; without a GPU all weights are in host memory anyway, or leave it out"
+    ]
+    monkeypatch.setattr("efficientllava.processes.on_gpu", lambda trainer, planned=False: True)
+    assert problems("prune.offload=true") == []
+    (line,) = problems("prune=auto", "prune.offload=true")
+    assert line.startswith("prune.offload=true: a search runs whole candidates on the GPU")
+
+
+@pytest.mark.parametrize("key", ["nonsense", "prune.nonsense", "recover.lora.nonsense"])
+def test_an_added_key_that_nothing_reads_is_an_error(key):
+    assert problems(f"+{key}=3") == [f"{key}: unknown key; remove it"]
+
+
+def test_steps_and_epochs_exclude_each_other():
+    (line,) = problems("recover.epochs=2", "recover.steps=5")
+    assert "exactly one" in line
+    assert problems("recover.epochs=2", "recover.steps=null") == []
+
+
+def test_losses_without_weight_are_an_error():
+    assert any("all are 0" in line for line in problems("recover.weights.sft=0", "recover.weights.hidden=0"))
+    assert problems("recover.weights.sft=0") == []
+
+
+@pytest.mark.parametrize("layers", ["first", "[]", "[a]", "3"])
+def test_hidden_layers_are_last_all_or_indices(layers):
+    (line,) = problems(f"recover.hidden_layers={layers}")
+    assert line.startswith("recover.hidden_layers=")
+
+
+def test_missing_files_and_folders_are_found_early(tmp_path):
+    found = problems("model=checkpoint", "model.path=x", "data.path=/no/such.json", f"data.image_root={tmp_path}/none")
+    assert [line.partition("=")[0] for line in found] == ["data.path", "data.image_root"]
+    (tmp_path / "file").write_text("")
+    (line,) = problems(f"paths.output_dir={tmp_path}/file/deeper")
+    assert "is a file" in line
+
+
+def test_a_missing_value_names_its_key():
+    assert any(line.startswith("model.path: not set") for line in problems("model=checkpoint"))
+    (line,) = problems("model=checkpoint", "model.path=x")
+    assert line.startswith("data.path: not set")
+    assert problems("model=checkpoint", "model.path=x", "prune=none", "recover=none") == []
+
+
+def test_choosing_a_model_chooses_its_data_and_benchmarks():
+    config = composed("model=checkpoint")
+    assert (config.data.name, list(config.evaluate.tasks)) == ("conversations", [])
+    for model, data in (
+        ("llava_1_5_7b", "llava_665k"),
+        ("bunny_3b", "bunny_695k"),
+        ("mini_internvl_4b", "internvl_sft"),
+    ):
+        config = composed(f"model={model}")
+        assert (config.data.name, config.data.group_by_modality_length) == (data, True)
+        assert problems(f"model={model}", "data.image_root=.") == []
+        (line,) = problems(f"model={model}")
+        assert line.startswith("data.image_root: not set; give the folder that holds the images: ")
+    config = composed("model=tiny_bunny")
+    assert (config.data.name, list(config.evaluate.tasks)) == ("digits_vqa", ["digits_vqa"])
+    config = composed("model=checkpoint", "data=digits_vqa", "evaluate=digits_vqa")
+    assert (config.data.name, list(config.evaluate.tasks)) == ("digits_vqa", ["digits_vqa"])
+    assert composed("model=tiny_llava", "evaluate=none").evaluate.tasks == []
+
+
+JUDGE = ("evaluate.tasks=[mmvet]", "evaluate.judge.model=m")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000/v1", "ftp://x/v1", "http://", "http://me:secret@x/v1", "https://x/v1?key=secret", "http://x:y/v1"],
+)
+def test_a_judge_s_address_is_an_address_without_a_key(url):
+    (line,) = problems(*JUDGE, f"evaluate.judge.base_url='{url}'")
+    assert line.startswith("evaluate.judge.base_url: must be like https://host:port/v1") and "secret" not in line
+
+
+def test_a_judge_s_key_is_named_not_given():
+    (line,) = problems(*JUDGE, "evaluate.judge.base_url=http://x/v1", "evaluate.judge.key_env=sk-secret")
+    assert line.startswith("evaluate.judge.key_env: must be the name") and "sk-secret" not in line
+
+
+def test_a_judge_needs_a_name_and_a_benchmark():
+    address = "evaluate.judge.base_url=http://localhost:8000/v1"
+    assert problems(*JUDGE, address, "+evaluate.judge.body={max_tokens:null}", "evaluate.judge.runs=2") == []
+    (line,) = problems(JUDGE[0], address)
+    assert line.startswith("evaluate.judge.model: not set")
+    (line,) = problems("evaluate.judge.runs=2")
+    assert line.startswith("evaluate.judge.runs: has no effect here; it belongs to evaluate.tasks=")
+    (line,) = problems(*JUDGE, "evaluate.judge.retries=2")
+    assert line.startswith("evaluate.judge.retries: has no effect here; set evaluate.judge.base_url")
+
+
+def test_benchmarks_are_known_and_their_rows_there(tmp_path):
+    (line,) = problems("evaluate.tasks=[pope,nonsense]")
+    assert line.startswith("evaluate.tasks: 'nonsense' is not a benchmark; choose of ai2d, ") and "vizwiz" in line
+    (line,) = problems("evaluate.tasks=[pope,pope]")
+    assert line.startswith("evaluate.tasks=[pope,pope]: names a benchmark more than once")
+    (line,) = problems("evaluate=pope", f"evaluate.root={tmp_path}/nowhere")
+    assert line.startswith(f"evaluate.root={tmp_path}/nowhere: no such file or folder")
+    (line,) = problems("evaluate=pope", "evaluate.protocol=mine")
+    assert line.startswith("evaluate.protocol=mine: must be one of llava, lmms_eval")
+
+
+def test_options_of_benchmarks_need_one(tmp_path):
+    for option in (f"evaluate.root={tmp_path}", "evaluate.namespace=x", "evaluate.protocol=lmms_eval"):
+        assert problems("evaluate=gqa", option) == []
+        (line,) = problems(option)
+        assert "has no effect here" in line
+    (line,) = problems("evaluate=gqa", f"evaluate.root={tmp_path}", "evaluate.namespace=x")
+    assert line.startswith("evaluate.namespace: has no effect here")
+    (line,) = problems("evaluate=none", "evaluate.limit=3")
+    assert line.startswith("evaluate.limit: has no effect here; choose a benchmark")
