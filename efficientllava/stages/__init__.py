@@ -1,0 +1,1 @@
+"""The stages of a run, in terms of the packages that do the work; `efficientllava.pipeline` puts them in order."""

@@ -1,0 +1,182 @@
+"""What the stages of a run share: where things are, what was opened, the cache, and how checkpoints are exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import processes
+from ..cache import Entry, StageCache, link, source_digest
+from ..console import quiet_libraries
+from ..schema import RunConfig
+
+
+class Context:
+    """Everything that a run has opened, before its first stage.
+
+    Args:
+        settings: The checked configuration.
+        folder: The run's folder.
+
+    Attributes:
+        cache: Finished stages by content.
+        device: Where models run.
+        home: Where whole models are between stages: with offload, one that is too large for the GPU is on the host.
+        trainer: Makes a Lightning trainer; see `efficientllava.loggers.make_trainer`.
+        base: The checkpoint to start from. Once it is pruned, only the shapes of its model remain.
+        tasks: Benchmarks.
+        models: Models by stage, as long as something will still be measured on them.
+        sizes: Parameters by stage.
+        entries: Results of the finished stages.
+        seconds: Seconds spent by kind of stage.
+        features: Vision features by image.
+        collate: Turns records into batches.
+        calibration: Records that pruning looks at.
+        recovery: Data that recovery trains on, or None.
+        samples: Number of records that calibration and recovery use.
+
+    Raises:
+        UserError: Something that a stage will need is not there.
+    """
+
+    def __init__(self, settings: RunConfig, folder: Path) -> None:
+        import torch
+
+        from ..checkpoint import load
+        from ..data.splits import open_data
+        from ..evaluation import judges, tasks
+        from ..evaluation.efficiency import sizes
+        from ..forecast import forecast
+        from ..loggers import make_trainer
+        from ..memory import require_least
+
+        quiet_libraries()
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.settings, self.folder = settings, folder
+        self.cache = StageCache(Path(settings.paths.cache_dir), settings.reuse)
+        self.device = f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
+        # Where whole models are between stages: with offload, a model that is too large for the GPU is on the host.
+        self.home = "cpu" if settings.prune.offload else self.device
+        host = settings.prune.offload
+        self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest, host=host)
+        self.trainer = partial(make_trainer, settings, folder)
+        require_least(forecast(settings))
+        open_data(settings)  # before the weights, which take their time at full size
+        self.tasks = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
+        for task in self.tasks:
+            task.records()
+            judges.prepare(task.name, settings.evaluate.judge)
+        model = settings.model
+        self.base = self.load(model.path, model.dtype, model.revision, model.protocol)
+        self.models: dict[str, Any] = {"base": self.base.model}
+        self.sizes = {"base": sizes(self.base.model)}
+        self.entries: dict[str, Entry] = {}
+        self.seconds = {"prune": 0.0, "recover": 0.0, "evaluate": 0.0}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Open whatever a stage will need, so that a fault is found before the first one."""
+        from ..data.collator import Collator
+        from ..data.datamodule import RecoveryData
+        from ..data.splits import calibration_records
+        from ..evaluation import lmms
+        from ..evaluation.quantization import require_groups
+        from ..models.forward import feature_cache
+
+        settings, processor = self.settings, self.base.processor
+        if settings.evaluate.quantization == "int4":
+            require_groups(self.base.model)
+        self.features = feature_cache(self.base.model)
+        lmms.prepare(settings.evaluate)
+        self.collate = Collator(processor, settings.data.max_length)
+        self.calibration = []
+        if settings.prune.method != "none":
+            self.calibration = calibration_records(settings.calibration, settings.data, settings.seed, self.collate)
+            self._require_memory()
+        self.recovery: Any = None
+        if settings.recover.name != "none":
+            self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
+        drawn = len(self.recovery.records) if self.recovery else 0
+        self.samples = {"calibration": len(self.calibration), "recovery": drawn}
+
+    def _require_memory(self) -> None:
+        """Refuse what the GPU cannot hold."""
+        import torch
+
+        from ..pruning.memory import CalibrationSize, pruning_memory, require_memory
+
+        settings, model = self.settings, self.base.model
+        if self.device == "cpu" or settings.prune.method == "auto":
+            return
+        tokens = max(map(self.collate.check, self.calibration))
+        size = CalibrationSize(len(self.calibration), tokens, settings.calibration.batch_size)
+        memory = pruning_memory(model, settings.prune, size)
+        offload, free = settings.prune.offload, torch.cuda.mem_get_info(self.device)[0]
+        fix = "lower calibration.batch_size or data.max_length" + ("" if offload else ", or set prune.offload=true")
+        require_memory(memory.peak, free if offload else free + memory.model, "prune", fix)
+        if offload and (settings.evaluate.tasks or settings.evaluate.efficiency or settings.recover.name != "none"):
+            fix = "with prune.offload=true also set evaluate=none evaluate.efficiency=false recover=none"
+            require_memory(memory.model, free, "the whole model", fix)
+
+    def stage(self, name: str, compute: Callable[[Path, Path], dict[str, Any]], **inputs: Any) -> Entry:
+        """A stage's result through the cache; ``inputs`` is what it depends on beside what all stages do."""
+        answering = tuple(f"evaluation/{part}.py" for part in ("generation", "module", "predictions"))
+        sources = {"evaluate": answering, "prune": ("pruning",), "recover": ("recovery",)}[name]
+        shared = {
+            "source": source_digest(*sources, "models", "data", "checkpoint.py"),
+            "dtype": self.settings.model.dtype,
+            "device": self.device.partition(":")[0],
+            "processes": processes.world_size(),
+            "precision": self.settings.trainer.get("precision"),
+            "threads": self.settings.threads,
+        }
+        return self.cache.stage(name, {**shared, **inputs}, compute)
+
+    def export(
+        self, folder: Path, model: Any, source: Any, step: dict[str, Any], kept: Sequence[int] | None = None
+    ) -> None:
+        """Round, save, and compare with what a fresh process loads."""
+        from ..checkpoint import round_weights, write
+        from ..reload import reload_gate
+
+        round_weights(model.to(self.home), source.storage)
+        if processes.rank() == 0:
+            folder.mkdir()
+            write(source.after(model, step, kept), folder)
+            reload_gate(folder, model, self.probe())
+
+    def probe(self) -> dict[str, Any]:
+        """A prompt with an image, as a stock forward pass takes it."""
+        from ..data.collator import prompt
+        from ..data.conversations import open_image
+        from ..data.splits import load_split
+        from ..models.forward import stock_inputs
+
+        records = self.calibration or [record for task in self.tasks for record in task.records()]
+        if not records:
+            records = [(self.recovery.records if self.recovery else load_split(self.settings.data, "train"))[0]]
+        record = next((r for r in records if r.image is not None), records[0])
+        turn = next((t for t in record.turns if t.sees_image), record.turns[0])
+        asked = prompt(self.base.processor, turn.question, open_image(record) if turn.sees_image else None)
+        return stock_inputs(self.base.model, asked)
+
+    def adopt(self, stage: str, name: str, entry: Entry) -> Any:
+        """Link a finished checkpoint into the run and load it from there."""
+        from ..evaluation.efficiency import sizes
+
+        self.entries[stage] = entry
+        self.seconds[stage] = entry.record["seconds"]
+        if processes.rank() == 0:
+            for path in entry.folder.iterdir():
+                if path.name in (name, "plan.json", "search.json", "search.png"):
+                    link(path, self.folder / path.name)
+        processes.barrier()
+        checkpoint = self.load(self.folder / name, self.settings.model.dtype)
+        if not self.settings.evaluate.efficiency:
+            self.models.clear()  # nothing will be measured side by side
+        self.models[name] = checkpoint.model
+        self.sizes[name] = sizes(checkpoint.model)
+        return checkpoint

@@ -1,0 +1,151 @@
+"""Evaluation as a stage: answers through the cache, scores, judges, and the quantized twin of every model."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .. import processes
+from ..cache import Entry, link, source_digest
+from ..config import digest
+from ..console import say
+from ..errors import UserError
+from ..results import STAGES
+from ..schema import JUDGED
+from .context import Context
+
+
+class Evaluation:
+    """The evaluations of a run's models.
+
+    Args:
+        context: What the stages share.
+
+    Attributes:
+        metrics: Metrics by stage and benchmark; a quantized twin has a stage of its own, such as ``pruned_int8``.
+        answers: Answer and score of every record of the first benchmark, by stage.
+        judged: What judges did, by benchmark and stage.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.metrics: dict[str, dict[str, Any]] = {}
+        self.answers: dict[str, list[tuple[str, float | None]]] = {}
+        self.judged: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, stage: str, checkpoint: Any) -> None:
+        """Answer and score all benchmarks.
+
+        Args:
+            stage: ``base``, ``pruned`` or ``recovered``.
+            checkpoint: The stage's checkpoint.
+        """
+        from ..evaluation.scorers.averages import study
+
+        started = time.perf_counter()
+        self.metrics[stage] = {}
+        for task in self._context.tasks:
+            entry = self._answer(stage, checkpoint, task)
+            scored = self._score(stage, task, entry) if processes.rank() == 0 else None
+            self.metrics[stage][task.name] = processes.from_first(scored)
+            self._tell(stage, task, entry.reused)
+        if self._context.settings.evaluate.lmms_eval.tasks:
+            self._lmms_eval(stage, checkpoint)
+        try:
+            self.metrics[stage] |= study(self.metrics[stage], self.metrics["base"])
+        except UserError as error:
+            say(f"{stage:<10} {error}")
+        self._context.seconds["evaluate"] += time.perf_counter() - started
+        kind = self._context.settings.evaluate.quantization
+        if kind != "none" and stage in STAGES:
+            from ..evaluation.quantization import quantized
+
+            made_by = f"{kind}-torchao-{metadata.version('torchao')}"
+            twin = {"model": quantized(checkpoint.model, kind), "digest": f"{checkpoint.digest}-{made_by}"}
+            self(f"{stage}_{kind}", replace(checkpoint, **twin))
+
+    def _answer(self, stage: str, checkpoint: Any, task: Any) -> Entry:
+        """A model's answers to a benchmark, as a file in the cache; an interrupted call goes on where it was."""
+        from ..evaluation.module import answer
+
+        config = self._context.settings.evaluate
+
+        def compute(folder: Path, work: Path) -> dict[str, Any]:
+            from ..evaluation.predictions import write
+
+            trainer = self._context.trainer(logger=False)
+            model, processor = checkpoint.model, checkpoint.processor
+            lines = answer(model, processor, task, trainer, config, self._context.features, work, checkpoint.digest)
+            model.to(self._context.home)
+            if processes.rank() == 0:
+                write(lines, folder / "predictions.jsonl")
+            return {"n": len(lines)}
+
+        questions = [[r.id, r.turns[0].question, dict(r.details)] for r in task.records()]
+        entry = self._context.entries[f"evaluate/{stage}/{task.name}"] = self._context.stage(
+            "evaluate",
+            compute,
+            model=checkpoint.digest,
+            task=[task.name, task.facts, task.max_new_tokens, task.stop],
+            evaluate=[config.limit, config.max_new_tokens, config.batch_size],
+            questions=digest(questions),
+        )
+        return entry
+
+    def _score(self, stage: str, task: Any, entry: Entry) -> dict[str, float]:
+        """Metrics of a benchmark's answers, which are linked into the run; on the first process only."""
+        from ..evaluation import judges
+        from ..evaluation.predictions import read
+
+        context, name = self._context, f"{task.name}.jsonl"
+        config, cache = context.settings.evaluate, Path(context.settings.paths.cache_dir) / "verdicts"
+        file = context.folder / "predictions" / stage / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        link(entry.folder / "predictions.jsonl", file)
+        records = read(file)
+        scores: Any = None
+        if task.name in JUDGED:
+            export = context.folder / "requests" / stage / name
+            judgement = judges.score(records, task.name, config.judge, cache, config.protocol, export)
+            self.judged.setdefault(task.name, {})[stage] = judgement.info
+            scores = None if judgement.missing else judgement
+        scores = scores or task.score(records)
+        right = [outcome.score for outcome in scores.outcomes] or [None] * len(records)
+        self.answers.setdefault(stage, list(zip((r["prediction"] for r in records), right, strict=True)))
+        return scores.metrics
+
+    def _tell(self, stage: str, task: Any, reused: bool) -> None:
+        metrics = self.metrics[stage][task.name]
+        shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in task.headline if name in metrics)
+        said = shown or f"{metrics['n']} answers, no score"
+        say(f"{stage:<10} {task.name}: {said}" + ("  (from cache)" if reused else ""))
+
+    def _lmms_eval(self, stage: str, checkpoint: Any) -> None:
+        """Score a model on the tasks that lmms-eval runs."""
+        from ..evaluation import lmms
+
+        config = self._context.settings.evaluate
+
+        def compute(folder: Path, _work: Path) -> dict[str, Any]:
+            metrics, samples = lmms.evaluate(checkpoint.model, checkpoint.processor, config, self._context.features)
+            for task, rows in samples.items():
+                lines = (json.dumps(row, default=str) + "\n" for row in rows)
+                (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+            return {"metrics": processes.from_first(metrics)}
+
+        entry = self._context.stage(
+            "evaluate",
+            compute,
+            model=checkpoint.digest,
+            lmms=[*lmms.facts(config), source_digest("evaluation/lmms")],
+            evaluate=[config.limit, config.batch_size],
+        )
+        self._context.entries[f"evaluate/{stage}/lmms_eval"] = entry
+        for task, metrics in entry.record["metrics"].items():
+            self.metrics[stage][f"lmms_eval/{task}"] = metrics
+            shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+            say(f"{stage:<10} lmms_eval/{task}: {shown}" + ("  (from cache)" if entry.reused else ""))

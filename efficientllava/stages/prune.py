@@ -1,0 +1,104 @@
+"""Pruning as a stage: a pruner or a policy search, run by Lightning, exported and shared through the cache."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from .. import processes
+from ..cache import source_digest
+from ..config import digest
+from ..console import Tick, progress
+from .context import Context
+
+
+def prune(context: Context) -> Any:
+    """Prune the base checkpoint, by a criterion or by a search.
+
+    Args:
+        context: What the stages share; the model of its base is consumed.
+
+    Returns:
+        The pruned checkpoint, loaded from the run's folder.
+    """
+    from ..data.splits import data_digest
+
+    settings = context.settings
+    searches = settings.prune.method == "auto"
+
+    def compute(folder: Path, work: Path) -> dict[str, Any]:
+        started = time.perf_counter()
+        with progress() as tick:
+            module = _searcher(context, work, tick) if searches else _pruner(context, tick)
+            context.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
+        plan, pruned, report = module.plan, module.pruned, module.report
+        assert plan is not None and pruned is not None and report is not None
+        context.export(folder / "pruned", pruned, context.base, plan.step, plan.kept_layers)
+        if processes.rank() == 0:
+            (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+            if searches:
+                from ..report.search import draw_search
+
+                (folder / "search.json").write_text(json.dumps(module.record) + "\n", encoding="utf-8")
+                draw_search(module.record, folder / "search.png")
+        return {"seconds": time.perf_counter() - started, "report": report.to_dict()}
+
+    entry = context.stage(
+        "prune",
+        compute,
+        model=context.base.digest,
+        prune=asdict(replace(settings.prune, name="", offload=False)),
+        search=[asdict(replace(settings.search, name="")), source_digest("search")] if searches else None,
+        calibration=[asdict(settings.calibration), digest([r.id for r in context.calibration])],
+        files=data_digest(settings.data, settings.calibration),
+        max_length=settings.data.max_length,
+        seed=settings.seed,
+    )
+    pruned = context.adopt("prune", "pruned", entry)
+    # The pruned model takes the base's place; of the base only shapes are still looked at.
+    context.features.follow(pruned.model)
+    context.models.pop("base", None)
+    context.base.model = context.base.model.to("meta")
+    return pruned
+
+
+def _pruner(context: Context, tick: Tick) -> Any:
+    from ..pruning.module import PruningModule
+
+    settings, model = context.settings, context.models.pop("base")
+    return PruningModule(
+        model,
+        context.calibration,
+        context.collate,
+        settings.prune,
+        settings.calibration.batch_size,
+        settings.seed,
+        context.features,
+        tick,
+        context.device,
+    )
+
+
+def _searcher(context: Context, work: Path, tick: Tick) -> Any:
+    from ..data.splits import data_digest, load_split
+    from ..data.splits import digest as digest_of
+    from ..search.module import SearchInputs, SearchModule
+
+    settings = context.settings
+    files = data_digest(settings.data, settings.calibration)
+    # Only the embedded data have held-out samples of their own; no training corpus is opened for a plot.
+    holdout = load_split(settings.data, "minival") if settings.data.name == "digits_vqa" else []
+    inputs = SearchInputs(
+        context.calibration,
+        [holdout[index] for index in range(min(len(context.calibration), len(holdout)))],
+        context.collate,
+        settings.calibration.batch_size,
+        {"model": context.base.digest, "samples": digest([digest_of(context.calibration), files])},
+        Path(settings.paths.cache_dir) / "levels",
+        work,
+    )
+    model = context.models.pop("base")
+    return SearchModule(model, inputs, settings.prune, settings.search, settings.seed, context.features, tick)

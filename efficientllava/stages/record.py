@@ -1,0 +1,99 @@
+"""The record of a run: sizes and speeds, ``results.json``, a picture of samples, and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import digest
+from ..console import say
+from ..results import STAGES
+from .context import Context
+from .evaluate import Evaluation
+
+
+def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[str], key: str) -> None:
+    """Measure sizes and speeds, write ``results.json`` and ``samples.png``, and print the table.
+
+    Args:
+        context: What the stages shared.
+        evaluation: Metrics and answers of all stages.
+        overrides: What the user typed.
+        key: Digest of all that decides the numbers of the run.
+    """
+    from ..card import usage
+    from ..models.pruned import is_per_layer
+    from ..pruning.plan import PruningPlan
+    from ..report.samples import draw_samples
+    from ..report.tables import tabulate, tabulate_quantized
+    from ..results import build, write
+
+    stages = _efficiency(context)
+    for stage, metrics in evaluation.metrics.items():
+        stages[stage]["metrics"] = metrics
+    file = context.folder / "plan.json"
+    plan = PruningPlan.read(file) if file.exists() else None
+    results = build(
+        stages,
+        ratio={
+            "requested": plan.requested if plan else 0.0,
+            "achieved": plan.achieved if plan else 0.0,
+            **((plan and plan.details) or {}),  # share of zeros, where a search masked weights
+        },
+        samples=context.samples,
+        seconds=context.seconds,
+        seed=context.settings.seed,
+        config_digest=digest(context.settings),
+        run_key=key,
+        overrides=list(overrides),
+        reused=[name for name, entry in context.entries.items() if entry.reused],
+        name=context.settings.name,
+        model=context.base.path,
+        benchmarks={task.name: {**task.facts, "headline": task.headline} for task in context.tasks},
+        judges=evaluation.judged,
+        reports={name: entry.record for name, entry in context.entries.items() if name in ("prune", "recover")},
+    )
+    write(results, context.folder / "results.json")
+    if evaluation.answers:
+        records = list(context.tasks[0].records())[: context.settings.evaluate.limit]
+        shown = {stage: answers for stage, answers in evaluation.answers.items() if stage in STAGES}
+        draw_samples(records, shown, context.folder / "samples.png")
+    say("", tabulate(results), *tabulate_quantized(results), "", f"everything lies in [bold]{context.folder}[/bold]")
+    last = next((name for name in ("recovered", "pruned") if name in context.models), None)
+    if last:
+        per_layer = is_per_layer(context.models[last].config.get_text_config())
+        say("", usage(str(context.folder / last), per_layer))
+
+
+def _efficiency(context: Context) -> dict[str, dict[str, Any]]:
+    """Sizes and speeds of all stages, measured together so that drift of the machine cancels.
+
+    With offload one model at a time is on the device: two may not fit.
+    """
+    from ..checkpoint import resolve
+    from ..evaluation.efficiency import checkpoint_bytes, measure
+    from ..evaluation.quantization import quantized
+
+    model, stages, kind = context.settings.model, context.sizes, context.settings.evaluate.quantization
+    if kind != "none":
+        stages = {**stages, **{f"{name}_{kind}": dict(size) for name, size in stages.items()}}
+    if context.settings.evaluate.efficiency:
+        # The pruner consumes the model that it works on.
+        base = context.models.get("base") or context.load(model.path, model.dtype, model.revision).model
+        models = {"base": base, **context.models}
+        if kind != "none":
+            models |= {f"{name}_{kind}": quantized(each, kind) for name, each in models.items()}
+        if context.home == context.device:
+            stages = measure(models, context.probe(), context.settings.evaluate)
+        else:
+            stages = {}
+            for name, each in models.items():
+                stages |= measure({name: each.to(context.device)}, context.probe(), context.settings.evaluate)
+                each.to(context.home)
+    folders = {"base": resolve(model.path, model.revision)}
+    for name in stages:
+        if name in STAGES:
+            stages[name]["checkpoint_bytes"] = checkpoint_bytes(folders.get(name, context.folder / name))
+        elif "flops" in stages[name]:  # the same products; the counter does not see into quantized ones
+            stages[name]["flops"] = stages[name.removesuffix(f"_{kind}")]["flops"]
+    return stages
