@@ -76,7 +76,13 @@ class StageCache:
     def __init__(self, root: Path, reuse: bool = True) -> None:
         self._root, self._reuse = root, reuse
 
-    def stage(self, name: str, inputs: Mapping[str, Any], compute: Callable[[Path, Path], dict[str, Any]]) -> Entry:
+    def stage(
+        self,
+        name: str,
+        inputs: Mapping[str, Any],
+        compute: Callable[[Path, Path], dict[str, Any]],
+        take: Callable[[Path], None] = lambda _: None,
+    ) -> Entry:
         """Return a finished stage, computing it where needed.
 
         Args:
@@ -84,6 +90,7 @@ class StageCache:
             inputs: Everything that the result depends on; plain values.
             compute: Given the folder to fill and a folder that outlives a kill, fills the first and returns the record.
                 Runs on every process; only the first may write.
+            take: Given the entry's folder on the first process, links what the run wants before anybody may remove it.
 
         Returns:
             The entry; the same on every process.
@@ -94,6 +101,8 @@ class StageCache:
             hit = from_first(self._reuse and (folder / RECORD).is_file())
             if not hit:
                 self._compute(folder, compute)
+            if rank() == 0:
+                take(folder)
             return Entry(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")), hit)
 
     def _compute(self, folder: Path, compute: Callable[[Path, Path], dict[str, Any]]) -> None:

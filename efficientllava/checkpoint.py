@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -326,18 +327,22 @@ def _first_line(error: BaseException) -> str:
 
 
 def digest(folder: Path) -> str:
-    """Content digest of a checkpoint folder.
+    """Content digest of a checkpoint folder; computed once per process for files that stay as they are.
 
     Small files are read whole. Of a weight file above `SAMPLED` MiB the size, the header and evenly spread blocks are.
 
     Returns:
         32 hexadecimal digits.
     """
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    stats = [(file, file.stat()) for file in files if file.name != PROVENANCE]
+    return _digest(tuple((file, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats))
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
     total = hashlib.blake2b(digest_size=16)
-    for file in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model")):
-        if file.name == PROVENANCE:
-            continue
-        size = file.stat().st_size
+    for file, size, *_ in files:
         total.update(f"{file.name}:{size}\n".encode())
         with file.open("rb") as handle:
             block = 1 << 20

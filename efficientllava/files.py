@@ -65,3 +65,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that a kill leaves no half of it under its name."""
+    gone = folder.with_name(f".{folder.name}.gone.partial")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)

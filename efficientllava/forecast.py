@@ -96,6 +96,11 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     return sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters())
 
 
+def resume_bytes(plan: Forecast) -> int:
+    """Bytes that a killed training goes on from: trained parameters in fp32, and the state of the optimizer."""
+    return plan.training[0] * (4 + OPTIMISER[plan.settings.recover.optimizer])
+
+
 def forecast(settings: RunConfig) -> Forecast:
     """Build the models of a run on the meta device.
 

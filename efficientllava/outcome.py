@@ -7,6 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ HINTS = (
 )
 _failed_jobs: list[int] = []
 _failure: list[BaseException] = []
-_sweeps: list[Path] = []
+_sweeps: list[tuple[Path, ExitStack]] = []  # folders, and what the sweeps hold until they have ended
 
 
 class ReportSweep(Callback):
@@ -38,7 +39,11 @@ class ReportSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Remember where the sweep lies: Hydra does not say that it has ended where a job has failed."""
-        _sweeps.append(Path(config.hydra.sweep.dir))
+        from .disk import at_work
+
+        held = ExitStack()
+        held.enter_context(at_work(Path(config.paths.cache_dir), clean=config.keep != "all"))
+        _sweeps.append((Path(config.hydra.sweep.dir), held))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
         """Print why a job of a sweep has failed; hand the failure of a single run to `exit_code`."""
@@ -121,10 +126,12 @@ def exit_code(main: Callable[[], object]) -> int:
 
 
 def _close_sweep() -> None:
-    """Write table, plots and page of a sweep that has finished runs."""
+    """Write table, plots and page of a sweep that has finished runs; a complete one lets go of the cache."""
     from .report.__main__ import report
 
-    for folder in _sweeps:
+    for folder, held in _sweeps:
+        if not _failed_jobs:
+            held.close()
         if next(folder.glob("*/results.json"), None):
             report(folder)
             print(f"table, plots and page of the sweep: {folder / 'report.html'}")

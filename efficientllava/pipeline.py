@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from . import processes
+from . import disk, processes
 from .cache import library_versions, source_digest
 from .checks import check
 from .config import digest, typed
@@ -24,6 +24,9 @@ from .stages.evaluate import Evaluation
 from .stages.prune import prune
 from .stages.record import write_record
 from .stages.recover import recover
+
+# What says where and how a run is done and what stays of it, and decides no number.
+NOT_OF_THE_RUN = ("paths", "sweep", "keep", "reuse", "dry_run", "optimized_metric")
 
 
 def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> float | None:
@@ -50,23 +53,31 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
 
         dry_run(settings, folder)
         return None
-    if settings.reuse and not processes.launched() and _finished(settings, folder):
-        say(f"{folder} is finished: nothing to do (reuse=false does it again)")
-        return _objective(settings, folder)
+    with disk.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
+        if settings.reuse and not processes.launched() and finished(settings, folder):
+            say(f"{folder} is finished: nothing to do (reuse=false does it again)")
+            disk.tidy(folder, settings.keep)
+        else:
+            folder = _launch(settings, folder, overrides)
+    return _objective(settings, folder)
+
+
+def _launch(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path:
+    """Run all stages in as many processes as the trainer asks for; returns the folder, which is the first one's."""
     processes.on_gpu(settings.trainer)  # refuses what is not there
     count = processes.wanted(settings.trainer)
     if count > 1 and not processes.launched():
-        code = processes.relaunch(count, overrides, output_dir)
+        code = processes.relaunch(count, overrides, str(folder))
         if code:
             error = UserError(f"trainer.devices={count}: the run failed in its processes; see the messages above")
             error.exit_code = 2 if code == 2 else 1
             raise error
-    else:
-        processes.connect(settings.trainer)
-        folder = Path(processes.from_first(output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        execute(settings, folder, overrides)
-    return _objective(settings, folder)
+        return folder
+    processes.connect(settings.trainer)
+    folder = Path(processes.from_first(str(folder)))
+    folder.mkdir(parents=True, exist_ok=True)
+    execute(settings, folder, overrides)
+    return folder
 
 
 def run_key(settings: RunConfig) -> str:
@@ -79,18 +90,22 @@ def run_key(settings: RunConfig) -> str:
     from .checkpoint import resolve
     from .data.splits import sources_digest
 
-    plain = {**asdict(settings), "paths": None, "sweep": None}
+    plain = {**asdict(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
     files = sources_digest(settings)
-    model = digest_of(resolve(settings.model.path, settings.model.revision))
-    return digest([plain, files, model, source_digest("."), library_versions()])
+    models = [digest_of(resolve(settings.model.path, settings.model.revision))]
+    if settings.recover.name != "none" and settings.recover.teacher.path:
+        models.append(digest_of(resolve(settings.recover.teacher.path)))
+    return digest([plain, files, models, source_digest("."), library_versions()])
 
 
-def _finished(settings: RunConfig, folder: Path) -> bool:
-    """Whether a folder holds the results of this very run."""
+def finished(settings: RunConfig, folder: Path) -> bool:
+    """Whether a folder holds the results of this very run, and the checkpoints that are to stay."""
     from .results import read
 
     file = folder / "results.json"
-    return file.exists() and read(file).get("run_key") == run_key(settings)
+    if not file.exists() or not all((folder / name).is_dir() for name in disk.staying(settings)):
+        return False
+    return read(file).get("run_key") == run_key(settings)
 
 
 def _objective(settings: RunConfig, folder: Path) -> float | None:
@@ -148,6 +163,9 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
             evaluate("recovered", current)
         if processes.rank() == 0:
             write_record(context, evaluate, overrides, run_key(settings))
+            disk.tidy(folder, settings.keep)
+            if settings.keep == "none" and "recover" in context.entries:
+                disk.drop(context.entries["recover"].folder)
         processes.barrier()
     except UserError as error:
         error.exit_code = 1

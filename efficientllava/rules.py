@@ -44,6 +44,7 @@ RULES: dict[str, Rule] = {
     "data_frac": _number(0, 1, open_low=True, open_high=False),
     "seed": _number(0, 2**32),
     "threads": AT_LEAST_1,
+    "keep": _one_of("all", "recovered", "none"),
     "model.dtype": DTYPE,
     "model.train": _one_of("lora", "full"),
     "model.protocol": _one_of(None, "vicuna_v1"),
@@ -142,6 +143,7 @@ def _reads_benchmarks(config: RunConfig) -> bool:
 
 # (typed key or prefix, whether it has an effect, what would give it one)
 EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
+    ("keep", lambda c: not c.pretrain, "it belongs to runs that prune or recover"),
     ("data_frac", lambda c: c.recover.name != "none" or bool(c.pretrain), "choose a recovery with recover="),
     ("data.images", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
     ("data.test_questions", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),

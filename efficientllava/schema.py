@@ -284,6 +284,7 @@ class RunConfig:
     optimized_metric: str | None = None  # dotted key into results.json that a sweeper optimises
     dry_run: bool = False  # say what a run would make and need, and stop; reads no weights
     reuse: bool = True  # take finished stages from the cache
+    keep: str = "all"  # checkpoints on disk once a run has ended: all | recovered (the last of a run) | none
     threads: int | None = None  # CPU threads per process; None: as many as torch likes
     model: ModelConfig = field(default_factory=ModelConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 from ..checkpoint import compute_dtype, load, read_config, resolve
 from ..console import progress, say
 from ..data.splits import record_id
-from ..errors import UserError
+from ..disk import require_space
 from ..models.forward import FeatureCache, supervised_positions, to_device
 from ..processes import barrier, from_first, rank, world_size
 from .losses import top_k
@@ -157,16 +156,11 @@ def _announce(cache: TargetCache, wanted: Wanted, loader: DataLoader, todo: Sequ
     tokens = int(supervised_positions(batch["labels"])[0].sum()) * len(todo) / len(sample or todo)
     text = cache.config.get_text_config()
     need = int(tokens * wanted.bytes_per_token(text.hidden_size, cache.dtype.itemsize))
-    free = shutil.disk_usage(cache.folder).free
-    if need > free:
-        raise UserError(
-            f"recover.teacher.source=cached: needs about {need / 2**30:.1f} GiB in {cache.folder}, {free / 2**30:.1f} "
-            "GiB are free; free the disk, set paths.cache_dir elsewhere, lower data_frac, or choose "
-            "recover.teacher.source=live"
-        )
+    fix = "free the disk, set paths.cache_dir elsewhere, lower data_frac, or choose recover.teacher.source=live"
+    free = require_space(cache.folder, need, "recover.teacher.source=cached", fix)
     say(
-        f"the teacher is asked about {len(todo)} records: about {need / 2**20:.1f} MiB for {', '.join(wanted.parts)} "
-        f"in {cache.folder}, {free / 2**30:.1f} GiB are free"
+        f"the teacher is asked about {len(todo)} records: about {need / 1e6:.1f} MB for {', '.join(wanted.parts)} "
+        f"in {cache.folder}, {free / 1e9:.1f} GB are free"
     )
 
 

@@ -50,6 +50,7 @@ class LevelTable:
 
     Attributes:
         recipe: What a level is.
+        folder: As given.
         genes: All genes; gene ``2 l`` is the attention of layer ``l``, ``2 l + 1`` its MLP.
     """
 
@@ -61,7 +62,7 @@ class LevelTable:
         self._norms: list[list[list[list[float]]]] = [gene["norms"] for gene in record["genes"]]
         self._errors: list[list[float | None]] = [gene["errors"] for gene in record["genes"]]
         self._components = [component for layer in layers_of(model) for component in layer.components]
-        self.recipe, self._folder, self._limit = recipe, folder, limit_bytes
+        self.recipe, self.folder, self._limit = recipe, folder, limit_bytes
         self._modules: OrderedDict[tuple[int, int], tuple[nn.Module, int]] = OrderedDict()
 
     def removed(self, gene: int, level: int) -> int:
@@ -80,7 +81,7 @@ class LevelTable:
     def tensors(self, gene: int, level: int) -> dict[str, Tensor]:
         """What is stored of a level, on the device of the gene's weights."""
         prefix = f"{self.genes[gene].kind}.{level}."
-        file = _layer_file(self._folder, self.genes[gene].layer)
+        file = _layer_file(self.folder, self.genes[gene].layer)
         device = str(self._components[gene].writer.weight.device)
         with safe_open(file, "pt", device=device) as stored:
             return {key.removeprefix(prefix): stored.get_tensor(key) for key in stored.keys() if key.startswith(prefix)}  # noqa: SIM118

@@ -81,6 +81,7 @@ class SearchModule(LightningModule):
         pruned: The smaller model.
         report: Losses as searched (``loss_searched``) and as cut (``loss_pruned``) in the terms of every pruner.
         record: Every policy with its risk and gap; plain values for ``search.json``.
+        table: Folder of the level table.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class SearchModule(LightningModule):
         self.pruned: nn.Module | None = None
         self.report: PruneReport | None = None
         self.record: dict[str, Any] = {}
+        self.table: Path | None = None
         self._inputs, self._prune, self._config, self._seed = inputs, prune, search, seed
         self._features, self._tick = features or feature_cache(model), tick
         self._batches: list[dict[str, Any]] = []
@@ -125,6 +127,7 @@ class SearchModule(LightningModule):
         calibration = Calibration(samples, self._features, tick=self._tick)
         stream = open_stream(self.model, calibration, self._prune)
         table = self._table(calibration)
+        self.table = table.folder
         space = self._space(table, stream)
         evaluator = Evaluator(self.model, table, stream)
         search = self._search(space, table, stream, evaluator)

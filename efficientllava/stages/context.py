@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import processes
+from .. import disk, processes
 from ..cache import Entry, StageCache, link, source_digest
 from ..console import quiet_libraries
 from ..schema import RunConfig
+
+TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png")  # what a run's folder gets of a stage
 
 
 class Context:
@@ -22,6 +24,7 @@ class Context:
 
     Attributes:
         cache: Finished stages by content.
+        forecast: Sizes of what the run will make.
         device: Where models run.
         home: Where whole models are between stages: with offload, one that is too large for the GPU is on the host.
         trainer: Makes a Lightning trainer; see `efficientllava.loggers.make_trainer`.
@@ -63,7 +66,8 @@ class Context:
         host = settings.prune.offload
         self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest, host=host)
         self.trainer = partial(make_trainer, settings, folder)
-        require_least(forecast(settings))
+        self.forecast = forecast(settings)
+        require_least(self.forecast)
         open_data(settings)  # before the weights, which take their time at full size
         self.tasks = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
         for task in self.tasks:
@@ -122,7 +126,10 @@ class Context:
             require_memory(memory.model, free, "the whole model", fix)
 
     def stage(self, name: str, compute: Callable[[Path, Path], dict[str, Any]], **inputs: Any) -> Entry:
-        """A stage's result through the cache; ``inputs`` is what it depends on beside what all stages do."""
+        """A stage's result through the cache; ``inputs`` is what it depends on beside what all stages do.
+
+        Its checkpoint and plan are linked into the run's folder.
+        """
         answering = tuple(f"evaluation/{part}.py" for part in ("generation", "module", "predictions"))
         sources = {"evaluate": answering, "prune": ("pruning",), "recover": ("recovery",)}[name]
         shared = {
@@ -133,7 +140,35 @@ class Context:
             "precision": self.settings.trainer.get("precision"),
             "threads": self.settings.threads,
         }
-        return self.cache.stage(name, {**shared, **inputs}, compute)
+        return self.cache.stage(name, {**shared, **inputs}, compute, self._take)
+
+    def _take(self, entry: Path) -> None:
+        self.mark(entry)
+        for name in TAKEN:
+            if (entry / name).exists():
+                link(entry / name, self.folder / name)
+
+    def mark(self, entry: Path) -> None:
+        """Say that an entry of the cache stays, if this run keeps its checkpoints."""
+        if self.settings.keep == "all" and processes.rank() == 0:
+            disk.mark(entry)
+
+    def require_space(self, folder: Path, resume: int = 0) -> None:
+        """Refuse a stage that has no room for its checkpoint.
+
+        Args:
+            folder: The entry of the cache that the stage will fill.
+            resume: Bytes of what it goes on from after a kill; a new one is whole before the old one goes.
+
+        Raises:
+            UserError: There is too little space; says what is needed.
+        """
+        from ..forecast import weight_bytes
+
+        stage, checkpoint = folder.parent.name, weight_bytes(self.forecast.pruned, self.forecast.storage)
+        disk.require_space(folder.parent, resume + max(resume, checkpoint), stage)
+        if folder.parent.stat().st_dev != self.folder.stat().st_dev:  # where there are no links, but copies
+            disk.require_space(self.folder, checkpoint, stage)
 
     def export(
         self, folder: Path, model: Any, source: Any, step: dict[str, Any], kept: Sequence[int] | None = None
@@ -164,15 +199,11 @@ class Context:
         return stock_inputs(self.base.model, asked)
 
     def adopt(self, stage: str, name: str, entry: Entry) -> Any:
-        """Link a finished checkpoint into the run and load it from there."""
+        """Load the checkpoint of a finished stage from the run's folder."""
         from ..evaluation.efficiency import sizes
 
         self.entries[stage] = entry
         self.seconds[stage] = entry.record["seconds"]
-        if processes.rank() == 0:
-            for path in entry.folder.iterdir():
-                if path.name in (name, "plan.json", "search.json", "search.png"):
-                    link(path, self.folder / path.name)
         processes.barrier()
         checkpoint = self.load(self.folder / name, self.settings.model.dtype)
         if not self.settings.evaluate.efficiency:

@@ -31,9 +31,12 @@ def prune(context: Context) -> Any:
 
     def compute(folder: Path, work: Path) -> dict[str, Any]:
         started = time.perf_counter()
+        context.require_space(folder)
         with progress() as tick:
             module = _searcher(context, work, tick) if searches else _pruner(context, tick)
             context.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
+        if searches:
+            context.mark(module.table)
         plan, pruned, report = module.plan, module.pruned, module.report
         assert plan is not None and pruned is not None and report is not None
         context.export(folder / "pruned", pruned, context.base, plan.step, plan.kept_layers)

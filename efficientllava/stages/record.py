@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config import digest
 from ..console import say
+from ..disk import staying
 from ..results import STAGES
 from .context import Context
 from .evaluate import Evaluation
@@ -59,8 +60,7 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
         shown = {stage: answers for stage, answers in evaluation.answers.items() if stage in STAGES}
         draw_samples(records, shown, context.folder / "samples.png")
     say("", tabulate(results), *tabulate_quantized(results), "", f"everything lies in [bold]{context.folder}[/bold]")
-    last = next((name for name in ("recovered", "pruned") if name in context.models), None)
-    if last:
+    for last in staying(context.settings)[-1:]:
         per_layer = is_per_layer(context.models[last].config.get_text_config())
         say("", usage(str(context.folder / last), per_layer))
 

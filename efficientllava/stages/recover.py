@@ -26,6 +26,7 @@ def recover(context: Context, student: Any) -> Any:
         The recovered checkpoint, loaded from the run's folder.
     """
     from ..data.splits import data_digest
+    from ..forecast import resume_bytes
     from ..recovery.objective import describe
     from ..recovery.recover import recover as train
 
@@ -38,6 +39,7 @@ def recover(context: Context, student: Any) -> Any:
     taught = config.weights.logit or config.weights.hidden
 
     def compute(folder: Path, work: Path) -> dict[str, Any]:
+        context.require_space(folder, resume_bytes(context.forecast))
         stats = train(
             student.model,
             context.recovery,
@@ -90,4 +92,7 @@ def _teacher(context: Context, student: Any) -> Any:
         "device": [context.device.partition(":")[0], settings.trainer.get("precision")],
     }
     folder = Path(settings.paths.cache_dir) / "targets" / digest(content)
+    if config.source == "cached":
+        folder.mkdir(parents=True, exist_ok=True)
+        context.mark(folder)
     return open_teacher(config.path or student.base["path"], config, context.device, folder)

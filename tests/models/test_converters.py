@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -323,8 +324,8 @@ def test_a_cache_that_cannot_be_made(bunny, tmp_path):
 
 
 def test_too_little_disk(bunny, monkeypatch):
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    refuses(bunny, "0.0 GB are free", "HF_HOME")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    refuses(bunny, "1e-08 GB are free", "HF_HOME")
 
 
 # ---- preprocessing and prompts --------------------------------------------------------------------------------------

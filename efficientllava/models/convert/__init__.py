@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ...disk import require_space
 from ...errors import UserError
 from ...files import whole_folder
 from .layouts import LAYOUTS, Layout
@@ -102,12 +102,8 @@ def stock_folder(folder: Path) -> Path:
     with FileLock(target.with_name(target.name + ".lock")):
         if not target.is_dir():
             log.warning("%s is in its original layout; converting it once into %s", folder, target)
-            needed, free = sum(size for _, size, _ in facts), shutil.disk_usage(target.parent).free
-            if free < needed:
-                raise UserError(
-                    f"{target}: the converted copy needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free "
-                    "some space or set HF_HOME elsewhere"
-                )
+            needed = sum(size for _, size, _ in facts)
+            require_space(target, needed, "the converted copy", "free some space or set HF_HOME elsewhere")
             with whole_folder(target) as partial:
                 convert(folder, partial, layout, raw)
     return target

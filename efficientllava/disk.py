@@ -1,0 +1,108 @@
+"""What stays on disk once a run has ended (``keep``), and room for what is about to be written.
+
+In a run's folder ``keep=all | recovered | none`` decides at once. The cache is shared: what a run with ``keep=all`` has
+used stays there. The rest (checkpoints, teacher targets, level tables) goes when the last run or sweep at work ends
+well, unless a run's folder links to it; a recovered checkpoint, which others rarely ask for, goes with its run. A sweep
+with failed jobs leaves all of it, so that the same command fills the gaps. Answers and verdicts are small and stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import UserError
+from .files import discard
+from .schema import RunConfig
+
+KEPT = "kept"  # marks an entry of the cache that a run with keep=all has used
+LARGE = ("prune", "recover", "targets", "levels")  # folders of the cache that hold tensors
+FIX = "free the disk, set keep=recovered or keep=none for your sweeps, or set paths.output_dir elsewhere"
+
+
+def require_space(folder: Path, needed: int, what: str, fix: str = FIX) -> int:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        folder: Where it will be written; may not exist yet.
+        needed: Its size in bytes.
+        what: Start of the message.
+        fix: End of the message.
+
+    Returns:
+        Free bytes.
+
+    Raises:
+        UserError: Says what is needed and what there is.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(f"{what}: needs about {needed / 1e9:.3g} GB in {folder}, {free / 1e9:.3g} GB are free; {fix}")
+    return free
+
+
+def staying(settings: RunConfig) -> tuple[str, ...]:
+    """Names of the checkpoints that a run's folder holds in the end."""
+    made = ["pruned"] if settings.prune.method != "none" else []
+    made += ["recovered"] if settings.recover.name != "none" else []
+    return _chosen(made, settings.keep)
+
+
+def _chosen(made: Sequence[str], keep: str) -> tuple[str, ...]:
+    return tuple({"all": made, "recovered": made[-1:], "none": ()}[keep])
+
+
+def tidy(folder: Path, keep: str) -> None:
+    """Remove the checkpoints that do not stay from the folder of a finished run.
+
+    Args:
+        folder: The run's folder.
+        keep: See `efficientllava.schema.RunConfig`.
+    """
+    made = [name for name in ("pruned", "recovered") if (folder / name).is_dir()]
+    for name in {*made} - {*_chosen(made, keep)}:
+        discard(folder / name)
+
+
+def mark(entry: Path) -> None:
+    """Say that an entry of the cache stays, whatever later runs keep."""
+    if not (entry / KEPT).exists():
+        (entry / KEPT).touch()
+
+
+def drop(entry: Path) -> None:
+    """Remove an entry of the cache that nobody is at work on, no run's folder links to, and none has marked."""
+    if not entry.is_dir() or (entry / KEPT).exists():
+        return
+    try:
+        with FileLock(entry.with_name(f"{entry.name}.lock"), timeout=0):
+            if not any(file.stat().st_nlink > 1 for file in entry.rglob("*.safetensors")):
+                discard(entry)
+    except Timeout:
+        return  # somebody waits for it
+
+
+@contextlib.contextmanager
+def at_work(cache: Path, clean: bool) -> Iterator[None]:
+    """Hold what lies in the cache until the block ends; even a kill lets go.
+
+    Args:
+        cache: The cache folder.
+        clean: Remove what no longer needs to stay when the block ends well and nobody else is at work.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / "at_work.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+        if not clean:
+            return
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for entry in (path for name in LARGE for path in (cache / name).glob("[!.]*") if path.suffix != ".work"):
+                drop(entry)
