@@ -31,6 +31,16 @@ def is_score(metric: str) -> bool:
     return not (metric == "n" or metric.startswith(("n_", "n/")) or metric.endswith("loss"))
 
 
+def metric_keys(metric: str) -> tuple[str, str, str]:
+    """Where ``task/metric`` stands in a stage; tasks of lmms-eval have a slash in their names, metrics may have any.
+
+    Args:
+        metric: E.g. ``digits_vqa/accuracy/text_copying`` or ``lmms_eval/mme/mme_perception``.
+    """
+    *group, task, name = metric.split("/", 2 if metric.startswith("lmms_eval/") else 1)
+    return "metrics", "/".join((*group, task)), name
+
+
 def retained(metrics: Metrics, base: Metrics) -> dict[str, float]:
     """Fraction of the base model's score that a stage keeps.
 

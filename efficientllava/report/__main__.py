@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from ..errors import UserError
-from ..results import STAGES, Results
+from ..results import STAGES, Results, find, is_score, metric_keys
 from .tables import markdown
 
 METRIC = "digits_vqa/accuracy"
@@ -24,7 +24,7 @@ def rows(results: list[Results], metric: str) -> list[dict[str, object]]:
         results: Contents of several ``results.json``.
         metric: ``task/metric``.
     """
-    task, _, name = metric.partition("/")
+    _, task, name = metric_keys(metric)
     table = []
     for result in results:
         row: dict[str, object] = {"overrides": " ".join(result["overrides"]), "seed": result["seed"]}
@@ -60,13 +60,13 @@ def report(folder: Path, metric: str | None = None) -> str:
 
     Args:
         folder: A sweep, or anything that holds runs.
-        metric: ``task/metric``; None: the first metric of the first task that the runs measured.
+        metric: ``task/metric``; None: the first score that the runs measured.
 
     Returns:
         The table in Markdown.
 
     Raises:
-        UserError: There is no finished run below the folder.
+        UserError: There is no finished run below the folder, or none has the metric.
     """
     from .advisor import advise
     from .page import page, write_page
@@ -75,7 +75,12 @@ def report(folder: Path, metric: str | None = None) -> str:
 
     runs = load_runs(folder)
     results = [run.results for run in runs]
-    metric = metric or _first_metric(results)
+    known = scores(results)
+    if metric is not None and metric not in known:
+        raise UserError(
+            f"metric {metric}: no run below {folder} has this score; there are {', '.join(known) or 'none'}"
+        )
+    metric = metric or next(iter(known), METRIC)
     table = rows(results, metric)
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(table[0]))
@@ -85,16 +90,24 @@ def report(folder: Path, metric: str | None = None) -> str:
     (folder / "results.md").write_text(text, encoding="utf-8")
     arms = arms_of(runs)
     plots = list(draw(arms, metric))
-    text_of_page = page(folder.name, arms, metric, plots, advise(arms, metric))
+    text_of_page = page(folder, arms, metric, plots, advise(arms, metric))
     write_page(folder / "report.html", text_of_page, plots)
     return text
 
 
-def _first_metric(results: list[Results]) -> str:
+def scores(results: list[Results]) -> list[str]:
+    """Every ``task/metric`` that a run has a score for, what papers print first.
+
+    Args:
+        results: Contents of several ``results.json``.
+    """
+    found: dict[str, bool] = {}
     for result in results:
-        for task, metrics in result["stages"].get("base", {}).get("metrics", {}).items():
-            return f"{task}/{'accuracy' if 'accuracy' in metrics else next(iter(metrics))}"
-    return METRIC
+        for stage in result["stages"].values():
+            for task, metrics in stage["metrics"].items():
+                printed = find(result, "benchmarks", task, "headline") or ["accuracy"]
+                found |= {f"{task}/{name}": name in printed for name in metrics if is_score(name)}
+    return sorted(found, key=lambda metric: not found[metric])
 
 
 if __name__ == "__main__":

@@ -5,107 +5,158 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..files import whole_file
-from ..results import STAGES
+from ..results import STAGES, metric_keys
 from .plots import Plot
-from .runs import Arm, Run
+from .runs import Arm, Run, counted, in_units, score_scale, sweep_command, unfinished
 
 STYLE = """
-:root { --ink: #1f2933; --soft: #61707f; --line: #e3e7ec; --paper: #fff; --wash: #f6f8fa; --accent: #1b6ca8 }
+:root { color-scheme: light dark; --ink: #1f2933; --soft: #61707f; --line: #e3e7ec; --paper: #fff; --wash: #f6f8fa;
+  --accent: #1b6ca8 }
 * { box-sizing: border-box }
 body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--wash) }
-main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 64px }
-h1 { font-size: 26px; margin: 0 0 4px } h2 { font-size: 18px; margin: 36px 0 12px }
-.soft { color: var(--soft) } .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
-  padding: 16px 18px; margin: 0 0 16px }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 16px }
-.plots .card { margin: 0 } .plots img { width: 100%; height: auto } .plots h3 { margin: 0 0 8px; font-size: 14px }
-.advice li { margin: 4px 0 } .advice b { color: var(--accent) }
-.scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
-th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th { cursor: pointer; color: var(--soft); font-weight: 600; user-select: none } th:hover { color: var(--ink) }
-th:first-child, td:first-child { text-align: left } tbody tr:hover { background: var(--wash) }
-th[data-order="1"]::after { content: " \\25B2" } th[data-order="-1"]::after { content: " \\25BC" }
-details { border-bottom: 1px solid var(--line); padding: 6px 0 } summary { cursor: pointer }
-code, pre { font: 13px/1.45 ui-monospace, monospace } pre { overflow-x: auto; background: var(--wash); padding: 10px;
-  border-radius: 6px; margin: 8px 0 }
-@media (max-width: 560px) { .plots { grid-template-columns: 1fr } main { padding: 20px 12px } }
+main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px }
+h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere } h2 { font-size: 19px; margin: 40px 0 12px }
+p { margin: 4px 0 } .soft { color: var(--soft) } .small { font-size: 13px }
+.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px; min-width: 0 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); gap: 16px;
+  align-items: start }
+.plots .card { overflow-x: auto; break-inside: avoid } .plots img { display: block; width: 100%; margin: 8px auto 0 }
+.plots h3 { margin: 0; font-size: 15px } ul { margin: 0; padding-left: 20px } li { margin: 5px 0 }
+.scroll { overflow: auto; max-height: 80vh; padding: 0 } table { border-collapse: collapse; width: 100% }
+th, td { padding: 6px 9px; font-size: 13.5px; text-align: right; border-bottom: 1px solid var(--line);
+  white-space: nowrap; font-variant-numeric: tabular-nums }
+thead th { white-space: normal; vertical-align: bottom; position: sticky; top: 0; z-index: 2;
+  background: var(--paper); cursor: pointer; color: var(--soft);
+  font-weight: 600; user-select: none }
+th:hover, th[aria-sort] { color: var(--ink) } tbody tr:hover td { background: var(--wash) }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
+td:first-child { white-space: normal; min-width: 210px } thead th:first-child { z-index: 3 }
+th[aria-sort=ascending]::after { content: " \\25B2" } th[aria-sort=descending]::after { content: " \\25BC" }
+details { border-bottom: 1px solid var(--line); padding: 6px 0 } details:last-child { border: 0 }
+summary { cursor: pointer } code, pre { font: 13px/1.45 ui-monospace, monospace }
+pre { background: var(--wash); padding: 10px 12px; border-radius: 6px; margin: 8px 0; overflow-x: auto }
+pre.command { white-space: pre-wrap; overflow-wrap: anywhere }
+@media (max-width: 600px) { main { padding: 20px 12px } .card { padding: 12px } .scroll { padding: 0 }
+  td:first-child { min-width: 120px } }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6eaee; --soft: #9aa8b5; --line: #333d47; --paper: #1c2329; --wash: #13181c; --accent: #6db5ea }
+  .plots img { filter: invert(.88) hue-rotate(180deg) } }
+@media print { :root { --wash: #fff } main { max-width: none; padding: 0 } h2, tr { break-after: avoid }
+  .scroll { max-height: none; overflow: visible } table { font-size: 8px } th, td { padding: 2px 4px }
+  th, td:first-child { position: static !important } .plots { grid-template-columns: 1fr 1fr } }
 """
 SORT = """
-document.querySelectorAll("th").forEach((head, column) => head.addEventListener("click", () => {
-  const order = head.dataset.order === "-1" ? 1 : -1, body = head.closest("table").tBodies[0];
-  document.querySelectorAll("th").forEach(other => delete other.dataset.order);
-  head.dataset.order = order;
-  const key = row => { const value = row.cells[column].dataset.value; return value === "" ? -Infinity : isNaN(value)
-    ? value : Number(value); };
-  [...body.rows].sort((a, b) => (key(a) > key(b) ? 1 : key(a) < key(b) ? -1 : 0) * order)
+document.querySelectorAll("thead th").forEach((head, column) => head.addEventListener("click", () => {
+  const body = head.closest("table").tBodies[0], down = head.ariaSort === "descending" ? 1 : -1;
+  head.parentElement.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
+  head.setAttribute("aria-sort", down < 0 ? "descending" : "ascending");
+  const compare = (one, other) => one === other ? 0 : one === "" ? 1 : other === "" ? -1
+    : down * (isNaN(one) || isNaN(other) ? one.localeCompare(other, undefined, { numeric: true }) : one - other);
+  [...body.rows].sort((a, b) => compare(a.cells[column].dataset.value, b.cells[column].dataset.value))
     .forEach(row => body.append(row));
 }));
 """
+ADVICE = (
+    "Retained scores; mean ± standard deviation over seeds. “Within the noise” means that the 95 % interval of the "
+    "difference includes zero: from the spread over seeds (Student's t), or from the number of questions where there "
+    "is one seed. All seeds answer the same questions, and few seeds leave wide intervals."
+)
 
 
-def page(title: str, arms: Sequence[Arm], metric: str, plots: Sequence[Plot], advice: Sequence[str]) -> str:
+def page(folder: Path, arms: Sequence[Arm], metric: str, plots: Sequence[Plot], advice: Sequence[str]) -> str:
     """The whole page; it requests nothing from anywhere.
 
     Args:
-        title: Headline.
+        folder: The folder of the runs; its name is the headline.
         arms: Arms of the sweep.
         metric: ``task/metric``.
         plots: Output of `efficientllava.report.plots.draw`.
         advice: Lines of HTML, see `efficientllava.report.advisor`.
     """
-    runs = [run for arm in arms for run in arm.runs]
-    models = ", ".join(dict.fromkeys(str(run.results.get("model", "?")) for run in runs))
-    body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="soft">{len(runs)} runs in {len(arms)} configurations of {html.escape(models)}; mean ± standard '
-        f"deviation over seeds; metric {html.escape(metric)}</p>",
-    ]
+    title = html.escape(folder.resolve().name)
+    failed = list(unfinished(folder))
+    body = [*_head(folder, title, arms, metric)]
+    if failed:
+        items = "".join(
+            f"<li><code>{html.escape(command)}</code><br>{html.escape(why)}</li>" for command, why in failed
+        )
+        body.append(f'<h2>{counted(len(failed), "run")} without results</h2><div class="card"><ul>{items}</ul></div>')
     if advice:
         items = "".join(f"<li>{line}</li>" for line in advice)
-        body.append(f'<h2>What won here</h2><div class="card advice"><ul>{items}</ul></div>')
-    cards = "".join(f'<div class="card"><h3>{html.escape(p.title)}</h3>{_image(p)}</div>' for p in plots)
-    body += [f'<h2>Plots</h2><div class="plots">{cards}</div>'] if plots else []
+        body.append(f'<h2>What won here</h2><div class="card"><ul>{items}</ul><p class="soft small">{ADVICE}</p></div>')
+    if plots:
+        body.append(f'<h2>Plots</h2><div class="plots">{"".join(map(_card, plots))}</div>')
     body.append(f'<h2>Table</h2><div class="card scroll">{_table(arms, metric)}</div>')
-    body.append(f'<h2>Runs</h2><div class="card">{"".join(_details(run) for run in runs)}</div>')
+    runs = "".join(_details(arm, run) for arm in arms for run in arm.runs)
+    body.append(f'<h2>Runs</h2><div class="card">{runs}</div>')
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main>{''.join(body)}</main><script>{SORT}</script></body></html>\n"
     )
 
 
-def _image(plot: Plot) -> str:
+def _head(folder: Path, title: str, arms: Sequence[Arm], metric: str) -> Iterator[str]:
+    runs = [run for arm in arms for run in arm.runs]
+    models = ", ".join(dict.fromkeys(str(run.results.get("model", "?")) for run in runs))
+    commits = ", ".join(dict.fromkeys(run.results["commit"][:10] or "unknown" for run in runs))
+    seeds = counted(len({run.results["seed"] for run in runs}), "seed")
+    yield f"<h1>{title}</h1>"
+    facts = (
+        f"{counted(len(runs), 'run')} in {counted(len(arms), 'configuration')}, {seeds}",
+        models,
+        metric,
+        f"commit {commits}",
+    )
+    yield f'<p class="soft">{" · ".join(map(html.escape, facts))}</p>'
+    if command := sweep_command(folder):
+        yield f'<pre class="command">{html.escape(command)}</pre>'
+
+
+def _card(plot: Plot) -> str:
+    """A plot as it stands on the page; too small a screen scrolls it."""
+    import matplotlib
+
     data = io.BytesIO()
-    plot.figure.savefig(data, format="svg")
-    text = base64.b64encode(data.getvalue()).decode()
-    return f'<img alt="{html.escape(plot.title)}" src="data:image/svg+xml;base64,{text}">'
+    # The same runs give the same page.
+    with matplotlib.rc_context({"svg.hashsalt": plot.name}):
+        plot.figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
+    text, width = base64.b64encode(data.getvalue()).decode(), plot.figure.get_figwidth()
+    size = f"min-width: {58 * width:.0f}px; max-width: {135 * width:.0f}px"
+    image = f'<img alt="{html.escape(plot.title)}" style="{size}" src="data:image/svg+xml;base64,{text}">'
+    return (
+        f'<div class="card"><h3>{html.escape(plot.title)}</h3><p class="soft small">{html.escape(plot.caption)}</p>'
+        f"{image}</div>"
+    )
 
 
-def _columns(metric: str) -> list[tuple[str, tuple[str, ...], bool, float, int]]:
-    """Head, place in ``results.json``, whether in its last stage, factor and digits of every column."""
-    score = ("metrics", *metric.split("/"))
-    task = metric.partition("/")[0]
-    return [
+def _columns(arms: Sequence[Arm], metric: str) -> list[tuple[str, tuple[str, ...], bool, float, int]]:
+    """Head, place in ``results.json``, whether in its last stage, factor and digits of every column with a number."""
+    score, (factor, sign) = metric_keys(metric), score_scale(arms, metric)
+    count, giga = in_units([size for arm in arms for size in arm.values("stages", "base", "parameters")], 1000)
+    size, unit = in_units(
+        [size for arm in arms for size in arm.values("stages", "base", "checkpoint_bytes")], 1024, "iB"
+    )
+    columns = [
         ("removed, %", ("ratio", "achieved"), False, 100, 1),
-        *((f"{stage}, %", ("stages", stage, *score), False, 100, 1) for stage in STAGES),
+        *((f"{stage}{sign}", ("stages", stage, *score), False, factor, 1) for stage in STAGES),
         ("retained, %", ("retained", metric), True, 100, 1),
-        ("answer loss", ("metrics", task, "answer_loss"), True, 1, 3),
-        ("parameters, M", ("parameters",), True, 1e-6, 3),
-        ("MiB", ("checkpoint_bytes",), True, 2**-20, 2),
+        ("answer loss", (*score[:2], "answer_loss"), True, 1, 3),
+        (f"parameters, {giga}", ("parameters",), True, 1 / count, 3),
+        (unit, ("checkpoint_bytes",), True, 1 / size, 2),
         ("ms per token", ("latency_ms", "decode"), True, 1, 2),
         ("prune, s", ("seconds", "prune"), False, 1, 0),
         ("recover, s", ("seconds", "recover"), False, 1, 0),
     ]
+    return [column for column in columns if any(arm.values(*column[1], last=column[2]) for arm in arms)]
 
 
 def _table(arms: Sequence[Arm], metric: str) -> str:
-    columns = [column for column in _columns(metric) if any(arm.values(*column[1], last=column[2]) for arm in arms)]
+    columns = _columns(arms, metric)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("configuration", "seeds", *(c[0] for c in columns)))
     rows = []
     for arm in arms:
@@ -117,30 +168,20 @@ def _table(arms: Sequence[Arm], metric: str) -> str:
                 cells.append('<td data-value="">-</td>')
                 continue
             mean, spread = (factor * value for value in found)
-            text = f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if len(arm.runs) > 1 else "")
+            text, deviation = f"{mean:.{digits}f}", f"{spread:.{digits}f}"
+            text += f" ± {deviation}" if float(deviation) else ""
             cells.append(f'<td data-value="{mean:.9g}">{text}</td>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
-def _details(run: Run) -> str:
-    config = json.dumps(_nested(run.config), indent=2, default=str)
+def _details(arm: Arm, run: Run) -> str:
+    facts = f"commit {run.results['commit'] or 'unknown'}, folder {run.folder.name}"
     return (
-        f"<details><summary><code>{html.escape(run.command)}</code></summary>"
-        f'<p class="soft">seed {run.results["seed"]}, commit {html.escape(run.results["commit"] or "unknown")}, '
-        f"{html.escape(run.folder.name)}</p><pre>{html.escape(config)}</pre></details>"
+        f"<details><summary>{html.escape(arm.label())}, seed {run.results['seed']}</summary>"
+        f'<pre class="command">{html.escape(run.command)}</pre><p class="soft small">{html.escape(facts)}</p>'
+        f"<pre>{html.escape(run.written_config())}</pre></details>"
     )
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *groups, name = key.split(".")
-        node = nested
-        for group in groups:
-            node = node.setdefault(group, {})
-        node[name] = value
-    return nested
 
 
 def write_page(path: Path, text: str, plots: Sequence[Plot]) -> None:

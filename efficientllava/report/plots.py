@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import csv
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .runs import AXES, Arm, Run
+from ..results import metric_keys
+from .drawing import CYCLE, FAINT, Point, draw_curves, halo, label_ends, new_axes, style
+from .maps import kept, matrix
+from .runs import AXES, Arm, Run, in_units, score_scale
 
-CYCLE = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#3a3a3a", "#00a6a6", "#b56576", "#8d99ae", "#7f5539")
-MARKS = "osD^vPX*<>"
-GRID = {"color": "#e3e7ec", "lw": 0.8}
-MOST_INSIDE = 5  # entries of a legend inside the axes
-MOST_STRIPS = 12  # arms whose kept units are drawn
+MOST_ROWS = 40  # of a dot plot
+MOST_TOGETHER = 5  # series in one panel; more get a panel for each paradigm
+Curves = dict[str, list[Point]]
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Plot:
     Args:
         name: File name without ending.
         title: What it shows.
+        caption: How to read it.
         figure: The matplotlib figure.
     """
 
     name: str
     title: str
+    caption: str
     figure: Any
 
 
@@ -39,115 +41,135 @@ def draw(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
         arms: Arms of the sweep.
         metric: ``task/metric``, such as ``digits_vqa/accuracy``.
     """
-    makers: list[tuple[str, str, Callable[[Sequence[Arm], str], Any]]] = [
-        ("retained", "Retained accuracy against what was removed", _retained),
-        ("latency", "Accuracy against decode latency", _front(("latency_ms", "decode"), "per-token latency, ms")),
-        ("bytes", "Accuracy against size", _front(("checkpoint_bytes",), "checkpoint, MiB", 2**20)),
-        ("data_fraction", "Retained accuracy against the share of recovery data", _data_fraction),
-        ("matrix", "Recovery matrix", _matrix),
-        ("kept", "What was kept", _kept),
-        ("training", "Recovery", _training),
-    ]
-    for name, title, make in makers:
-        figure = make(arms, metric)
-        if figure is not None:
-            yield Plot(name, title, figure)
+    yield from _retained(arms, metric)
+    yield from _front(arms, metric, ("latency_ms", "decode"), "latency", "decode latency", (1, "ms per token"))
+    unit, name = in_units(
+        [size for arm in arms for size in arm.values("stages", "base", "checkpoint_bytes")], 1024, "iB"
+    )
+    yield from _front(arms, metric, ("checkpoint_bytes",), "bytes", "size", (unit, f"checkpoint, {name}"))
+    yield from _data_fraction(arms, metric)
+    caption = f"Retained {metric}, %, mean over seeds; a row per configuration, a column per recovery."
+    yield from _made("matrix", "Recovery matrix", caption, matrix(arms, metric))
+    for part, title in (("groups", "Kept heads per layer"), ("channels", "Kept MLP channels per layer")):
+        caption = "Share of KV groups" if part == "groups" else "Share of channels"
+        caption += " that each layer keeps, %, first run of each configuration; 0: the layer is dropped."
+        yield from _made(f"kept_{part}", title, caption, kept(arms, part))
+    yield from _training(arms)
 
 
-def _axes(width: float = 6.4, height: float = 4.2) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.grid(**GRID)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def _made(name: str, title: str, caption: str, axes: Any) -> Iterator[Plot]:
+    if axes is not None:
+        yield Plot(name, title, caption, axes.figure)
 
 
-def _finish(axes: Any, **labels: str) -> None:
-    axes.set(**labels)
-    handles, names = axes.get_legend_handles_labels()
-    if len(names) > MOST_INSIDE:
-        columns = 2 if max(map(len, names)) < 48 else 1
-        axes.figure.set_figheight(axes.figure.get_figheight() + 0.17 * len(names) / columns)
-        axes.figure.legend(handles, names, frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
-    elif names:
-        axes.legend(frameon=False, fontsize=8)
+def _percent(found: tuple[float, float]) -> tuple[float, float]:
+    return 100 * found[0], 100 * found[1]
 
 
-def _curves(arms: Sequence[Arm], metric: str, x: Sequence[str], without: Sequence[str]) -> dict[str, list[Any]]:
-    """Points ``(x, mean, s.d.)`` in percent of the retained metric, by what is left of an arm's label."""
-    curves: dict[str, list[Any]] = {}
-    for arm in arms:
-        place, kept = arm.mean(*x), arm.mean("retained", metric, last=True)
-        if place and kept:
-            curves.setdefault(arm.label(*without), []).append((100 * place[0], 100 * kept[0], 100 * kept[1]))
-    return {label: sorted(points) for label, points in curves.items()}
+def _by_paradigm(arms: Sequence[Arm], series: Callable[[Arm], str]) -> dict[str, list[Arm]]:
+    """All arms together, or by paradigm where they would be too many series."""
+    names = dict.fromkeys(str(arm.settings.get("prune.name")) for arm in arms)
+    if len(names) == 1 or len({series(arm) for arm in arms}) <= MOST_TOGETHER:
+        return {"": list(arms)}
+    return {name: [arm for arm in arms if str(arm.settings.get("prune.name")) == name] for name in names}
 
 
-def _plot_curves(curves: dict[str, list[Any]]) -> tuple[Any, Any]:
-    figure, axes = _axes()
-    for index, (label, points) in enumerate(curves.items()):
-        x, y, spread = zip(*points, strict=True)
-        style = {"color": CYCLE[index % len(CYCLE)], "marker": MARKS[index % len(MARKS)], "ms": 5, "capsize": 3}
-        axes.errorbar(x, y, spread, label=label, lw=1.6, **style)
-    return figure, axes
+def _retained(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
+    known = [arm for arm in arms if arm.mean("retained", metric, last=True)]
+    title, caption = "Retained accuracy against what was removed", "Mean over seeds; bars: one standard deviation."
+    panels = _by_paradigm(known, lambda arm: arm.label(*AXES))
+    hidden = AXES if len(panels) == 1 else (*AXES, "prune.name")
+    styles = list(dict.fromkeys(arm.label(*hidden) for arm in known))
+    low, high = None, None
+    for name, group in panels.items():
+        curves: Curves = {}
+        for arm in group:
+            removed, left = arm.mean("ratio", "achieved"), arm.mean("retained", metric, last=True)
+            if removed and left:
+                curves.setdefault(arm.label(*hidden), []).append((100 * removed[0], *_percent(left)))
+        if all(len(points) < 2 for points in curves.values()):
+            if low is None and known:
+                yield Plot("retained", "Retained accuracy", caption, _dots(known, metric).figure)
+            return
+        if low is None or high is None:
+            ends = [_percent(arm.mean("retained", metric, last=True) or (0, 0)) for arm in known]
+            low, high = min(y - s for y, s in ends), max(y + s for y, s in ends)
+        axes = new_axes()
+        margin = 0.05 * (high - low) + 0.2
+        axes.set(ylim=(low - margin, high + margin), ylabel=f"retained {metric}, %")
+        axes.set(xlabel="language-model parameters removed, %")
+        draw_curves(axes, {label: sorted(points) for label, points in curves.items()}, styles)
+        yield Plot(f"retained_{name}".rstrip("_"), f"{title}: {name}".removesuffix(": "), caption, axes.figure)
 
 
-def _retained(arms: Sequence[Arm], metric: str) -> Any:
-    curves = _curves(arms, metric, ("ratio", "achieved"), AXES)
+def _dots(arms: Sequence[Arm], metric: str) -> Any:
+    """One row per arm, the best on top: for sweeps in which nothing is removed at more than one ratio."""
+    rows = sorted((_percent(arm.mean("retained", metric, last=True) or (0, 0)), arm.label()) for arm in arms)
+    rows = rows[-MOST_ROWS:]
+    axes = new_axes(height=1.1 + 0.24 * len(rows))
+    for index, ((mean, deviation), _) in enumerate(rows):
+        axes.errorbar(mean, index, xerr=deviation or None, fmt="o", ms=5, capsize=3, color=CYCLE[0])
+    axes.set_yticks(range(len(rows)), [label for _, label in rows])
+    axes.set(xlabel=f"retained {metric}, %", ylim=(-0.6, len(rows) - 0.4))
+    return axes
+
+
+def _data_fraction(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
+    known = [arm for arm in arms if "data_frac" in arm.settings and arm.mean("retained", metric, last=True)]
+    curves: Curves = {}
+    for arm in known:
+        left = _percent(arm.mean("retained", metric, last=True) or (0, 0))
+        curves.setdefault(arm.label("data_frac"), []).append((100 * arm.settings["data_frac"], *left))
+    curves = {label: sorted(points) for label, points in curves.items() if len(points) > 1}
     if not curves:
-        return None
-    figure, axes = _plot_curves(curves)
-    _finish(axes, xlabel="language-model parameters removed, %", ylabel=f"retained {metric}, %")
-    return figure
+        return
+    axes = new_axes()
+    axes.set(xscale="log", xlabel="share of the recovery data, %", ylabel=f"retained {metric}, %")
+    shares = sorted({x for points in curves.values() for x, _, _ in points})
+    axes.set_xticks(shares, [f"{share:g}" for share in shares])
+    axes.minorticks_off()
+    axes.autoscale_view()
+    bounds = [y + sign * s for points in curves.values() for _, y, s in points for sign in (-1, 1)]
+    margin = 0.05 * (max(bounds) - min(bounds)) + 0.2
+    axes.set_ylim(min(bounds) - margin, max(bounds) + margin)
+    draw_curves(axes, curves, list(curves))
+    caption = "Mean over seeds; bars: one standard deviation."
+    yield Plot("data_fraction", "Retained accuracy against recovery data", caption, axes.figure)
 
 
-def _data_fraction(arms: Sequence[Arm], metric: str) -> Any:
-    shares = {arm.settings.get("data_frac") for arm in arms} - {None}
-    if len(shares) < 2:
-        return None
-    curves: dict[str, list[Any]] = {}
-    for arm in arms:
-        kept = arm.mean("retained", metric, last=True)
-        if kept:
-            point = (100 * arm.settings["data_frac"], 100 * kept[0], 100 * kept[1])
-            curves.setdefault(arm.label("data_frac"), []).append(point)
-    figure, axes = _plot_curves({label: sorted(points) for label, points in curves.items()})
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    _finish(axes, xlabel="share of the recovery data, %", ylabel=f"retained {metric}, %")
-    return figure
-
-
-def _front(path: Sequence[str], label: str, unit: float = 1) -> Callable[[Sequence[Arm], str], Any]:
-    """A scatter of accuracy against a cost, with the Pareto front."""
-
-    def make(arms: Sequence[Arm], metric: str) -> Any:
-        score = ("metrics", *metric.split("/"))
-        points = [
-            (cost[0] / unit, 100 * value[0], arm.label())
-            for arm in arms
-            if (cost := arm.mean(*path, last=True)) and (value := arm.mean(*score, last=True))
-        ]
-        if not points:
-            return None
-        figure, axes = _axes()
-        base_cost, base_value = arms[0].mean("stages", "base", *path), arms[0].mean("stages", "base", *score)
-        if base_cost and base_value:
-            axes.scatter(base_cost[0] / unit, 100 * base_value[0], marker="*", s=120, color="#3a3a3a", label="base")
-        for index, (x, y, name) in enumerate(points):
-            mark = MARKS[index // len(CYCLE) % len(MARKS)]
-            axes.scatter(x, y, color=CYCLE[index % len(CYCLE)], marker=mark, s=40, label=name)
-        front = pareto([point[:2] for point in points])
-        axes.plot(*zip(*front, strict=True), color="#9aa5b1", lw=1.2, ls="--", zorder=0)
-        _finish(axes, xlabel=label, ylabel=f"{metric}, %")
-        return figure
-
-    return make
+def _front(
+    arms: Sequence[Arm], metric: str, path: Sequence[str], name: str, title: str, scale: tuple[float, str]
+) -> Iterator[Plot]:
+    """A scatter of the score against a cost, with the Pareto front."""
+    where, (unit, label) = metric_keys(metric), scale
+    factor, sign = score_scale(arms, metric)
+    points = [
+        (cost[0] / unit, factor * value[0], arm)
+        for arm in arms
+        if (cost := arm.mean(*path, last=True)) and (value := arm.mean(*where, last=True))
+    ]
+    if not points:
+        return
+    axes = new_axes()
+    base = [arms[0].mean("stages", "base", *keys) for keys in (path, where)]
+    if base[0] and base[1]:
+        place = base[0][0] / unit, factor * base[1][0]
+        axes.plot(*place, marker="*", ms=11, color="#3a3a3a", ls="none")
+        axes.annotate(
+            "base", place, xytext=(0, -13), textcoords="offset points", ha="center", fontsize=8, path_effects=halo()
+        )
+    series = list(dict.fromkeys(arm.label(*AXES) for _, _, arm in points))
+    for x, y, arm in points:
+        axes.plot(x, y, ls="none", ms=5, **style(series.index(arm.label(*AXES))))
+    front = pareto([point[:2] for point in points])
+    axes.plot(*zip(*front, strict=True), color=FAINT, lw=1.2, ls="--", zorder=0, drawstyle="steps-post")
+    axes.set(xlabel=label, ylabel=f"{metric}{sign}")
+    axes.margins(0.08)
+    best = {(x, y): arm for x, y, arm in points}
+    named = front if len(front) <= len(CYCLE) else front[:: -(-len(front) // len(CYCLE))]
+    label_ends(axes, [(*p, best[p].label(), style(series.index(best[p].label(*AXES)))["color"]) for p in named])
+    caption = "The last stage of each configuration; named are those that no other beats in both (the Pareto front)."
+    yield Plot(name, f"Accuracy against {title}", caption, axes.figure)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -163,88 +185,47 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
-def _matrix(arms: Sequence[Arm], metric: str) -> Any:
-    rows = list(dict.fromkeys(arm.label("recover.name") for arm in arms))
-    columns = list(dict.fromkeys(arm.settings.get("recover.name") for arm in arms))
-    if len(columns) < 2 or len(rows) > 40:
-        return None
-    cells: list[list[float]] = [[float("nan")] * len(columns) for _ in rows]
+def _training(arms: Sequence[Arm]) -> Iterator[Plot]:
+    """A panel per recovery, since their losses are not of one kind."""
+    from matplotlib.ticker import LogLocator
+
+    logs: dict[str, Curves] = {}
     for arm in arms:
-        kept = arm.mean("retained", metric, last=True)
-        if kept:
-            place = columns.index(arm.settings.get("recover.name"))
-            cells[rows.index(arm.label("recover.name"))][place] = 100 * kept[0]
-    figure, axes = _axes(2.5 + 1.0 * len(columns), 1.2 + 0.42 * len(rows))
-    axes.grid(False)
-    known = [value for row in cells for value in row if value == value]
-    image = axes.imshow(cells, cmap="RdYlGn", aspect="auto", vmin=min(known), vmax=max(known))
-    middle = statistics.fmean((min(known), max(known)))
-    for y, row in enumerate(cells):
-        for x, value in enumerate(row):
-            if value == value:
-                dark = abs(value - middle) > 0.4 * (max(known) - min(known))
-                colour = "white" if dark and len(known) > 1 else "black"
-                axes.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xticks(range(len(columns)), [str(column) for column in columns])
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    figure.colorbar(image, ax=axes, label=f"retained {metric}, %", fraction=0.05)
-    return figure
-
-
-def _kept(arms: Sequence[Arm], _metric: str) -> Any:
-    """Strips of kept KV groups and channels per layer, for the first run of each arm."""
-    drawn: dict[str, list[list[float]]] = {}
-    for arm in arms:
-        shares = _shares(arm.runs[0])
-        if shares is not None:
-            drawn.setdefault(arm.label("recover.name", "data_frac"), shares)
-    if not drawn:
-        return None
-    chosen = list(drawn.items())[:MOST_STRIPS]
-    rows = [row for _, shares in chosen for row in shares]
-    figure, axes = _axes(7.4, 1.0 + 0.5 * len(chosen))
-    axes.grid(False)
-    image = axes.imshow(rows, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
-    axes.set_yticks([2 * index + 0.5 for index in range(len(chosen))], [label for label, _ in chosen], fontsize=8)
-    for index in range(1, len(chosen)):
-        axes.axhline(2 * index - 0.5, color="white", lw=3)
-    axes.set(xlabel="layer (upper row: KV groups, lower row: MLP channels)")
-    figure.colorbar(image, ax=axes, label="kept, %", fraction=0.05)
-    return figure
-
-
-def _shares(run: Run) -> list[list[float]] | None:
-    """Kept groups and channels of every layer, in percent; 0 for a dropped layer.
-
-    A plan does not say how many units there were: the highest kept index of any layer tells, but for a unit or two.
-    """
-    plan = run.plan()
-    if plan is None:
-        return None
-    rows = []
-    for kind in ("groups", "channels"):
-        whole = 1 + max(max(layer[kind]) for layer in plan["layers"])
-        row = [0.0] * plan["source_layers"]
-        for layer in plan["layers"]:
-            row[layer["index"]] = 100 * len(layer[kind]) / whole
-        rows.append(row)
-    return rows
-
-
-def _training(arms: Sequence[Arm], _metric: str) -> Any:
-    figure, axes = None, None
-    for index, arm in enumerate(arms[: 2 * len(CYCLE)]):
         steps, losses = _log(arm.runs[0])
-        if len(steps) < 2:
-            continue
-        if axes is None:
-            figure, axes = _axes()
-        line = "-" if index < len(CYCLE) else "--"
-        axes.plot(steps, losses, line, color=CYCLE[index % len(CYCLE)], lw=1.4, label=arm.label())
-    if axes is not None:
-        axes.set_yscale("log")
-        _finish(axes, xlabel="optimiser step", ylabel="recovery loss")
-    return figure
+        if len(steps) > 1:
+            recovery = str(arm.runs[0].config.get("recover.name", "recovery"))
+            points: list[Point] = [(step, loss, 0.0) for step, loss in zip(steps, smoothed(losses), strict=True)]
+            logs.setdefault(recovery, {})[arm.label("recover.name") if arm.settings else recovery] = points
+    for recovery, curves in logs.items():
+        axes = new_axes()
+        axes.set(xlabel="optimiser step", ylabel="recovery loss", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        ranked = sorted(curves, key=lambda label: curves[label][-1][1])
+        for index, label in enumerate(ranked):
+            x, y, _ = zip(*curves[label], strict=True)
+            shown = index < len(CYCLE)
+            axes.plot(x, y, lw=1.3 if shown else 0.7, color=CYCLE[index] if shown else FAINT)
+        if len(curves) > 1:
+            ends = [(*curves[label][-1][:2], label, CYCLE[i]) for i, label in enumerate(ranked[: len(CYCLE)])]
+            label_ends(axes, ends)
+        caption = "First run of each configuration, exponential mean over about ten logged steps."
+        yield Plot(f"training_{recovery}", f"Training: {recovery}", caption, axes.figure)
+
+
+def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean without the bias of its start: the first value is itself.
+
+    Args:
+        values: Any.
+        weight: Of the past, in [0, 1).
+    """
+    means, total, norm = [], 0.0, 0.0
+    for value in values:
+        total, norm = weight * total + value, weight * norm + 1
+        means.append(total / norm)
+    return means
 
 
 def _log(run: Run) -> tuple[list[int], list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from ..errors import UserError
-from ..results import Results, find, last_stage, read
+from ..results import STAGES, Results, find, last_stage, metric_keys, read
 
 # Keys that say where and how a run was done, not what.
 PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "optimized_metric")
-AXES = ("prune.ratio", "prune.share", "prune.drop_layers", "data_frac")  # what curves run along
+BUDGET = ("prune.ratio", "prune.share", "prune.drop_layers")  # how much is removed
+AXES = (*BUDGET, "data_frac")  # what curves run along
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,12 @@ class Run:
     @property
     def command(self) -> str:
         """The line that makes this run."""
-        return " ".join(["python run.py", *self.results["overrides"]])
+        return shlex.join(["python", "run.py", *self.results["overrides"]])
+
+    def written_config(self) -> str:
+        """Its configuration as YAML, as Hydra has written it."""
+        file = self.folder / ".hydra" / "config.yaml"
+        return file.read_text("utf-8") if file.exists() else ""
 
     def plan(self) -> Mapping[str, Any] | None:
         """What was kept; None where nothing was pruned."""
@@ -56,10 +63,16 @@ class Arm:
     settings: Mapping[str, Any]
     runs: tuple[Run, ...]
 
+    def words(self, *without: str) -> tuple[str, ...]:
+        """Its settings in words, names first, without some keys."""
+        shown = [key for key in self.settings if key not in without]
+        return tuple(_in_words(key, self.settings[key]) for key in sorted(shown, key=lambda key: not _is_name(key)))
+
     def label(self, *without: str) -> str:
-        """Its settings in words, without some keys."""
-        shown = {key: value for key, value in self.settings.items() if key not in without}
-        return ", ".join(_in_words(key, value) for key, value in shown.items()) or "default"
+        """Its settings in one line, without some keys; where nothing is left, what its first run was."""
+        config = self.runs[0].config
+        names = [str(config[key]) for key in ("prune.name", "recover.name") if key not in without and key in config]
+        return ", ".join(self.words(*without) or names) or "default"
 
     def values(self, *path: str, last: bool = False) -> list[float]:
         """A number of each run that has it.
@@ -94,11 +107,42 @@ def load_runs(folder: Path) -> list[Run]:
     return [Run(file.parent, read(file), _config(file.parent)) for file in files]
 
 
+def unfinished(folder: Path) -> Iterator[tuple[str, str]]:
+    """Command and last message of every run below a folder that has left no results.
+
+    Args:
+        folder: A sweep.
+    """
+    for file in sorted(folder.rglob(".hydra/overrides.yaml")):
+        run = file.parents[1]
+        if not (run / "results.json").exists():
+            logs = [
+                log.read_text("utf-8", errors="replace").split("\n")
+                for log in (run / "job.log", run / "run.log")
+                if log.exists()
+            ]
+            lines = [line.strip() for log in logs for line in reversed(log) if line.strip()]
+            told = next((line for line in lines if line.startswith("error:")), "no message")
+            yield shlex.join(["python", "run.py", *_yaml(file)]), f"{run.name}: {told}"
+
+
+def sweep_command(folder: Path) -> str | None:
+    """What was typed to make a sweep; None for other folders."""
+    file = folder / "multirun.yaml"
+    if not file.exists():
+        return None
+    overrides = _yaml(file)["hydra"]["overrides"]
+    launcher = [item for item in overrides["hydra"] if not item.startswith("hydra.mode=")]
+    return shlex.join(["python", "run.py", "-m", *launcher, *overrides["task"]])
+
+
+def _yaml(file: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(file))
+
+
 def _config(folder: Path) -> dict[str, Any]:
     file = folder / ".hydra" / "config.yaml"
-    if not file.exists():
-        return {}
-    return dict(_flat(OmegaConf.to_container(OmegaConf.load(file)), ""))
+    return dict(_flat(_yaml(file), "")) if file.exists() else {}
 
 
 def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -126,18 +170,52 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
 def _settings(run: Run, keys: Sequence[str]) -> dict[str, Any]:
     """What a run was told of the keys; what others were told and it was not has no meaning for it."""
     own = {override.partition("=")[0].lstrip("+") for override in run.results["overrides"]}
-    return {key: run.config.get(key) for key in keys if key in own or key in AXES or key.endswith(".name")}
+    shown = {key: run.config.get(key) for key in keys if key in own or key in AXES or _is_name(key)}
+    if run.config.get("recover.name") == "none":
+        shown.pop("data_frac", None)
+    return shown
 
 
 def _tells(key: str, typed: Collection[str], runs: Sequence[Run]) -> bool:
     """Whether a key tells arms apart; the name of an option stands for all that the option sets."""
-    if key.split(".")[0] in PLACES or not (key.endswith(".name") or key in typed):
+    if key.split(".")[0] in PLACES or not (_is_name(key) or key in typed):
         return False
     return len({str(run.config.get(key)) for run in runs}) > 1
 
 
+def in_units(values: Sequence[float], base: int, suffix: str = "") -> tuple[float, str]:
+    """Divisor and name of the unit, millions or billions, in which the largest of some counts is best read.
+
+    Args:
+        values: Counts.
+        base: 1000, or 1024 for bytes.
+        suffix: Of the unit, such as ``iB``.
+    """
+    return (base**3, f"G{suffix}") if max(values, default=0) >= base**3 else (base**2, f"M{suffix}")
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _is_name(key: str) -> bool:
+    return key.endswith(".name")
+
+
+def score_scale(arms: Sequence[Arm], metric: str) -> tuple[float, str]:
+    """Factor and unit that a score is shown with: shares in percent, points (such as those of MME) as they are.
+
+    Args:
+        arms: Arms of the sweep.
+        metric: ``task/metric``.
+    """
+    values = [value for arm in arms for stage in STAGES for value in arm.values("stages", stage, *metric_keys(metric))]
+    return (1, "") if any(value > 1 for value in values) else (100, ", %")
+
+
 def _in_words(key: str, value: Any) -> str:
-    if key.endswith(".name"):
+    if _is_name(key):
         return str(value)
     short = key.removeprefix("prune.").removeprefix("recover.")
     return f"{short} {value:g}" if isinstance(value, float) else f"{short} {value}"

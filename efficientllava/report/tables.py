@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from ..errors import UserError
-from ..results import STAGES, Results, find, is_score, last_stage
+from ..results import STAGES, Results, find, is_score, last_stage, metric_keys
 
 ABSENT = "-"
 LABELS = {
@@ -213,7 +213,7 @@ def markdown(results: Sequence[Results], metric: str = "digits_vqa/accuracy") ->
 
     Args:
         results: Contents of several ``results.json``.
-        metric: ``task/metric`` to show for every stage, in percent.
+        metric: ``task/metric`` to show for every stage, in percent where it is a share.
 
     Returns:
         Markdown. Rows are named by the overrides in which the configurations differ.
@@ -221,21 +221,26 @@ def markdown(results: Sequence[Results], metric: str = "digits_vqa/accuracy") ->
     Raises:
         UserError: If there are no results, or ``metric`` names no task.
     """
-    task, slash, name = metric.partition("/")
-    if not results or not slash:
+    if not results or "/" not in metric:
         raise UserError(
             f"table of {len(results)} runs by {metric!r}: give at least one run and a metric like task/accuracy"
         )
+    _, task, name = metric_keys(metric)
     groups = _runs_by_overrides(results)
     common = set.intersection(*(set(key) for key in groups))
-    head = ["run", "seeds", "removed, %", *(f"{stage}, %" for stage in STAGES), "retained, %", "answer loss"]
+    known = [find(run["stages"], stage, "metrics", task, name) for run in results for stage in STAGES]
+    points = any(value is not None and value > 1 for value in known)
+    scores = (stage if points else f"{stage}, %" for stage in STAGES)
+    head = ["run", "seeds", "removed, %", *scores, "retained, %", "answer loss"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
     for key, runs in groups.items():
         label = " ".join(item for item in key if item not in common) or "default"
         last = [last_stage(run) for run in runs]
         cells = [f"`{label}`", str(len({run["seed"] for run in runs}))]
         cells.append(_spread([run["ratio"].get("achieved") for run in runs]))
-        cells += [_spread([find(run["stages"], stage, "metrics", task, name) for run in runs]) for stage in STAGES]
+        for stage in STAGES:
+            values = [find(run["stages"], stage, "metrics", task, name) for run in runs]
+            cells.append(_spread(values, scale=1 if points else 100))
         cells.append(_spread([find(stage, "retained", metric) for stage in last]))
         cells.append(_spread([find(stage, "metrics", task, "answer_loss") for stage in last], scale=1, digits=3))
         lines.append("| " + " | ".join(cells) + " |")

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from efficientllava.errors import UserError
 from efficientllava.report.__main__ import report
 from efficientllava.report.advisor import advise
-from efficientllava.report.plots import draw, pareto
+from efficientllava.report.drawing import spread
+from efficientllava.report.plots import draw, pareto, smoothed
 from efficientllava.report.runs import arms_of, load_runs
-from efficientllava.results import build, write
+from efficientllava.results import build, metric_keys, read, write
 
 METRIC = "digits_vqa/accuracy"
 
@@ -73,10 +74,10 @@ def sweep(tmp_path):
 def test_arms_are_runs_that_differ_in_their_seed(sweep):
     arms = arms_of(load_runs(sweep))
     assert [(arm.label(), len(arm.runs)) for arm in arms] == [
-        ("ratio 0.3, none", 2),
-        ("ratio 0.3, sft", 2),
-        ("ratio 0.6, none", 2),
-        ("ratio 0.6, sft", 2),
+        ("none, ratio 0.3", 2),
+        ("sft, ratio 0.3", 2),
+        ("none, ratio 0.6", 2),
+        ("sft, ratio 0.6", 2),
     ]
     mean, spread = arms[1].mean("retained", METRIC, last=True)
     assert mean == pytest.approx(0.9395) and spread == pytest.approx(0.001 / 2**0.5)
@@ -85,9 +86,32 @@ def test_arms_are_runs_that_differ_in_their_seed(sweep):
 
 def test_every_plot_that_has_data_is_drawn_and_no_other(sweep):
     names = [plot.name for plot in draw(arms_of(load_runs(sweep)), METRIC)]
-    assert names == ["retained", "latency", "bytes", "matrix", "kept", "training"]
+    maps = ["matrix", "kept_groups", "kept_channels"]
+    assert names == ["retained", "latency", "bytes", *maps, "training_none", "training_sft"]
     save_run(sweep / "99", 0.3, "sft", 0, frac=0.05)
     assert "data_fraction" in [plot.name for plot in draw(arms_of(load_runs(sweep)), METRIC)]
+    (plot,) = (plot for plot in draw(arms_of(load_runs(sweep)), METRIC) if plot.name == "matrix")
+    # What was not recovered knows no share of data: it stands beside every share.
+    cells = [text.get_text() for text in plot.figure.axes[0].texts]
+    assert cells == ["88.9", "94.0", "82.9", "87.9", "88.9", "93.0"]
+
+
+def test_one_run_and_one_ratio_have_plots_of_their_own(tmp_path):
+    save_run(tmp_path / "0", 0.3, "sft", 0)
+    arms = arms_of(load_runs(tmp_path))
+    assert [arm.label() for arm in arms] == ["widthwise, sft"]
+    names = [plot.name for plot in draw(arms, METRIC)]
+    assert names == ["retained", "latency", "bytes", "kept_groups", "kept_channels", "training_sft"]
+    assert advise(arms, METRIC) == []
+    report(tmp_path)
+    assert "1 run in 1 configuration, 1 seed" in (tmp_path / "report.html").read_text()
+
+
+def test_labels_are_pushed_apart_and_no_further():
+    assert spread([0.2, 0.5], [0.1, 0.1]) == [0.2, 0.5]
+    assert spread([0.5, 0.5, 0.52], [0.1] * 3) == pytest.approx([0.5, 0.6, 0.7])
+    assert spread([0.9, 1.0], [0.2, 0.2]) == pytest.approx([0.7, 0.9])
+    assert smoothed([1.0, 1.0, 1.0]) == pytest.approx([1.0] * 3) and smoothed([0.0, 1.0])[1] == pytest.approx(1 / 1.9)
 
 
 def test_the_front_holds_what_nothing_beats():
@@ -100,22 +124,44 @@ def test_the_front_holds_what_nothing_beats():
 def test_the_advisor_names_the_winner_of_each_budget_from_the_runs(sweep):
     lines = advise(arms_of(load_runs(sweep)), METRIC)
     assert len(lines) == 2
-    assert lines[0].startswith("30 % of the parameters may go: <b>ratio 0.3, sft</b> retains 94.0 ± 0.1 %")
-    assert "next ratio 0.3, none with 88.9 ± 0.1 %; quickest: ratio 0.3, none in 10 instead of 40 s" in lines[0]
+    assert lines[0].startswith("<b>30 % of the parameters removed</b>")
+    assert "Without training: <b>none</b> retains 88.9 ± 0.1 %." in lines[0]
+    winner = "With up to 100 % of the recovery data: <b>sft</b> retains 94.0 ± 0.1 %, next none with 88.9 ± 0.1 %.<"
+    assert winner in lines[0]
+
+
+def test_the_advisor_says_what_is_within_the_noise_and_what_the_study_advises(tmp_path):
+    for number, (recover, seed) in enumerate([("sft", 0), ("sft", 1), ("kd_hidden", 0), ("kd_hidden", 1)]):
+        save_run(tmp_path / str(number), 0.6, recover, seed)
+        results = read(tmp_path / str(number))
+        results["stages"]["recovered"]["retained"][METRIC] += 0.001 * (recover == "sft")
+        results["seconds"]["recover"] = 30 if recover == "sft" else 3
+        write(results, tmp_path / str(number) / "results.json")
+    (line,) = advise(arms_of(load_runs(tmp_path)), METRIC)
+    assert "<b>sft</b> retains 88.1 ± 0.1 %, next kd_hidden with 87.9 ± 0.1 %; the difference to it is within" in line
+    assert "kd_hidden is as good as far as these runs can tell, and takes 13 s to prune and recover" in line
+    assert "What the study advises here, widthwise with kd_hidden, retains 87.9 ± 0.1 %." in line
+    for number in (1, 3):
+        (tmp_path / str(number) / "results.json").unlink()
+    (line,) = advise(arms_of(load_runs(tmp_path)), METRIC)
+    assert "88.1 % (one seed)" in line and "within the noise" in line  # 100 questions tell no 0.1 points apart
 
 
 def test_the_page_stands_alone_and_shows_every_run(sweep):
     text = report(sweep)
     assert text == (sweep / "results.md").read_text()
     page = (sweep / "report.html").read_text()
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "@import" not in page
+    assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(|fetch|XMLHttp|https?:""", page)
     assert "<b>=1" not in page and page.count("&lt;b&gt;=1") >= 8  # what users type is text, not markup
     images = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
-    assert len(images) == 6
+    assert len(images) == 8
     for image in images:
         assert xml.etree.ElementTree.fromstring(b64decode(image)).tag.endswith("svg")
     assert "94.0 ± 0.1" in page and page.count("<details>") == 8
     assert {path.stem for path in (sweep / "plots").glob("*.png")} >= {"retained", "matrix"}
+    assert "python run.py prune.ratio=0.3 recover=none seed=0 data_frac=1.0 &#x27;&lt;b&gt;=1&#x27;" in page
+    report(sweep)
+    assert (sweep / "report.html").read_text() == page
     with (sweep / "results.csv").open() as handle:
         assert len(list(csv.DictReader(handle))) == 8
 
@@ -123,3 +169,48 @@ def test_the_page_stands_alone_and_shows_every_run(sweep):
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no results\.json below this folder"):
         report(tmp_path)
+
+
+def test_an_unknown_metric_is_refused_with_those_that_there_are(sweep):
+    with pytest.raises(UserError, match=r"digits_vqa/acuracy: no run .* there are digits_vqa/accuracy$"):
+        report(sweep, "digits_vqa/acuracy")
+
+
+def test_points_are_no_percentages_and_a_run_without_a_score_still_has_a_page(tmp_path):
+    save_run(tmp_path / "0", 0.3, "sft", 0)
+    results = read(tmp_path / "0")
+    for stage in results["stages"].values():
+        stage["metrics"] = {"mme": {"n": 7, "perception": 1500.0}}
+    write(results, tmp_path / "0" / "results.json")
+    assert "| 1500.0 | 1500.0 | 1500.0 |" in report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "mme/perception" in page and "<th>base</th>" in page and ">1500.0<" in page
+    for stage in results["stages"].values():
+        stage["metrics"] = {"mmvet": {"n": 7}}
+    write(results, tmp_path / "0" / "results.json")
+    report(tmp_path)
+    assert "checkpoint, MiB" not in report(tmp_path) and "<th>MiB</th>" in (tmp_path / "report.html").read_text()
+
+
+def test_runs_without_results_are_told_with_their_last_error(sweep):
+    (sweep / "3" / "results.json").unlink()
+    OmegaConf.save(["recover=sft", "x=a b"], sweep / "3" / ".hydra" / "overrides.yaml")
+    (sweep / "3" / "job.log").write_text("error: out of memory <0>\nend\n")
+    report(sweep)
+    page = (sweep / "report.html").read_text()
+    assert "1 run without results" in page and page.count("<details>") == 7
+    assert "python run.py recover=sft &#x27;x=a b&#x27;</code><br>3: error: out of memory &lt;0&gt;" in page
+
+
+def test_the_command_of_a_sweep_can_be_typed_again(sweep):
+    overrides = {"task": ["prune.ratio=0.3,0.6"], "hydra": ["hydra.mode=MULTIRUN", "hydra/launcher=gpu_pool"]}
+    OmegaConf.save({"hydra": {"overrides": overrides}}, sweep / "multirun.yaml")
+    report(sweep)
+    page = (sweep / "report.html").read_text()
+    assert "python run.py -m hydra/launcher=gpu_pool prune.ratio=0.3,0.6</pre>" in page
+
+
+def test_where_a_metric_stands():
+    assert metric_keys(METRIC) == ("metrics", "digits_vqa", "accuracy")
+    assert metric_keys("digits_vqa/accuracy/text_copying") == ("metrics", "digits_vqa", "accuracy/text_copying")
+    assert metric_keys("lmms_eval/mme/mme_score") == ("metrics", "lmms_eval/mme", "mme_score")
