@@ -204,6 +204,11 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("evaluate.new_tokens", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
     ("evaluate.speed_batches", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
     (
+        "evaluate.quantization",
+        lambda c: bool(c.evaluate.efficiency or c.evaluate.tasks or c.evaluate.lmms_eval.tasks),
+        "set evaluate.efficiency=true or choose a benchmark with evaluate=",
+    ),
+    (
         "evaluate.judge",
         lambda c: not {*JUDGED}.isdisjoint(c.evaluate.tasks),
         f"it belongs to evaluate.tasks={'|'.join(JUDGED)}",

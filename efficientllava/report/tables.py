@@ -44,6 +44,10 @@ def _milliseconds(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
+def _mebibytes(size: float) -> str:
+    return f"{size / 2**20:.2f}"
+
+
 def _row(
     label: str, stages: Sequence[Mapping[str, Any]], keys: Sequence[str], show: Callable[[Any], str], style: str = ""
 ) -> Iterator[Row]:
@@ -61,8 +65,8 @@ def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterato
         label = "  removed" if requested is None else f"  removed ({percent(requested)} requested)"
         later: list[Mapping[str, Any]] = [{}, *stages[1:]]
         yield from _row(label, later, ["language_parameters"], lambda size: percent(1 - size / whole))
-    yield from _row("checkpoint, MiB", stages, ["checkpoint_bytes"], lambda size: f"{size / 2**20:.2f}")
-    yield from _row("memory peak, MiB", stages, ["memory_bytes", "peak"], lambda size: f"{size / 2**20:.2f}")
+    yield from _row("checkpoint, MiB", stages, ["checkpoint_bytes"], _mebibytes)
+    yield from _row("memory peak, MiB", stages, ["memory_bytes", "peak"], _mebibytes)
 
 
 def _speed_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
@@ -71,9 +75,13 @@ def _speed_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     for label, name in (("prefill latency, ms", "prefill"), ("per-token latency, ms", "decode")):
         yield from _row(label, stages, ["latency_ms", name], _milliseconds)
         yield from _row("  interquartile range", stages, ["latency_ms", f"{name}_iqr"], _milliseconds, "dim")
-    sizes = (key for key in next(iter(stages), {}).get("tokens_per_second", {}) if not key.endswith("_iqr"))
-    for key in sizes:
-        yield from _row(f"tokens/s, {key.replace('_', ' ')}", stages, ["tokens_per_second", key], quantity)
+    yield from _throughput_rows(stages)
+
+
+def _throughput_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    for key in stages[0].get("tokens_per_second", {}):
+        if not key.endswith("_iqr"):
+            yield from _row(f"tokens/s, {key.replace('_', ' ')}", stages, ["tokens_per_second", key], quantity)
 
 
 def _metric_label(metrics: Mapping[str, float], name: str) -> str:
@@ -93,7 +101,7 @@ def _task_rows(results: Results, stages: Sequence[Mapping[str, Any]], task: str)
     scores = [name for name in metrics if not (name == "n" or name.startswith(("n_", "n/")))]
     for name in scores if headline is None or task == "digits_vqa" else headline:
         share = not name.endswith("loss") and (headline is not None or name.startswith("accuracy"))
-        show = _points if name in POINTS else percent if share else lambda value: f"{value:.3f}"
+        show = _show(name, share)
         style = "dim" if "/" in name else ""
         yield from _row(_metric_label(metrics, name), stages, ["metrics", task, name], show, style)
     if headline and not metrics.keys() & {*headline}:
@@ -103,8 +111,11 @@ def _task_rows(results: Results, stages: Sequence[Mapping[str, Any]], task: str)
         yield from _row(f"retained {name}", stages, ["retained", f"{task}/{name}"], percent, "bold")
 
 
-def _points(value: float) -> str:
-    return f"{value:.1f}"
+def _show(metric: str, share: bool = True) -> Callable[[float], str]:
+    """How a metric is written."""
+    if metric in POINTS:
+        return lambda value: f"{value:.1f}"
+    return percent if share else lambda value: f"{value:.3f}"
 
 
 def tabulate(results: Results, title: str | None = None) -> Table:
@@ -139,7 +150,7 @@ def tabulate(results: Results, title: str | None = None) -> Table:
 
 
 def tabulate_quantized(results: Results) -> Iterator[Table]:
-    """Each stage beside its quantized copy, a row each: memory, speed and the first score of every benchmark.
+    """Each stage beside its quantized copy, a column each: memory, speed and what papers print of every benchmark.
 
     Args:
         results: Output of `results.build` or `results.read`.
@@ -147,42 +158,49 @@ def tabulate_quantized(results: Results) -> Iterator[Table]:
     Yields:
         One table; none where nothing was quantized.
     """
-    stages = results["stages"]
-    names = sorted(stages, key=lambda name: (STAGES.index(name.partition("_")[0]), name))
+    names = sorted(results["stages"], key=lambda name: (STAGES.index(name.partition("_")[0]), name))
     if set(names) <= {*STAGES}:
         return
-    columns: list[tuple[str, list[str], Callable[[Any], str]]] = [
-        ("weights, MiB", ["memory_bytes", "weights"], lambda size: f"{size / 2**20:.2f}"),
-        ("peak, MiB", ["memory_bytes", "peak"], lambda size: f"{size / 2**20:.2f}"),
-        ("prefill, ms", ["latency_ms", "prefill"], _milliseconds),
-        ("token, ms", ["latency_ms", "decode"], _milliseconds),
+    stages = [results["stages"][name] for name in names]
+    rows = [
+        *_row("weights, MiB", stages, ["memory_bytes", "weights"], _mebibytes),
+        *_row("peak, MiB", stages, ["memory_bytes", "peak"], _mebibytes),
+        *_row("prefill, ms", stages, ["latency_ms", "prefill"], _milliseconds),
+        *_row("token, ms", stages, ["latency_ms", "decode"], _milliseconds),
+        *_throughput_rows(stages),
     ]
-    for task, metrics in stages["base"]["metrics"].items():
-        score = next((name for name in metrics if is_score(name)), None)
-        if score:
-            show = percent if score.startswith("accuracy") else lambda value: f"{value:.3f}"
-            columns.append((f"{task} {score}", ["metrics", task, score], show))
-    columns = [column for column in columns if any(find(stages[name], *column[1]) is not None for name in names)]
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for label, _, _ in columns:
-        table.add_column(label, justify="right")
+    for task, metrics in stages[0]["metrics"].items():
+        first = [name for name in metrics if is_score(name)][:1]
+        for name in find(results, "benchmarks", task, "headline") or first:
+            rows += _row(f"{task} {name}", stages, ["metrics", task, name], _show(name))
+    # Narrower gaps than elsewhere: six columns and their labels have to fit 80 characters.
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=_conditions(stages), caption_style="dim"
+    )
+    table.add_column("")
     for name in names:
-        values = [(find(stages[name], *keys), show) for _, keys, show in columns]
-        table.add_row(name, *(ABSENT if value is None else show(value) for value, show in values))
+        table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for label, style, cells in rows:
+        table.add_row(label, *cells, style=style)
     yield table
+
+
+def _conditions(stages: Sequence[Mapping[str, Any]]) -> str | None:
+    """What speed was measured on."""
+    setup = next((found for stage in stages if (found := stage.get("setup"))), None)
+    if setup is None:
+        return None
+    size = "x".join(str(side) for side in setup["image_size"]) or "none"
+    return (
+        f"speed: {setup['device']}, {setup['dtype']}, {setup['threads']} threads, batch {setup['batch_size']}, "
+        f"image {size}, prompt {setup['prompt_tokens']} tokens, median of {setup['repeats']}"
+    )
 
 
 def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | None:
     """The conditions of the speed measurement and what was not measured anew in this run."""
-    lines = []
-    setup = next((found for stage in stages if (found := stage.get("setup"))), None)
-    if setup:
-        size = "x".join(str(side) for side in setup["image_size"])
-        lines.append(
-            f"speed: {setup['device']}, {setup['dtype']}, {setup['threads']} threads, batch {setup['batch_size']}, "
-            f"image {size}, prompt {setup['prompt_tokens']} tokens, median of {setup['repeats']}"
-        )
+    conditions = _conditions(stages)
+    lines = [conditions] if conditions else []
     protocols = {facts["protocol"] for facts in results.get("benchmarks", {}).values() if "protocol" in facts}
     lines += [f"benchmarks: prompts and parsing of {', '.join(sorted(protocols))}"] if protocols else []
     if results.get("reused"):

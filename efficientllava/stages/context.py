@@ -87,12 +87,9 @@ class Context:
         from ..data.datamodule import RecoveryData
         from ..data.splits import calibration_records
         from ..evaluation import lmms
-        from ..evaluation.quantization import require_groups
         from ..models.forward import feature_cache
 
         settings, processor = self.settings, self.base.processor
-        if settings.evaluate.quantization == "int4":
-            require_groups(self.base.model)
         self.features = feature_cache(self.base.model)
         lmms.prepare(settings.evaluate)
         self.collate = Collator(processor, settings.data.max_length)

@@ -94,6 +94,8 @@ def _efficiency(context: Context) -> dict[str, dict[str, Any]]:
     for name in stages:
         if name in STAGES:
             stages[name]["checkpoint_bytes"] = checkpoint_bytes(folders.get(name, context.folder / name))
-        elif "flops" in stages[name]:  # the same products; the counter does not see into quantized ones
-            stages[name]["flops"] = stages[name.removesuffix(f"_{kind}")]["flops"]
+        elif "flops" in stages[name]:
+            # The same products, into which the counter does not see, and weights without those that fill up groups.
+            source = stages[name.removesuffix(f"_{kind}")]
+            stages[name] |= {key: source[key] for key in ("flops", "parameters", "language_parameters")}
     return stages

@@ -175,14 +175,26 @@ def test_markdown_of_nothing_is_a_user_error(runs, metric):
 def test_quantized_copies_stand_below_their_stage_and_nowhere_else():
     results = make()
     assert list(tabulate_quantized(results)) == []
+    for stage in results["stages"].values():
+        stage["tokens_per_second"] = {"batch_1": 480.0, "batch_1_iqr": 9.0, "batch_8": 1920.0}
     whole = printed(results)
     for name in ("base", "pruned", "recovered"):
         results["stages"][f"{name}_int8"] = {**results["stages"][name], "memory_bytes": {"weights": 2**20}}
     assert printed(results) == whole
+    for stage in results["stages"].values():
+        stage["metrics"] |= {"vlmcompression": {"avg": 53.7, "avg_percent": 100.0, "n": 9}}
+    lines = quantized(results)
+    assert lines[2].split() == ["base", "int8", "pruned", "int8", "recovered", "int8"]
+    rows = {cells[0]: cells[1:] for line in lines[4:] if (cells := re.split(" {2,}", line.strip()))}
+    assert rows["weights, MiB"] == ["-", "1.00"] * 3 and rows["token, ms"] == ["2.05"] * 6
+    assert rows["tokens/s, batch 1"] == ["480"] * 6 and rows["tokens/s, batch 8"] == ["1.92 k"] * 6
+    assert rows["digits_vqa accuracy"][:2] == ["97.5 %"] * 2 and rows["vlmcompression avg"] == ["53.7"] * 6
+    results["benchmarks"] = {"digits_vqa": {"headline": ["accuracy_text"]}}
+    assert any("digits_vqa accuracy_text" in line for line in quantized(results))
+
+
+def quantized(results):
     (table,) = tabulate_quantized(results)
     file = io.StringIO()
     Console(file=file, width=80).print(table)
-    lines = [line.split() for line in file.getvalue().splitlines() if "%" in line]
-    order = ["base", "base_int8", "pruned", "pruned_int8", "recovered", "recovered_int8"]
-    assert [line[0] for line in lines] == order
-    assert lines[0][1:] == ["-", "5.36", "2.05", "97.5", "%"] and lines[1][1] == "1.00"
+    return file.getvalue().splitlines()

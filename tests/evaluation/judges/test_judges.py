@@ -38,7 +38,7 @@ def _number(body):
 @pytest.fixture
 def config(server):
     server.reply = lambda body: f"{(_number(body) + body['seed']) % 11 / 10}"
-    return JudgeConfig(base_url=server.url, model="judge", key_env="JUDGE_KEY", timeout=0.5, retries=2, concurrency=3)
+    return JudgeConfig(base_url=server.url, model="judge", key_env="JUDGE_KEY", timeout=30, retries=2, concurrency=3)
 
 
 def _score(config, path, records=None, task="mmvet", protocol="llava"):
