@@ -62,7 +62,8 @@ def _scheme(kind: str, weight: Tensor) -> Any:
     if kind == "int8":
         return ao.Int8WeightOnlyConfig(set_inductor_config=False)
     if weight.is_cuda and weight.dtype == torch.bfloat16:
-        return ao.Int4WeightOnlyConfig(GROUP, set_inductor_config=False, int4_packing_format="tile_packed_to_4d")
+        packing: Any = "tile_packed_to_4d"
+        return ao.Int4WeightOnlyConfig(GROUP, set_inductor_config=False, int4_packing_format=packing)
     return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(GROUP))  # pyright: ignore
 
 

@@ -64,7 +64,7 @@ class Evaluation:
         if kind != "none" and stage in STAGES:
             from ..evaluation.quantization import quantized
 
-            made_by = f"{kind}-torchao-{metadata.version('torchao')}"
+            made_by = f"{kind}-torchao-{metadata.version('torchao')}-{source_digest('evaluation/quantization.py')}"
             twin = {"model": quantized(checkpoint.model, kind), "digest": f"{checkpoint.digest}-{made_by}"}
             self(f"{stage}_{kind}", replace(checkpoint, **twin))
 

@@ -41,6 +41,9 @@ UTILS = """
 def visuals(doc):
     return [image.convert("RGB") for image in doc["images"]]
 
+def shown(docs):
+    return docs.filter(lambda doc: len(doc["images"]) > 0)
+
 def results(doc, answers):
     return {"exact_match": float(answers[0].strip() == doc["answer"])}
 """
@@ -65,6 +68,8 @@ def tasks(tmp_path_factory, digits):
     features = Features({"images": Sequence(Image()), "question": Value("string"), "answer": Value("string")})
     Dataset.from_list(rows, features=features).to_parquet(folder / "digits.parquet")
     (folder / "tiny_digits.yaml").write_text(TASK.format(file=folder / "digits.parquet"))
+    with_image = TASK.replace("tiny_digits", "tiny_shown") + "process_docs: !function tiny_utils.shown\n"
+    (folder / "tiny_shown.yaml").write_text(with_image.format(file=folder / "digits.parquet"))
     (folder / "tiny_utils.py").write_text(UTILS)
     os.environ |= {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     return folder
@@ -215,14 +220,15 @@ def per_layer(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["efficientllava", "llava_hf"])
-def test_lmms_eval_s_own_command_loads_our_folders(tasks, per_layer, tmp_path, model):
+# lmms-eval's wrapper fails on questions without an image, whatever the model.
+@pytest.mark.parametrize(("model", "task"), [("efficientllava", "tiny_digits"), ("llava_hf", "tiny_shown")])
+def test_lmms_eval_s_own_command_loads_our_folders(tasks, per_layer, tmp_path, model, task):
     arguments = f"pretrained={per_layer}"
     if model == "llava_hf":
         pytest.importorskip("decord")
         arguments += ",device_map=cpu"  # its default is a device that transformers 5 does not know
     command = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments]
-    command += ["--tasks", "tiny_digits", "--include_path", str(tasks), "--batch_size", "1", "--device", "cpu"]
+    command += ["--tasks", task, "--include_path", str(tasks), "--batch_size", "1", "--device", "cpu"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, "--output_path", str(tmp_path), "--log_samples"],
@@ -234,5 +240,5 @@ def test_lmms_eval_s_own_command_loads_our_folders(tasks, per_layer, tmp_path, m
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Error" not in done.stdout, done.stdout[-2000:]
     (file,) = tmp_path.rglob("*_results.json")
-    results = json.loads(file.read_text())["results"]["tiny_digits"]
+    results = json.loads(file.read_text())["results"][task]
     assert results["exact_match,none"] > 0.5
