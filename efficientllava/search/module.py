@@ -37,6 +37,7 @@ from .space import Policy, SearchSpace, ShapeSpace
 from .structured import Structured
 
 COLOURED = 64  # policies whose loss on held-out samples is measured for the plots
+TOLD = 8  # of them between two signs of progress
 
 
 @dataclass(frozen=True)
@@ -250,13 +251,18 @@ class SearchModule(LightningModule):
     ) -> list[dict[str, Any]]:
         """Risk on the samples, gap and loss on held-out samples of some policies, all under the final projector."""
         seen = {tuple(entry["policy"]): entry["gap"] for entry in search.record if entry["share"] == 1.0}
-        chosen = list(dict.fromkeys([*search.archive, *seen]))[:COLOURED]
-        stream = CalibrationStream(self.model, holdout, self._prune.tokens, self._features)
-        unseen = Evaluator(self.model, table, stream).evaluate(chosen)
-        return [
-            {"policy": list(policy), "risk": asdict(risk), "gap": seen[policy], "holdout_loss": other.loss}
-            for policy, risk, other in zip(chosen, evaluator.evaluate(chosen), unseen, strict=True)
-        ]
+        chosen = sorted(list(dict.fromkeys([*search.archive, *seen]))[:COLOURED])
+        unseen = Evaluator(self.model, table, CalibrationStream(self.model, holdout, self._prune.tokens, self._features))
+        points = []
+        for start in range(0, len(chosen), TOLD):
+            part = chosen[start : start + TOLD]
+            risks = zip(part, evaluator.evaluate(part), unseen.evaluate(part), strict=True)
+            points += [
+                {"policy": list(policy), "risk": asdict(risk), "gap": seen[policy], "holdout_loss": other.loss}
+                for policy, risk, other in risks
+            ]
+            self._tick("look at held-out samples", len(points), len(chosen))
+        return points
 
     def _chosen(self, search: Search, table: LevelTable, calibration: Calibration) -> Policy:
         """The best policy, or the one among the best that loses least once it is refitted as it will be cut."""
