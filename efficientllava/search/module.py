@@ -36,7 +36,7 @@ from .projector import evolve_projector
 from .space import Policy, SearchSpace, ShapeSpace
 from .structured import Structured
 
-COLOURED = 64  # policies whose loss on held-out samples is measured for the plots
+COLOURED = 40  # policies whose loss on held-out samples is measured for the plots
 TOLD = 8  # of them between two signs of progress
 
 
