@@ -252,7 +252,8 @@ class SearchModule(LightningModule):
         """Risk on the samples, gap and loss on held-out samples of some policies, all under the final projector."""
         seen = {tuple(entry["policy"]): entry["gap"] for entry in search.record if entry["share"] == 1.0}
         chosen = sorted(list(dict.fromkeys([*search.archive, *seen]))[:COLOURED])
-        unseen = Evaluator(self.model, table, CalibrationStream(self.model, holdout, self._prune.tokens, self._features))
+        stream = CalibrationStream(self.model, holdout, self._prune.tokens, self._features)
+        unseen = Evaluator(self.model, table, stream)
         points = []
         for start in range(0, len(chosen), TOLD):
             part = chosen[start : start + TOLD]
