@@ -15,7 +15,8 @@ import numpy as np
 from ..errors import UserError
 from ..schema import DataConfig
 from .conversations import Record
-from .splits import Subset, conversations_of
+from .faults import report_bad
+from .subset import Subset, conversations_of
 
 log = logging.getLogger(__name__)
 
@@ -23,30 +24,6 @@ log = logging.getLogger(__name__)
 # a broken one is then found when its record is used.
 CHECK_LIMIT = 5000
 SHOWN_FOLDERS = 8  # in a message
-
-
-def report_bad(where: str, bad: Sequence[str], total: int, max_bad_fraction: float, hint: str = "") -> None:
-    """Warn about corrupt records, or fail if there are too many.
-
-    Args:
-        where: The file, for the message.
-        bad: One reason per corrupt record.
-        total: Number of records, corrupt ones included.
-        max_bad_fraction: Share of corrupt records that is tolerated, in [0, 1).
-        hint: What else a user should know.
-
-    Raises:
-        UserError: If more are corrupt than tolerated, or nothing is left.
-    """
-    if not total:
-        raise UserError(f"{where}: holds no record; give a non-empty list of conversations")
-    if not bad:
-        return
-    found = f"{where}: {len(bad)} of {total} records are corrupt, the first: {bad[0]}"
-    if len(bad) > max_bad_fraction * total or len(bad) == total:
-        allowed = f"data.max_bad_fraction allows {max_bad_fraction:g}"
-        raise UserError(f"{found}; {allowed}; repair the data or raise it{hint}")
-    log.warning("%s; they are left out", found)
 
 
 def usable(records: Sequence[Record], collate: Any, data: DataConfig) -> Sequence[Record]:

@@ -15,7 +15,8 @@ from .checks import usable
 from .collator import Collator
 from .conversations import Record
 from .samplers import GroupedBatches, ShardedBatches
-from .splits import column, digest, draw, load_split
+from .splits import digest, draw, load_split
+from .subset import column
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,10 @@ import numpy as np
 
 from ..errors import UserError
 from ..schema import CalibrationConfig, DataConfig, RunConfig
+from .checks import usable_first
 from .conversations import Record
 from .digits import SPLITS, Digits
+from .subset import Subset, column
 
 if TYPE_CHECKING:
     from .table import Conversations
@@ -21,61 +23,6 @@ if TYPE_CHECKING:
 PURPOSES = ("train", "calibration", "minival", "test")
 # A file of conversations lends a tenth of its records, but no more than this, to calibration and to minival each.
 HELD_OUT = 1000
-
-
-class Subset(Sequence[Record]):
-    """Chosen records of a sequence, made or opened only when asked for.
-
-    Args:
-        records: The sequence.
-        indices: Which of its records, in which order.
-    """
-
-    def __init__(self, records: Sequence[Record], indices: Sequence[int] | np.ndarray) -> None:
-        self.records = records
-        self.indices = np.asarray(indices, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.records[int(self.indices[index])]
-
-    def record_id(self, index: int) -> str:
-        """Id of a record, without making it where that is possible."""
-        return record_id(self.records, int(self.indices[index]))
-
-    def column(self, name: str) -> np.ndarray:
-        """A property of all records; see `column`."""
-        return column(self.records, name)[self.indices]
-
-
-def record_id(records: Sequence[Record], index: int) -> str:
-    """Id of a record, without making it where that is possible."""
-    name_of = getattr(records, "record_id", None)
-    return records[index].id if name_of is None else name_of(index)
-
-
-def column(records: Sequence[Record], name: str) -> np.ndarray:
-    """``id``, ``source``, or ``length`` (words, negative without an image) of all records of a file.
-
-    Of records that come from no file, there is no ``length``.
-    """
-    if (read := getattr(records, "column", None)) is not None:
-        return read(name)
-    if isinstance(records, Digits) and name == "source":
-        return np.full(len(records), "digits_vqa", dtype=object)
-    if name == "id":
-        return np.array([record_id(records, index) for index in range(len(records))], dtype=object)
-    return np.array([getattr(record, name) for record in records], dtype=object)
-
-
-def conversations_of(records: Sequence[Record]) -> tuple[Conversations | None, np.ndarray]:
-    """The table that records come from, and their places in it; None for records that come from no file."""
-    indices = np.arange(len(records))
-    while isinstance(records, Subset):
-        indices, records = records.indices[indices], records.records
-    return (records if hasattr(records, "image_files") else None), indices  # pyright: ignore[reportReturnType]
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:
@@ -203,8 +150,6 @@ def calibration_records(
     Raises:
         UserError: If there are fewer, or too many are corrupt.
     """
-    from .checks import usable_first
-
     if calibration.path is None:
         records = load_split(data, "calibration", seed)
     else:

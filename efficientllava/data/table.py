@@ -20,8 +20,8 @@ from filelock import FileLock
 
 from ..errors import UserError
 from ..files import whole_file
-from .checks import report_bad
 from .conversations import AnyImage, Record, StoredImage, Turn
+from .faults import report_bad
 from .rows import BadRecordError, row_of
 from .sources import Part, locate, parts_of, raw_records
 

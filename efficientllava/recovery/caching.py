@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint import compute_dtype, load, read_config, resolve
 from ..console import progress, say
-from ..data.splits import record_id
+from ..data.subset import record_id
 from ..disk import require_space
 from ..models.forward import FeatureCache, supervised_positions, to_device
 from ..processes import barrier, from_first, rank, world_size

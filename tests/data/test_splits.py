@@ -8,7 +8,8 @@ import pytest
 
 from efficientllava.data.conversations import Record, Turn
 from efficientllava.data.digits import Digits
-from efficientllava.data.splits import Subset, calibration_records, digest, draw, load_split
+from efficientllava.data.splits import calibration_records, digest, draw, load_split
+from efficientllava.data.subset import Subset
 from efficientllava.errors import UserError
 from efficientllava.schema import CalibrationConfig, DataConfig
 
