@@ -196,7 +196,7 @@ def test_need_size_and_time_are_told(teacher, asked, tmp_path, capsys, monkeypat
     monkeypatch.setattr(caching, "SAMPLED", 6)
     _, stats = train(perturb(teacher), asked.cache, tmp_path / "a", logit=0.5, top_k=3)
     told = capsys.readouterr().out
-    assert "the teacher is asked about 24 records: about 0.0 MiB for final, top_3_at_2" in told
+    assert "the teacher is asked about 24 records: about 0.0 MB for final, top_3_at_2" in told
     assert f"24 records, {stats.targets.tokens:,} tokens, {stats.targets.bytes:,} bytes, 24 asked in" in told
     train(perturb(teacher), asked.cache, tmp_path / "b", logit=0.5, top_k=3)
     assert "(from cache)" in capsys.readouterr().out
