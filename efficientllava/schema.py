@@ -229,6 +229,7 @@ class SweepConfig:
     """What several runs share (``-m``)."""
 
     name: str = MISSING  # folder under sweeps/; the same command has the same name
+    arms: dict[str, list[str]] = field(default_factory=dict)  # of hydra/sweeper=arms: name -> what is typed for it
 
 
 @dataclass
