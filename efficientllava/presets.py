@@ -1,7 +1,9 @@
-"""``experiment=vlmcompression_<family>_<w|l><label>``: the models of arXiv 2604.24380, named by the labels it prints.
+"""Families of experiments that would be a file each: their options are stored from here.
 
-Its "15, 30, 45, 60 %" are not ratios: widthwise they are nominal shares per pruned layer, layerwise numbers of blocks.
-24 files would say what these few tables say, so the options are stored from here.
+``experiment=vlmcompression_<family>_<w|l><label>``: the models of arXiv 2604.24380, named by the labels it prints. Its
+"15, 30, 45, 60 %" are not ratios: widthwise they are nominal shares per pruned layer, layerwise numbers of blocks.
+
+``experiment=train_<tiny model>`` trains a shipped model from nothing (tens of minutes on one CPU core).
 """
 
 from __future__ import annotations
@@ -36,27 +38,46 @@ FAMILIES = {
     "internvl": Family("mini_internvl_4b", {15: 5, 30: 10, 45: 15, 60: 20}, {"protect_attention": [3, -2]}),
 }
 SAMPLES = {"widthwise": 10, "layerwise": 50}  # calibration records
+TRAINING: dict[str, dict[str, Any]] = {  # of the shipped models, beside the defaults of `schema.PretrainConfig`
+    "tiny_bunny": {"extra_from": 2250},
+    "tiny_internvl": {
+        "align_steps": 1500,
+        "steps": 7000,
+        "extra": ["colour_by_place", "colour_by_digit"],
+        "extra_from": 4000,
+    },
+    "tiny_llava": {
+        "align_steps": 1500,
+        "steps": 8500,
+        "extra": ["existence_by_colour", "existence_by_colour", "count_by_colour"],
+        "extra_from": 2500,
+    },
+}
 
 
-def _node(name: str, family: Family, method: str, prune: Mapping[str, Any]) -> dict[str, Any]:
-    overrides = {"model": family.model, "prune": f"{method}_paper", "recover": "kd_hidden"}
-    return {
-        "defaults": [*({f"override /{group}": option} for group, option in overrides.items()), "_self_"],
-        "name": name,
-        "prune": dict(prune),
-        "calibration": {"samples": SAMPLES[method]},
-    }
+def _node(name: str, choices: Mapping[str, str], **keys: Any) -> dict[str, Any]:
+    chosen = [{f"override /{group}": option} for group, option in choices.items()]
+    return {"defaults": [*chosen, "_self_"], "name": name, **keys}
+
+
+def _published(name: str, family: Family, method: str, prune: Mapping[str, Any]) -> dict[str, Any]:
+    choices = {"model": family.model, "prune": f"{method}_paper", "recover": "kd_hidden"}
+    return _node(name, choices, prune=dict(prune), calibration={"samples": SAMPLES[method]})
 
 
 def presets() -> dict[str, dict[str, Any]]:
     """Name and content of every preset."""
+    idle = {"prune": "none", "recover": "none", "evaluate": "none"}
     nodes = {}
+    for model, recipe in TRAINING.items():
+        keys = {"name": model, "seed": "${seed}", **recipe}
+        nodes[f"train_{model}"] = _node(f"train_{model}", {"model": model, **idle}, pretrain=keys)
     for key, family in FAMILIES.items():
         for label, share in SHARES.items():
             name = f"vlmcompression_{key}_w{label}"
-            nodes[name] = _node(name, family, "widthwise", {"share": share, **family.prune})
+            nodes[name] = _published(name, family, "widthwise", {"share": share, **family.prune})
             name = f"vlmcompression_{key}_l{label}"
-            nodes[name] = _node(name, family, "layerwise", {"drop_layers": family.blocks[label]})
+            nodes[name] = _published(name, family, "layerwise", {"drop_layers": family.blocks[label]})
     return nodes
 
 

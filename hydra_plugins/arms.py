@@ -1,7 +1,7 @@
 """``hydra/sweeper=arms``: a sweep over arms that have no grid in common, each with every combination of the grid.
 
-A grid cannot say "widthwise with and without refit, and layerwise, which knows none". ``sweep.arms`` names what is typed
-for each arm; ``hydra.sweeper.params`` and the command line make the grid. What the user types wins over both.
+A grid cannot say "widthwise with and without refit, and layerwise, which knows none". ``sweep.arms`` names what is
+typed for each arm; ``hydra.sweeper.params`` and the command line make the grid. What the user types wins over both.
 """
 
 from __future__ import annotations

@@ -5,13 +5,17 @@ from omegaconf import OmegaConf
 
 from efficientllava.checks import check
 from efficientllava.config import instantiate, typed
-from efficientllava.schema import RunConfig
+from efficientllava.models.tiny import BUILDERS
+from efficientllava.schema import PretrainConfig, RunConfig
 
 from .runs import ROOT, composed
 
 GROUPS = sorted(p for p in (ROOT / "conf").iterdir() if p.is_dir())
 OPTIONS = [f"{group.name}={file.stem}" for group in GROUPS for file in sorted(group.glob("*.yaml"))]
-FILLED = {"model=checkpoint": ["model.path=somewhere"]}
+FILLED = {
+    "model=checkpoint": ["model.path=somewhere"],
+    "experiment=efficientllava_scienceqa": ["dry_run=true"],
+}
 
 
 def test_no_group_is_empty():
@@ -57,11 +61,10 @@ def test_every_target_can_be_built(option, tmp_path, monkeypatch):
         finish_loggers()
 
 
-@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith("experiment=train_")])
-def test_training_recipes_fit_their_dataclass(option):
-    from efficientllava.schema import PretrainConfig
-
+@pytest.mark.parametrize("model", BUILDERS)
+def test_training_recipes_fit_their_dataclass(model):
+    option = f"experiment=train_{model}"
     settings = typed(composed(option))
-    recipe = PretrainConfig(**settings.pretrain)
-    assert option == f"experiment=train_{recipe.name}"
+    check(settings, [option])
+    assert PretrainConfig(**settings.pretrain).name == settings.model.name == model
     assert composed(option, "seed=7").pretrain.seed == 7

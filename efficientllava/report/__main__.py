@@ -1,7 +1,8 @@
 """``python -m efficientllava.report <folder> [metric]``: one table and one page from all runs below a folder.
 
 Writes ``results.csv``, ``results.md``, ``report.html`` and ``plots/`` into the folder and prints the table: a row per
-configuration, mean and standard deviation over its seeds.
+configuration, mean and standard deviation over its seeds. The runs of an experiment of which the structural study
+prints numbers get a second table and a plot with both.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def rows(results: list[Results], metric: str) -> list[dict[str, object]]:
         metric: ``task/metric``.
     """
     _, task, name = metric_keys(metric)
+    parts = [part for part in ("accuracy_image", "accuracy_text") if part != name]  # of digits_vqa
     table = []
     for result in results:
         row: dict[str, object] = {"overrides": " ".join(result["overrides"]), "seed": result["seed"]}
@@ -32,6 +34,7 @@ def rows(results: list[Results], metric: str) -> list[dict[str, object]]:
         for stage in STAGES:
             measured = result["stages"].get(stage, {})
             row[f"{stage}_{name}"] = measured.get("metrics", {}).get(task, {}).get(name)
+            row |= {f"{stage}_{part}": measured.get("metrics", {}).get(task, {}).get(part) for part in parts}
             row[f"{stage}_answer_loss"] = measured.get("metrics", {}).get(task, {}).get("answer_loss")
             row[f"{stage}_retained"] = measured.get("retained", {}).get(metric)
         row |= {f"samples_{key}": value for key, value in result["samples"].items()}
@@ -68,6 +71,7 @@ def report(folder: Path, metric: str | None = None) -> str:
     Raises:
         UserError: There is no finished run below the folder, or none has the metric.
     """
+    from . import study
     from .advisor import advise
     from .page import page, write_page
     from .plots import draw
@@ -86,10 +90,11 @@ def report(folder: Path, metric: str | None = None) -> str:
         writer = csv.DictWriter(handle, fieldnames=list(table[0]))
         writer.writeheader()
         writer.writerows(table)
-    text = markdown(results, metric)
+    panels = study.panels_of(runs, metric)
+    text = "\n".join([markdown(results, metric), *([study.markdown(panels)] if panels else [])])
     (folder / "results.md").write_text(text, encoding="utf-8")
     arms = arms_of(runs)
-    plots = list(draw(arms, metric))
+    plots = [*study.draw(panels), *draw(arms, metric)]
     text_of_page = page(folder, arms, metric, plots, advise(arms, metric))
     write_page(folder / "report.html", text_of_page, plots)
     return text

@@ -1,0 +1,201 @@
+"""An experiment's table and plot: a row per value of what it varies, ours beside what the paper prints."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+from ..results import find, last_stage
+from .drawing import label_ends, new_axes, style
+from .plots import Plot
+from .runs import Run
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+FAMILIES = ("llava", "internvl", "bunny")
+SHARES = ("prune.ratio", "data_frac")  # rows that are shown in percent
+OFF = 0.01  # an achieved ratio this far from the requested one is shown
+ABSENT = "-"
+
+
+class Value(NamedTuple):
+    """A cell of the table.
+
+    Attributes:
+        mean: In percent.
+        spread: Sample standard deviation over seeds; None for a single number.
+        removed: Share of parameters removed, where it is not that of the row.
+        suspect: Why a published number is not to be trusted; empty: nothing is known against it.
+    """
+
+    mean: float
+    spread: float | None = None
+    removed: float | None = None
+    suspect: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.mean:.1f}" if self.spread is None else f"{self.mean:.1f} ± {self.spread:.1f}"
+        return text + (f" at {100 * self.removed:.1f} %" if self.removed is not None else "") + "†" * bool(self.suspect)
+
+
+Column = Mapping[Any, Value]  # by row
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one model's runs say.
+
+    Args:
+        model: Its name.
+        spec: The experiment's entry in ``published.yaml``.
+        ours: Columns from runs.
+        published: Columns from the paper.
+    """
+
+    model: str
+    spec: Mapping[str, Any]
+    ours: Mapping[str, Column]
+    published: Mapping[str, Column]
+
+    @property
+    def rows(self) -> list[Any]:
+        """Values of what the experiment varies, as the paper orders them, else ascending."""
+        ran = dict.fromkeys(row for column in self.ours.values() for row in column)
+        if self.spec["rows"] != "arm":
+            return sorted(ran)
+        return [*(row for row in self.spec["at"] if row in ran), *(row for row in ran if row not in self.spec["at"])]
+
+    def label(self, row: Any) -> str:
+        """A row in words."""
+        return f"{100 * row:g} %" if self.spec["rows"] in SHARES else str(row)
+
+
+def panels_of(runs: Sequence[Run], metric: str) -> list[Panel]:
+    """Pivot the runs of an experiment of which the paper prints numbers.
+
+    Args:
+        runs: Finished runs.
+        metric: ``task/metric``.
+
+    Returns:
+        One panel per model; none where the runs are not those of one such experiment.
+    """
+    specs: Any = OmegaConf.to_container(OmegaConf.load(PUBLISHED))
+    names = {name for run in runs for name in specs if f"experiment={name}" in run.results["overrides"]}
+    if len(names) != 1:
+        return []
+    spec = specs[names.pop()]
+    models = dict.fromkeys(str(run.config.get("model.name")) for run in runs)
+    panels = []
+    for model in models:
+        own = [run for run in runs if run.config.get("model.name") == model]
+        panels.append(Panel(model, spec, _ours(own, spec, metric), _published(model, spec)))
+    return panels
+
+
+def _ours(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> dict[str, dict[Any, Value]]:
+    metrics = spec.get("metrics", {metric: ""})
+    cells: dict[str, dict[Any, list[Run]]] = {}
+    for run in runs:
+        row, _, column = str(run.config.get("name")).partition("@")
+        if spec["rows"] != "arm":
+            row, column = run.config[spec["rows"]], row
+        cells.setdefault(spec.get("columns", {}).get(column, column), {}).setdefault(row, []).append(run)
+    columns = {}
+    for column, rows in cells.items():
+        for key, title in metrics.items():
+            found = {row: value for row, members in rows.items() if (value := _value(members, spec, key))}
+            columns[f"{column}, {title}" if title else column] = _relative(found, spec.get("of_row"))
+    return columns
+
+
+def _value(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> Value | None:
+    kept = [find(last_stage(run.results), "retained", metric) for run in runs]
+    shares = [100 * (1 - share if spec["value"] == "lost" else share) for share in kept if share is not None]
+    if not shares:
+        return None
+    achieved = statistics.fmean(run.results["ratio"]["achieved"] for run in runs)
+    requested = runs[0].results["ratio"]["requested"]
+    removed = achieved if requested is not None and abs(achieved - requested) > OFF else None
+    return Value(statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else None, removed)
+
+
+def _relative(column: dict[Any, Value], row: Any) -> dict[Any, Value]:
+    """A column in percent of one of its values; as it is where that is unknown."""
+    if row is None or row not in column:
+        return column
+    scale = 100 / column[row].mean
+    return {
+        key: value._replace(mean=scale * value.mean, spread=None if value.spread is None else scale * value.spread)
+        for key, value in column.items()
+    }
+
+
+def _published(model: str, spec: Mapping[str, Any]) -> dict[str, dict[Any, Value]]:
+    families = spec.get("families", [family for family in FAMILIES if family in model])
+    columns = {}
+    for family in families:
+        for title, entry in spec["published"].get(family, {}).items():
+            values, suspect = (entry["values"], entry["suspect"]) if isinstance(entry, dict) else (entry, "")
+            told = [value if isinstance(value, list) else [value, suspect] for value in values]
+            pairs = zip(spec["at"], told, strict=True)
+            columns[title] = {row: Value(value, suspect=why) for row, (value, why) in pairs if value is not None}
+    return columns
+
+
+def markdown(panels: Sequence[Panel]) -> str:
+    """The table of every panel.
+
+    Args:
+        panels: Output of `panels_of`.
+    """
+    return "\n".join(line for panel in panels for line in _lines(panel))
+
+
+def _lines(panel: Panel) -> Iterator[str]:
+    spec = panel.spec
+    reasons = list(
+        dict.fromkeys(v.suspect for column in panel.published.values() for v in column.values() if v.suspect)
+    )
+    yield f"**{panel.model}**: {spec['value']}, % of the unpruned model's score, mean ± standard deviation over seeds; "
+    yield f"*published*: {spec['source']}."
+    yield ""
+    yield "| " + " | ".join([spec["rows"], *panel.ours, *(f"*{title}*" for title in panel.published)]) + " |"
+    yield "|---|" + "---:|" * (len(panel.ours) + len(panel.published))
+    for row in panel.rows:
+        columns = [*panel.ours.values(), *panel.published.values()]
+        cells = (str(column[row]) if row in column else ABSENT for column in columns)
+        yield "| " + " | ".join([panel.label(row), *cells]) + " |"
+    yield ""
+    if reasons:
+        yield f"† suspect: {'; '.join(reasons)}."
+        yield ""
+
+
+def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
+    """A plot per panel, beside the others of a report: ours solid, published dotted.
+
+    Args:
+        panels: Output of `panels_of`.
+    """
+    for panel in panels:
+        rows, ends = panel.rows, []
+        turned = panel.spec["rows"] == "arm"
+        axes = new_axes(6.4, 4.2)
+        axes.set_xticks(range(len(rows)), map(panel.label, rows), rotation=35 * turned, ha="right" if turned else None)
+        axes.set(xlabel=panel.spec["rows"], ylabel=f"{panel.spec['value']}, %")
+        for index, (title, column) in enumerate({**panel.ours, **panel.published}.items()):
+            points = [(x, column[row]) for x, row in enumerate(rows) if row in column]
+            if points:
+                ours, look = title in panel.ours, style(index)
+                line: dict[str, Any] = {"lw": 1.6} if ours else {"lw": 1.1, "ls": ":", "mfc": "white"}
+                x, y = [x for x, _ in points], [value.mean for _, value in points]
+                axes.errorbar(x, y, [value.spread or 0 for _, value in points], ms=4, capsize=2.5, **line, **look)
+                ends.append((x[-1], y[-1], title if ours else f"{title}, published", look["color"]))
+        label_ends(axes, ends)
+        caption = f"Mean over seeds, one standard deviation; dotted: published ({panel.spec['source']})."
+        yield Plot(f"study_{panel.model}", f"{panel.model} beside what is published", caption, axes.figure)
