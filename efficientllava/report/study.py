@@ -186,7 +186,9 @@ def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
         rows, ends = panel.rows, []
         turned = panel.spec["rows"] == "arm"
         axes = new_axes(6.4, 4.2)
-        axes.set_xticks(range(len(rows)), map(panel.label, rows), rotation=35 * turned, ha="right" if turned else None)
+        axes.set_xticks(
+            range(len(rows)), map(panel.label, rows), rotation=35 * turned, ha="right" if turned else "center"
+        )
         axes.set(xlabel=panel.spec["rows"], ylabel=f"{panel.spec['value']}, %")
         for index, (title, column) in enumerate({**panel.ours, **panel.published}.items()):
             points = [(x, column[row]) for x, row in enumerate(rows) if row in column]
