@@ -24,6 +24,7 @@ from .data.datamodule import RecoveryData
 from .data.splits import calibration_records
 from .errors import UserError
 from .models.forward import to_device
+from .pruning.memory import micro_batch
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
 from .pruning.scores import Calibration
@@ -47,11 +48,14 @@ def _with(config: Any, options: dict[str, Any], key: str) -> Any:
     return replace(config, **options)
 
 
-def _calibration(checkpoint: Checkpoint, records: Sequence[Record] | None, samples: int, seed: int) -> Calibration:
+def _calibration(
+    checkpoint: Checkpoint, records: Sequence[Record] | None, samples: int, seed: int, config: PruneConfig
+) -> Calibration:
     if records is None:
         records = calibration_records(CalibrationConfig(samples=samples), DIGITS, seed)
     collate, device = Collator(checkpoint.processor), next(checkpoint.model.parameters()).device
-    chunks = [list(records[start : start + 8]) for start in range(0, len(records), 8)]
+    size = micro_batch(config, CalibrationConfig().batch_size)
+    chunks = [list(records[start : start + size]) for start in range(0, len(records), size)]
     return Calibration([to_device(collate(chunk), device) for chunk in chunks])
 
 
@@ -78,7 +82,7 @@ def plan(
         UserError: An unknown option or an infeasible ratio.
     """
     config = _with(WIDTHWISE, options, "plan")
-    return make_plan(checkpoint.model, _calibration(checkpoint, records, samples, seed), config, seed)[0]
+    return make_plan(checkpoint.model, _calibration(checkpoint, records, samples, seed, config), config, seed)[0]
 
 
 def prune(
@@ -103,7 +107,7 @@ def prune(
         The smaller checkpoint, its weights rounded to the storage type.
     """
     config = _with(WIDTHWISE, options, "prune")
-    model, _ = apply_plan(checkpoint.model, plan, _calibration(checkpoint, records, samples, seed), config)
+    model, _ = apply_plan(checkpoint.model, plan, _calibration(checkpoint, records, samples, seed, config), config)
     round_weights(model, checkpoint.storage)
     return checkpoint.after(model, plan.step, plan.kept_layers)
 

@@ -33,3 +33,9 @@ def disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno:
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(words in str(error) for words in (f"(os error {errno.ENOSPC})", f"[Errno {errno.ENOSPC}]"))
+
+
+def memory_full(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of a GPU or of the host."""
+    kinds = {cls.__name__ for cls in type(error).__mro__}  # by name: torch is not imported for this
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)

@@ -1,6 +1,7 @@
 """Memory that a run needs, by arithmetic on shapes: what is certain, and a worst case under stated assumptions.
 
-``dry_run`` shows the worst case. A real run refuses, before it loads anything, only what is certain not to fit.
+``dry_run`` shows the worst case. A real run refuses what is certain not to fit before it loads anything, and pruning
+that may not fit once the lengths of its records are known.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .checkpoint import compute_dtype
 from .errors import UserError
 from .forecast import Forecast, context_of, weight_bytes
 from .models.anatomy import Layer, decoder_of, layers_of, projector_of
-from .pruning.memory import CalibrationSize, pruning_memory, store_on_host, vision_bytes
+from .pruning.memory import CalibrationSize, micro_batch, pruning_memory, store_on_host, vision_bytes
 
 ASSUMPTIONS = (
     "records of {tokens} tokens with {images} images or tiles",
@@ -62,21 +63,22 @@ class _Record:
     images: int
 
 
-def stage_memory(plan: Forecast) -> dict[str, StageMemory]:
+def stage_memory(plan: Forecast, tokens: int | None = None) -> dict[str, StageMemory]:
     """Memory of every stage of a run, in their order.
 
     Args:
         plan: What the run makes.
+        tokens: Tokens of the longest record; None: as many as are allowed.
 
     Raises:
         UserError: The recovery cannot be set up.
     """
-    settings, record = plan.settings, _record(plan)
+    settings, record = plan.settings, _record(plan, tokens)
     base, pruned = weight_bytes(plan.base), weight_bytes(plan.pruned)
     stages, held = {}, {"base": base}
     if settings.evaluate.tasks:
         parts = {"base": base, **_answering(plan, plan.base, record, settings.evaluate.batch_size)}
-        stages["evaluate"] = StageMemory(parts, ("base",), "choose another device or model.dtype=bfloat16")
+        stages["evaluate"] = StageMemory(parts, ("base",), "set model.dtype=bfloat16, or evaluate=none")
     if settings.prune.method != "none":
         stages["prune"] = _pruning(plan, record, base)
         held["pruned"] = pruned
@@ -91,9 +93,9 @@ def stage_memory(plan: Forecast) -> dict[str, StageMemory]:
     return stages
 
 
-def _record(plan: Forecast) -> _Record:
+def _record(plan: Forecast, tokens: int | None = None) -> _Record:
     config: Any = plan.base.config
-    tokens = min(plan.settings.data.max_length or LONGEST, context_of(plan.base))
+    tokens = tokens or min(plan.settings.data.max_length or LONGEST, context_of(plan.base))
     # Models that cut an image into tiles may fill a record with them.
     images = max(1, tokens // config.image_seq_length) if config.model_type == "internvl" else 1
     return _Record(tokens, images)
@@ -122,12 +124,16 @@ def _pruning(plan: Forecast, record: _Record, base: int) -> StageMemory:
     config, calibration = plan.settings.prune, plan.settings.calibration
     config = replace(config, method="widthwise") if config.method == "auto" else config
     samples = -(-calibration.samples // plan.processes)
-    size = CalibrationSize(samples, record.tokens, calibration.batch_size, record.images)
+    rows = micro_batch(config, calibration.batch_size)
+    size = CalibrationSize(samples, record.tokens, rows, record.images)
     stored = config.offload or (plan.device == "cuda" and store_on_host(plan.base, config, size))
     memory = pruning_memory(plan.base, config, size, stored)
     weights = 0 if config.offload else base
     parts = {"base": weights, "working set": memory.peak - weights}
-    return StageMemory(parts, ("base",), "set prune.offload=true on a GPU", memory.host)
+    fix = "lower calibration.samples, calibration.batch_size or data.max_length"
+    if plan.device == "cuda" and not config.offload and plan.settings.prune.method != "auto":
+        fix = "set prune.offload=true, or " + fix
+    return StageMemory(parts, ("base",), fix, memory.host)
 
 
 def _recovering(plan: Forecast, record: _Record, student: int) -> dict[str, StageMemory]:
@@ -204,30 +210,45 @@ def _forward(plan: Forecast, layers: list[Layer], rows: int, record: _Record) ->
 
 
 def available(device: str) -> int:
-    """Memory of the machine at hand: of the smallest GPU, or of the host with its swap space, in bytes."""
+    """Free memory in bytes: of a GPU such as ``cuda:0``, or of the host with its swap space."""
     import psutil
 
-    if device == "cuda":
-        return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
-    return psutil.virtual_memory().total + psutil.swap_memory().total
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
-def require_least(plan: Forecast) -> None:
-    """Refuse a run that is certain not to fit; activations, which depend on the data, are given the benefit of doubt.
+def require_memory(plan: Forecast, device: str, tokens: int | None = None) -> None:
+    """Refuse a run that does not fit.
+
+    Args:
+        plan: What the run makes.
+        device: Where it runs, ``cpu`` or a GPU such as ``cuda:0``.
+        tokens: Tokens of the longest calibration record, where they are known and the base is loaded: then all that
+            pruning may hold counts. None: what is certain, in every stage; activations, which depend on the data, are
+            given the benefit of the doubt.
 
     Raises:
         UserError: Names the stage, what it needs and what there is.
     """
-    found = available(plan.device)
-    for name, stage in stage_memory(plan).items():
-        needed = stage.least * (plan.processes if plan.device == "cpu" else 1)
-        if needed > found:
-            here = "a GPU here" if plan.device == "cuda" else "this machine"
-            raise UserError(
-                f"memory: {name} holds at least {needed / 1e9:.1f} GB ({_listed(stage)}), {here} has "
-                f"{found / 1e9:.1f} GB; {stage.fix}; dry_run=true shows all stages"
-            )
+    stages, found = stage_memory(plan, tokens), available(device)
+    shares = plan.processes if device == "cpu" else 1
+    if tokens is not None:
+        prune = stages["prune"]
+        stages = {"prune": replace(prune, certain=tuple(prune.parts))}
+        found += shares * prune.parts["base"]
+        if device != "cpu":
+            _require(prune.host * plan.processes, available("cpu"), "prune keeps up to", "", "the host", prune.fix)
+    for name, stage in stages.items():
+        verb = "holds at least" if tokens is None else "holds up to"
+        parts = " + ".join(f"{part} {stage.parts[part] / 1e9:.1f}" for part in stage.certain)
+        where = "this machine" if device == "cpu" else "the GPU"
+        _require(stage.least * shares, found, f"{name} {verb}", f" ({parts})", where, stage.fix)
 
 
-def _listed(stage: StageMemory) -> str:
-    return " + ".join(f"{name} {stage.parts[name] / 1e9:.1f}" for name in stage.certain)
+def _require(needed: int, found: int, what: str, parts: str, where: str, fix: str) -> None:
+    if needed > found:
+        raise UserError(
+            f"memory: {what} {needed / 1e9:.1f} GB{parts}, {where} has {found / 1e9:.1f} GB left for it; {fix}; "
+            "dry_run=true shows all stages"
+        )

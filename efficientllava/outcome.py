@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from .errors import UserError, disk_full
+from .errors import UserError, disk_full, memory_full
 
 DEBUG = "HYDRA_FULL_ERROR"
 TRACEBACKS = "EFFICIENTLLAVA_TRACEBACKS"  # what the user has set `DEBUG` to, for the processes of a run
@@ -150,6 +150,11 @@ def _lines(error: BaseException) -> Iterator[str]:
         yield f"{_one_line(f'{error}{cause}')}; --help and --cfg job show what there is"
     elif disk_full(error):
         yield f"{getattr(error, 'filename', None) or 'writing'}: the disk is full; free some space and run again"
+    elif memory_full(error):
+        yield (
+            "out of memory; lower data.batch_size, calibration.batch_size or evaluate.batch_size, whichever belongs to "
+            f"the stage that was running; dry_run=true shows what each stage needs (details: {_keep(error)})"
+        )
     else:
         yield f"{type(error).__name__}: {_one_line(str(error))} (details: {_keep(error)})"
 

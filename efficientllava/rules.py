@@ -149,6 +149,12 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("data.test_questions", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
     *((f"data.{key}", lambda c: c.data.name != "digits_vqa", "choose data=conversations") for key in OF_FILES),
     ("data.group_by_modality_length", lambda c: c.recover.name != "none", "choose a recovery with recover="),
+    ("calibration", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
+    (
+        "calibration.batch_size",
+        lambda c: c.prune.method != "widthwise" or c.prune.importance not in TAYLOR,
+        "Taylor scores take one record at a time",
+    ),
     ("prune.", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
     ("prune.importance", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
     (

@@ -36,7 +36,7 @@ class CalibrationConfig:
     samples: int = 64  # number of records, >= 1
     path: str | None = None  # the user's own records (LLaVA-style JSON); None: the data's calibration split
     image_root: str | None = None  # folder that relative image paths of `path` start from
-    batch_size: int = 8  # records per forward pass, >= 1
+    batch_size: int = 8  # records per forward pass, >= 1; Taylor scores take one at a time
 
 
 @dataclass
@@ -73,7 +73,7 @@ class PruneConfig:
     iterative: bool = False  # layerwise: score again after each removed block
     block_influence: str = "mean"  # layerwise: mean over tokens, or sum (as published)
     final_norm: bool = False  # layerwise: compare the last block's output after the final norm (as published)
-    taylor_mean: str = "sample"  # sample: |w g| per micro-batch, averaged; batch: |w mean g| (as published)
+    taylor_mean: str = "sample"  # sample: |w g| per record, averaged; batch: |w mean g| (as published)
     protect: list[int] = field(default_factory=list)  # layers that widthwise leaves whole; negative from the end
     protect_attention: list[int] = field(default_factory=list)  # layers whose heads stay
     protect_mlp: list[int] = field(default_factory=list)  # layers whose channels stay

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import UserError
 from ..models.anatomy import Layer, decoder_of, final_norm_of, layers_of
 from ..models.forward import Batch
 from ..schema import TAYLOR, PruneConfig
@@ -87,6 +86,11 @@ class PruningMemory:
         return self.peak / self.model
 
 
+def micro_batch(config: PruneConfig, batch_size: int) -> int:
+    """Records that pass through a layer at once: with Taylor scores, whose samples are records, one."""
+    return 1 if config.method == "widthwise" and config.importance in TAYLOR else batch_size
+
+
 def pruning_memory(
     model: nn.Module, config: PruneConfig, size: CalibrationSize, stored: bool | None = None
 ) -> PruningMemory:
@@ -131,22 +135,6 @@ def pruning_memory(
 def store_on_host(model: nn.Module, config: PruneConfig, size: CalibrationSize) -> bool:
     """Whether hidden states have to be kept in host memory for pruning to stay within `MARGIN` of the weights."""
     return config.offload or pruning_memory(model, config, size, stored=False).ratio > MARGIN
-
-
-def require_memory(needed: int, free: int, what: str, fix: str) -> None:
-    """Refuse what does not fit, before minutes are spent.
-
-    Args:
-        needed: Bytes.
-        free: Bytes.
-        what: What needs them.
-        fix: What the user can change.
-
-    Raises:
-        UserError: It does not fit.
-    """
-    if needed > free:
-        raise UserError(f"{what} needs up to {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; {fix}")
 
 
 def _streams(terms: _Terms, config: PruneConfig) -> dict[str, int]:

@@ -16,7 +16,7 @@ from ..models.offload import Offload
 from ..processes import sum_over
 from ..schema import PruneConfig
 from .control import reinitialise
-from .memory import CalibrationSize, store_on_host
+from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan
 from .pruner import PruneReport, apply_plan, make_plan
 from .scores import Calibration, Tick, silent
@@ -34,7 +34,7 @@ class PruningModule(LightningModule):
         records: All calibration records.
         collate: Turns records into a batch.
         config: Method, ratio, importance, selection, refit.
-        batch_size: Records per batch.
+        batch_size: Records per batch; Taylor scores take one at a time, see `efficientllava.pruning.taylor`.
         seed: Seed of random importance.
         features: Vision features by image.
         tick: Progress.
@@ -62,7 +62,8 @@ class PruningModule(LightningModule):
         self.pruned: nn.Module | None = None
         self.report: PruneReport | None = None
         self._records, self._collate, self._config = records, collate, config
-        self._batch_size, self._seed, self._features, self._tick = batch_size, seed, features, tick
+        self._batch_size = micro_batch(config, batch_size)
+        self._seed, self._features, self._tick = seed, features, tick
         self._batches: list[dict[str, Any]] = []
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -7,6 +7,9 @@ per-column sums before the next layer is looked at, so that never more than one 
 Source: arXiv 2604.24380, section 3.2, and arXiv 2305.11627, eq. 4-6. With ``s = w * g`` and ``G`` the mean of squared
 per-sample gradients: ``param_first`` sums ``|s|`` over a unit's rows and columns, ``vectorize`` sums ``|sum s|`` per
 row or column, ``param_second`` sums ``w^2 G``, ``param_mix`` sums ``|s - w^2 G / 2|``. Biases are not scored.
+
+A sample is a batch of the stream: in a run one record, so that scores do not depend on how records are put together,
+and no more than one record's graph of one layer exists.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class TaylorScores:
     Args:
         stream: The calibration stream.
         variant: ``param_first``, ``param_second``, ``param_mix`` or ``vectorize``.
-        mean: ``sample``: scores of every micro-batch's own gradient, averaged; the layer inputs of one micro-batch are
+        mean: ``sample``: scores of every batch's own gradient, averaged; the layer inputs of one batch are
             kept. ``batch``: the score of the gradient of the one loss over all batches, as published; those of all are.
 
     Raises:

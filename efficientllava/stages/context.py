@@ -53,7 +53,7 @@ class Context:
         from ..evaluation.efficiency import sizes
         from ..forecast import forecast
         from ..loggers import make_trainer
-        from ..memory import require_least
+        from ..memory import require_memory
 
         quiet_libraries()
         if settings.threads:
@@ -67,7 +67,7 @@ class Context:
         self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest, host=host)
         self.trainer = partial(make_trainer, settings, folder)
         self.forecast = forecast(settings)
-        require_least(self.forecast)
+        require_memory(self.forecast, self.device)
         open_data(settings)  # before the weights, which take their time at full size
         self.tasks = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
         for task in self.tasks:
@@ -87,6 +87,7 @@ class Context:
         from ..data.datamodule import RecoveryData
         from ..data.splits import calibration_records
         from ..evaluation import lmms
+        from ..memory import require_memory
         from ..models.forward import feature_cache
 
         settings, processor = self.settings, self.base.processor
@@ -96,31 +97,13 @@ class Context:
         self.calibration = []
         if settings.prune.method != "none":
             self.calibration = calibration_records(settings.calibration, settings.data, settings.seed, self.collate)
-            self._require_memory()
+            if settings.prune.method != "auto":
+                require_memory(self.forecast, self.device, max(map(self.collate.check, self.calibration)))
         self.recovery: Any = None
         if settings.recover.name != "none":
             self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
         drawn = len(self.recovery.records) if self.recovery else 0
         self.samples = {"calibration": len(self.calibration), "recovery": drawn}
-
-    def _require_memory(self) -> None:
-        """Refuse what the GPU cannot hold."""
-        import torch
-
-        from ..pruning.memory import CalibrationSize, pruning_memory, require_memory
-
-        settings, model = self.settings, self.base.model
-        if self.device == "cpu" or settings.prune.method == "auto":
-            return
-        tokens = max(map(self.collate.check, self.calibration))
-        size = CalibrationSize(len(self.calibration), tokens, settings.calibration.batch_size)
-        memory = pruning_memory(model, settings.prune, size)
-        offload, free = settings.prune.offload, torch.cuda.mem_get_info(self.device)[0]
-        fix = "lower calibration.batch_size or data.max_length" + ("" if offload else ", or set prune.offload=true")
-        require_memory(memory.peak, free if offload else free + memory.model, "prune", fix)
-        if offload and (settings.evaluate.tasks or settings.evaluate.efficiency or settings.recover.name != "none"):
-            fix = "with prune.offload=true also set evaluate=none evaluate.efficiency=false recover=none"
-            require_memory(memory.model, free, "the whole model", fix)
 
     def stage(self, name: str, compute: Callable[[Path, Path], dict[str, Any]], **inputs: Any) -> Entry:
         """A stage's result through the cache; ``inputs`` is what it depends on beside what all stages do.

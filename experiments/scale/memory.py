@@ -6,39 +6,34 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from hydra import compose, initialize_config_dir
 
 from efficientllava import bench
+from efficientllava.config import register_schema, typed
+from efficientllava.forecast import forecast
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.importance import OBS_ROUNDS, eliminate
-from efficientllava.pruning.memory import CalibrationSize, pruning_memory
+from efficientllava.pruning.memory import CalibrationSize, micro_batch, pruning_memory
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
 from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
 from efficientllava.schema import PruneConfig
 
+CONF = Path(__file__).resolve().parents[2] / "conf"
 LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)
 WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)
 PAPER = PruneConfig("widthwise_paper", "widthwise", 0.3, "param_first", "local", taylor_mean="batch")
 
 
 def llava_7b() -> Any:
-    """LLaVA-1.5-7B on the meta device."""
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008)
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text)).bfloat16()
+    """LLaVA-1.5-7B on the meta device, of the sizes in ``conf/model``."""
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return forecast(typed(compose("config", ["model=llava_1_5_7b", "dry_run=true"]))).base
 
 
 def closed_form() -> None:
@@ -46,13 +41,15 @@ def closed_form() -> None:
     model = llava_7b()
     print("| records x tokens, micro-batch | method | one GPU, GB | x weights | offload: card, GB | host, GB |")
     print("|---|---|---:|---:|---:|---:|")
-    for size in (CalibrationSize(64, 700, 2), CalibrationSize(64, 2048, 2), CalibrationSize(64, 2048, 8)):
+    rows = {}
+    for records, tokens, batch in ((64, 700, 2), (64, 2048, 2), (64, 2048, 8)):
         for config in (LAYERWISE, WIDTHWISE, PAPER):
+            size = CalibrationSize(records, tokens, micro_batch(config, batch))
             memory = pruning_memory(model, config, size)
             small = pruning_memory(model, replace(config, offload=True), size)
-            data = f"{size.records} x {size.tokens}, {size.batch_size}"
             shown = f"{memory.peak / 1e9:.1f} | {memory.ratio:.2f} | {small.peak / 1e9:.1f} | {small.host / 1e9:.1f}"
-            print(f"| {data} | `{config.name}` | {shown} |")
+            rows[f"| {records} x {tokens}, {size.batch_size} | `{config.name}` | {shown} |"] = None
+    print(*rows, sep="\n")
 
 
 def one_layer(device: str = "cpu") -> Any:

@@ -3,23 +3,23 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from efficientllava import bench
-from efficientllava.errors import UserError
+from efficientllava.config import typed
+from efficientllava.forecast import forecast
 from efficientllava.pruning.memory import (
     MARGIN,
     CalibrationSize,
     PruningMemory,
+    micro_batch,
     pruning_memory,
-    require_memory,
     store_on_host,
 )
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
 from efficientllava.schema import PruneConfig
 from tests.conftest import make_batches
+from tests.runs import composed
 
 LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)
 WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)
@@ -36,18 +36,7 @@ USUAL = CalibrationSize(64, 700, 8)
 
 @pytest.fixture(scope="module")
 def llava_7b():
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    text = LlamaConfig(vocab_size=32064, hidden_size=4096, intermediate_size=11008)
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=text)).bfloat16()
+    return forecast(typed(composed("model=llava_1_5_7b", "dry_run=true"))).base
 
 
 @pytest.mark.parametrize("size", [USUAL, CalibrationSize(64, 2048, 8), CalibrationSize(512, 2048, 8)], ids=str)
@@ -60,9 +49,14 @@ def test_llava_7b_is_pruned_within_the_margin(llava_7b, config, size):
 
 @pytest.mark.parametrize("importance", ["param_first", "vectorize", "param_second", "param_mix"])
 @pytest.mark.parametrize("mean", ["sample", "batch"])
-def test_llava_7b_fits_with_taylor_scores_of_small_micro_batches(llava_7b, importance, mean):
+def test_llava_7b_is_scored_record_by_record_within_the_margin(llava_7b, importance, mean):
     config = replace(TAYLOR, importance=importance, taylor_mean=mean)
-    assert pruning_memory(llava_7b, config, CalibrationSize(64, 1024, 2)).ratio <= MARGIN
+    size = CalibrationSize(64, 2048, micro_batch(config, 8))
+    assert (
+        pruning_memory(llava_7b, config, size).ratio
+        <= MARGIN
+        < pruning_memory(llava_7b, config, replace(size, batch_size=8)).ratio
+    )
 
 
 def test_llava_7b_is_pruned_from_host_memory_on_a_small_card(llava_7b):
@@ -102,12 +96,6 @@ def test_no_run_takes_more_than_the_bound(monkeypatch, config, wide):
 def test_the_size_of_batches_is_that_of_their_longest_rows():
     assert CalibrationSize.of(make_batches(2)) == CalibrationSize(6, 20, 3)
     assert CalibrationSize.of([]) == CalibrationSize(0, 0, 1)
-
-
-def test_what_does_not_fit_is_refused_in_one_line():
-    require_memory(5, 5, "prune", "")
-    with pytest.raises(UserError, match=r"^prune needs up to 17\.7 GB of memory, 8\.0 GB are free; set it smaller$"):
-        require_memory(int(17.66e9), int(8e9), "prune", "set it smaller")
 
 
 def test_the_peak_is_the_largest_phase():
