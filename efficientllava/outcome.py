@@ -116,7 +116,9 @@ def exit_code(main: Callable[[], object]) -> int:
             _close_sweep()
             print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
             return 1
-        if isinstance(error, OSError) and not (_failure or _of_hydra(error) or disk_full(error)):
+        if any("torchvision::" in str(cause) for cause in _causes(error)):
+            error = UserError("torchvision: is not built for this torch; install the one that is, or pip uninstall it")
+        elif isinstance(error, OSError) and not (_failure or _of_hydra(error) or disk_full(error)):
             # Hydra makes the run's folder before anything of ours runs.
             error = UserError(f"paths.output_dir: {error.filename}: {error.strerror}; set it to a folder of yours")
         for line in _lines(error):
@@ -139,6 +141,13 @@ def _close_sweep() -> None:
 
 def _of_hydra(error: BaseException) -> bool:
     return type(error).__module__.startswith(("hydra", "omegaconf"))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _lines(error: BaseException) -> Iterator[str]:

@@ -191,6 +191,14 @@ def test_an_unknown_benchmark(model, data, tmp_path):
     assert "'mmlu' is not a benchmark; choose of ai2d, digits_vqa" in str(error)
 
 
+def test_every_benchmark_without_rows_is_named_at_once(model, data, tmp_path):
+    data[1]()
+    (tmp_path / "rows").mkdir()
+    error = refused(model, tmp_path, "evaluate.tasks=[pope,gqa,mmvet]", f"evaluate.root={tmp_path / 'rows'}")
+    told = [line.partition("holds no rows of ")[2].partition(",")[0] for line in str(error).splitlines()]
+    assert error.exit_code == 2 and told == ["pope", "gqa", "mmvet"]
+
+
 def test_a_ratio_that_cannot_be_reached_names_the_largest_one(model, data, tmp_path):
     data[1]()
     error = refused(model, tmp_path, "prune.ratio=0.99")

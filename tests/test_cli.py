@@ -82,6 +82,19 @@ def test_an_unexpected_failure_is_one_line_with_a_file_of_details(cli, monkeypat
     os.unlink(details)
 
 
+def test_a_torchvision_of_another_torch_is_told_as_such(cli, monkeypatch):
+    def fail(*_):
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'LlavaProcessor'") from error
+
+    monkeypatch.setattr("efficientllava.pipeline.run", fail)
+    code, text = cli()
+    assert code == 2
+    assert errors(text) == ["torchvision: is not built for this torch; install the one that is, or pip uninstall it"]
+
+
 def test_a_full_disk_is_told_as_such(cli, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device", "/data/metrics.csv")

@@ -2,7 +2,8 @@
 
 The file holds one JSON object per line (or one JSON list, or an object of objects by id), in LLaVA's answer format
 (``question_id``, ``prompt``, ``text``, ``metadata``) or in ours (``id``, ``question``, ``prediction``, ``answer``).
-References that are not in it, nor in its ``metadata``, come from a second file: ``--gold``.
+References that are not in it, nor in its ``metadata``, come from a second file: ``--gold``; ``unanswered`` counts those
+that no prediction belongs to, which the metrics leave out.
 """
 
 from __future__ import annotations
@@ -111,15 +112,19 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(
             f"{options.predictions}: question {twice[0][0]!r} is answered more than once; remove the others"
         )
+    unanswered: dict[str, int] = {}
     if options.gold:
-        records = join(records, read(options.gold, GOLD_ALIASES))
+        gold = read(options.gold, GOLD_ALIASES)
+        records = join(records, gold)
+        unanswered = {"unanswered": len(gold) - len(records)}
     if options.requests:
         return _export(records, options)
     scores = scorer(options.task)(records, options.protocol)
     if options.outcomes:
         lines = (json.dumps(asdict(outcome)) + "\n" for outcome in scores.outcomes)
         options.outcomes.write_text("".join(lines), encoding="utf-8")
-    print(json.dumps({"task": options.task, "protocol": options.protocol, "metrics": scores.metrics}, indent=2))
+    head = {"task": options.task, "protocol": options.protocol, **unanswered}
+    print(json.dumps({**head, "metrics": scores.metrics}, indent=2))
 
 
 if __name__ == "__main__":

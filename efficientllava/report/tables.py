@@ -17,6 +17,15 @@ LABELS = {
     "accuracy image": "image questions",
     "accuracy text": "text-only questions",
     "answer loss": "answer loss, nats per token",
+    "anls": "ANLS",
+    "f1": "F1",
+    "avg": "AVG",
+    "avg percent": "AVG-%",
+}
+DOUBTS = {  # counts that a score must not be read without, where they are not 0
+    "n_undecided": "wrong until a judge reads them",
+    "n_failed": "verdicts without a score",
+    "n_unpaired": "images without two questions",
 }
 STUDY = ("avg", "avg_percent")  # of evaluate=vlmcompression
 POINTS = ("perception", "cognition", *STUDY)  # metrics that are no shares
@@ -104,6 +113,9 @@ def _task_rows(results: Results, stages: Sequence[Mapping[str, Any]], task: str)
         show = _show(name, share)
         style = "dim" if "/" in name else ""
         yield from _row(_metric_label(metrics, name), stages, ["metrics", task, name], show, style)
+    for name, label in DOUBTS.items():
+        if any(find(stage, "metrics", task, name) for stage in stages):
+            yield from _row(f"  {label}", stages, ["metrics", task, name], quantity, "dim")
     if headline and not metrics.keys() & {*headline}:
         yield from _row("answers, not scored", stages, ["metrics", task, "n"], quantity)
     plain = ["accuracy"] if "accuracy" in metrics else [name for name in scores if name not in STUDY]

@@ -10,6 +10,7 @@ from typing import Any
 from .. import disk, processes
 from ..cache import Entry, StageCache, link, source_digest
 from ..console import quiet_libraries
+from ..errors import ConfigError, UserError
 from ..schema import RunConfig
 
 TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png")  # what a run's folder gets of a stage
@@ -70,9 +71,15 @@ class Context:
         require_memory(self.forecast, self.device)
         open_data(settings)  # before the weights, which take their time at full size
         self.tasks = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
+        problems = []
         for task in self.tasks:
-            task.records()
-            judges.prepare(task.name, settings.evaluate.judge)
+            try:
+                task.records()
+                judges.prepare(task.name, settings.evaluate.judge)
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError(list(dict.fromkeys(problems)))
         model = settings.model
         self.base = self.load(model.path, model.dtype, model.revision, model.protocol)
         self.models: dict[str, Any] = {"base": self.base.model}

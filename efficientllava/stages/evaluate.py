@@ -146,6 +146,10 @@ class Evaluation:
         )
         self._context.entries[f"evaluate/{stage}/lmms_eval"] = entry
         for task, metrics in entry.record["metrics"].items():
+            if processes.rank() == 0:
+                file = self._context.folder / "predictions" / stage / "lmms_eval" / f"{task}.jsonl"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                link(entry.folder / file.name, file)
             self.metrics[stage][f"lmms_eval/{task}"] = metrics
             shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
             say(f"{stage:<10} lmms_eval/{task}: {shown}" + ("  (from cache)" if entry.reused else ""))

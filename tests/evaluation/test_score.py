@@ -49,8 +49,14 @@ def test_llava_s_format_with_references_in_another_file(tmp_path, capsys):
         {"question_id": 9, "text": "Is there a bird?", "label": "yes", "category": "random"},
     ]
     gold = _lines(tmp_path / "gold.jsonl", *references)
-    metrics = _run(capsys, file, "--task", "pope", "--gold", gold)["metrics"]
-    assert metrics["n"] == 2 and metrics["accuracy/random"] == 1 and metrics["accuracy/popular"] == 0
+    result = _run(capsys, file, "--task", "pope", "--gold", gold)
+    metrics = result["metrics"]
+    assert (
+        result["unanswered"] == 1
+        and metrics["n"] == 2
+        and metrics["accuracy/random"] == 1
+        and metrics["accuracy/popular"] == 0
+    )
 
 
 def test_references_by_id_in_one_object(tmp_path, capsys):

@@ -96,6 +96,17 @@ def test_table_fits_a_narrow_terminal_and_a_file():
     assert "from the cache: evaluate/base" in text
 
 
+def test_a_score_is_shown_with_what_casts_doubt_on_it():
+    results = make(stages=("base", "pruned"))
+    results["benchmarks"] = {"mathvista": {"headline": ["accuracy"]}}
+    for name, undecided in (("base", 0), ("pruned", 3)):
+        metrics = {"accuracy": 0.5, "n": 12, "n_undecided": undecided}
+        results["stages"][name]["metrics"] = {"mathvista": metrics}
+    assert row(printed(results), "wrong until a judge reads them") == ["0", "3"]
+    results["stages"]["pruned"]["metrics"]["mathvista"]["n_undecided"] = 0
+    assert "until a judge" not in printed(results)
+
+
 def test_table_of_a_run_that_stops_early():
     text = printed(make(stages=("base",)))
     assert "recovered" not in text and "removed" not in text and "retained" not in text

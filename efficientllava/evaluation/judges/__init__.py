@@ -89,9 +89,12 @@ def score(
         later = ""
         if export:
             write_requests(asked, task, protocol, export)
-            later = f"; python -m efficientllava.evaluation.judges {export} sends them"
-        count = len(result.missing)
-        say(escape(f"{task}: no score yet, {count} requests wait for a judge (evaluate.judge.base_url){later}"))
+            later = f"; later: python -m efficientllava.evaluation.judges {export} --base-url … --model …"
+        count, what = (
+            len(result.missing),
+            "counts as wrong what no rule reads" if task == "mathvista" else "no score yet",
+        )
+        say(escape(f"{task}: {what}, {count} requests wait for a judge (evaluate.judge.base_url){later}"))
         return result
     names = ", ".join(info["answered_as"]) or "nobody"
     say(

@@ -109,9 +109,9 @@ class EfficientLLaVA(lmms):
             order = sorted(members, key=lambda index: len(requests[index].args[0]), reverse=True)
             for start in range(0, len(order), self.batch_size):
                 batch = order[start : start + self.batch_size]
-                texts = self._answer([requests[index].args for index in batch], longest)
+                texts = self._answer([requests[index].args for index in batch], longest, stop)
                 for index, text in zip(batch, texts, strict=True):
-                    answers[index] = _until(text, stop)
+                    answers[index] = text
         return answers
 
     def _settings(self, wanted: dict[str, Any]) -> tuple[int, tuple[str, ...]]:
@@ -122,9 +122,9 @@ class EfficientLLaVA(lmms):
         stop = tuple(mark for mark in ([stop] if isinstance(stop, str) else stop) if mark.strip())
         return int(self._limit or wanted.get("max_new_tokens") or LONGEST), stop
 
-    def _answer(self, asked: Sequence[tuple[Any, ...]], longest: int) -> list[str]:
+    def _answer(self, asked: Sequence[tuple[Any, ...]], longest: int, stop: Sequence[str]) -> list[str]:
         batch = to_device(self._prompts([self._record(*arguments) for arguments in asked]), self.device)
-        return generate(self._model, self._processor.tokenizer, batch, self._cache(batch), longest)
+        return generate(self._model, self._processor.tokenizer, batch, self._cache(batch), longest, stop)
 
     def _record(self, text: Any, _settings: Any, visuals: Any, number: int, task: str, split: str) -> Record:
         images = visuals(self.task_dict[task][split][number]) or []
@@ -157,8 +157,3 @@ def _exiting(wanted: bool) -> Iterator[None]:
         if not isinstance(error, UserError):
             traceback.print_exc()
         raise SystemExit(f"error: {type(error).__name__}: {error}") from error
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    ends = [at for mark in stop if (at := text.find(mark)) >= 0]
-    return text[: min(ends, default=len(text))].strip()

@@ -1,7 +1,8 @@
 """MathVista (arXiv 2310.02255): 1000 questions of mathematics in pictures (testmini).
 
 ``llava`` asks with the data set's own ``query``, whose hint wants the answer at the end of a response; ``lmms_eval``
-with its "format" prompt, which wants nothing else. A judge extracts the answers that no rule finds.
+with its "format" prompt, which wants nothing else. A judge extracts the answers that no rule finds. lmms-eval lets a
+model write 16384 tokens, which for these models means one that has lost its end: it is stopped sooner here.
 """
 
 from ..benchmark import LETTER, Benchmark, Row, lettered

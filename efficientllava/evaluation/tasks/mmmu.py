@@ -35,6 +35,6 @@ BENCHMARK = Benchmark(
     prompt=_prompt,
     scorer=mmmu,
     headline=("accuracy", "accuracy_strict"),
-    tokens={"llava": 128, "lmms_eval": 16},
+    tokens=128,
     skip=_skip,
 )
