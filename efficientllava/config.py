@@ -26,6 +26,8 @@ def register_schema() -> None:
     vars(store)["__deepcopy__"] = lambda _memo: store
     register_presets()
     OmegaConf.register_new_resolver("sweep_digest", sweep_digest, replace=True)
+    # A dry run must not write into the folders of finished jobs.
+    OmegaConf.register_new_resolver("sweeps_folder", lambda dry: "dry_runs" if dry else "sweeps", replace=True)
 
 
 def sweep_digest() -> str:

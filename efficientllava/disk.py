@@ -51,10 +51,11 @@ def staying(settings: RunConfig) -> tuple[str, ...]:
     """Names of the checkpoints that a run's folder holds in the end."""
     made = ["pruned"] if settings.prune.method != "none" else []
     made += ["recovered"] if settings.recover.name != "none" else []
-    return _chosen(made, settings.keep)
+    return chosen(made, settings.keep)
 
 
-def _chosen(made: Sequence[str], keep: str) -> tuple[str, ...]:
+def chosen(made: Sequence[str], keep: str) -> tuple[str, ...]:
+    """Those of a run's checkpoints, in their order, that stay."""
     return tuple({"all": made, "recovered": made[-1:], "none": ()}[keep])
 
 
@@ -66,7 +67,7 @@ def tidy(folder: Path, keep: str) -> None:
         keep: See `efficientllava.schema.RunConfig`.
     """
     made = [name for name in ("pruned", "recovered") if (folder / name).is_dir()]
-    for name in {*made} - {*_chosen(made, keep)}:
+    for name in {*made} - {*chosen(made, keep)}:
         discard(folder / name)
 
 

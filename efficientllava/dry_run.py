@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich import box
 from rich.table import Table
 
 from .console import quiet_libraries, say
+from .cost import ANSWER, REACHED, Device, Job, Work, device_of, disk_of, distinct, tokens_of, works
 from .data.splits import record_count
 from .evaluation.efficiency import sizes
 from .files import whole_file
@@ -19,6 +24,8 @@ from .recovery.objective import describe as describe_loss
 from .recovery.recover import accumulation, optimiser_steps
 from .report.tables import percent, quantity, tabulate
 from .schema import RunConfig
+
+_planned: list[tuple[Forecast, Job]] = []  # jobs of a sweep in this process
 
 
 def dry_run(settings: RunConfig, folder: Path) -> dict[str, Any]:
@@ -36,13 +43,105 @@ def dry_run(settings: RunConfig, folder: Path) -> dict[str, Any]:
     """
     quiet_libraries()
     plan = forecast(settings)
-    result = report(plan)
+    job = Job(tuple(works(plan)), settings.keep, finished=False)
+    result = {**report(plan), "cost": cost([job], device_of(plan.device, plan.dtype))}
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "dry_run.json") as file:
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     say(f"[bold]{settings.name}[/bold]  {settings.model.path}: a dry run, no weights are read")
     say("", tabulate(result), *_lines(plan, result), "", _memory_table(result), *result["memory"]["assumptions"])
+    say("", *_cost_lines(result["cost"], tokens_of(plan)))
     return result
+
+
+def plan_job(settings: RunConfig, folder: Path) -> None:
+    """Take a job into the dry run of its sweep, which `tell_sweep` sums up.
+
+    Args:
+        settings: The checked configuration.
+        folder: Named by the job's number.
+
+    Raises:
+        UserError: What the run itself would refuse for its sizes.
+    """
+    from .pipeline import finished
+
+    quiet_libraries()
+    plan = forecast(settings)
+    done = finished(settings, Path(settings.paths.output_dir) / "sweeps" / settings.sweep.name / folder.name, dry=True)
+    _planned.append((plan, Job(tuple(works(plan)), settings.keep, done)))
+
+
+def tell_sweep(folder: Path, name: str) -> None:
+    """Print what the planned jobs of a sweep compute and leave, and write it to ``dry_run.json``.
+
+    Args:
+        folder: Where to write.
+        name: The sweep's name.
+    """
+    if not _planned:
+        return
+    plan, jobs = _planned[0][0], [job for _, job in _planned]
+    _planned.clear()
+    result = cost(jobs, device_of(plan.device, plan.dtype))
+    with whole_file(folder / "dry_run.json") as file:
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("", "in jobs", "to compute", f"{result['unit']}-hours"):
+        table.add_column(column, justify="right" if column else "left")
+    for stage, entry in result["stages"].items():
+        table.add_row(stage, str(entry["jobs"]), str(entry["distinct"]), _hours(entry["hours"]))
+    table.add_row("together", str(result["jobs"]), "", _hours(result["hours"]), style="bold")
+    say(
+        f"[bold]{name}[/bold]  {plan.settings.model.path}: {result['jobs']} jobs, {result['finished']} of them finished"
+    )
+    say(table, *_cost_lines(result, tokens_of(plan)))
+
+
+def cost(jobs: Sequence[Job], device: Device) -> dict[str, Any]:
+    """What jobs compute and leave, as plain JSON values; stages that they share count once."""
+    todo = distinct(jobs)
+    count = Counter(work.stage for job in jobs for work in job.works)
+    stages = {
+        stage: {"jobs": count[stage], "distinct": len(found), "hours": _total(found, device)}
+        for stage, found in todo.items()
+    }
+    whole = [work for found in todo.values() for work in found]
+    elsewhere = device_of("cuda", torch.bfloat16)
+    return {
+        "jobs": len(jobs),
+        "finished": sum(job.finished for job in jobs),
+        "unit": device.unit,
+        "device": device.name,
+        "hours": _total(whole, device),
+        "elsewhere": {"device": elsewhere.name, "hours": _total(whole, elsewhere)} if device.unit == "CPU" else None,
+        "stages": stages,
+        "keep": sorted({job.keep for job in jobs}),
+        "disk": asdict(disk_of(jobs)),
+    }
+
+
+def _total(works: Sequence[Work], device: Device) -> float | None:
+    """Device hours; None where the size of some data is unknown."""
+    flops = [work.flops for work in works]
+    return None if None in flops else device.hours(sum(filter(None, flops)))
+
+
+def _cost_lines(result: dict[str, Any], tokens: int) -> list[str]:
+    disk, other = result["disk"], result["elsewhere"]
+    each = f", {disk['each'] / 1e9:.3g} more per further job at work" if disk["each"] else ""
+    return [
+        f"about {_hours(result['hours'])} {result['unit']}-hours ({result['device']})"
+        + (f", or {_hours(other['hours'])} GPU-hours ({other['device']})" if other else ""),
+        f"assumed: {REACHED:.0%} of the peak, FLOPs of the weights alone, records of {tokens} tokens with one image, "
+        f"answers of {ANSWER}; not counted: loading, saving, speed measurements",
+        f"disk with keep={','.join(result['keep'])}: {disk['stays'] / 1e9:.3g} GB of checkpoints stay, at most "
+        f"{disk['most'] / 1e9:.3g} GB on the way{each}",
+    ]
+
+
+def _hours(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.2g}" if value < 10 else f"{value:,.0f}"
 
 
 def report(plan: Forecast) -> dict[str, Any]:

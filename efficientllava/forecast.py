@@ -21,6 +21,7 @@ from .recovery.trainable import prepare, trainable
 from .schema import RunConfig
 from .search.structured import Structured
 
+_MODELS: dict[tuple[str, torch.dtype], nn.Module] = {}  # what jobs of a sweep have in common
 OPTIMISER = {"adamw": 8, "sgd": 0}  # bytes of state per trained parameter
 
 
@@ -62,7 +63,10 @@ class Forecast:
     @cached_property
     def pruned(self) -> nn.Module:
         """The model that the plan leads to, or a typical one where the data have a say."""
-        return meta_model(self.configs[0]).to(self.dtype)
+        key = (str(self.configs[0]), self.dtype)
+        if key not in _MODELS:
+            _MODELS[key] = meta_model(self.configs[0]).to(self.dtype)
+        return _MODELS[key]
 
     @property
     def stock(self) -> bool | None:

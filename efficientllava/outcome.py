@@ -42,7 +42,8 @@ class ReportSweep(Callback):
         from .disk import at_work
 
         held = ExitStack()
-        held.enter_context(at_work(Path(config.paths.cache_dir), clean=config.keep != "all"))
+        if not config.dry_run:
+            held.enter_context(at_work(Path(config.paths.cache_dir), clean=config.keep != "all"))
         _sweeps.append((Path(config.hydra.sweep.dir), held))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
@@ -78,6 +79,11 @@ class FailedJob(JobReturn):
     def return_value(self) -> Any:
         """Never a value: asking for it raises the failure, without the line that Hydra would print first."""
         raise self._return_value
+
+
+def sweeping() -> bool:
+    """Whether a sweep runs its jobs in this process."""
+    return bool(_sweeps)
 
 
 def exit_code(main: Callable[[], object]) -> int:
@@ -129,12 +135,16 @@ def exit_code(main: Callable[[], object]) -> int:
 
 def _close_sweep() -> None:
     """Write table, plots and page of a sweep that has finished runs; a complete one lets go of the cache."""
-    from .report.__main__ import report
-
     for folder, held in _sweeps:
         if not _failed_jobs:
             held.close()
+        if "efficientllava.dry_run" in sys.modules:
+            from .dry_run import tell_sweep
+
+            tell_sweep(folder, folder.name)
         if next(folder.glob("*/results.json"), None):
+            from .report.__main__ import report
+
             report(folder)
             print(f"table, plots and page of the sweep: {folder / 'report.html'}")
 

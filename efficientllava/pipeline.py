@@ -18,6 +18,7 @@ from .checks import check
 from .config import digest, typed
 from .console import say
 from .errors import UserError
+from .outcome import sweeping
 from .schema import RunConfig
 from .stages.context import Context
 from .stages.evaluate import Evaluation
@@ -49,9 +50,9 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
     if settings.pretrain:
         return _pretrain(settings, folder)
     if settings.dry_run:
-        from .dry_run import dry_run
+        from .dry_run import dry_run, plan_job
 
-        dry_run(settings, folder)
+        (plan_job if sweeping() else dry_run)(settings, folder)
         return None
     with disk.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
         if settings.reuse and not processes.launched() and finished(settings, folder):
@@ -90,22 +91,36 @@ def run_key(settings: RunConfig) -> str:
     from .checkpoint import resolve
     from .data.splits import sources_digest
 
-    plain = {**asdict(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
     files = sources_digest(settings)
     models = [digest_of(resolve(settings.model.path, settings.model.revision))]
     if settings.recover.name != "none" and settings.recover.teacher.path:
         models.append(digest_of(resolve(settings.recover.teacher.path)))
-    return digest([plain, files, models, source_digest("."), library_versions()])
+    return digest([settings_key(settings), files, models])
 
 
-def finished(settings: RunConfig, folder: Path) -> bool:
-    """Whether a folder holds the results of this very run, and the checkpoints that are to stay."""
+def settings_key(settings: RunConfig) -> str:
+    """The part of `run_key` that is known without a look at model and data."""
+    plain = {**asdict(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
+    return digest([plain, source_digest("."), library_versions()])
+
+
+def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:
+    """Whether a folder holds the results of this very run, and the checkpoints that are to stay.
+
+    Args:
+        settings: The checked configuration.
+        folder: The run's folder.
+        dry: Take model and data to be those of the results, without a look.
+    """
     from .results import read
 
     file = folder / "results.json"
     if not file.exists() or not all((folder / name).is_dir() for name in disk.staying(settings)):
         return False
-    return read(file).get("run_key") == run_key(settings)
+    results = read(file)
+    if dry:
+        return results.get("settings_key") == settings_key(settings)
+    return results.get("run_key") == run_key(settings)
 
 
 def _objective(settings: RunConfig, folder: Path) -> float | None:
@@ -162,7 +177,8 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
             current = recover(context, current)
             evaluate("recovered", current)
         if processes.rank() == 0:
-            write_record(context, evaluate, overrides, run_key(settings))
+            keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)}
+            write_record(context, evaluate, overrides, keys)
             disk.tidy(folder, settings.keep)
             if settings.keep == "none" and "recover" in context.entries:
                 disk.drop(context.entries["recover"].folder)

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 from torch import nn
 
@@ -218,16 +220,26 @@ def vision_bytes(model: nn.Module, images: int, size: int) -> int:
         images: Images, or tiles of images.
         size: Bytes per activation.
     """
+    patches = patches_of(model)
+    if not patches:
+        return 0
+    config: Any = model.config.vision_config  # pyright: ignore[reportAttributeAccessIssue]
+    depth, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    pixels = 3 * prod(_edges(config.image_size)) * 4
+    return images * ((1 + patches) * size * ((depth + 8) * width + 2 * inner) + pixels)
+
+
+def patches_of(model: nn.Module) -> int:
+    """Patches that the vision tower cuts an image, or a tile, into; 0 where that depends on the image."""
     config = getattr(model.config, "vision_config", None)
     edge, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     if not edge or not patch:
         return 0
-    edges = [edge, edge] if isinstance(edge, int) else list(edge)
-    patches = [patch, patch] if isinstance(patch, int) else list(patch)
-    tokens = 1 + (edges[0] // patches[0]) * (edges[1] // patches[1])
-    depth, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size  # pyright: ignore[reportOptionalMemberAccess]
-    pixels = 3 * edges[0] * edges[1] * 4
-    return images * (tokens * size * ((depth + 8) * width + 2 * inner) + pixels)
+    return prod(side // part for side, part in zip(_edges(edge), _edges(patch), strict=True))
+
+
+def _edges(size: int | Sequence[int]) -> Sequence[int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _bytes(module: nn.Module) -> int:

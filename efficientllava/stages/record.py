@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..config import digest
@@ -13,14 +13,14 @@ from .context import Context
 from .evaluate import Evaluation
 
 
-def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[str], key: str) -> None:
+def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[str], keys: Mapping[str, str]) -> None:
     """Measure sizes and speeds, write ``results.json`` and ``samples.png``, and print the table.
 
     Args:
         context: What the stages shared.
         evaluation: Metrics and answers of all stages.
         overrides: What the user typed.
-        key: Digest of all that decides the numbers of the run.
+        keys: Digests that a finished run is recognised by.
     """
     from ..card import usage
     from ..models.pruned import is_per_layer
@@ -45,7 +45,7 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
         seconds=context.seconds,
         seed=context.settings.seed,
         config_digest=digest(context.settings),
-        run_key=key,
+        **keys,
         overrides=list(overrides),
         reused=[name for name, entry in context.entries.items() if entry.reused],
         name=context.settings.name,

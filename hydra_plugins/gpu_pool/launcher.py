@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
 from hydra.plugins.launcher import Launcher
@@ -37,8 +38,10 @@ class GpuPoolLauncher(Launcher):
         self._gpus_per_job, self._slots, self._timeout_min = gpus_per_job, slots, timeout_min
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Take over what Hydra has composed; the task itself runs in other processes."""
+        """Take over what Hydra has composed; the task itself runs in other processes, but for a dry run."""
         self.config, self.hydra_context = config, hydra_context
+        self._basic = BasicLauncher()
+        self._basic.setup(hydra_context=hydra_context, task_function=task_function, config=config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run a batch of jobs.
@@ -58,6 +61,8 @@ class GpuPoolLauncher(Launcher):
         if self.config is None:
             raise RuntimeError("setup() comes first")
         self._check()
+        if self.config.dry_run:  # says what the jobs would do and needs no slots
+            return self._basic.launch(job_overrides, initial_job_idx)
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         configs = [

@@ -1,0 +1,277 @@
+"""What a run or a sweep computes and leaves: floating-point operations, device hours and disk, from shapes alone.
+
+Counted are the multiplications and additions (two operations) of weights: of the language model per token, of the
+vision tower per image, and of the second moments that greedy scores and the refit collect. Stages that several jobs
+share are counted once. Not counted: attention over the context, loading, saving and latency measurements, judges.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import digest
+from .data.splits import record_count
+from .disk import chosen
+from .forecast import Forecast, context_of, weight_bytes
+from .memory import LONGEST
+from .models.anatomy import decoder_of, language_parameters, layers_of
+from .pruning.memory import patches_of
+from .recovery.recover import accumulation, optimiser_steps
+from .results import STAGES
+from .schema import TAYLOR, RunConfig
+
+TEXT = 256  # tokens of a record beside those of its image
+ANSWER = 8  # generated tokens of an answer
+# Dense peak of half-precision matrix products, FLOP/s, as in the vendor's data sheets; the first is assumed elsewhere.
+PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
+PEAKS |= {"L40S": 362e12, "A10": 125e12, "RTX 4090": 165e12, "RTX A6000": 155e12, "V100": 125e12, "T4": 65e12}
+REACHED = 0.4  # share of the peak
+SINGLE = 1 / 16  # peak of float32 on a GPU in these terms
+# Published sizes: of training files, and of the splits that benchmarks ask.
+RECORDS = {"llava_665k": 665_298, "bunny_695k": 695_000, "internvl_sft": 1_110_107}
+QUESTIONS = {"ai2d": 3088, "docvqa": 5349, "gqa": 12_578, "llava_bench": 60, "mathvista": 1000, "mme": 2374}
+QUESTIONS |= {"mmmu": 900, "mmvet": 218, "pope": 9000, "scienceqa": 4241, "scienceqa_img": 2017, "vizwiz": 4319}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one stage does.
+
+    Args:
+        stage: Its name.
+        key: Digest of what it depends on; equal for jobs that share it.
+        flops: Floating-point operations; None where the size of the data is unknown.
+        bytes: Size of the checkpoint that it makes.
+    """
+
+    stage: str
+    key: str
+    flops: float | None
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What computes.
+
+    Args:
+        name: Its name, or what is assumed.
+        unit: Of hours, ``GPU`` or ``CPU``.
+        rate: Operations per second that a run reaches on one of them.
+    """
+
+    name: str
+    unit: str
+    rate: float
+
+    def hours(self, flops: float) -> float:
+        """Device hours of an amount of work."""
+        return flops / self.rate / 3600
+
+
+def device_of(kind: str, dtype: torch.dtype) -> Device:
+    """The device of a plan.
+
+    Args:
+        kind: ``cuda`` or ``cpu``; a GPU that is not here counts as the first of `PEAKS`.
+        dtype: Type that models compute in.
+    """
+    if kind == "cpu":
+        return Device("one core, as measured here", "CPU", REACHED * _core_rate())
+    found = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    name = max((name for name in PEAKS if name in found), key=len, default=next(iter(PEAKS)))
+    peak = PEAKS[name] * (SINGLE if dtype == torch.float32 else 1)
+    return Device(f"{name}, {peak / 1e12:.0f} TFLOP/s", "GPU", REACHED * peak)
+
+
+def _core_rate(size: int = 512) -> float:
+    """Operations per second of a matrix product on one core."""
+    threads, one = torch.get_num_threads(), torch.ones(size, size)
+    torch.set_num_threads(1)
+    try:
+        seconds = []
+        for _ in range(8):
+            started = time.perf_counter()
+            torch.mm(one, one)
+            seconds.append(time.perf_counter() - started)
+        return 2 * size**3 / min(seconds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def works(plan: Forecast) -> list[Work]:
+    """The stages of a run, in their order.
+
+    Args:
+        plan: What the run makes.
+    """
+    settings, made = plan.settings, []
+    key = digest([_facts(settings.model), settings.trainer])
+    asked = digest([_facts(settings.evaluate), settings.data.test_questions])
+
+    def evaluate(stage: str, model: nn.Module) -> None:
+        if settings.evaluate.tasks:
+            made.append(Work(f"evaluate {stage}", digest([key, asked]), _answering(plan, model)))
+
+    evaluate(STAGES[0], plan.base)
+    if settings.prune.method != "none":
+        prune, search = _facts(settings.prune), _facts(settings.search) if settings.prune.method == "auto" else None
+        data = [settings.data.name, settings.data.path, settings.data.max_length]
+        key = digest([key, prune, search, asdict(settings.calibration), data, settings.seed])
+        made.append(Work("prune", key, _pruning(plan), weight_bytes(plan.pruned, plan.storage)))
+        evaluate(STAGES[1], plan.pruned)
+    if settings.recover.name != "none":
+        drawn = [asdict(settings.data), settings.data_frac, settings.seed]
+        trained = _records(plan)
+        if _taught(settings) and settings.recover.teacher.source == "cached":
+            asked_once = digest([_facts(settings.model), asdict(settings.recover.teacher), drawn])
+            flops = None if trained is None else trained[0] * _forward(plan, plan.base)
+            made.append(Work("teacher targets", asked_once, flops))
+        key = digest([key, _facts(settings.recover), drawn])
+        flops = None if trained is None else trained[1] * _training(plan)
+        made.append(Work("recover", key, flops, weight_bytes(plan.pruned, plan.storage)))
+        evaluate(STAGES[2], plan.pruned)
+    return made
+
+
+def _facts(node: Any) -> dict[str, Any]:
+    """A node without the name of its option, which decides nothing."""
+    return asdict(replace(node, name="")) if hasattr(node, "name") else asdict(node)
+
+
+def _taught(settings: RunConfig) -> bool:
+    return settings.recover.weights.logit > 0 or settings.recover.weights.hidden > 0
+
+
+def tokens_of(plan: Forecast) -> int:
+    """Assumed tokens of a record: its image, and `TEXT`."""
+    image = int(getattr(plan.base.config, "image_seq_length", 0) or 0)
+    return min(image + TEXT, plan.settings.data.max_length or LONGEST, context_of(plan.base))
+
+
+def _image(model: nn.Module) -> float:
+    """Operations of the vision tower on an image; its projector, which works on few tokens, is taken with it."""
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return 2.0 * (whole - language_parameters(model)) * patches_of(model)
+
+
+def _token(model: nn.Module) -> float:
+    """Operations of the language model on a token, head included; embeddings are looked up."""
+    embedding: Any = decoder_of(model).embed_tokens.weight
+    head: Any = model.lm_head
+    looked_up = 0 if embedding is head.weight else embedding.numel()
+    return 2.0 * (language_parameters(model) - looked_up)
+
+
+def _forward(plan: Forecast, model: nn.Module) -> float:
+    """Operations on a record."""
+    return _image(plan.base) + tokens_of(plan) * _token(model)
+
+
+def _answering(plan: Forecast, model: nn.Module) -> float | None:
+    config, known = plan.settings.evaluate, {**QUESTIONS, "digits_vqa": plan.settings.data.test_questions}
+    if not {*config.tasks} <= known.keys():
+        return None
+    questions = sum(min(known[task], config.limit or known[task]) for task in config.tasks)
+    return questions * (_forward(plan, model) + ANSWER * _token(model))
+
+
+def _pruning(plan: Forecast) -> float:
+    """Passes over the calibration records: scores, losses of the shapes that are tried, both streams of the refit."""
+    settings, config = plan.settings, plan.settings.prune
+    tokens = settings.calibration.samples * tokens_of(plan)
+    taylor = config.method == "widthwise" and config.importance in TAYLOR
+    passes: float = (3 if taylor else 1) + (2 if config.refit else 0)
+    if config.method == "layerwise" and config.iterative:
+        passes *= len(layers_of(plan.base)) - len(layers_of(plan.pruned)) or 1
+    if config.method == "widthwise" and config.selection == "shape" and config.share is None:
+        passes += len(plan.plan.options)
+    if config.method == "auto":
+        search = settings.search
+        passes += search.rounds * search.generations * search.population * sum(search.stages) + search.finalists
+    flops = tokens * passes * _token(plan.base) + settings.calibration.samples * _image(plan.base)
+    if config.method != "layerwise" and (config.refit or config.importance == "obs"):
+        for layer in layers_of(plan.base):
+            widths = (layer.attention.units * layer.attention.width, layer.mlp.units)
+            flops += sum(2.0 * tokens * width**2 + 3.0 * width**3 for width in widths)
+    return flops
+
+
+def _records(plan: Forecast) -> tuple[int, int] | None:
+    """Distinct records of the recovery, and how many it sees with repetition; None where the data's size is unknown."""
+    settings, data, config = plan.settings, plan.settings.data, plan.settings.recover
+    drawn = record_count(data, settings.data_frac)
+    if drawn is None and data.name in RECORDS:
+        drawn = max(1, round(settings.data_frac * RECORDS[data.name]))
+    accumulate = accumulation(data.batch_size, data.global_batch_size, plan.processes)
+    size = accumulate * data.batch_size * plan.processes
+    if drawn is None:
+        return None if config.steps is None else (config.steps * size, config.steps * size)
+    batches = -(-drawn // (data.batch_size * plan.processes))
+    seen = optimiser_steps(config.steps, config.epochs, batches, accumulate) * size
+    return min(drawn, seen), seen
+
+
+def _training(plan: Forecast) -> float:
+    """Operations on a training record: forward, gradients of activations and of trained weights, the live teacher."""
+    config, token = plan.settings.recover, _token(plan.pruned)
+    per_token = token * (3 if config.gradient_checkpointing else 2)
+    if config.train == "full":
+        per_token += token
+    if _taught(plan.settings) and config.teacher.source == "live":
+        per_token += _token(plan.base)
+    return _image(plan.base) + tokens_of(plan) * per_token
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep, as far as its cost goes.
+
+    Args:
+        works: Its stages.
+        keep: Which of its checkpoints stay.
+        finished: Whether its results are there.
+    """
+
+    works: tuple[Work, ...]
+    keep: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What a sweep leaves.
+
+    Args:
+        stays: Bytes of checkpoints in the end.
+        most: Bytes on the way, where one job is at work at a time.
+        each: Bytes more for every further job at work.
+    """
+
+    stays: int
+    most: int
+    each: int
+
+
+def distinct(jobs: Sequence[Job]) -> dict[str, list[Work]]:
+    """What is to be computed, by stage: shared works once, and none that a finished job has done."""
+    done = {work.key for job in jobs if job.finished for work in job.works}
+    found = {work.key: work for job in jobs for work in job.works if work.key not in done}
+    stages = dict.fromkeys(work.stage for job in jobs for work in job.works)
+    return {stage: [work for work in found.values() if work.stage == stage] for stage in stages}
+
+
+def disk_of(jobs: Sequence[Job]) -> Disk:
+    """Disk of a sweep; jobs share pruned checkpoints by links, and without ``keep=all`` these go in the end."""
+    sizes = {work.key: work.bytes for job in jobs for work in job.works if work.bytes}
+    made = [[work.key for work in job.works if work.bytes] for job in jobs]
+    staying = {key for job, keys in zip(jobs, made, strict=True) for key in chosen(keys, job.keep)}
+    pruned = {work.key for job in jobs for work in job.works if work.stage == "prune"}
+    passing = max((sizes[key] for keys in made for key in keys if key not in staying | pruned), default=0)
+    return Disk(sum(sizes[key] for key in staying), sum(sizes[key] for key in staying | pruned) + passing, passing)
