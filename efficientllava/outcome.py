@@ -98,7 +98,6 @@ def exit_code(main: Callable[[], object]) -> int:
     """
     _failed_jobs.clear()
     _failure.clear()
-    _sweeps.clear()
     debug = os.environ.get(DEBUG) == "1"
     # Hydra would print its own shortened traceback and exit with 1.
     os.environ |= {DEBUG: "1", TRACEBACKS: str(int(debug))}
@@ -130,6 +129,8 @@ def exit_code(main: Callable[[], object]) -> int:
         for line in _lines(error):
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 2 if _of_hydra(error) else 1
+    finally:
+        _sweeps.clear()  # one that has failed lets go of the cache as it is
     return 0
 
 
