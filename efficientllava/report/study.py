@@ -190,10 +190,10 @@ def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
             range(len(rows)), map(panel.label, rows), rotation=35 * turned, ha="right" if turned else "center"
         )
         axes.set(xlabel=panel.spec["rows"], ylabel=f"{panel.spec['value']}, %")
-        for index, (title, column) in enumerate({**panel.ours, **panel.published}.items()):
+        for index, (title, column) in enumerate([*panel.ours.items(), *panel.published.items()]):
             points = [(x, column[row]) for x, row in enumerate(rows) if row in column]
             if points:
-                ours, look = title in panel.ours, style(index)
+                ours, look = index < len(panel.ours), style(index)
                 line: dict[str, Any] = {"lw": 1.6} if ours else {"lw": 1.1, "ls": ":", "mfc": "white"}
                 x, y = [x for x, _ in points], [value.mean for _, value in points]
                 axes.errorbar(x, y, [value.spread or 0 for _, value in points], ms=4, capsize=2.5, **line, **look)

@@ -92,6 +92,10 @@ def test_the_report_of_an_experiment_has_the_table_and_the_plot(tmp_path):
     text = report(tmp_path)
     assert rows_of(text)["5"] == ["90.0", "76.0†", "69.3†"]
     assert (tmp_path / "plots" / "study_tiny_llava.png").stat().st_size > 5000
+    [plot] = study.draw(panels(tmp_path))
+    labels = sorted(label.get_text() for label in plot.figure.axes[0].texts)
+    # "widthwise" is a column of ours and one of theirs.
+    assert labels == ["layerwise, published", "widthwise", "widthwise, published"]
     assert "accuracy_text" in (tmp_path / "results.csv").read_text().splitlines()[0]
 
 
