@@ -29,7 +29,8 @@ def rows(results: list[Results], metric: str) -> list[dict[str, object]]:
     parts = [part for part in ("accuracy_image", "accuracy_text") if part != name]  # of digits_vqa
     table = []
     for result in results:
-        row: dict[str, object] = {"overrides": " ".join(result["overrides"]), "seed": result["seed"]}
+        told = (override for override in result["overrides"] if not override.startswith("paths."))
+        row: dict[str, object] = {"overrides": " ".join(told), "seed": result["seed"]}
         row |= {f"ratio_{key}": result["ratio"][key] for key in ("requested", "achieved")}
         for stage in STAGES:
             measured = result["stages"].get(stage, {})
