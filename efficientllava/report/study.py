@@ -50,12 +50,14 @@ class Panel:
     """What one model's runs say.
 
     Args:
+        experiment: Name of the experiment.
         model: Its name.
         spec: The experiment's entry in ``published.yaml``.
         ours: Columns from runs.
         published: Columns from the paper.
     """
 
+    experiment: str
     model: str
     spec: Mapping[str, Any]
     ours: Mapping[str, Column]
@@ -82,18 +84,18 @@ def panels_of(runs: Sequence[Run], metric: str) -> list[Panel]:
         metric: ``task/metric``.
 
     Returns:
-        One panel per model; none where the runs are not those of one such experiment.
+        One panel per model, and per question that their experiment answers; none where the runs are of no such
+        experiment or of several.
     """
     specs: Any = OmegaConf.to_container(OmegaConf.load(PUBLISHED))
-    names = {name for run in runs for name in specs if f"experiment={name}" in run.results["overrides"]}
-    if len(names) != 1:
-        return []
-    spec = specs[names.pop()]
+    told = {override for run in runs for override in run.results["overrides"] if override.startswith("experiment=")}
     models = dict.fromkeys(str(run.config.get("model.name")) for run in runs)
     panels = []
-    for model in models:
-        own = [run for run in runs if run.config.get("model.name") == model]
-        panels.append(Panel(model, spec, _ours(own, spec, metric), _published(model, spec)))
+    for name, spec in specs.items():
+        if len(told) == 1 and told <= {f"experiment={name}", f"experiment={spec.get('of')}"}:
+            for model in models:
+                own = [run for run in runs if run.config.get("model.name") == model]
+                panels.append(Panel(name, model, spec, _ours(own, spec, metric), _published(model, spec)))
     return panels
 
 
@@ -161,8 +163,8 @@ def _lines(panel: Panel) -> Iterator[str]:
     reasons = list(
         dict.fromkeys(v.suspect for column in panel.published.values() for v in column.values() if v.suspect)
     )
-    yield f"**{panel.model}**: {spec['value']}, % of the unpruned model's score, mean ± standard deviation over seeds; "
-    yield f"*published*: {spec['source']}."
+    yield f"**{panel.experiment}, {panel.model}**: {spec['value']}, % of the unpruned model's score, mean ± standard"
+    yield f"deviation over seeds; *published*: {spec['source']}."
     yield ""
     yield "| " + " | ".join([spec["rows"], *panel.ours, *(f"*{title}*" for title in panel.published)]) + " |"
     yield "|---|" + "---:|" * (len(panel.ours) + len(panel.published))
@@ -200,4 +202,9 @@ def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
                 ends.append((x[-1], y[-1], title if ours else f"{title}, published", look["color"]))
         label_ends(axes, ends)
         caption = f"Mean over seeds, one standard deviation; dotted: published ({panel.spec['source']})."
-        yield Plot(f"study_{panel.model}", f"{panel.model} beside what is published", caption, axes.figure)
+        yield Plot(
+            f"{panel.experiment}_{panel.model}",
+            f"{panel.experiment}, {panel.model}: beside what is published",
+            caption,
+            axes.figure,
+        )

@@ -49,7 +49,11 @@ def test_seeds_are_averaged_beside_what_the_paper_prints_for_the_family(tmp_path
         made_up(tmp_path / f"w{seed}", "paradigms", "widthwise", kept, seed, prune={"ratio": 0.3})
     made_up(tmp_path / "l", "paradigms", "layerwise", 0.5, prune={"ratio": 0.3}, achieved=0.246)
     made_up(tmp_path / "v", "paradigms", "widthwise", 0.01, model="mini_internvl_4b", prune={"ratio": 0.6})
-    llava, internvl = panels(tmp_path)
+    llava, internvl, *lost = panels(tmp_path)
+    assert [(panel.experiment, panel.model) for panel in lost] == [
+        ("modality", llava.model),
+        ("modality", internvl.model),
+    ]
     rows = rows_of(study.markdown([llava]))
     assert set(rows["prune.ratio"]) == {"layerwise", "widthwise", "*widthwise*", "*layerwise*"}
     cells = dict(zip(rows["prune.ratio"], rows["30 %"], strict=True))
@@ -91,7 +95,7 @@ def test_the_report_of_an_experiment_has_the_table_and_the_plot(tmp_path):
     made_up(tmp_path / "b", "calibration_size", "widthwise", 0.95, calibration={"samples": 10})
     text = report(tmp_path)
     assert rows_of(text)["5"] == ["90.0", "76.0†", "69.3†"]
-    assert (tmp_path / "plots" / "study_tiny_llava.png").stat().st_size > 5000
+    assert (tmp_path / "plots" / "calibration_size_tiny_llava.png").stat().st_size > 5000
     [plot] = study.draw(panels(tmp_path))
     labels = sorted(label.get_text() for label in plot.figure.axes[0].texts)
     # "widthwise" is a column of ours and one of theirs.
