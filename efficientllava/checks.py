@@ -35,7 +35,8 @@ def check(config: RunConfig, overrides: Sequence[str] = ()) -> None:
 
 def _value(config: Any, key: str) -> Any:
     for part in key.split("."):
-        config = getattr(config, part)
+        # Nodes of other libraries are dictionaries.
+        config = (config or {}).get(part) if isinstance(config, dict | None) else getattr(config, part)
     return config
 
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, UserError
 from .presets import register_presets
-from .schema import RunConfig
+from .schema import RunConfig, WandbConfig
 
 
 def register_schema() -> None:
@@ -24,6 +24,7 @@ def register_schema() -> None:
     store.store(name="_schema", node=RunConfig)
     # --help copies everything behind the groups once per option, the store of which there is only one included.
     vars(store)["__deepcopy__"] = lambda _memo: store
+    store.store(group="logger", name="wandb", node=WandbConfig)
     register_presets()
     OmegaConf.register_new_resolver("sweep_digest", sweep_digest, replace=True)
     # A dry run must not write into the folders of finished jobs.

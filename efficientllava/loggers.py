@@ -1,19 +1,14 @@
-"""The Trainers of a run and their loggers: CSV by default, W&B offline unless the user is logged in."""
+"""The Trainers of a run and their loggers."""
 
 from __future__ import annotations
 
-import netrc
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from . import processes
 from .config import instantiate
-from .schema import RunConfig
+from .schema import RunConfig, WandbConfig
 
 
 def make_trainer(
@@ -59,37 +54,24 @@ def make_logger(settings: RunConfig, folder: Path) -> Any:
         folder: The run's folder.
 
     Returns:
-        A Lightning logger, or False for none.
+        One or more Lightning loggers, or False for none.
     """
-    node = dict(settings.logger or {})
-    target = node.get("_target_")
-    if not target:
-        return False
-    if target.endswith("WandbLogger"):
-        node.setdefault("offline", not _logged_in())
-        # Weights are only uploaded on request; offline runs cannot.
-        logger = instantiate(node, save_dir=str(folder))
-        logger.log_hyperparams(asdict(settings))
-        return logger
-    return instantiate(node, save_dir=str(folder / "logs"))
-
-
-def finish_loggers() -> None:
-    """Close a W&B run, so that the next job of a sweep gets one of its own."""
-    if "wandb" in sys.modules:
+    if isinstance(settings.logger, WandbConfig):
         import wandb
 
-        wandb.finish()
+        from .tracking import RecoveryLogger
+
+        # The report reads the CSV file.
+        csv = {"_target_": "lightning.pytorch.loggers.CSVLogger", "name": "", "version": ""}
+        return [_csv(csv, folder), *([RecoveryLogger(wandb.run)] if wandb.run else [])]
+    node = dict(settings.logger or {})
+    if not node.get("_target_"):
+        return False
+    return _csv(node, folder)
 
 
-def _logged_in() -> bool:
-    """Whether ``wandb login`` has left a key; asking wandb itself would prompt, or fail without one."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc().authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def _csv(node: dict[str, Any], folder: Path) -> Any:
+    """A logger that writes below ``logs/``; a CSV file of an earlier process stays, since a killed training goes on."""
+    if node["_target_"].endswith("CSVLogger") and (folder / "logs" / "metrics.csv").exists():
+        node["version"] = f"part{len([*(folder / 'logs').glob('part*')]) + 1}"
+    return instantiate(node, save_dir=str(folder / "logs"))

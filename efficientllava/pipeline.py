@@ -17,6 +17,7 @@ from .cache import library_versions, source_digest
 from .checks import check
 from .config import digest, typed
 from .console import say
+from .curves import read_curve
 from .errors import UserError
 from .outcome import sweeping
 from .schema import RunConfig
@@ -161,31 +162,39 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     """
     from lightning.pytorch import seed_everything
 
-    from .loggers import finish_loggers
+    from .tracking import track
 
     context = Context(settings, folder)
     evaluate = Evaluation(context)
     seed_everything(settings.seed, verbose=False)
     say(f"[bold]{settings.name}[/bold]  {context.base.path}  on {context.device}, seed {settings.seed}")
+    tracking, failed = track(settings, folder), True
     try:
         current = context.base
         evaluate("base", current)
+        tracking.scores("base", evaluate.metrics["base"])
         if settings.prune.method != "none":
             current = prune(context)
+            tracking.plan(folder)
             evaluate("pruned", current)
+            tracking.scores("pruned", evaluate.metrics["pruned"])
         if settings.recover.name != "none":
             current = recover(context, current)
+            if context.entries["recover"].reused:
+                tracking.curve(read_curve(folder))
             evaluate("recovered", current)
         if processes.rank() == 0:
             keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)}
             write_record(context, evaluate, overrides, keys)
+            tracking.results(folder)
             disk.tidy(folder, settings.keep)
             if settings.keep == "none" and "recover" in context.entries:
                 disk.drop(context.entries["recover"].folder)
         processes.barrier()
+        failed = False
     except UserError as error:
         error.exit_code = 1
         raise
     finally:
-        finish_loggers()
+        tracking.finish(failed)
         processes.finish()

@@ -190,6 +190,21 @@ def last_stage(results: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(results["stages"][stage] for stage in reversed(STAGES) if stage in results["stages"])
 
 
+def scores(results: Iterable[Results]) -> list[str]:
+    """Every ``task/metric`` that a run has a score for, what papers print first.
+
+    Args:
+        results: Contents of several ``results.json``.
+    """
+    found: dict[str, bool] = {}
+    for result in results:
+        for stage in result["stages"].values():
+            for task, metrics in stage["metrics"].items():
+                printed = find(result, "benchmarks", task, "headline") or ["accuracy"]
+                found |= {f"{task}/{name}": name in printed for name in metrics if is_score(name)}
+    return sorted(found, key=lambda metric: not found[metric])
+
+
 def lookup(results: Mapping[str, Any], key: str) -> float:
     """A number by its dotted key, for sweepers.
 

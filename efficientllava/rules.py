@@ -45,6 +45,7 @@ RULES: dict[str, Rule] = {
     "seed": _number(0, 2**32),
     "threads": AT_LEAST_1,
     "keep": _one_of("all", "recovered", "none"),
+    "logger.mode": _one_of(None, "online", "offline", "disabled"),
     "model.dtype": DTYPE,
     "model.train": _one_of("lora", "full"),
     "model.protocol": _one_of(None, "vicuna_v1"),
@@ -143,6 +144,11 @@ def _reads_benchmarks(config: RunConfig) -> bool:
 
 # (typed key or prefix, whether it has an effect, what would give it one)
 EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
+    (
+        "logger.weights",
+        lambda c: c.keep != "none" and (c.prune.method != "none" or c.recover.name != "none"),
+        "no checkpoint stays; prune or recover, and set keep=all or keep=recovered",
+    ),
     ("keep", lambda c: not c.pretrain, "it belongs to runs that prune or recover"),
     ("data_frac", lambda c: c.recover.name != "none" or bool(c.pretrain), "choose a recovery with recover="),
     ("data.images", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),

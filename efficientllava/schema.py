@@ -250,6 +250,21 @@ class GpuPoolConfig:
     timeout_min: float | None = None  # minutes after which a job counts as hanging and is ended, > 0
 
 
+@dataclass
+class WandbConfig:
+    """``logger=wandb``: every job is one W&B run, whose id is kept in the job's folder."""
+
+    project: str = "efficientllava"
+    entity: str | None = None  # account or team; None: your own
+    name: str = "${name}"
+    group: str | None = None  # None: the sweep, where the run belongs to one
+    job_type: str | None = None  # None: the last stage: evaluate | prune | recover
+    tags: list[str] = field(default_factory=list)  # beside model, paradigm and recovery
+    notes: str | None = None
+    mode: str | None = None  # online | offline | disabled; None: online if you are logged in, else offline
+    weights: bool = False  # upload the last checkpoint too
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """How to train a tiny model from nothing."""

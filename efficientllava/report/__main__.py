@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ..errors import UserError
-from ..results import STAGES, Results, find, is_score, metric_keys
+from ..results import STAGES, Results, metric_keys, scores
 from .tables import markdown
 
 METRIC = "digits_vqa/accuracy"
@@ -99,21 +99,6 @@ def report(folder: Path, metric: str | None = None) -> str:
     text_of_page = page(folder, arms, metric, plots, advise(arms, metric))
     write_page(folder / "report.html", text_of_page, plots)
     return text
-
-
-def scores(results: list[Results]) -> list[str]:
-    """Every ``task/metric`` that a run has a score for, what papers print first.
-
-    Args:
-        results: Contents of several ``results.json``.
-    """
-    found: dict[str, bool] = {}
-    for result in results:
-        for stage in result["stages"].values():
-            for task, metrics in stage["metrics"].items():
-                printed = find(result, "benchmarks", task, "headline") or ["accuracy"]
-                found |= {f"{task}/{name}": name in printed for name in metrics if is_score(name)}
-    return sorted(found, key=lambda metric: not found[metric])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .drawing import heat, new_axes
@@ -67,13 +67,19 @@ def kept(arms: Sequence[Arm], kind: str) -> Any:
 
 
 def _shares(run: Run, kind: str) -> list[float] | None:
+    plan = run.plan()
+    return shares(plan, kind) if plan else None
+
+
+def shares(plan: Mapping[str, Any], kind: str) -> list[float]:
     """Kept units of every layer, in percent; 0 for a dropped layer.
 
     A plan does not say how many units there were: the highest kept index of any layer tells, but for a unit or two.
+
+    Args:
+        plan: Content of ``plan.json``.
+        kind: ``groups`` or ``channels``.
     """
-    plan = run.plan()
-    if plan is None:
-        return None
     whole = 1 + max(max(layer[kind]) for layer in plan["layers"])
     row = [0.0] * plan["source_layers"]
     for layer in plan["layers"]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..curves import read_curve
 from ..results import metric_keys
 from .drawing import CYCLE, FAINT, Point, draw_curves, halo, label_ends, new_axes, style
 from .maps import kept, matrix
-from .runs import AXES, Arm, Run, in_units, score_scale
+from .runs import AXES, Arm, in_units, score_scale
 
 MOST_ROWS = 40  # of a dot plot
 MOST_TOGETHER = 5  # series in one panel; more get a panel for each paradigm
@@ -191,10 +191,11 @@ def _training(arms: Sequence[Arm]) -> Iterator[Plot]:
 
     logs: dict[str, Curves] = {}
     for arm in arms:
-        steps, losses = _log(arm.runs[0])
-        if len(steps) > 1:
+        curve = [row for row in read_curve(arm.runs[0].folder) if "recover/loss" in row]
+        if len(curve) > 1:
+            losses = smoothed([row["recover/loss"] for row in curve])
             recovery = str(arm.runs[0].config.get("recover.name", "recovery"))
-            points: list[Point] = [(step, loss, 0.0) for step, loss in zip(steps, smoothed(losses), strict=True)]
+            points = [(row["step"] + 1, loss, 0.0) for row, loss in zip(curve, losses, strict=True)]
             logs.setdefault(recovery, {})[arm.label("recover.name") if arm.settings else recovery] = points
     for recovery, curves in logs.items():
         axes = new_axes()
@@ -226,15 +227,3 @@ def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
         total, norm = weight * total + value, weight * norm + 1
         means.append(total / norm)
     return means
-
-
-def _log(run: Run) -> tuple[list[int], list[float]]:
-    """Steps and losses of a run's recovery, from its CSV log."""
-    steps, losses = [], []
-    for file in sorted(run.folder.glob("logs/**/metrics.csv")):
-        with file.open(encoding="utf-8") as handle:
-            for row in csv.DictReader(handle):
-                if row.get("recover/loss"):
-                    steps.append(int(row["step"]) + 1)
-                    losses.append(float(row["recover/loss"]))
-    return steps, losses

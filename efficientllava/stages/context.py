@@ -10,10 +10,12 @@ from typing import Any
 from .. import disk, processes
 from ..cache import Entry, StageCache, link, source_digest
 from ..console import quiet_libraries
+from ..curves import CURVE
 from ..errors import ConfigError, UserError
 from ..schema import RunConfig
 
-TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png")  # what a run's folder gets of a stage
+# What a run's folder gets of a stage.
+TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png", CURVE)
 
 
 class Context:

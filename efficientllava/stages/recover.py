@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import processes
 from ..cache import library_versions, source_digest
 from ..config import digest
 from ..console import say
+from ..curves import CURVE, read_curve, write_curve
 from .context import Context
 
 TARGET_SOURCES = ("alignment", "caching", "losses", "targets", "teacher")  # what cached targets depend on
@@ -54,6 +56,8 @@ def recover(context: Context, student: Any) -> Any:
         )
         step = {**stats.step, "samples": context.samples["recovery"]}
         context.export(folder / "recovered", student.model, student, step)
+        if processes.rank() == 0:
+            write_curve(read_curve(context.folder), folder / CURVE)
         return {"seconds": stats.seconds, "stats": asdict(stats)}
 
     entry = context.stage(
