@@ -17,7 +17,7 @@ from ..errors import UserError
 
 def definition() -> dict[str, Any]:
     """Content of ``dashboard.yaml``."""
-    text = resources.files(__package__).joinpath("dashboard.yaml").read_text("utf-8")
+    text = resources.files("efficientllava.report").joinpath("dashboard.yaml").read_text("utf-8")
     told = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(told, dict)
     return {str(key): value for key, value in told.items()}
