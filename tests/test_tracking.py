@@ -99,9 +99,8 @@ def job(tmp_path_factory):
         place = tmp_path_factory.mktemp("sweep")
         (place / "my-sweep").mkdir()
         (place / "my-sweep" / "multirun.yaml").touch()
-        typed = small(
-            "builtin:tiny_llava", place / "out", "prune=auto", *QUICK, "recover=kd_both", "logger=wandb", "logger.weights=true"
-        )
+        wanted = ("prune=auto", *QUICK, "recover=kd_both", "logger=wandb", "logger.weights=true")
+        typed = small("builtin:tiny_llava", place / "out", *wanted)
         results = run(place / "my-sweep" / "0", [*typed, "logger.tags=[mine]", "trainer.log_every_n_steps=1"])
     (told,) = read_back(place / "my-sweep" / "0")
     return place / "my-sweep" / "0", told, results
