@@ -48,7 +48,7 @@ def line(record: Record, text: str, model_id: str, **metadata: Any) -> Line:
         "text": text,
         "answer_id": record.id,
         "model_id": model_id,
-        "metadata": {"has_image": record.image is not None, **known, **metadata},
+        "metadata": {"benchmark": record.source, "has_image": record.image is not None, **known, **metadata},
     }
 
 
@@ -85,7 +85,8 @@ def read(path: Path, aliases: Mapping[str, Sequence[str]] = ALIASES) -> list[dic
     try:
         content = _parse(path, path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a JSON or JSON-lines file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); give a JSON or JSON-lines file") from error
     if isinstance(content, dict):
         nested = all(isinstance(item, dict) for item in content.values())
         content = [{"id": key, **item} for key, item in content.items()] if nested else [content]

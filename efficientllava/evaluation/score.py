@@ -38,6 +38,13 @@ def scorer(task: str) -> Scorer:
     return lambda records, protocol: found.score(records)
 
 
+def _require_task(records: Sequence[Record], task: str) -> None:
+    """Refuse predictions that say that they belong to another benchmark."""
+    for name in {str(row.get("benchmark", task)) for row in records} & {*tasks.available()} - {task}:
+        if scorer(name) is not scorer(task):
+            raise UserError(f"--task={task}: these are predictions on {name}; set --task={name}, or give their file")
+
+
 def _asked(row: Record) -> str:
     """The question on one line, without the sentence that MME's references end with and LLaVA's prompts replace."""
     return " ".join(str(row.get("question", "")).replace("Please answer yes or no.", "").split())
@@ -106,6 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prompts", help="with --requests: as evaluate.judge.prompts")
     options = parser.parse_args(arguments)
     records = read(options.predictions)
+    _require_task(records, options.task)
     keys = ((row["id"], _asked(row), row.get("category")) for row in records)
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:

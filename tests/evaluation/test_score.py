@@ -114,6 +114,27 @@ def test_bad_files(tmp_path, case):
         main([str(file), "--task", "gqa"])
 
 
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("pope", {"answer": "dog"}, "'answer' is 'dog'; it must be yes or no"),
+        ("mme", {"answer": "yes"}, "'category' is '1'; it must be one of existence, "),
+        ("scienceqa", {"answer": "yes"}, "'answer' is 'yes'; it must be a capital letter or an index"),
+        ("ai2d", {"answer": 26}, "'answer' is '26'; it must be a capital letter"),
+        ("gqa", {"answer": "yes", "benchmark": "pope"}, "--task=gqa: these are predictions on pope"),
+    ],
+)
+def test_predictions_on_another_benchmark_are_refused(tmp_path, task, row, message):
+    file = _lines(tmp_path / "answers.jsonl", _llava("1", "yes", **row))
+    with pytest.raises(UserError, match=message):
+        main([file, "--task", task])
+
+
+def test_scienceqa_and_its_questions_with_images_share_a_scorer(tmp_path, capsys):
+    file = _lines(tmp_path / "answers.jsonl", _llava("1", "B", answer=1, benchmark="scienceqa_img"))
+    assert _run(capsys, file, "--task", "scienceqa")["metrics"]["accuracy"] == 1
+
+
 def test_predictions_need_exactly_one_reference(tmp_path):
     file = _lines(tmp_path / "answers.jsonl", _llava("1", "Yes"))
     for references in (["2"], ["1", "1"]):

@@ -8,6 +8,7 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
+from ...errors import UserError
 from . import Outcome, Record, Scores, means, predicted, sequence, tally, value
 
 LETTERS = string.ascii_uppercase
@@ -35,7 +36,10 @@ NUMBER_FORMS = (  # in text of lower case: with thousands separators, with expon
 def reference_letter(record: Record) -> str:
     """The letter of the right choice; data sets give a letter or an index from 0, as number or text."""
     answer = str(value(record, "answer")).strip()
-    return chr(ord("A") + int(answer)) if answer.isdecimal() else answer
+    letter = LETTERS[int(answer) : int(answer) + 1] if answer.isdecimal() else answer
+    if len(letter) != 1 or letter not in LETTERS:
+        raise UserError(f"record {record['id']!r}: 'answer' is {answer!r}; it must be a capital letter or an index")
+    return letter
 
 
 def scienceqa_letter(text: str, protocol: str) -> str | None:

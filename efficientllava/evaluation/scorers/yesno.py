@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+from ...errors import UserError
 from . import Outcome, Record, Scores, mean, predicted, value
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -12,7 +13,10 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 
 def _reference(record: Record) -> str:
-    return str(value(record, "answer")).strip().rstrip(".").lower()
+    answer = str(value(record, "answer")).strip().rstrip(".").lower()
+    if answer not in ("yes", "no"):
+        raise UserError(f"record {record['id']!r}: 'answer' is {record['answer']!r}; it must be yes or no")
+    return answer
 
 
 def pope_answer(text: str, protocol: str) -> str:
@@ -92,6 +96,9 @@ def mme(records: Sequence[Record], protocol: str = "llava") -> Scores:
         said = mme_answer(predicted(record), protocol)
         outcomes.append(Outcome(record["id"], said, float(said == _reference(record))))
         category = str(record.get("category") or str(record["id"]).split("/")[0])
+        if category not in PERCEPTION + COGNITION:
+            known = ", ".join(PERCEPTION + COGNITION)
+            raise UserError(f"record {record['id']!r}: 'category' is {category!r}; it must be one of {known}")
         images[category][str(record.get("image", record["id"]))].append(outcomes[-1].score)
     metrics = {"accuracy": mean(outcome.score for outcome in outcomes), "n": len(outcomes)}
     metrics["n_unpaired"] = sum(len(scores) != 2 for pairs in images.values() for scores in pairs.values())

@@ -20,8 +20,12 @@ def pauses():
 
 
 @pytest.fixture
-def client(server, pauses):
-    config = JudgeConfig(base_url=server.url + "/", key_env="JUDGE_KEY", timeout=0.3, retries=3)
+def config(server):
+    return JudgeConfig(base_url=server.url + "/", key_env="JUDGE_KEY", retries=3)
+
+
+@pytest.fixture
+def client(config, pauses):
     return Client(config, pauses.append)
 
 
@@ -53,7 +57,8 @@ TRANSIENT = {
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_transient_faults_are_outlasted(server, client, pauses, fault):
+def test_transient_faults_are_outlasted(server, config, client, pauses, fault):
+    config.timeout = 0.5 if TRANSIENT[fault] in ("hang", "trickle") else 60
     server.faults = [TRANSIENT[fault]] * 2
     assert client.ask(BODY)[0] == "1.0"
     assert len(server.bodies) == 3

@@ -99,7 +99,7 @@ def test_not_more_requests_at_a_time_than_allowed(server, config, tmp_path):
 
 def test_faults_between_answers_change_nothing(server, config, tmp_path):
     expected = _score(config, tmp_path / "calm").metrics
-    config.retries = 16  # one request may meet them all
+    config.retries, config.timeout = 16, 0.5  # one request may meet them all
     server.faults = [
         "drop",
         (429, [("Retry-After", "1")], ""),
