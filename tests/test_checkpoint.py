@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efficientllava import checkpoint as store
-from efficientllava.bench import peak_memory
+from efficientllava.bench.rows import peak_memory
 from efficientllava.card import LICENSES, model_card, usage
 from efficientllava.errors import UserError
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.bench import peak_memory
+from efficientllava.bench.rows import peak_memory
 from efficientllava.errors import UserError
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.plan import LayerPlan

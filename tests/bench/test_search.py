@@ -1,7 +1,7 @@
 import pytest
 
+from efficientllava.bench import search as bench
 from efficientllava.models.anatomy import layers_of
-from efficientllava.search import bench
 
 
 @pytest.fixture

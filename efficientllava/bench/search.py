@@ -1,4 +1,4 @@
-"""Speed of the policy search against simpler ways of the same: rows of ``python -m efficientllava.bench``."""
+"""Speed of the policy search against simpler ways of the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ..bench import Row, nothing
 from ..data.collator import Collator
 from ..data.digits import Digits
 from ..models.anatomy import language_parameters
@@ -24,13 +23,14 @@ from ..pruning.plan import PruningPlan
 from ..pruning.pruner import apply_plan, plan_ratio
 from ..pruning.scores import Calibration, open_stream
 from ..schema import PruneConfig, SearchConfig
-from .evaluator import Evaluator
-from .evolution import Search
-from .levels import LevelTable, build_table
-from .objective import Risk
-from .projector import assembled
-from .space import Budget, Policy, SearchSpace
-from .structured import Structured
+from ..search.evaluator import Evaluator
+from ..search.evolution import Search
+from ..search.levels import LevelTable, build_table
+from ..search.objective import Risk
+from ..search.projector import assembled
+from ..search.space import Budget, Policy, SearchSpace
+from ..search.structured import Structured
+from .rows import Row
 
 DEPTH, SAMPLES, BATCH, RATIO = 12, 64, 8, 0.5
 PARENTS, CHILDREN = 8, 6
@@ -103,7 +103,7 @@ def default_children(space: SearchSpace) -> tuple[list[Policy], list[Policy]]:
 @torch.no_grad()
 def plain_loss(model: Any, calibration: Calibration) -> float:
     """Answer loss of all samples by the model's own forward pass, summed over batches."""
-    features = calibration.features or nothing
+    features = calibration.features or (lambda _: None)
     return sum(float(answer_loss(model, batch, features(batch))) for batch in calibration.batches)
 
 
