@@ -165,9 +165,8 @@ class RecoveryLogger(Logger):
         return str(self._run.project)
 
     @property
-    def version(self) -> str:
-        """Of the run."""
-        return str(self._run.id)
+    def version(self) -> None:
+        """None: a number in the progress bar would say nothing."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """One point of every metric."""

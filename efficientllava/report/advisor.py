@@ -35,12 +35,14 @@ def advise(arms: Sequence[Arm], metric: str) -> list[str]:
             groups[-1].append(arm)
         else:
             groups.append([arm])
-    return [_budget(group, metric) for group in groups if len(group) > 1]
+    # An arm that removes more meets the budget too: some paradigms remove in coarse steps.
+    within = [[arm for arm in known if _removed(arm) >= _removed(group[0])] for group in groups]
+    return [_budget(arms, metric) for arms in within if len(arms) > 1]
 
 
 def _budget(group: Sequence[Arm], metric: str) -> str:
-    """What to choose where so many parameters may go, for every budget of data."""
-    removed = sum(map(_removed, group)) / len(group)
+    """What to choose where at least so many parameters have to go, for every budget of data."""
+    removed = _removed(group[0])
     short = [arm.label(*BUDGET) for arm in group]
     name = {id(arm): html.escape(arm.label(*BUDGET if len({*short}) == len(group) else ())) for arm in group}
     shares = sorted({_data(arm) for arm in group})
@@ -52,11 +54,12 @@ def _budget(group: Sequence[Arm], metric: str) -> str:
     _, paradigm, recovery = next(row for row in STUDY if removed <= row[0])
     for arm in group:
         names = [arm.runs[0].config.get(f"{key}.name") for key in ("prune", "recover")]
-        if names == [paradigm, recovery] and _data(arm) == shares[-1]:
+        near = _removed(arm) - removed <= POINTS
+        if names == [paradigm, recovery] and _data(arm) == shares[-1] and near:
             lines.append(f"What the study advises here, {paradigm} with {recovery}, retains {_cell(arm, metric)}.")
             break
     items = "".join(f"<li>{line}</li>" for line in lines)
-    return f"<b>{100 * removed:.0f} % of the parameters removed</b><ul>{items}</ul>"
+    return f"<b>At least {100 * removed:.0f} % of the parameters removed</b><ul>{items}</ul>"
 
 
 def _winner(group: Sequence[Arm], metric: str, name: Mapping[int, str]) -> str:

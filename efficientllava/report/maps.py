@@ -49,7 +49,7 @@ def kept(arms: Sequence[Arm], kind: str) -> Any:
     """
     plans: dict[str, list[float]] = {}
     for arm in arms:
-        label = arm.label("recover.name", "data_frac")
+        label = arm.label("data_frac", *(key for key in arm.settings if key.startswith("recover.")))
         row = plans.get(label) or _shares(arm.runs[0], kind)
         if row:
             plans[label] = row

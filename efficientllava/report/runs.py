@@ -122,7 +122,9 @@ def unfinished(folder: Path) -> Iterator[tuple[str, str]]:
                 if log.exists()
             ]
             lines = [line.strip() for log in logs for line in reversed(log) if line.strip()]
-            told = next((line for line in lines if line.startswith("error:")), "no message")
+            told = next(
+                (line for line in lines if line.startswith("error:")), "nothing was told; it may still be at work"
+            )
             yield shlex.join(["python", "run.py", *_yaml(file)]), f"{run.name}: {told}"
 
 
