@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ from efficientllava.errors import ConfigError, UserError
 from efficientllava.report import dashboard
 from efficientllava.schema import RunConfig, WandbConfig
 
-from .runs import composed, run, save_tiny, small
+from .runs import ROOT, composed, run, save_tiny, small
 
 QUICK = ("search.generations=2", "search.population=6", "search.parents=3", "search.mutants=4", "search.crossovers=1")
 
@@ -216,13 +218,17 @@ def test_a_failed_job_is_finished_and_goes_on_in_the_same_run_from_the_cache(mod
     assert not any(artifact.type == "model" for artifact in other["artifacts"])
 
 
-def test_without_wandb_nothing_is_opened_or_imported(tmp_path):
-    track = tracking.track(RunConfig(logger={"_target_": None}), tmp_path)
+def test_without_logger_wandb_nothing_is_opened_or_imported(tmp_path):
+    code = "import sys; from efficientllava import loggers, tracking; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    folder = tmp_path / "run"
+    folder.mkdir()
+    track = tracking.track(RunConfig(logger={"_target_": None}), folder)
     track.scores("base", {})
-    track.plan(tmp_path)
-    track.results(tmp_path)
+    track.plan(folder)
+    track.results(folder)
     track.finish(False)
-    assert track.run is None and list(tmp_path.iterdir()) == []
+    assert track.run is None and list(folder.iterdir()) == []
 
 
 def test_a_refusal_says_what_to_do(tmp_path, monkeypatch):
