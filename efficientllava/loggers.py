@@ -17,6 +17,7 @@ def make_trainer(
     quiet: bool = False,
     callbacks: Sequence[Any] = (),
     training: bool = False,
+    what: str | None = None,
     **overrides: Any,
 ) -> Any:
     """Make a Trainer from the configuration's node.
@@ -27,6 +28,7 @@ def make_trainer(
         quiet: No progress bar, no logger and no configured callbacks.
         callbacks: Added to the configured ones.
         training: Whether weights train; only then is a model shared out over processes.
+        what: What the progress bar calls a pass without training.
         **overrides: Arguments that the stage decides.
     """
     node = dict(settings.trainer)
@@ -36,13 +38,16 @@ def make_trainer(
         node["devices"] = processes.world_size() // int(node.get("num_nodes", 1))
     options = {"default_root_dir": str(folder), "enable_checkpointing": False}
     options |= {"use_distributed_sampler": False, **overrides}
-    configured = [c for c in (settings.callbacks or {}).values() if c.get("_target_")]
+    configured = [dict(c) for c in (settings.callbacks or {}).values() if c.get("_target_")]
     if quiet:
         configured, options = [], {"logger": False, "enable_progress_bar": False, **options}
     elif "logger" not in options:
         options["logger"] = make_logger(settings, folder)
     if not options["logger"]:
         configured = [c for c in configured if not c["_target_"].endswith("LearningRateMonitor")]
+    for callback in configured if what else ():
+        if callback["_target_"].endswith("StageProgressBar"):
+            callback["what"] = what
     return instantiate(node, callbacks=[*map(instantiate, configured), *callbacks], **options)
 
 

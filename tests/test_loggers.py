@@ -4,9 +4,12 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
 
+from efficientllava.config import typed
 from efficientllava.curves import read_curve, write_curve
-from efficientllava.loggers import make_logger
+from efficientllava.loggers import make_logger, make_trainer
 from efficientllava.schema import RunConfig
+
+from .runs import composed
 
 CSV = {"_target_": "lightning.pytorch.loggers.CSVLogger", "name": "", "version": ""}
 
@@ -36,3 +39,10 @@ def test_a_training_that_goes_on_keeps_its_curve(tmp_path: Path):
     (tmp_path / "run").mkdir()
     write_curve(rows, tmp_path / "run" / "training.csv")
     assert read_curve(tmp_path / "run") == rows and read_curve(tmp_path / "nowhere") == []
+
+
+def test_the_bar_names_what_is_answered(tmp_path: Path):
+    settings = typed(composed("trainer=cpu"))
+    for what, shown in (("pruned gqa", "pruned gqa"), (None, "Predicting")):
+        trainer = make_trainer(settings, tmp_path, logger=False, what=what)
+        assert trainer.progress_bar_callback.predict_description == shown

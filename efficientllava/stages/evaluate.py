@@ -77,7 +77,7 @@ class Evaluation:
         def compute(folder: Path, work: Path) -> dict[str, Any]:
             from ..evaluation.predictions import write
 
-            trainer = self._context.trainer(logger=False)
+            trainer = self._context.trainer(logger=False, what=f"{stage} {task.name}")
             model, processor = checkpoint.model, checkpoint.processor
             lines = answer(model, processor, task, trainer, config, self._context.features, work, checkpoint.digest)
             model.to(self._context.home)
