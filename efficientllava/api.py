@@ -139,8 +139,7 @@ def recover(
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         folder, teacher = Path(workdir or scratch), None
         if config.weights.logit or config.weights.hidden:
-            path = config.teacher.path or checkpoint.base["path"]
-            teacher = open_teacher(path, config.teacher, "cpu", folder / "targets")
+            teacher = open_teacher(config.teacher, checkpoint.base, "cpu", folder / "targets")
         stats = run_recovery(
             checkpoint.model,
             RecoveryData(data, checkpoint.processor, data_frac, seed),

@@ -19,9 +19,9 @@ from torch import nn
 from .card import model_card
 from .errors import UserError
 from .files import whole_folder
-from .hub import download
+from .hub import download, is_hub_id
 from .models.anatomy import decoder_of
-from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol
+from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol, with_system
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 from .schema import ModelConfig
@@ -44,6 +44,7 @@ class Checkpoint:
         storage: Type the weights are stored in; exports keep it.
         digest: Content digest of the folder.
         provenance: Base checkpoint, original layer indices and history; see `Checkpoint.original_layers`.
+        revision: Hub revision as given.
     """
 
     model: Any
@@ -52,6 +53,7 @@ class Checkpoint:
     storage: torch.dtype
     digest: str
     provenance: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
 
     @property
     def original_layers(self) -> list[int]:
@@ -60,12 +62,16 @@ class Checkpoint:
 
     @property
     def base(self) -> dict[str, str]:
-        """Path and digest of the original unpruned checkpoint; this checkpoint's own when it was never pruned."""
+        """Path, digest and revision, where one was given, of the original unpruned checkpoint.
+
+        This checkpoint's own when it was never pruned.
+        """
         if "base" in self.provenance:
             return self.provenance["base"]
         # A folder is found again from wherever the next run is started.
         local = Path(self.path).expanduser()
-        return {"path": str(local.resolve()) if local.is_dir() else self.path, "digest": self.digest}
+        path = str(local.resolve()) if local.is_dir() else self.path
+        return {"path": path, "digest": self.digest} | ({"revision": self.revision} if self.revision else {})
 
     def after(self, model: Any, step: Mapping[str, Any], kept: Sequence[int] | None = None) -> Checkpoint:
         """The checkpoint that a stage makes of this one.
@@ -126,7 +132,7 @@ def local_folder(path: str) -> Path | None:
         folder = Path(__file__).parent / "assets" / path.removeprefix(BUILTIN)
     else:
         folder = Path(path).expanduser()
-        if path.count("/") == 1 and not path.startswith((".", "/", "~")) and not folder.exists():
+        if is_hub_id(path):
             return None
     if not folder.is_dir():
         raise UserError(f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
@@ -223,6 +229,7 @@ def load(
     device: str = "cpu",
     revision: str | None = None,
     protocol: str | None = None,
+    system: str | None = None,
     host: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint, strictly: every tensor of the model is in the folder, and the other way round.
@@ -233,6 +240,7 @@ def load(
         device: Device that the weights are loaded to.
         revision: Hub revision.
         protocol: ``vicuna_v1`` gives a LLaVA-1.5 its own preprocessing and prompt; None leaves them as the folder says.
+        system: System sentence of every prompt, written into the processor; None leaves the chat template's.
         host: Leave the weights in host memory, in the type that the device computes in.
 
     Returns:
@@ -246,6 +254,8 @@ def load(
     folder = resolve(path, revision)
     config, storage = read_config(folder, path)
     processor = _processor(folder, path, protocol)
+    if system is not None:
+        processor.chat_template = with_system(processor, system)
     with _load_report() as report:
         try:
             model, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
@@ -270,8 +280,9 @@ def load(
         listed = "; ".join(f"{name}: {', '.join(keys[:3])} ({len(keys)})" for name, keys in problems.items())
         raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
     provenance = _provenance(folder, path, len(decoder_of(model).layers))
-    content = digest(folder) if protocol is None else f"{digest(folder)}-{protocol}"
-    return Checkpoint(model.eval(), processor, path, storage, content, provenance)
+    spoken = system and hashlib.blake2b(system.encode(), digest_size=4).hexdigest()
+    content = "-".join(filter(None, [digest(folder), protocol, spoken]))
+    return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision)
 
 
 def _processor(folder: Path, path: str, protocol: str | None) -> Any:

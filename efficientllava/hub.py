@@ -22,6 +22,12 @@ REFUSALS = {
 }
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a path names a model of the hub, such as ``org/name``, and no folder that is there."""
+    plain = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    return plain and not Path(path).exists()
+
+
 def download(name: str, revision: str | None = None, files: list[str] | None = None) -> Path:
     """Fetch a checkpoint from the hub into its own cache, or find it there.
 

@@ -94,8 +94,9 @@ def run_key(settings: RunConfig) -> str:
 
     files = sources_digest(settings)
     models = [digest_of(resolve(settings.model.path, settings.model.revision))]
-    if settings.recover.name != "none" and settings.recover.teacher.path:
-        models.append(digest_of(resolve(settings.recover.teacher.path)))
+    teacher = settings.recover.teacher
+    if settings.recover.name != "none" and teacher.path:
+        models.append(digest_of(resolve(teacher.path, teacher.revision)))
     return digest([settings_key(settings), files, models])
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from .hub import is_hub_id
 from .schema import IMPORTANCES, JUDGED, TAYLOR, RunConfig
 
 # Data whose images are published apart from their records -> what data.image_root must hold.
@@ -49,6 +50,7 @@ RULES: dict[str, Rule] = {
     "model.dtype": DTYPE,
     "model.train": _one_of("lora", "full"),
     "model.protocol": _one_of(None, "vicuna_v1"),
+    "model.system": (lambda text: bool(text.strip()), "a sentence"),
     "calibration.samples": AT_LEAST_1,
     "calibration.batch_size": AT_LEAST_1,
     "data.name": _one_of("digits_vqa", "conversations", *IMAGE_FOLDERS),
@@ -151,6 +153,7 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ),
     ("keep", lambda c: not c.pretrain, "it belongs to runs that prune or recover"),
     ("data_frac", lambda c: c.recover.name != "none" or bool(c.pretrain), "choose a recovery with recover="),
+    ("model.revision", lambda c: is_hub_id(c.model.path), "it belongs to a hub id as model.path"),
     ("data.images", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
     ("data.test_questions", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
     *((f"data.{key}", lambda c: c.data.name != "digits_vqa", "choose data=conversations") for key in OF_FILES),
@@ -234,6 +237,11 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("evaluate.judge.concurrency", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
     ("evaluate.judge.timeout", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
     ("evaluate.judge.retries", lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url"),
+    (
+        "recover.teacher.revision",
+        lambda c: is_hub_id(c.recover.teacher.path or ""),
+        "it belongs to a hub id as recover.teacher.path",
+    ),
     (
         "recover.teacher.top_k",
         lambda c: c.recover.teacher.source == "cached" and c.recover.weights.logit > 0,

@@ -27,6 +27,7 @@ class ModelConfig:
     train: str = "full"  # what recoveries that train the decoder train by default: lora | full
     architecture: Any = None  # fields of the config.json of a hub id, as far as they decide sizes; None: it is fetched
     protocol: str | None = None  # vicuna_v1: LLaVA-1.5's own preprocessing and prompt; None: as the folder says
+    system: str | None = None  # system sentence of every prompt; None: that of the chat template
 
 
 @dataclass
@@ -107,6 +108,7 @@ class TeacherConfig:
     """The frozen teacher."""
 
     path: str | None = None  # None: the original unpruned checkpoint from the provenance
+    revision: str | None = None  # hub revision of path; None is the default branch
     dtype: str = "auto"  # as model.dtype
     source: str = "live"  # live: runs beside the student | cached: is asked once, its answers are kept on disk
     top_k: int = 64  # cached: tokens whose log-probabilities are kept, the rest as one; >= 1, the vocabulary is exact

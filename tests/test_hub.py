@@ -11,9 +11,11 @@ from unittest.mock import MagicMock
 import pytest
 from huggingface_hub import errors
 
-from efficientllava.checkpoint import load
+from efficientllava.checkpoint import load, save
 from efficientllava.errors import UserError
 from efficientllava.hub import FILES
+from efficientllava.recovery.caching import open_teacher
+from efficientllava.schema import TeacherConfig
 from tests.models.originals import write_original
 from tests.runs import save_tiny
 
@@ -71,6 +73,27 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     return asked
+
+
+@pytest.mark.parametrize("source", ["live", "cached"])
+def test_the_teacher_is_of_the_revision_that_was_pruned(
+    tmp_path: Path, hub: list[Any], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    save_tiny(tmp_path / "remote", layers=1)
+    first = load(NAME, revision="v2")
+    assert first.base == {"path": NAME, "digest": first.digest, "revision": "v2"}
+    save(first.after(first.model, {"stage": "prune"}, [0]), tmp_path / "pruned")
+    revisions: list[str | None] = []
+    monkeypatch.setattr(
+        "efficientllava.checkpoint.download",
+        lambda _name, revision, *_: revisions.append(revision) or tmp_path / "remote",
+    )
+    open_teacher(TeacherConfig(source=source), load(str(tmp_path / "pruned")).base, "cpu", tmp_path / "targets")
+    assert set(revisions) == {"v2"}
+    revisions.clear()
+    other = TeacherConfig(path="org/teacher", revision="v3", source=source)
+    open_teacher(other, first.base, "cpu", tmp_path / "targets")
+    assert set(revisions) == {"v3"}
 
 
 def test_a_model_from_the_hub(tmp_path: Path, hub: list[Any]) -> None:

@@ -47,7 +47,7 @@ def teacher_row(load: Callable[[], Any], steps: int = 12) -> Row:
     with tempfile.TemporaryDirectory() as work:
         for source in ("live", "cached"):
             student = load()
-            teacher = open_teacher(student.path, TeacherConfig(source=source), "cpu", Path(work) / "targets")
+            teacher = open_teacher(TeacherConfig(source=source), student.base, "cpu", Path(work) / "targets")
             folder = Path(work) / source
             stats = recover(student.model, data, config, quiet_trainer, folder, batch_size=8, teacher=teacher)
             times[source] = stats.seconds

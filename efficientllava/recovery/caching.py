@@ -48,23 +48,24 @@ class TargetCache:
     load: Callable[[], nn.Module]
 
 
-def open_teacher(path: str, config: Any, device: str, folder: Path) -> nn.Module | TargetCache:
+def open_teacher(config: Any, base: Mapping[str, str], device: str, folder: Path) -> nn.Module | TargetCache:
     """The teacher that a configuration asks for.
 
     Args:
-        path: Its checkpoint.
         config: A `efficientllava.schema.TeacherConfig`.
+        base: The original checkpoint, which teaches where none is named; see `efficientllava.checkpoint.Checkpoint`.
         device: Where it runs.
         folder: The store of its answers, where they are cached.
 
     Raises:
         UserError: It cannot be loaded.
     """
+    path, revision = (config.path, config.revision) if config.path else (base["path"], base.get("revision"))
     if config.source == "live":
-        return load(path, config.dtype, device, host=config.offload).model
-    described, storage = read_config(resolve(path), path)
+        return load(path, config.dtype, device, revision, host=config.offload).model
+    described, storage = read_config(resolve(path, revision), path)
     dtype = compute_dtype(config.dtype, storage, device)
-    return TargetCache(folder, described, dtype, lambda: load(path, config.dtype, device).model)
+    return TargetCache(folder, described, dtype, lambda: load(path, config.dtype, device, revision).model)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Context:
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         model = settings.model
-        self.base = self.load(model.path, model.dtype, model.revision, model.protocol)
+        self.base = self.load(model.path, model.dtype, model.revision, model.protocol, model.system)
         self.models: dict[str, Any] = {"base": self.base.model}
         self.sizes = {"base": sizes(self.base.model)}
         self.entries: dict[str, Entry] = {}

@@ -77,8 +77,8 @@ def _teacher_digest(context: Context, student: Any) -> str:
     from ..checkpoint import digest as digest_of
     from ..checkpoint import resolve
 
-    path = context.settings.recover.teacher.path
-    return digest_of(resolve(path)) if path else student.base["digest"]
+    config = context.settings.recover.teacher
+    return digest_of(resolve(config.path, config.revision)) if config.path else student.base["digest"]
 
 
 def _teacher(context: Context, student: Any) -> Any:
@@ -99,4 +99,4 @@ def _teacher(context: Context, student: Any) -> Any:
     if config.source == "cached":
         folder.mkdir(parents=True, exist_ok=True)
         context.mark(folder)
-    return open_teacher(config.path or student.base["path"], config, context.device, folder)
+    return open_teacher(config, student.base, context.device, folder)

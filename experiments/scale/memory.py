@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from efficientllava import bench
+from efficientllava.bench import pruning as bench
 from efficientllava.config import register_schema, typed
 from efficientllava.forecast import forecast
 from efficientllava.models.anatomy import layers_of

@@ -204,11 +204,35 @@ def internvl_tokenizer(folder: Path) -> int:
     """Llama's kind of tokenizer with Phi-3's and InternVL's added tokens; returns the size of the vocabulary."""
     letters = "▁abcdefghijklmnopqrstuvwxyzAIPY.-?3"
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    added = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<img>", "</img>", "<IMG_CONTEXT>"]
     tokenizer = LlamaTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=8192)
-    tokenizer.add_special_tokens({"additional_special_tokens": added})
+    tokenizer.add_special_tokens({"additional_special_tokens": ADDED})
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
+
+
+ADDED = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+
+
+def sentencepiece_tokenizer(folder: Path) -> int:
+    """``tokenizer.model`` and what stands beside it, as Mini-InternVL is published; returns the vocabulary's size."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the red house has two doors", "a door is red or blue", "where is the house?"] * 9),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=320,
+        **{"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2},
+        **{"remove_extra_whitespaces": False, "hard_vocab_limit": False},
+    )
+    (folder / "tokenizer.vocab").unlink()
+    rows = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).get_piece_size()
+    kept = {"lstrip": False, "normalized": False, "single_word": False, "special": True}
+    chat = {name: name.startswith("<|") and name != ADDED[0] for name in ADDED}
+    tokens = {str(rows + i): {"content": name, "rstrip": chat[name], **kept} for i, name in enumerate(ADDED)}
+    settings = {"added_tokens_decoder": tokens, "tokenizer_class": "LlamaTokenizer", "legacy": False}
+    settings |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return rows + len(ADDED)
 
 
 def write_shards(folder: Path, weights: Weights, suffix: str = "safetensors", count: int = 2) -> None:
@@ -242,9 +266,9 @@ def write_original(
         config = {**BUNNY, "vocab_size": rows, **changes}
         config |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), rows - 1)
     else:
-        rows = internvl_tokenizer(folder)
-        weights = internvl_weights(rows)
+        rows = changes.pop("tokenizer", internvl_tokenizer)(folder)
         config = {**INTERNVL, **changes}
+        weights = internvl_weights(rows)
         config["llm_config"] = {**config["llm_config"], "vocab_size": rows}
     weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
     (folder / "config.json").write_text(json.dumps(config))

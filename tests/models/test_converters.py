@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor
 
-from efficientllava.checkpoint import load
+from efficientllava.checkpoint import load, save, stock_config
+from efficientllava.config import typed
 from efficientllava.data.collator import Collator
 from efficientllava.data.conversations import Record, Turn
 from efficientllava.errors import UserError
@@ -25,9 +26,11 @@ from tests.models.originals import (
     TOWER,
     bunny_logits,
     internvl_logits,
+    sentencepiece_tokenizer,
     write_original,
     write_shards,
 )
+from tests.runs import composed
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -351,7 +354,7 @@ def test_bunny_pads_with_grey_and_resizes(bunny, size):
     assert np.array_equal(pixels[0], normalised(square, (0.5,) * 3, (0.5,) * 3))
 
 
-@pytest.mark.parametrize("size", [(61, 40), (40, 61), (50, 50)])
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (50, 50), (640, 427)])
 @pytest.mark.parametrize("side", [336, 32])
 def test_llava_pads_with_the_mean_colour_and_resizes(size, side):
     tokenizer = tiny_llava()[1].tokenizer
@@ -394,6 +397,35 @@ def test_internvl_cuts_tiles_and_adds_a_thumbnail(internvl, size, tiles):
     assert (batch["input_ids"] == processor.image_token_id).sum() == 4 * tiles
 
 
+def published(option: str, tokenizer: Any) -> Any:
+    """The processor that a model of the sizes in conf/model is converted with."""
+    raw = typed(composed(f"model={option}", "dry_run=true")).model
+    layout = layouts.LAYOUTS[{"bunny_3b": "bunny-phi", "mini_internvl_4b": "internvl_chat"}[option]]
+    return layout.processor(tokenizer, stock_config(raw), {})
+
+
+@pytest.mark.parametrize("size", [(640, 427), (300, 500), (384, 384), (1000, 120)])
+def test_bunny_at_its_real_size(bunny, size):
+    processor = published("bunny_3b", load_processor(convert.stock_folder(bunny)).tokenizer)
+    batch = processor(images=[picture(*size)], text=["<image>"], return_tensors="np")
+    square = padded(picture(*size), (127, 127, 127)).resize((384, 384), Image.Resampling.BICUBIC)
+    assert np.array_equal(batch["pixel_values"][0], normalised(square, (0.5,) * 3, (0.5,) * 3))
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 729
+
+
+@pytest.mark.parametrize(
+    ("size", "tiles"), [((448, 448), 1), ((640, 427), 7), ((427, 640), 7), ((1600, 1200), 13), ((3000, 240), 13)]
+)
+def test_internvl_at_its_real_size(internvl, size, tiles):
+    processor = published("mini_internvl_4b", load_processor(convert.stock_folder(internvl)).tokenizer)
+    batch = processor(images=[picture(*size)], text=["<IMG_CONTEXT>"], return_tensors="np")
+    wanted = original_tiles(picture(*size), 12, 448)
+    assert len(wanted) == len(batch["pixel_values"]) == tiles
+    for found, tile in zip(batch["pixel_values"], wanted, strict=True):
+        assert np.array_equal(found, normalised(tile, processing.IMAGENET_MEAN, processing.IMAGENET_STD))
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 256 * tiles
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
@@ -416,6 +448,63 @@ def test_prompts_are_the_original_ones(tmp_path, kind, expected):
     own = prompt([{"role": "system", "content": "Be brief."}, *ASKED])
     assert own.startswith({"bunny": "Be brief. USER: ", "internvl": "<|system|>\nBe brief.<|end|><|user|>\n"}[kind])
     assert own.endswith(expected[-60:])
+
+
+def prompt_of(processor: Any, *more: dict[str, Any]) -> str:
+    return processor.apply_chat_template([*more, *ASKED], tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("said", ["你好, \"you\" are\\n'brief'.", "You are {{ kind }}."])
+def test_a_system_sentence_of_ones_own_is_saved_with_the_model(tmp_path, said):
+    write_original(tmp_path / "internvl", "internvl")
+    plain = load(str(tmp_path / "internvl"))
+    own = load(str(tmp_path / "internvl"), system=said)
+    assert own.digest != plain.digest
+    save(own, tmp_path / "saved")
+    before = prompt_of(plain.processor)
+    after = prompt_of(load(str(tmp_path / "saved")).processor)
+    assert after == before.replace("You are an AI assistant whose name is Phi-3.", said) != before
+    assert prompt_of(own.processor, {"role": "system", "content": "Else."}).startswith("<|system|>\nElse.<|end|><|us")
+
+
+def test_a_system_sentence_for_llava(tmp_path):
+    model, processor = tiny_llava()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    own = load(str(tmp_path), protocol="vicuna_v1", system="Be brief.").processor
+    assert prompt_of(own).startswith("Be brief. USER: <image>\nwhere? ASSISTANT: here</s>")
+    processor.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}"
+    with pytest.raises(UserError, match=r"^model\.system: the chat template writes no system message; leave it out$"):
+        convert.with_system(processor, "Be brief.")
+    processor.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(UserError, match=r"^model\.system: the chat template takes no system message \(no system\); le"):
+        convert.with_system(processor, "Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Conversation(name='phi3-chat', system_message='Published.')", "Published."),
+        ("Conversation(name='Hermes-2', system_message='Other.')", "You are an AI assistant whose name is Phi-3."),
+        ("not Python", "You are an AI assistant whose name is Phi-3."),
+    ],
+)
+def test_the_published_system_sentence_is_taken(internvl, text, said):
+    (internvl / "conversation.py").write_text(f"import nothing_that_is_there\n{text}\n")
+    assert f"<|system|>\n{said}<|end|>" in prompt_of(load_processor(convert.stock_folder(internvl)))
+
+
+def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
+    pieces = pytest.importorskip("sentencepiece")
+    write_original(tmp_path / "internvl", "internvl", tokenizer=sentencepiece_tokenizer)
+    tokenizer = load_processor(convert.stock_folder(tmp_path / "internvl")).tokenizer
+    model = pieces.SentencePieceProcessor(model_file=str(tmp_path / "internvl" / "tokenizer.model"))
+    for text in ("the red house", "Tür?\nzwei  Zeilen", "a" * 30):
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == model.encode(text)
+    rows = model.get_piece_size()
+    assert tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<IMG_CONTEXT>", "<video>"]) == [rows, rows + 7, rows + 8]
+    ids = tokenizer("<|user|>\nred<|end|>", add_special_tokens=False)["input_ids"]
+    assert ids == [rows + 4, model.piece_to_id("red"), rows + 3]  # the line break belongs to the marker
 
 
 def test_the_llava_protocol_survives_saving(tmp_path):

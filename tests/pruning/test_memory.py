@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from efficientllava import bench
+from efficientllava.bench import pruning as bench
 from efficientllava.config import typed
 from efficientllava.forecast import forecast
 from efficientllava.pruning.memory import (

@@ -24,16 +24,16 @@ from ...disk import require_space
 from ...errors import UserError
 from ...files import whole_folder
 from .layouts import LAYOUTS, Layout
-from .processing import with_protocol
+from .processing import published_system, with_protocol, with_system
 from .shards import ShardWriter, open_shard, require_whole, shard_files
 
-__all__ = ["convert", "layout_config", "layout_of", "require_whole", "stock_folder", "with_protocol"]
+__all__ = ["convert", "layout_config", "layout_of", "require_whole", "stock_folder", "with_protocol", "with_system"]
 
 # Fields that are made anew: names of classes and versions, the type of the weights, the rotary embedding.
 DERIVED = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "rope_parameters")
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of the conversion; part of the cache's key
+VERSION = 2  # of the conversion; part of the cache's key
 # A vocabulary that grows ends at a multiple of this, which matrix kernels like.
 ROWS = 8
 VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
@@ -140,7 +140,10 @@ def convert(source: Path, target: Path, layout: Layout, raw: Mapping[str, Any]) 
     config.save_pretrained(target)
     end = tokenizer.convert_tokens_to_ids(layout.end)
     GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id).save_pretrained(target)
-    layout.processor(tokenizer, config, raw).save_pretrained(target)
+    processor = layout.processor(tokenizer, config, raw)
+    if sentence := published_system(source, raw.get("template", "")):
+        processor.chat_template = with_system(processor, sentence)
+    processor.save_pretrained(target)
 
 
 def layout_config(folder: Path) -> Any:

@@ -7,8 +7,12 @@ LLaVA-1.5 and Bunny pad an image to a square with the mean colour and resize it 
 
 from __future__ import annotations
 
+import ast
+import json
+from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import LlavaProcessor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -97,3 +101,48 @@ def with_protocol(processor: Any, protocol: str) -> Any:
     return square_processor(
         processor.tokenizer, side, tuple(old.image_mean), tuple(old.image_std), processor.patch_size or 14, True
     )
+
+
+def with_system(processor: Any, sentence: str) -> str:
+    """A processor's chat template with another system sentence; a system message of the user's replaces it.
+
+    Args:
+        processor: A processor whose chat template knows system messages.
+        sentence: The system sentence.
+
+    Raises:
+        UserError: The template does not write system messages, or there is none.
+    """
+    template = processor.chat_template or processor.tokenizer.chat_template
+    message = json.dumps([{"role": "system", "content": [{"type": "text", "text": sentence}]}])
+    first = f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {message} + messages %}}{{% endif %}}"
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    try:
+        shown = processor.tokenizer.apply_chat_template(question, chat_template=first + template, tokenize=False)
+    except (TypeError, ValueError, TemplateError) as error:
+        raise UserError(f"model.system: the chat template takes no system message ({error}); leave it out") from error
+    if sentence.strip() not in shown:
+        raise UserError("model.system: the chat template writes no system message; leave it out")
+    return first + template
+
+
+def published_system(folder: Path, template: str) -> str | None:
+    """The system sentence that an InternVL folder's ``conversation.py`` gives a template; it is read, never run.
+
+    Args:
+        folder: The original folder.
+        template: Name of the template, as in config.json.
+
+    Returns:
+        The sentence; None where the file is not there, or does not say.
+    """
+    file = folder / "conversation.py"
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (FileNotFoundError, SyntaxError):
+        return None
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        said = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
+        if said.get("name") == template and isinstance(said.get("system_message"), str):
+            return said["system_message"]
+    return None
