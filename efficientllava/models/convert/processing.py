@@ -143,6 +143,7 @@ def published_system(folder: Path, template: str) -> str | None:
         return None
     for call in (node for node in nodes if isinstance(node, ast.Call)):
         said = {word.arg: word.value.value for word in call.keywords if isinstance(word.value, ast.Constant)}
-        if said.get("name") == template and isinstance(said.get("system_message"), str):
-            return said["system_message"]
+        sentence = said.get("system_message")
+        if said.get("name") == template and isinstance(sentence, str):
+            return sentence
     return None
