@@ -210,32 +210,44 @@ def _lines(plan: Forecast, result: dict[str, Any]) -> list[str]:
         kept, low, high = shape["pruned"], *ratio["between"]
         achieved = percent(low) if low == high else f"between {percent(low)} and {percent(high)}, which the data decide"
         lines.append(f"achieved ratio: {achieved}; at most {percent(ratio['largest'])} can be removed this way")
-        layers = ", ".join(_runs(kept))
-        about = "" if shape["exact"] else "about "
-        lines.append(f"kept: {about}{len(kept)} of {len(shape['base'])} layers; {layers}")
+        first, *more = _kept(kept)
+        if shape["options"] > 1:
+            more.append(f"or another of {shape['options']} shapes, which the data decide")
+        about = "" if shape["exact"] or shape["options"] > 1 else "about "
+        lines += [
+            f"kept: {len(kept)} of {len(shape['base'])} layers; {about}{first}",
+            *(f"      {each}" for each in more),
+        ]
         loads = {True: "yes", False: "no, it needs import efficientllava", None: "depends on the shape that is chosen"}
         lines.append(f"loads in stock transformers: {loads[shape['stock']]}")
     if recovery := result["recovery"]:
-        amount = (
-            f"{recovery['steps']} steps" if recovery["steps"] else f"{settings.recover.epochs:g} epochs of the data"
-        )
-        known = "" if recovery["samples"] is None else f", {recovery['samples']} samples"
+        epochs, steps, samples = settings.recover.epochs, recovery["steps"], recovery["samples"]
+        amount = f"{steps:,} steps" if steps else f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'}"
+        known = "" if samples is None else f", {samples:,} records in all"
         lines.append(
             f"recovery: {recovery['loss']}, trains {recovery['train']} ({quantity(recovery['trainable_parameters'])} "
-            f"parameters), {amount} of {recovery['global_batch_size']} records{known}"
+            f"parameters), {amount} in batches of {recovery['global_batch_size']} records{known}"
         )
     return lines
 
 
-def _runs(shapes: list[list[int]]) -> list[str]:
-    """Equal neighbours together, such as ``26 heads, 8806 channels (x 24)``."""
-    lines: list[tuple[list[int], int]] = []
-    for shape in shapes:
-        if lines and lines[-1][0] == shape:
-            lines[-1] = (shape, lines[-1][1] + 1)
-        else:
-            lines.append((shape, 1))
-    return [f"{count} x {heads} heads + {channels} channels" for (heads, _, channels), count in lines]
+def _kept(shapes: list[list[int]]) -> list[str]:
+    """Heads and channels: in one phrase where all layers agree, else by layer, such as ``20 in 3-30``."""
+    parts = {"heads": [shape[0] for shape in shapes], "channels": [shape[2] for shape in shapes]}
+    if all(len({*sizes}) == 1 for sizes in parts.values()):
+        return [" and ".join(f"{sizes[0]} {name}" for name, sizes in parts.items()) + " in each"]
+    told = []
+    for name, counts in parts.items():
+        where = {size: _ranges([i for i, each in enumerate(counts) if each == size]) for size in dict.fromkeys(counts)}
+        told.append(f"{name} " + "; ".join(f"{size} in {layers}" for size, layers in where.items()))
+    return told
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Rising numbers with neighbours together, such as ``0-2, 31``."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _memory_table(result: dict[str, Any]) -> Table:

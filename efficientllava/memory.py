@@ -20,7 +20,7 @@ from .models.anatomy import Layer, decoder_of, layers_of, projector_of
 from .pruning.memory import CalibrationSize, micro_batch, pruning_memory, store_on_host, vision_bytes
 
 ASSUMPTIONS = (
-    "records of {tokens} tokens with {images} images or tiles",
+    "assumed: records of {tokens} tokens with {images}",
     "all intermediate results of a layer are alive at once; in training without recover.gradient_checkpointing those "
     "of all layers",
     "what the libraries themselves take, and fragmentation, are not counted",
@@ -104,7 +104,8 @@ def _record(plan: Forecast, tokens: int | None = None) -> _Record:
 def describe(plan: Forecast) -> list[str]:
     """What the worst case assumes."""
     record = _record(plan)
-    return [line.format(tokens=record.tokens, images=record.images) for line in ASSUMPTIONS]
+    images = "an image" if record.images == 1 else f"{record.images} images or tiles"
+    return [line.format(tokens=record.tokens, images=images) for line in ASSUMPTIONS]
 
 
 # ---- stages ---------------------------------------------------------------------------------------------------------

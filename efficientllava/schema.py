@@ -109,7 +109,7 @@ class TeacherConfig:
 
     path: str | None = None  # None: the original unpruned checkpoint from the provenance
     revision: str | None = None  # hub revision of path; None is the default branch
-    dtype: str = "auto"  # as model.dtype
+    dtype: str = "auto"  # as model.dtype; in a run that of the model
     source: str = "live"  # live: runs beside the student | cached: is asked once, its answers are kept on disk
     top_k: int = 64  # cached: tokens whose log-probabilities are kept, the rest as one; >= 1, the vocabulary is exact
     offload: bool = False  # live, on a GPU: its decoder layers stay in host memory and visit the GPU one by one

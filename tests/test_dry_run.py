@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from efficientllava import pipeline
+from efficientllava.dry_run import _kept
 from efficientllava.errors import UserError
 
 from .runs import composed, run, save_tiny, small
 
 pytestmark = pytest.mark.usefixtures("without_fresh_processes")
+TOWER = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
 HEADER = 20_000  # bytes of a weight file that are no weights
 
 
@@ -109,9 +120,17 @@ def test_a_full_size_family_needs_no_weights_no_data_and_no_hub(tmp_path, monkey
     assert told["ratio"]["achieved"] == removed / 6738939904
     assert told["recovery"]["samples"] is None
     assert told["memory"]["device"] == "cuda"
-    assert told["memory"]["stages"]["recover"]["parts"]["teacher"] == 2 * 7063427072
+    with torch.device("meta"):
+        tower = CLIPVisionModel(CLIPVisionConfig(**TOWER))
+    shared = sum(p.numel() for p in tower.parameters())
+    assert told["memory"]["stages"]["recover"]["parts"]["teacher"] == 2 * (7063427072 - shared)
     shown = capsys.readouterr().out
-    for part in ("achieved ratio: 30.1 %", "32 x 22 heads + 7552 channels", "stock transformers: yes", "GPU memory"):
+    for part in (
+        "achieved ratio: 30.1 %",
+        "32 of 32 layers; 22 heads and 7552 channels in each",
+        "stock transformers: yes",
+        "GPU memory",
+    ):
         assert part in shown
 
 
@@ -119,3 +138,9 @@ def test_a_batch_that_does_not_divide_is_refused(folder, tmp_path):
     overrides = small(folder, tmp_path / "out", "data.batch_size=3", "data.global_batch_size=8", "recover=sft")
     with pytest.raises(UserError, match=r"data\.global_batch_size=8"):
         dry(tmp_path, overrides)
+
+
+def test_layers_of_one_size_are_told_together():
+    shapes = [[32, 32, 110]] * 3 + [[20, 20, 110]] + [[20, 20, 60]] * 2 + [[32, 32, 110]]
+    assert _kept(shapes) == ["heads 32 in 0-2, 6; 20 in 3-5", "channels 110 in 0-3, 6; 60 in 4-5"]
+    assert _kept([[8, 4, 64]] * 2) == ["8 heads and 64 channels in each"]

@@ -31,7 +31,7 @@ class Outline:
 
     Args:
         options: Kept KV groups and channels of every kept layer, for each shape that the data choose from; the first
-            one is typical. One option is exact.
+            one takes most alike of both. One option is exact.
         total: Parameters of the language model before.
         removed: Fewest and most parameters of it that go.
         largest: Largest share of language-model parameters that could be asked for in this way.
@@ -85,6 +85,8 @@ def outline(model: nn.Module, config: PruneConfig) -> Outline:
         )
     shapes = candidate_shapes(space, layers[0], config)
     if shapes:
+        whole_heads, whole_channels = whole[0]
+        shapes.sort(key=lambda shape: abs(shape[0] / whole_heads - shape[1] / whole_channels))
         options = tuple(tuple(space.counts(*shape)) for shape in shapes)
         sizes = [space.removed(option) for option in options]
         return Outline(options, total, (min(sizes), max(sizes)), largest)
