@@ -82,7 +82,15 @@ def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None
     )
     sizes = [LINE * (1 + text.count("\n")) / height for _, _, _, text, _ in labels]
     for place, (_, x, y, text, colour) in zip(spread([label[0] for label in labels], sizes), labels, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "alpha": 0.5, "shrinkA": 0, "shrinkB": 3}
+        line = {
+            "arrowstyle": "-",
+            "color": colour,
+            "lw": 0.6,
+            "alpha": 0.5,
+            "shrinkA": 0,
+            "shrinkB": 3,
+            "relpos": (0, 0.5),
+        }
         at = {"xytext": (1.04, place), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
         axes.annotate(text, (x, y), fontsize=8, linespacing=1.0, color=colour, arrowprops=line, **at)
 
