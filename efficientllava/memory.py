@@ -161,10 +161,23 @@ def _recovering(plan: Forecast, record: _Record, student: int) -> dict[str, Stag
     if config.weights.sft > 0 or config.weights.logit > 0:
         # Logits in the type that computes and in fp32, their logarithms and gradients; of both models in distillation.
         parts["logits"] = min(config.chunk, tokens) * vocabulary * (36 if config.weights.logit > 0 else 16)
-    fix = "set recover.train=lora or projector" + (
-        ", recover.teacher.source=cached or recover.teacher.dtype=bfloat16" if "teacher" in parts else ""
-    )
-    return {**stages, "recover": StageMemory(parts, tuple(certain), fix)}
+    return {**stages, "recover": StageMemory(parts, tuple(certain), _less(plan, "teacher" in parts))}
+
+
+def _less(plan: Forecast, live: bool) -> str:
+    """What makes a recovery smaller that is not so already."""
+    config = plan.settings.recover
+    wide = compute_dtype(config.teacher.dtype, plan.storage, plan.device).itemsize > 2
+    ways = {
+        "recover.train=lora": config.train == "full",
+        "recover.train=projector": config.train != "projector",
+        "recover.teacher.source=cached": live,
+        "recover.teacher.offload=true": live and plan.device == "cuda" and not config.teacher.offload,
+        "recover.teacher.dtype=bfloat16": live and wide,
+        "model.dtype=bfloat16": plan.dtype.itemsize > 2,
+    }
+    useful = [way for way, helps in ways.items() if helps]
+    return f"set {' or '.join(useful)}" if useful else "choose another device"
 
 
 def _teacher_bytes(plan: Forecast) -> int:

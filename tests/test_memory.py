@@ -170,3 +170,22 @@ def test_the_machine_has_memory():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_has_memory():
     assert memory.available("cuda:0") > 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        (
+            ["recover.train=full"],
+            "recover.train=lora or recover.train=projector or recover.teacher.source=cached or "
+            "recover.teacher.dtype=bfloat16 or model.dtype=bfloat16",
+        ),
+        (
+            ["recover.train=lora", "model.dtype=bfloat16", "recover.teacher.source=cached"],
+            "recover.train=projector",
+        ),
+    ],
+    ids=["all", "little"],
+)
+def test_the_fix_is_what_is_not_so_already(folder, options, fix):
+    assert stage_memory(planned(folder, "recover=kd_hidden", *options))["recover"].fix == f"set {fix}"
