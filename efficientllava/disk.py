@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -87,6 +87,27 @@ def drop(entry: Path) -> None:
                 discard(entry)
     except Timeout:
         return  # somebody waits for it
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process is at work on the folder of a run or of a sweep, such as the same command once more.
+
+    Args:
+        folder: The folder; made if it does not exist.
+        tell: Called with a line where somebody is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        tell(f"{folder}: another process is at work here; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -144,9 +144,11 @@ def _close_sweep() -> None:
 
             tell_sweep(folder, folder.name)
         if next(folder.glob("*/results.json"), None):
+            from .disk import alone_in
             from .report.__main__ import report
 
-            report(folder)
+            with alone_in(folder, print):
+                report(folder)
             print(f"table, plots and page of the sweep: {folder / 'report.html'}")
 
 

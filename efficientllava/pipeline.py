@@ -6,6 +6,7 @@ A run loads a checkpoint, prunes it, recovers it, evaluates base, pruned and rec
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +56,8 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
 
         (plan_job if sweeping() else dry_run)(settings, folder)
         return None
-    with disk.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
+    alone = contextlib.nullcontext() if processes.launched() else disk.alone_in(folder, say)
+    with alone, disk.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
         if settings.reuse and not processes.launched() and finished(settings, folder):
             say(f"{folder} is finished: nothing to do (reuse=false does it again)")
             disk.tidy(folder, settings.keep)

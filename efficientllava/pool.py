@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 from .errors import UserError
 from .outcome import DEBUG, TRACEBACKS
 
-LOG = "job.log"  # what a job prints, in its folder
+LOG = "job.log"  # what a job prints, in its folder, after its command
+PROMPT = "\n$ "
 GRACE = 10.0  # seconds between the polite and the certain end of a job
 POLL = 0.1  # seconds between two looks at the jobs
 
@@ -31,7 +33,7 @@ class Job:
         number: Its number in the sweep.
         name: What tells it from the others, such as its overrides.
         command: What to run.
-        folder: Its folder; made if it does not exist. ``job.log`` in it is written anew.
+        folder: Its folder; made if it does not exist. What it prints is appended to ``job.log`` in it.
     """
 
     number: int
@@ -84,7 +86,7 @@ class Ended:
         """Why it failed, in one line: its own last error line if it has told one."""
         if self.hung:
             return f"ended after {self.seconds / 60:.1f} min without result (hydra.launcher.timeout_min)"
-        lines = (self.job.folder / LOG).read_text("utf-8", "replace").splitlines()
+        lines = (self.job.folder / LOG).read_text("utf-8", "replace").rpartition(PROMPT)[2].splitlines()
         told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         if told:
             return told[-1]
@@ -211,7 +213,9 @@ def run_jobs(
 
 def _start(job: Job, slot: int, slots: Sequence[Mapping[str, str]], timeout: float | None) -> Running:
     job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / LOG).open("wb") as log:
+    with (job.folder / LOG).open("ab") as log:  # two sweeps may be at work in one folder
+        log.write(f"{PROMPT}{shlex.join(job.command)}\n".encode())
+        log.flush()
         process = subprocess.Popen(
             job.command,
             # Tracebacks are for those who ask for them; the sweep's own process has them on for itself.

@@ -48,20 +48,19 @@ def save_tiny(folder: Path, name: str = "tiny_llava", layers: int = 3, seed: int
 
 
 def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
-    """Overrides of a small run; ``overrides`` come last and win."""
+    """Overrides of a small run; ``overrides`` come last and win, and what they leave without effect is left out."""
     known = {override.partition("=")[0] for override in overrides}
-    base = [o for o in SMALL if o.partition("=")[0] not in known]
-    if {"recover=none", "prune=none"} & set(overrides):
-        idle = tuple(f"{group}." for group in ("recover", "prune") if f"{group}=none" in overrides)
-        base = [o for o in base if not o.startswith(idle)]
-    if "prune=none" in overrides:
-        base = [o for o in base if not o.startswith("calibration.")]
-    if "evaluate.efficiency=false" in overrides:
-        base = [o for o in base if not o.startswith("evaluate.")]
-    if "prune=layerwise" in overrides:
-        base = [o for o in base if not o.startswith("prune.round_to")]
-    sets = ["model=checkpoint", f"model.path={model}", "model.name=tiny", "model.train=full", "data=digits_vqa"]
-    sets += ["evaluate=digits_vqa"] if not any(o.startswith("evaluate=") for o in overrides) else []
+    idle = {
+        "recover=none": ("recover.",),
+        "prune=none": ("prune.", "calibration."),
+        "prune=layerwise": ("prune.round_to",),
+        "evaluate.efficiency=false": ("evaluate.",),
+    }
+    left_out = tuple(prefix for override in overrides for prefix in idle.get(override, ()))
+    left_out += ("data.images", "data.test_questions") if "data" in known else ()
+    base = [o for o in SMALL if o.partition("=")[0] not in known and not o.startswith(left_out)]
+    chosen = [f"{group}=digits_vqa" for group in ("data", "evaluate") if group not in known]
+    sets = ["model=checkpoint", f"model.path={model}", "model.name=tiny", "model.train=full", *chosen]
     return [*sets, f"paths.output_dir={output}", *base, *overrides]
 
 

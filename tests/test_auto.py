@@ -29,12 +29,7 @@ def model(tmp_path_factory):
 
 
 def command(model, output, *more):
-    typed = small(model, output, *QUICK, *more)
-    return [
-        o
-        for o in typed
-        if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed", "data.", "recover."))
-    ]
+    return small(model, output, *QUICK, *more)
 
 
 @pytest.mark.usefixtures("without_fresh_processes")
@@ -49,8 +44,7 @@ def test_ones_own_samples_are_all_that_a_search_without_recovery_opens(model, tm
     (tmp_path / "mine.json").write_text(json.dumps(records))
     opened = []
     monkeypatch.setattr(splits, "load_split", lambda *given: opened.append(given))
-    typed = [o for o in command(model, tmp_path / "out") if o != "data=digits_vqa"]
-    typed += ["data=conversations", f"calibration.path={tmp_path}/mine.json"]
+    typed = command(model, tmp_path / "out", "data=conversations", f"calibration.path={tmp_path}/mine.json")
     record = run(tmp_path / "run", [*typed, f"calibration.image_root={tmp_path}/images"])
     assert opened == []
     assert record["ratio"]["achieved"] == pytest.approx(0.3, abs=0.005)
@@ -104,10 +98,8 @@ def test_a_killed_search_ends_as_an_undisturbed_one(model, tmp_path):
 @pytest.mark.timeout(900)
 def test_two_processes_search_as_one(model, tmp_path):
     found = []
-    for name, trainer in (("one", ["trainer=cpu"]), ("two", ["trainer=ddp", "trainer.devices=2"])):
-        typed = [o for o in command(model, tmp_path / name, *trainer[1:]) if o != "trainer=cpu"]
-        typed += [trainer[0], "trainer.accelerator=cpu"] if name == "two" else ["trainer=cpu"]
-        process = started(typed, tmp_path, f"run_{name}")
+    for name, trainer in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"])):
+        process = started(command(model, tmp_path / name, *trainer), tmp_path, f"run_{name}")
         assert process.wait() == 0, process.stderr and process.stderr.read()
         record = json.loads((tmp_path / f"run_{name}" / "search.json").read_text())
         found.append((record, weights(tmp_path / f"run_{name}")))

@@ -24,8 +24,7 @@ def model(tmp_path_factory):
 
 def command(model, output, *more):
     options = ["recover.save_every=2", f"recover.steps={STEPS}", "evaluate=none", "evaluate.efficiency=false", *more]
-    typed = small(model, output, *options)
-    return [o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed"))]
+    return small(model, output, *options)
 
 
 def kill_when(appears, typed, place):
@@ -70,13 +69,57 @@ def test_a_killed_recovery_ends_with_the_weights_of_an_uninterrupted_one(model, 
     assert not [p for p in out.rglob("*") if p.suffix in (".partial", ".work")]
 
 
-def test_a_kill_while_pruning_leaves_nothing(model, tmp_path):
+def cached(out):
+    """The finished stages and when they were finished."""
+    return {file.parent.name: file.stat().st_mtime_ns for file in (out / "cache").glob("*/[!.]*/stage.json")}
+
+
+def exporting(stage, name):
+    return lambda out, _: any(out.glob(f"cache/{stage}/.*.partial/{name}/*"))
+
+
+def answering(done):
+    """While answers are collected, after ``done`` models have been asked."""
+    whole = "cache/evaluate/[!.]*/stage.json"
+    return lambda out, _: any(out.glob("cache/evaluate/.*.partial")) and len(list(out.glob(whole))) == done
+
+
+MOMENTS = {
+    "the dense model answers": answering(0),
+    "calibration": lambda out, _: any(out.glob("cache/prune/.*.partial")),
+    "export of the pruned model": exporting("prune", "pruned"),
+    "the pruned model answers": answering(1),
+    "recovery": lambda out, _: any(out.glob("cache/recover/*.work/last.ckpt")),
+    "export of the recovered model": exporting("recover", "recovered"),
+    "the recovered model answers": answering(2),
+    "the report": lambda _, place: (place / "run" / "recovered").exists(),
+}
+
+
+@pytest.mark.timeout(3600)
+def test_a_run_that_is_killed_in_every_stage_ends_like_an_undisturbed_one(model, tmp_path):
+    more = (
+        "recover=sft",
+        "recover.steps=20",
+        "recover.save_every=2",
+        "data.test_questions=400",
+        "evaluate.batch_size=4",
+    )
+    more += ("evaluate.efficiency=false",)
+    whole = run(tmp_path / "whole", small(model, tmp_path / "undisturbed", *more))
     out = tmp_path / "out"
-    typed = command(model, out)
-    kill_when(lambda: list(out.glob("cache/prune/.*.partial")), typed, tmp_path)
-    assert not list(out.glob("cache/prune/*/stage.json"))
-    assert not (tmp_path / "run" / "pruned").exists()
-    assert not (tmp_path / "run" / "plan.json").exists()
+    typed, finished = small(model, out, *more), {}
+    for moment in MOMENTS.values():
+        kill_when(lambda: moment(out, tmp_path), typed, tmp_path)  # noqa: B023 - called at once
+        assert not (tmp_path / "run" / "results.json").exists()
+        assert finished.items() <= cached(out).items(), "what was whole has been computed again"
+        finished = cached(out)
     record = run(tmp_path / "run", typed)
-    assert record["reused"] == []
-    assert not [p for p in out.rglob("*") if p.suffix in (".partial", ".work")]
+    assert finished.items() <= cached(out).items() and len(cached(out)) == 5
+    assert {"prune", "recover", "evaluate/base/digits_vqa", "evaluate/pruned/digits_vqa"} <= {*record["reused"]}
+    for stage in ("base", "pruned", "recovered"):
+        assert record["stages"][stage]["metrics"] == whole["stages"][stage]["metrics"]
+    left, right = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert (tmp_path / "run" / "plan.json").read_text() == (tmp_path / "whole" / "plan.json").read_text()
+    assert not [p for p in tmp_path.rglob("*") if p.suffix in (".partial", ".work", ".part")]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from efficientllava import pipeline
 from efficientllava.config import sweep_digest, typed
@@ -24,10 +25,7 @@ def model(tmp_path_factory):
 
 
 def command(model, output, *more):
-    typed = small(model, output, *BARE, *more)
-    return [
-        o for o in typed if not o.startswith(("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed", "recover."))
-    ]
+    return small(model, output, *BARE, *more)
 
 
 def test_a_sweep_is_named_by_what_was_typed(monkeypatch):
@@ -94,3 +92,30 @@ def test_the_pool_runs_a_sweep_and_the_same_command_fills_its_gaps(model, tmp_pa
     assert (folder / "0" / "results.json").stat().st_mtime_ns == times[0]
     assert "nothing to do" in (folder / "0" / "job.log").read_text()
     assert json.loads((folder / "1" / "results.json").read_text())["reused"] == ["prune"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("launcher", ["basic", "gpu_pool", "submitit_local"])
+def test_optuna_gets_the_optimised_metric_from_every_launcher(model, tmp_path, launcher):
+    for plugin in ("hydra_optuna_sweeper", "hydra_submitit_launcher"):
+        pytest.importorskip(f"hydra_plugins.{plugin}", reason="extra [sweep]")
+    line = [
+        *RUN,
+        "-m",
+        *command(model, tmp_path / "out", "sweep.name=mine", "keep=none", "prune.ratio=range(0.1,0.5,0.1)"),
+    ]
+    line += [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=2",
+        "hydra.sweeper.n_jobs=2",
+        "hydra.sweeper.sampler.seed=0",
+    ]
+    line += ["hydra.sweeper.direction=maximize", "optimized_metric=ratio.achieved", f"hydra/launcher={launcher}"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "sweeps" / "mine"
+    achieved = [json.loads((folder / str(n) / "results.json").read_text())["ratio"]["achieved"] for n in (0, 1)]
+    told = OmegaConf.load(folder / "optimization_results.yaml")
+    assert told.best_value == max(achieved) and (folder / "report.html").is_file()
+    assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -92,9 +92,9 @@ def report(folder: Path, metric: str | None = None) -> str:
         writer.writeheader()
         writer.writerows(table)
     panels = study.panels_of(runs, metric)
-    text = "\n".join([markdown(results, metric), *([study.markdown(panels)] if panels else [])])
-    (folder / "results.md").write_text(text, encoding="utf-8")
     arms = arms_of(runs)
+    text = "\n".join([markdown(arms, metric), *([study.markdown(panels)] if panels else [])])
+    (folder / "results.md").write_text(text, encoding="utf-8")
     plots = [*study.draw(panels), *draw(arms, metric)]
     text_of_page = page(folder, arms, metric, plots, advise(arms, metric))
     write_page(folder / "report.html", text_of_page, plots)

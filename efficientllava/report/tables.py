@@ -10,7 +10,8 @@ from rich import box
 from rich.table import Table
 
 from ..errors import UserError
-from ..results import STAGES, Results, find, is_score, last_stage, metric_keys
+from ..results import STAGES, Results, find, is_score, metric_keys
+from .runs import Arm, score_scale
 
 ABSENT = "-"
 LABELS = {
@@ -220,58 +221,39 @@ def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | Non
     return "\n".join(lines) or None
 
 
-def _runs_by_overrides(results: Sequence[Results]) -> dict[tuple[str, ...], list[Results]]:
-    """Runs that differ in nothing but the seed, in the order of first appearance."""
-    groups: dict[tuple[str, ...], list[Results]] = {}
-    for result in results:
-        key = tuple(sorted(item for item in result["overrides"] if not item.startswith("seed=")))
-        groups.setdefault(key, []).append(result)
-    return groups
-
-
-def _spread(values: Sequence[float | None], scale: float = 100, digits: int = 1) -> str:
+def _spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
     """Mean and, from two values on, the sample standard deviation."""
-    known = [scale * value for value in values if value is not None]
-    if not known:
+    if not values:
         return ABSENT
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    return mean if len(known) < 2 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
-def markdown(results: Sequence[Results], metric: str = "digits_vqa/accuracy") -> str:
+def markdown(arms: Sequence[Arm], metric: str = "digits_vqa/accuracy") -> str:
     """A table over runs: a row per configuration, mean ± sample standard deviation over its seeds.
 
     Args:
-        results: Contents of several ``results.json``.
+        arms: At least one.
         metric: ``task/metric`` to show for every stage, in percent where it is a share.
 
     Returns:
-        Markdown. Rows are named by the overrides in which the configurations differ.
+        Markdown. Rows are named by the settings in which the configurations differ.
 
     Raises:
-        UserError: If there are no results, or ``metric`` names no task.
+        UserError: If there are no arms, or ``metric`` names no task.
     """
-    if not results or "/" not in metric:
+    if not arms or "/" not in metric:
         raise UserError(
-            f"table of {len(results)} runs by {metric!r}: give at least one run and a metric like task/accuracy"
+            f"table of {len(arms)} arms by {metric!r}: give at least one run and a metric like task/accuracy"
         )
-    _, task, name = metric_keys(metric)
-    groups = _runs_by_overrides(results)
-    common = set.intersection(*(set(key) for key in groups))
-    known = [find(run["stages"], stage, "metrics", task, name) for run in results for stage in STAGES]
-    points = any(value is not None and value > 1 for value in known)
-    scores = (stage if points else f"{stage}, %" for stage in STAGES)
-    head = ["run", "seeds", "removed, %", *scores, "retained, %", "answer loss"]
+    (scale, unit), (_, task, name) = score_scale(arms, metric), metric_keys(metric)
+    head = ["run", "seeds", "removed, %", *(f"{stage}{unit}" for stage in STAGES), "retained, %", "answer loss"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
-    for key, runs in groups.items():
-        label = " ".join(item for item in key if item not in common) or "default"
-        last = [last_stage(run) for run in runs]
-        cells = [f"`{label}`", str(len({run["seed"] for run in runs}))]
-        cells.append(_spread([run["ratio"].get("achieved") for run in runs]))
-        for stage in STAGES:
-            values = [find(run["stages"], stage, "metrics", task, name) for run in runs]
-            cells.append(_spread(values, scale=1 if points else 100))
-        cells.append(_spread([find(stage, "retained", metric) for stage in last]))
-        cells.append(_spread([find(stage, "metrics", task, "answer_loss") for stage in last], scale=1, digits=3))
+    for arm in arms:
+        cells = [f"`{arm.label()}`", str(len({run.results["seed"] for run in arm.runs}))]
+        cells.append(_spread(arm.values("ratio", "achieved")))
+        cells += [_spread(arm.values("stages", stage, "metrics", task, name), scale) for stage in STAGES]
+        cells.append(_spread(arm.values("retained", metric, last=True)))
+        cells.append(_spread(arm.values("metrics", task, "answer_loss", last=True), scale=1, digits=3))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -1,11 +1,13 @@
 import io
 import re
 import statistics
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from efficientllava.errors import UserError
+from efficientllava.report.runs import Run, arms_of
 from efficientllava.report.tables import markdown, quantity, tabulate, tabulate_quantized
 from efficientllava.results import build
 
@@ -155,32 +157,37 @@ def test_quantities_have_three_digits(value, text):
     assert quantity(value) == text
 
 
+def arms(results):
+    configs = [dict(override.split("=") for override in each["overrides"]) for each in results]
+    return arms_of([Run(Path(), each, config) for each, config in zip(results, configs, strict=True)])
+
+
 def test_markdown_has_a_row_per_configuration_and_a_spread_over_seeds():
     runs = [
         make(recovered, seed, ["prune=widthwise", f"seed={seed}"]) for seed, recovered in enumerate([0.93, 0.95, 0.97])
     ]
     runs.append(make(0.7, 0, ["prune=layerwise"]))
-    head, rule, first, second = markdown(runs).splitlines()
+    head, rule, first, second = markdown(arms(runs)).splitlines()
     assert head.count("|") == rule.count("|") == first.count("|")
     cells = [cell.strip() for cell in first.strip("|").split("|")]
-    assert cells[:2] == ["`prune=widthwise`", "3"]
+    assert cells[:2] == ["`prune widthwise`", "3"]
     assert cells[5] == "95.0 ± 2.0"
     ratios = [100 * value / 0.975 for value in (0.93, 0.95, 0.97)]
     assert cells[6] == f"{statistics.fmean(ratios):.1f} ± {statistics.stdev(ratios):.1f}"
     cells = [cell.strip() for cell in second.strip("|").split("|")]
-    assert cells == ["`prune=layerwise`", "1", "50.0", "97.5", "80.0", "70.0", "71.8", "0.123"]
+    assert cells == ["`prune layerwise`", "1", "50.0", "97.5", "80.0", "70.0", "71.8", "0.123"]
 
 
 def test_markdown_names_rows_by_what_differs():
     runs = [make(overrides=["model=a", "prune.ratio=0.3"]), make(overrides=["model=a"])]
-    lines = markdown(runs).splitlines()
-    assert lines[2].startswith("| `prune.ratio=0.3` |") and lines[3].startswith("| `default` |")
+    lines = markdown(arms(runs)).splitlines()
+    assert lines[2].startswith("| `ratio 0.3` |") and lines[3].startswith("| `ratio None` |")
 
 
 @pytest.mark.parametrize(("runs", "metric"), [([], "digits_vqa/accuracy"), ([make()], "accuracy")])
 def test_markdown_of_nothing_is_a_user_error(runs, metric):
     with pytest.raises(UserError, match="at least one run"):
-        markdown(runs, metric)
+        markdown(arms(runs), metric)
 
 
 def test_quantized_copies_stand_below_their_stage_and_nowhere_else():
