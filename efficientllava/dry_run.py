@@ -64,7 +64,7 @@ def plan_job(settings: RunConfig, folder: Path) -> None:
     Raises:
         UserError: What the run itself would refuse for its sizes.
     """
-    from .pipeline import finished
+    from .identity import finished
 
     quiet_libraries()
     plan = forecast(settings)

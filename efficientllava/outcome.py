@@ -7,14 +7,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
-
-from hydra.core.utils import JobReturn, JobStatus
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from .errors import UserError, disk_full, memory_full
 
@@ -31,54 +23,28 @@ HINTS = (
 )
 _failed_jobs: list[int] = []
 _failure: list[BaseException] = []
-_sweeps: list[tuple[Path, ExitStack]] = []  # folders, and what the sweeps hold until they have ended
+_sweeps: list[Callable[[bool], None]] = []  # what ends each
 
 
-class ReportSweep(Callback):
-    """Hydra callback: a bad job of a sweep is reported when it ends, the others go on, and a page closes the sweep."""
-
-    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Remember where the sweep lies: Hydra does not say that it has ended where a job has failed."""
-        from .disk import at_work
-
-        held = ExitStack()
-        if not config.dry_run:
-            held.enter_context(at_work(Path(config.paths.cache_dir), clean=config.keep != "all"))
-        _sweeps.append((Path(config.hydra.sweep.dir), held))
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
-        """Print why a job of a sweep has failed; hand the failure of a single run to `exit_code`."""
-        if job_return.status != JobStatus.FAILED:
-            return
-        if config.hydra.mode != RunMode.MULTIRUN:
-            # Hydra would print its own line about the overrides before it raises the error.
-            _failure.append(job_return._return_value)
-            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
-            return
-        _failed_jobs.append(int(config.hydra.job.num))
-        for line in _lines(job_return._return_value):
-            print(f"error: job {config.hydra.job.num}: {line}", file=sys.stderr)
+def hand_over(error: BaseException) -> None:
+    """Keep the failure of a single run for `exit_code`: Hydra would print a line of its own before it raises it."""
+    _failure.append(error)
 
 
-class FailedJob(JobReturn):
-    """What is left of a job of a sweep that has failed in a process of its own; told when it is made.
+def job_failed(number: int, error: BaseException) -> None:
+    """Print why a job of a sweep has failed; the others go on."""
+    _failed_jobs.append(number)
+    for line in _lines(error):
+        print(f"error: job {number}: {line}", file=sys.stderr)
+
+
+def at_end(close: Callable[[bool], None]) -> None:
+    """Say what ends a sweep that has begun.
 
     Args:
-        number: Number of the job.
-        reason: Why it failed, in one line.
-        **known: Fields of Hydra's ``JobReturn``.
+        close: Called when its jobs have ended, with whether all of them have succeeded.
     """
-
-    def __init__(self, number: int, reason: str, **known: Any) -> None:
-        super().__init__(status=JobStatus.FAILED, **known)
-        self._return_value = UserError(f"job {number}: {reason}")
-        _failed_jobs.append(number)
-        print(f"error: job {number}: {reason}", file=sys.stderr)
-
-    @property
-    def return_value(self) -> Any:
-        """Never a value: asking for it raises the failure, without the line that Hydra would print first."""
-        raise self._return_value
+    _sweeps.append(close)
 
 
 def sweeping() -> bool:
@@ -105,7 +71,7 @@ def exit_code(main: Callable[[], object]) -> int:
         main()
         if _failure:
             raise _failure[0]
-        _close_sweep()
+        _close_sweeps()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
@@ -118,7 +84,7 @@ def exit_code(main: Callable[[], object]) -> int:
         if debug:
             raise
         if _failed_jobs:
-            _close_sweep()
+            _close_sweeps()
             print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
             return 1
         if any("torchvision::" in str(cause) for cause in _causes(error)):
@@ -134,22 +100,9 @@ def exit_code(main: Callable[[], object]) -> int:
     return 0
 
 
-def _close_sweep() -> None:
-    """Write table, plots and page of a sweep that has finished runs; a complete one lets go of the cache."""
-    for folder, held in _sweeps:
-        if not _failed_jobs:
-            held.close()
-        if "efficientllava.dry_run" in sys.modules:
-            from .dry_run import tell_sweep
-
-            tell_sweep(folder, folder.name)
-        if next(folder.glob("*/results.json"), None):
-            from .disk import alone_in
-            from .report.__main__ import report
-
-            with alone_in(folder, print):
-                report(folder)
-            print(f"table, plots and page of the sweep: {folder / 'report.html'}")
+def _close_sweeps() -> None:
+    for close in _sweeps:
+        close(not _failed_jobs)
 
 
 def _of_hydra(error: BaseException) -> bool:

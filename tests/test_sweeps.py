@@ -10,7 +10,7 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from efficientllava import pipeline
+from efficientllava import identity, pipeline
 from efficientllava.config import sweep_digest, typed
 from efficientllava.errors import UserError
 
@@ -53,7 +53,7 @@ def test_a_finished_run_is_recognised_and_a_changed_one_runs_again(model, tmp_pa
 
 def test_the_key_of_a_run_is_its_content_not_its_place(model, tmp_path):
     keys = [
-        pipeline.run_key(typed(composed(*command(model, output, *more))))
+        identity.run_key(typed(composed(*command(model, output, *more))))
         for output, *more in ((tmp_path / "a",), (tmp_path / "b", "sweep.name=x"), (tmp_path / "a", "prune.ratio=0.2"))
     ]
     assert keys[0] == keys[1] != keys[2]
@@ -63,9 +63,9 @@ def test_the_key_of_a_run_opens_no_data_that_no_stage_reads(model, tmp_path):
     file = tmp_path / "mine.json"
     common = ["data=conversations", f"data.path={file}", f"data.image_root={tmp_path}", "model=checkpoint"]
     common += [f"model.path={model}", "model.name=tiny", "evaluate=none", "prune=none"]
-    assert len(pipeline.run_key(typed(composed(*common, "recover=none")))) == 16
+    assert len(identity.run_key(typed(composed(*common, "recover=none")))) == 16
     with pytest.raises(UserError, match=r"mine\.json"):
-        pipeline.run_key(typed(composed(*common, "recover=sft")))
+        identity.run_key(typed(composed(*common, "recover=sft")))
 
 
 @pytest.mark.slow

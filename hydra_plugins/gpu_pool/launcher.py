@@ -127,8 +127,8 @@ def _visible_gpus() -> list[str]:
 
 
 def _result(config: DictConfig, entry: Ended) -> JobReturn:
-    from efficientllava.outcome import FailedJob
     from efficientllava.results import lookup, read
+    from efficientllava.sweep import FailedJob
 
     known = {"overrides": config.hydra.overrides.task, "cfg": config, "working_dir": str(entry.job.folder)}
     if entry.failed:
