@@ -127,9 +127,11 @@ def _value(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> Value |
 
 
 def _relative(column: dict[Any, Value], row: Any) -> dict[Any, Value]:
-    """A column in percent of one of its values; as it is where that is unknown."""
-    if row is None or row not in column:
+    """A column in percent of one of its values, without which nothing can be said."""
+    if row is None:
         return column
+    if row not in column:
+        return {}
     scale = 100 / column[row].mean
     return {
         key: value._replace(mean=scale * value.mean, spread=None if value.spread is None else scale * value.spread)
@@ -179,7 +181,7 @@ def _lines(panel: Panel) -> Iterator[str]:
 
 
 def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
-    """A plot per panel, beside the others of a report: ours solid, published dotted.
+    """A plot per panel, beside the others of a report: ours filled, published hollow.
 
     Args:
         panels: Output of `panels_of`.
@@ -197,11 +199,12 @@ def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
             if points:
                 ours, look = index < len(panel.ours), style(index)
                 line: dict[str, Any] = {"lw": 1.6} if ours else {"lw": 1.1, "ls": ":", "mfc": "white"}
+                line |= {"ls": "none"} if turned else {}  # arms have no order
                 x, y = [x for x, _ in points], [value.mean for _, value in points]
                 axes.errorbar(x, y, [value.spread or 0 for _, value in points], ms=4, capsize=2.5, **line, **look)
                 ends.append((x[-1], y[-1], title if ours else f"{title}, published", look["color"]))
         label_ends(axes, ends)
-        caption = f"Mean over seeds, one standard deviation; dotted: published ({panel.spec['source']})."
+        caption = f"Mean over seeds, one standard deviation; hollow: published ({panel.spec['source']})."
         yield Plot(
             f"{panel.experiment}_{panel.model}",
             f"{panel.experiment}, {panel.model}: beside what is published",
