@@ -19,14 +19,13 @@ from torch import nn
 from .card import model_card
 from .errors import UserError
 from .files import whole_folder
-from .hub import download, is_hub_id
+from .hub import download, local_folder, with_config
 from .models.anatomy import decoder_of
 from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol, with_system
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 from .schema import ModelConfig
 
-BUILTIN = "builtin:"
 PROVENANCE = "efficientllava.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD = "4GB"  # of weights per file; a file is copied to the host before it is written
@@ -114,34 +113,11 @@ def resolve(path: str, revision: str | None = None) -> Path:
             read_config(folder, path)
         folder = download(path, revision)
     with _of(path, folder):
-        folder = stock_folder(_with_config(folder, path))
+        folder = stock_folder(with_config(folder, path))
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
     with _of(path, folder):
         require_whole(folder)
-    return folder
-
-
-def local_folder(path: str) -> Path | None:
-    """The folder that a path names; None for a hub id.
-
-    Raises:
-        UserError: There is no such folder, or no config.json in it.
-    """
-    if path.startswith(BUILTIN):
-        folder = Path(__file__).parent / "assets" / path.removeprefix(BUILTIN)
-    else:
-        folder = Path(path).expanduser()
-        if is_hub_id(path):
-            return None
-    if not folder.is_dir():
-        raise UserError(f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
-    return _with_config(folder, path)
-
-
-def _with_config(folder: Path, path: str) -> Path:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained")
     return folder
 
 

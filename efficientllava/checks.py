@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 from omegaconf import MISSING
 
 from .data.sources import is_elsewhere
-from .errors import ConfigError
+from .errors import ConfigError, UserError
+from .hub import local_folder
 from .rules import EFFECTS, IMAGE_FOLDERS, RULES
 from .schema import JudgeConfig, RecoverConfig, RunConfig
 
@@ -187,6 +188,10 @@ def _paths(config: RunConfig) -> Iterator[str]:
         value = _value(config, key)
         if value is not None and not Path(value).expanduser().is_dir():
             yield f"{key}={value}: no such folder; give the folder that {purpose}"
+    try:
+        local_folder(config.model.path)
+    except UserError as error:
+        yield str(error)
     root = config.evaluate.root
     if root is not None and not Path(root).expanduser().exists():
         yield f"evaluate.root={root}: no such file or folder; give what holds the benchmark's rows"

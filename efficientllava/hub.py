@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .data.sources import BUILTIN
 from .errors import UserError, disk_full
 
 # What a checkpoint consists of; never weights in other formats. The prompt of InternVL stands in a Python file, which
@@ -26,6 +27,30 @@ def is_hub_id(path: str) -> bool:
     """Whether a path names a model of the hub, such as ``org/name``, and no folder that is there."""
     plain = path.count("/") == 1 and not path.startswith((".", "/", "~"))
     return plain and not Path(path).exists()
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder that a path names; None for a hub id.
+
+    Raises:
+        UserError: There is no such folder, or no config.json in it.
+    """
+    if path.startswith(BUILTIN):
+        folder = Path(__file__).parent / "assets" / path.removeprefix(BUILTIN)
+    else:
+        folder = Path(path).expanduser()
+        if is_hub_id(path):
+            return None
+    if not folder.is_dir():
+        raise UserError(f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name")
+    return with_config(folder, path)
+
+
+def with_config(folder: Path, path: str) -> Path:
+    """The folder itself, if it holds a ``config.json``; `path` is what the user typed."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained")
+    return folder
 
 
 def download(name: str, revision: str | None = None, files: list[str] | None = None) -> Path:

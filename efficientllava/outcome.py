@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import fields
+from difflib import get_close_matches
 
+from . import schema
 from .errors import UserError, disk_full, memory_full
 
 DEBUG = "HYDRA_FULL_ERROR"
@@ -122,7 +126,7 @@ def _lines(error: BaseException) -> Iterator[str]:
         yield from str(error).splitlines()
     elif _of_hydra(error):
         cause = f"\n{error.__cause__}" if error.__cause__ and _of_hydra(error.__cause__) else ""
-        yield f"{_one_line(f'{error}{cause}')}; --help and --cfg job show what there is"
+        yield f"{_one_line(f'{error}{cause}')}{_meant(str(error.__cause__))}; --help and --cfg job show what there is"
     elif disk_full(error):
         yield f"{getattr(error, 'filename', None) or 'writing'}: the disk is full; free some space and run again"
     elif memory_full(error):
@@ -132,6 +136,16 @@ def _lines(error: BaseException) -> Iterator[str]:
         )
     else:
         yield f"{type(error).__name__}: {_one_line(str(error))} (details: {_keep(error)})"
+
+
+def _meant(text: str) -> str:
+    """The keys that may have been meant by one that OmegaConf does not find."""
+    found = re.search(r"Key '(\w+)' not in '(\w+)'", text)
+    node = getattr(schema, found[2], None) if found else None
+    if not found or node is None:
+        return ""
+    keys = [field.name for field in fields(node)]
+    return f"; did you mean {' or '.join(get_close_matches(found[1], keys)) or 'one of ' + ', '.join(keys)}?"
 
 
 def _one_line(text: str) -> str:

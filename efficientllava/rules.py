@@ -137,7 +137,7 @@ RULES: dict[str, Rule] = {
     "evaluate.judge.retries": _number(0, None),
 }
 
-OF_FILES = ("path", "image_root", "group_by_modality_length")
+OF_FILES = ("path", "group_by_modality_length")
 
 
 def _reads_benchmarks(config: RunConfig) -> bool:
@@ -156,6 +156,11 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("model.revision", lambda c: is_hub_id(c.model.path), "it belongs to a hub id as model.path"),
     ("data.images", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
     ("data.test_questions", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
+    (
+        "data.image_root",
+        lambda c: c.data.name != "digits_vqa",
+        "choose data=conversations (the images of calibration.path start from calibration.image_root)",
+    ),
     *((f"data.{key}", lambda c: c.data.name != "digits_vqa", "choose data=conversations") for key in OF_FILES),
     ("data.group_by_modality_length", lambda c: c.recover.name != "none", "choose a recovery with recover="),
     ("calibration", lambda c: c.prune.method != "none", "choose a paradigm with prune="),

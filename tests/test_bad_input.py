@@ -172,7 +172,9 @@ def test_a_file_of_calibration_records_that_is_too_short(model, data, tmp_path):
     error = refused(model, tmp_path, f"calibration.path={short}", f"calibration.image_root={tmp_path}/images")
     assert error.exit_code == 2
     assert "calibration.samples=4: only 3 records" in str(error)
-    assert "ask for fewer" in str(error)
+    assert "in calibration.path; ask for fewer" in str(error)
+    error = refused(model, tmp_path, "calibration.samples=64")
+    assert "set aside for it (a tenth of the data); ask for fewer, or give a file of its own" in str(error)
     assert nothing_written(tmp_path)
 
 

@@ -95,7 +95,7 @@ def test_several_problems_come_at_once():
         (["recover=sft", "recover.kl=reverse"], "recover.kl"),
         (["recover=sft", "recover.teacher.path=x"], "recover.teacher.path"),
         (["recover.train=full", "recover.lora.r=4"], "recover.lora.r"),
-        (["model=checkpoint", "model.path=x", "data.path=x.json", "data.images=9"], "data.images"),
+        (["model=checkpoint", "model.path=org/x", "data.path=x.json", "data.images=9"], "data.images"),
     ],
 )
 def test_a_typed_key_without_effect_is_an_error(overrides, key):
@@ -142,8 +142,9 @@ def test_hidden_layers_are_last_all_or_indices(layers):
 
 
 def test_missing_files_and_folders_are_found_early(tmp_path):
-    found = problems("model=checkpoint", "model.path=x", "data.path=/no/such.json", f"data.image_root={tmp_path}/none")
-    assert [line.partition("=")[0] for line in found] == ["data.path", "data.image_root"]
+    typed = ("model.path=/no/such", "data.path=/no/such.json", f"data.image_root={tmp_path}/none")
+    found = problems("model=checkpoint", *typed)
+    assert [line.partition("=")[0] for line in found] == ["data.path", "data.image_root", "model.path"]
     (tmp_path / "file").write_text("")
     (line,) = problems(f"paths.output_dir={tmp_path}/file/deeper")
     assert "is a file" in line
@@ -151,9 +152,9 @@ def test_missing_files_and_folders_are_found_early(tmp_path):
 
 def test_a_missing_value_names_its_key():
     assert any(line.startswith("model.path: not set") for line in problems("model=checkpoint"))
-    (line,) = problems("model=checkpoint", "model.path=x")
+    (line,) = problems("model=checkpoint", "model.path=org/x")
     assert line.startswith("data.path: not set")
-    assert problems("model=checkpoint", "model.path=x", "prune=none", "recover=none") == []
+    assert problems("model=checkpoint", "model.path=org/x", "prune=none", "recover=none") == []
 
 
 def test_choosing_a_model_chooses_its_data_and_benchmarks():

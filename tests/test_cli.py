@@ -36,7 +36,9 @@ def errors(text):
     [
         (["prune=foo"], ["prune/foo", "layerwise", "widthwise"]),
         (["nogroup=foo"], ["nogroup"]),
-        (["prune.foo=3"], ["prune.foo", "Key 'foo' not in"]),
+        (["prune.foo=3"], ["prune.foo", "Key 'foo' not in", "did you mean one of name, method, ratio"]),
+        (["prune.ratoi=0.3"], ["prune.ratoi", "did you mean ratio?"]),
+        (["recovery=sft"], ["'recovery'", "did you mean recover"]),
         (["+prune.foo=3"], ["prune.foo: unknown key; remove it"]),
         (["prune.ratio=abc"], ["prune.ratio=abc", "could not be converted to Float"]),
         (["seed=1.5"], ["seed=1.5", "Integer"]),

@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from efficientllava.checkpoint import load, local_folder, stock_config
+from efficientllava.checkpoint import load, stock_config
 from efficientllava.config import typed
 from efficientllava.errors import UserError
 from efficientllava.evaluation.efficiency import parameters
 from efficientllava.forecast import meta_model
+from efficientllava.hub import local_folder
 from efficientllava.models import convert
 from efficientllava.models.anatomy import language_parameters, layers_of, projector_of
 from efficientllava.models.convert import layouts

@@ -157,9 +157,12 @@ def calibration_records(
         assert own is not None
         records = Subset(own, _rng(seed, "calibration").permutation(len(own)))
     if calibration.samples > len(records):
-        raise UserError(
-            f"calibration.samples={calibration.samples}: only {len(records)} records are there; ask for fewer"
+        there = (
+            "in calibration.path; ask for fewer"
+            if calibration.path
+            else "set aside for it (a tenth of the data); ask for fewer, or give a file of its own as calibration.path"
         )
+        raise UserError(f"calibration.samples={calibration.samples}: only {len(records)} records are {there}")
     if collate is None:
         return [records[index] for index in range(calibration.samples)]
     where = str(calibration.path or data.path or data.name)
