@@ -111,7 +111,8 @@ def quiet_libraries() -> None:
     # transformers' own validation reads the sizes of per-layer configurations and warns about itself.
     heterogeneity = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
     heterogeneity.addFilter(_is_no_validation)
-    # Deprecations inside the libraries, Lightning's views on loader workers and short epochs, and predictions returned on another way.
+    # Deprecations inside the libraries, Lightning's views on loader workers and short epochs, and predictions that are
+    # returned on another way.
     for message in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",

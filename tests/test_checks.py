@@ -70,7 +70,7 @@ def test_every_rule_names_a_key_of_the_schema():
             assert part in own, key
             node = own[part]
     for prefix, _, fix in EFFECTS:
-        assert OmegaConf.select(whole, prefix.rstrip("."), default="none") != "none", prefix
+        assert OmegaConf.select(whole, prefix.rstrip("."), default="absent") != "absent", prefix
         assert fix
 
 
