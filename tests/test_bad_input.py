@@ -71,7 +71,12 @@ def refused(model, tmp_path, *more):
 
 
 def nothing_written(tmp_path):
-    made = [p for name in ("run", "out") for p in (tmp_path / name).rglob("*") if p.is_file() and p.suffix != ".lock"]
+    made = [
+        p
+        for name in ("run", "out")
+        for p in (tmp_path / name).rglob("*")
+        if p.is_file() and not p.name.endswith(".lock")
+    ]
     return made == []
 
 
