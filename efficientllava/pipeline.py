@@ -52,6 +52,7 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
 
         (plan_job if sweeping() else dry_run)(settings, folder)
         return None
+    processes.on_gpu(settings.trainer)  # refuses what is not there
     alone = contextlib.nullcontext() if processes.launched() else disk.alone_in(folder, say)
     with alone, disk.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
         if settings.reuse and not processes.launched() and finished(settings, folder):
@@ -64,7 +65,6 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
 
 def _launch(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path:
     """Run all stages in as many processes as the trainer asks for; returns the folder, which is the first one's."""
-    processes.on_gpu(settings.trainer)  # refuses what is not there
     count = processes.wanted(settings.trainer)
     if count > 1 and not processes.launched():
         code = processes.relaunch(count, overrides, str(folder))

@@ -49,7 +49,7 @@ def test_the_module_is_plan_and_apply():
     )
     pruner = module()
     trainer.predict(pruner, return_predictions=False)
-    calibration = Calibration([collate(RECORDS[:5]), collate(RECORDS[5:10]), collate(RECORDS[10:])])
+    calibration = Calibration([collate([record]) for record in RECORDS])  # gradients are taken record by record
     model = make_model("llama_gqa")
     plan, report = make_plan(model, calibration, CONFIG)
     smaller, applied = apply_plan(model, plan, calibration, CONFIG)
@@ -79,15 +79,18 @@ def test_offload_keeps_the_model_out_of_lightnings_reach():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_batches_are_the_same_for_any_number_of_processes(world):
+@pytest.mark.parametrize(("importance", "size"), [("obs", 5), ("param_first", 1)])
+def test_batches_are_the_same_for_any_number_of_processes(world, importance, size):
     found = {}
     for rank in range(world):
-        pruner = module()
+        pruner = module(prune=replace(CONFIG, importance=importance))
         pruner._trainer = SimpleNamespace(global_rank=rank, world_size=world)  # pyright: ignore[reportAttributeAccessIssue]
         for position, batch in enumerate(pruner.predict_dataloader()):
             if batch:  # a process without a share gets one empty batch
                 found[rank + position * world] = batch["ids"]
-    assert [found[i] for i in range(3)] == [[str(i) for i in range(s, min(s + 5, 12))] for s in (0, 5, 10)]
+    assert [found[i] for i in range(len(found))] == [
+        [str(i) for i in range(start, min(start + size, 12))] for start in range(0, 12, size)
+    ]
 
 
 def work(rank: int, folder: str) -> None:
