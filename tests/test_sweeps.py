@@ -14,7 +14,7 @@ from efficientllava import identity, pipeline
 from efficientllava.config import sweep_digest, typed
 from efficientllava.errors import UserError
 
-from .runs import RUN, composed, run, save_tiny, small
+from .runs import ROOT, RUN, composed, run, save_tiny, small
 
 BARE = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "prune.selection=local")
 
@@ -112,7 +112,8 @@ def test_optuna_gets_the_optimised_metric_from_every_launcher(model, tmp_path, l
         "hydra.sweeper.sampler.seed=0",
     ]
     line += ["hydra.sweeper.direction=maximize", "optimized_metric=ratio.achieved", f"hydra/launcher={launcher}"]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # submitit's workers import the package, installed or not
+    done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "sweeps" / "mine"
     achieved = [json.loads((folder / str(n) / "results.json").read_text())["ratio"]["achieved"] for n in (0, 1)]
