@@ -13,7 +13,7 @@ from .runs import ROOT, composed
 GROUPS = sorted(p for p in (ROOT / "conf").iterdir() if p.is_dir())
 OPTIONS = [f"{group.name}={file.stem}" for group in GROUPS for file in sorted(group.glob("*.yaml"))]
 FILLED = {
-    "model=checkpoint": ["model.path=somewhere"],
+    "model=checkpoint": ["model.path=org/name"],
     "experiment=efficientllava_scienceqa": ["dry_run=true"],
 }
 
