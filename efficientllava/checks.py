@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from .data.sources import is_elsewhere
 from .errors import ConfigError, UserError
 from .hub import local_folder
-from .rules import EFFECTS, IMAGE_FOLDERS, RULES
+from .rules import EFFECTS, FOLLOWS, IMAGE_FOLDERS, RULES
 from .schema import JudgeConfig, RecoverConfig, RunConfig
 
 
@@ -44,6 +44,9 @@ def _value(config: Any, key: str) -> Any:
 def _ranges(config: Any, node: str = "") -> Iterator[str]:
     for key, (allowed, description) in RULES.items():
         value = _value(config, key.removeprefix(node)) if key.startswith(node) else None
+        followed = None if node else FOLLOWS.get(key)
+        if followed and value == _value(config, followed):
+            continue  # told where it comes from
         if value not in (None, MISSING) and not allowed(value):
             yield f"{key}={value}: must be {description}"
 

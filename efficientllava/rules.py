@@ -144,6 +144,9 @@ def _reads_benchmarks(config: RunConfig) -> bool:
     return any(task != "digits_vqa" for task in config.evaluate.tasks)
 
 
+# key -> the key of the same range whose value it takes where it is not typed
+FOLLOWS = {"recover.teacher.dtype": "model.dtype"}
+
 # (typed key or prefix, whether it has an effect, what would give it one)
 EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     (
