@@ -205,17 +205,30 @@ def _pruning(plan: Forecast) -> float:
 
 def _records(plan: Forecast) -> tuple[int, int] | None:
     """Distinct records of the recovery, and how many it sees with repetition; None where the data's size is unknown."""
-    settings, data, config = plan.settings, plan.settings.data, plan.settings.recover
+    settings, data = plan.settings, plan.settings.data
     drawn = record_count(data, settings.data_frac)
     if drawn is None and data.name in RECORDS:
         drawn = max(1, round(settings.data_frac * RECORDS[data.name]))
+    size, steps = schedule(plan, drawn)
+    if steps is None:
+        return None
+    seen = steps * size
+    return seen if drawn is None else min(drawn, seen), seen
+
+
+def schedule(plan: Forecast, drawn: int | None) -> tuple[int, int | None]:
+    """Records of an optimiser step of the recovery, on all processes, and its number of steps.
+
+    Args:
+        plan: What the run makes.
+        drawn: Records that it trains on; None: unknown, and so is the number of steps where the epochs decide it.
+    """
+    config, data = plan.settings.recover, plan.settings.data
     accumulate = accumulation(data.batch_size, data.global_batch_size, plan.processes)
-    size = accumulate * data.batch_size * plan.processes
-    if drawn is None:
-        return None if config.steps is None else (config.steps * size, config.steps * size)
-    batches = -(-drawn // (data.batch_size * plan.processes))
-    seen = optimiser_steps(config.steps, config.epochs, batches, accumulate) * size
-    return min(drawn, seen), seen
+    together, steps = data.batch_size * plan.processes, config.steps
+    if drawn is not None:
+        steps = optimiser_steps(config.steps, config.epochs, -(-drawn // together), accumulate)
+    return accumulate * together, steps
 
 
 def _training(plan: Forecast) -> float:

@@ -47,16 +47,20 @@ def require_space(folder: Path, needed: int, what: str, fix: str = FIX) -> int:
     return free
 
 
+def made(settings: RunConfig) -> list[str]:
+    """Names of the checkpoints that a run makes, in their order."""
+    stages = {"pruned": settings.prune.method != "none", "recovered": settings.recover.name != "none"}
+    return [name for name, asked in stages.items() if asked]
+
+
 def staying(settings: RunConfig) -> tuple[str, ...]:
     """Names of the checkpoints that a run's folder holds in the end."""
-    made = ["pruned"] if settings.prune.method != "none" else []
-    made += ["recovered"] if settings.recover.name != "none" else []
-    return chosen(made, settings.keep)
+    return chosen(made(settings), settings.keep)
 
 
-def chosen(made: Sequence[str], keep: str) -> tuple[str, ...]:
+def chosen(names: Sequence[str], keep: str) -> tuple[str, ...]:
     """Those of a run's checkpoints, in their order, that stay."""
-    return tuple({"all": made, "recovered": made[-1:], "none": ()}[keep])
+    return tuple({"all": names, "recovered": names[-1:], "none": ()}[keep])
 
 
 def tidy(folder: Path, keep: str) -> None:
@@ -66,8 +70,8 @@ def tidy(folder: Path, keep: str) -> None:
         folder: The run's folder.
         keep: See `efficientllava.schema.RunConfig`.
     """
-    made = [name for name in ("pruned", "recovered") if (folder / name).is_dir()]
-    for name in {*made} - {*chosen(made, keep)}:
+    there = [name for name in ("pruned", "recovered") if (folder / name).is_dir()]
+    for name in {*there} - {*chosen(there, keep)}:
         discard(folder / name)
 
 

@@ -14,14 +14,14 @@ from rich import box
 from rich.table import Table
 
 from .console import quiet_libraries, say
-from .cost import ANSWER, REACHED, Device, Job, Work, device_of, disk_of, distinct, tokens_of, works
+from .cost import ANSWER, REACHED, Device, Job, Work, device_of, disk_of, distinct, schedule, tokens_of, works
 from .data.splits import record_count
+from .disk import made
 from .evaluation.efficiency import sizes
 from .files import whole_file
 from .forecast import Forecast, forecast, shape_of, weight_bytes
 from .memory import describe, stage_memory
 from .recovery.objective import describe as describe_loss
-from .recovery.recover import accumulation, optimiser_steps
 from .report.tables import percent, quantity, tabulate
 from .schema import RunConfig
 
@@ -147,9 +147,7 @@ def _hours(value: float | None) -> str:
 def report(plan: Forecast) -> dict[str, Any]:
     """Everything that is known of a run before it starts, as plain JSON values; keys as in ``results.json``."""
     settings, outline = plan.settings, plan.plan
-    stages = {"base": plan.base}
-    stages |= {"pruned": plan.pruned} if settings.prune.method != "none" else {}
-    stages |= {"recovered": plan.pruned} if settings.recover.name != "none" else {}
+    stages = {"base": plan.base, **dict.fromkeys(made(settings), plan.pruned)}
     nominal = settings.prune.share if settings.prune.share is not None else settings.prune.drop_layers
     low, high = outline.achieved
     memory = stage_memory(plan)
@@ -185,19 +183,14 @@ def report(plan: Forecast) -> dict[str, Any]:
 
 
 def _recovery(plan: Forecast) -> dict[str, Any]:
-    settings, config, data = plan.settings, plan.settings.recover, plan.settings.data
-    samples = record_count(data, settings.data_frac)
-    accumulate = accumulation(data.batch_size, data.global_batch_size, plan.processes)
-    steps = config.steps
-    if samples is not None:
-        batches = -(-samples // (data.batch_size * plan.processes))
-        steps = optimiser_steps(config.steps, config.epochs, batches, accumulate)
+    config, samples = plan.settings.recover, record_count(plan.settings.data, plan.settings.data_frac)
+    size, steps = schedule(plan, samples)
     return {
         "loss": describe_loss(config),
         "train": config.train,
         "trainable_parameters": plan.training[0],
         "samples": samples,
-        "global_batch_size": accumulate * data.batch_size * plan.processes,
+        "global_batch_size": size,
         "steps": steps,
     }
 
