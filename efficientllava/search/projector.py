@@ -69,12 +69,6 @@ def assembled(model: nn.Module, table: Components, policy: Policy) -> Iterator[N
             layer.self_attn, layer.mlp = attention, mlp
 
 
-def supervised_logits(model: nn.Module, batch: Batch, features: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits at the positions that predict a supervised token, ``(count, vocab)`` in fp32, and these tokens."""
-    mask, targets = supervised_positions(batch["labels"])
-    return model.lm_head(forward_hidden(model, batch, features)[mask]).float(), targets  # pyright: ignore[reportCallIssue]
-
-
 def evolve_projector(
     model: nn.Module,
     table: Components,
