@@ -230,6 +230,9 @@ def load(
     folder = resolve(path, revision)
     config, storage = read_config(folder, path)
     processor = _processor(folder, path, protocol)
+    # Many a tokenizer knows no limit; the decoder's positions are one.
+    limit = getattr(config.get_text_config(), "max_position_embeddings", processor.tokenizer.model_max_length)
+    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, limit)
     if system is not None:
         processor.chat_template = with_system(processor, system)
     with _load_report() as report:

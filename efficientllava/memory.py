@@ -95,7 +95,7 @@ def stage_memory(plan: Forecast, tokens: int | None = None) -> dict[str, StageMe
 
 def _record(plan: Forecast, tokens: int | None = None) -> _Record:
     config: Any = plan.base.config
-    tokens = tokens or min(plan.settings.data.max_length or LONGEST, context_of(plan.base))
+    tokens = tokens or plan.settings.data.max_length or min(LONGEST, context_of(plan.base))
     # Models that cut an image into tiles may fill a record with them.
     images = max(1, tokens // config.image_seq_length) if config.model_type == "internvl" else 1
     return _Record(tokens, images)

@@ -295,3 +295,10 @@ def test_saving_in_another_type_holds_no_second_copy(tmp_path):
         assert torch.equal(tensor, before[name]), name
     (file,) = (tmp_path / "half").glob("*.safetensors")
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+
+
+@pytest.mark.parametrize(("said", "limit"), [(10**30, 512), (100, 100)])
+def test_prompts_end_where_the_decoder_or_its_tokenizer_does(broken, said, limit):
+    file = broken / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": said}))
+    assert store.load(str(broken)).processor.tokenizer.model_max_length == limit

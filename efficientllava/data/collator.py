@@ -170,7 +170,7 @@ class Collator:
         ids, labels, ends, after = list(encoded.ids), list(encoded.labels), list(encoded.ends), 0
         # From the last to the first, so that the earlier positions stay true.
         for at, image in zip(reversed(encoded.images_at), reversed(images), strict=True):
-            tokens = self.prompts.expansion(image, len(images))
+            tokens = self.prompts.expansion(image, len(images), record.id)
             ids[at : at + 1] = tokens
             labels[at : at + 1] = [IGNORE] * len(tokens)
             ends = [end + len(tokens) - 1 if end > at else end for end in ends]
@@ -239,7 +239,7 @@ class GenerationCollator:
                 history = (turn,) if record.independent else record.turns[: index + 1]
                 seen = images if turn.sees_image or not record.independent else []
                 seen = seen if record.independent else seen[: images_of(history, record.turns, len(images))]
-                rows.append(self._ids(history, seen, len(images)))
+                rows.append(self._ids(record, history, seen, len(images)))
                 asked.append((record, turn))
                 shown.append(_show(record, seen))
         batch = _tokens(self.prompts, rows, left=True) | _images(self.prompts, shown)
@@ -247,8 +247,8 @@ class GenerationCollator:
         batch |= {"kinds": [turn.kind for _, turn in asked], "answers": [turn.answer for _, turn in asked]}
         return batch
 
-    def _ids(self, turns: Sequence[Turn], images: list[Image.Image], share: int) -> list[int]:
+    def _ids(self, record: Record, turns: Sequence[Turn], images: list[Image.Image], share: int) -> list[int]:
         ids, _ = self.prompts.tokenize(self.prompts.render(turns, len(images), True))
         for at, image in zip(reversed(self.prompts.placeholders(ids, len(images))), reversed(images), strict=True):
-            ids[at : at + 1] = self.prompts.expansion(image, share)
+            ids[at : at + 1] = self.prompts.expansion(image, share, record.id)
         return ids

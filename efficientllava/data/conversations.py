@@ -120,6 +120,6 @@ def _opened(image: AnyImage, name: str) -> Image.Image:
             f"record {name!r}: image {str(image)!r} does not exist; restore it or drop the record"
         ) from error
     # Pillow's decoders raise SyntaxError and ValueError on broken files as well.
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         shown = f"image {str(image)!r}" if isinstance(image, Path) else "its image"
         raise UserError(f"record {name!r}: {shown} cannot be read ({error}); repair it or drop the record") from error

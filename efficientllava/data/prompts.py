@@ -179,18 +179,28 @@ class Prompts:
             )
         return found
 
-    def expansion(self, image: Image.Image, share: int = 1) -> tuple[int, ...]:
+    def expansion(self, image: Image.Image, share: int, record: str) -> tuple[int, ...]:
         """Token ids that stand for the placeholder of an image of this size.
 
         Args:
             image: The image.
             share: Number of images of its record, which share the tiles that a single one may have.
+            record: Id of the record, for messages.
+
+        Raises:
+            UserError: If the processor refuses an image of this shape.
         """
         key = (*image.size, share)
         if key not in self._expansions:
-            out = self.processor(
-                images=[image], text=[self.image_token], add_special_tokens=False, **self._tiles(share)
-            )
+            try:
+                out = self.processor(
+                    images=[image], text=[self.image_token], add_special_tokens=False, **self._tiles(share)
+                )
+            except ValueError as error:  # Qwen's, of an image that is more than 200 times as long as wide
+                raise UserError(
+                    f"record {record!r}: the model's processor refuses its image of {image.width} x {image.height} "
+                    f"pixels ({error}); crop it or drop the record"
+                ) from error
             ids = [int(token) for token in out["input_ids"][0]]
             # The line breaks around an image are part of the text, whose tokens they may join.
             before, after = (len(self.tokenizer(gap, add_special_tokens=False)["input_ids"]) for gap in self._gaps)

@@ -115,6 +115,9 @@ def _content(content: Any, name: str, images: list[Any]) -> str:
 def _placed(questions: Sequence[str], images: int, name: str) -> list[tuple[str, list[int]]]:
     """Questions without tags, each with the places of its images; see `row_of`."""
     counts = [question.count(TAG) for question in questions]
+    # Inside a line, in a text about XML say, it is no image's.
+    if not images and any(TAG in question.splitlines() for question in questions):
+        raise BadRecordError(f"record {name!r}: a question shows {TAG}, but neither 'image' nor 'images' names a file")
     if images > 1 and sum(counts) not in (0, images):
         raise BadRecordError(f"record {name!r}: {images} images, but {sum(counts)} tags {TAG} in its questions")
     if images > 1 and sum(counts):

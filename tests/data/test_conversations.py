@@ -84,6 +84,11 @@ def test_several_images_stand_where_their_tags_do(folder: Path) -> None:
     assert third.turns == (Turn("same?", "no"),)
 
 
+def test_a_tag_inside_a_line_of_a_text_is_no_image(folder: Path) -> None:
+    (record,) = read_conversations(write(folder, [{"conversations": talk("close <image> in XML", "with a slash")}]))
+    assert (record.images, record.turns[0].question) == ((), "close  in XML")
+
+
 def test_leading_answer_is_dropped_and_repeated_ids_are_numbered(folder: Path) -> None:
     leading = {"id": "y", "conversations": [{"from": "gpt", "value": "hm"}, *talk("hello", "hi")]}
     records = read_conversations(write(folder, [*GOOD, leading]))
@@ -98,6 +103,7 @@ BAD = {
     "neither 'conversations'": {"image": "coco/a.png"},
     "2 images, but 1 tags": {"image": ["coco/a.png", "coco/a.png"], "conversations": talk("<image> a", "b")},
     "image is a int": {"image": 3, "conversations": talk("a", "b")},
+    "shows <image>, but neither": {"img": "coco/a.png", "conversations": talk("<image>\nwhat?", "b")},
     "an empty answer": {"conversations": talk("a", " ")},
     "instead of an object": "text",
 }
@@ -145,3 +151,9 @@ def test_broken_image_is_named_when_it_is_opened(folder: Path) -> None:
     record = read_conversations(write(folder, GOOD))[0]
     with pytest.raises(UserError, match=r"record 'x': image .*a.png' cannot be read"):
         open_image(record)
+
+
+def test_an_image_that_is_a_decompression_bomb_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(UserError, match=r"record 'x': image .*a.png' cannot be read .*48 pixels.* exceeds"):
+        open_image(read_conversations(write(folder, GOOD))[0])

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from efficientllava.checkpoint import Checkpoint, load, save
-from efficientllava.data.collator import GenerationCollator, prompt
+from efficientllava.data.collator import Collator, GenerationCollator, prompt
 from efficientllava.errors import UserError
 from efficientllava.evaluation.generation import generate
 from efficientllava.models.anatomy import language_parameters, layers_of, pinned_layers, projector_of
@@ -25,7 +25,18 @@ from efficientllava.pruning.surgery import cut
 from efficientllava.recovery.recover import recover
 from efficientllava.schema import PruneConfig, RecoverConfig, WeightsConfig
 
-from .families import BUILDERS, CHANNELS, GROUPS, IMAGE, LAYERS, make, make_batch, make_records, without_num2words  # noqa: F401
+from .families import (
+    BUILDERS,
+    CHANNELS,
+    GROUPS,
+    IMAGE,
+    LAYERS,
+    make,
+    make_batch,
+    make_records,
+    picture,
+    without_num2words,  # noqa: F401
+)
 
 STOCK_ONLY = ("qwen2_5_vl",)
 # The stock configuration takes hidden size / heads for a head's width, so the rotary factors do not fit fewer heads.
@@ -144,6 +155,14 @@ def ask(model: Any, processor: Any) -> None:
         longer = {**inputs, "input_ids": out[:, :-1], "attention_mask": torch.ones_like(out[:, :-1])}
         logits = model(**stock_inputs(model, longer)).logits[0]
         assert torch.equal(logits[length - 1 :].argmax(-1), out[0, length:])
+
+
+@pytest.mark.parametrize("collate", [Collator, GenerationCollator])
+def test_an_image_that_the_processor_refuses_is_named(collate):
+    _, processor = make("qwen2_5_vl")
+    record = replace(make_records()[0], image=picture(900, 4))
+    with pytest.raises(UserError, match=r"record '0/wide': .* refuses its image of 900 x 4 pixels \(absolute aspect"):
+        collate(processor)([record])
 
 
 def test_layers_that_deepstack_feeds_stay():

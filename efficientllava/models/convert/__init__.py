@@ -168,7 +168,6 @@ def _described(source: Path, layout: Layout, raw: Mapping[str, Any]) -> tuple[An
     try:
         tokenizer = _tokenizer(layout, source)
         config = layout.build(raw, _text_config(layout, raw, len(tokenizer)), stored)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: config.json lacks or mistakes a field ({reason}); get the original file") from error

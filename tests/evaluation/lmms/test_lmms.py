@@ -153,7 +153,7 @@ def test_questions_about_several_images(checkpoint, digits):
     batch = model._prompts([model._record(*_request(texts[0], 0).args)])
     shown = (batch["input_ids"][0] == checkpoint.processor.image_token_id).int()
     assert batch["image_tiles"] == [1, 1] and len(batch["pixel_values"]) == 2
-    assert shown.sum() == 2 * len(model._prompts.prompts.expansion(first))
+    assert shown.sum() == 2 * len(model._prompts.prompts.expansion(first, 1, "r"))
     assert (shown.diff() == 1).sum() == 2, "the images stand where the text says"
 
 
