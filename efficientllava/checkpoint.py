@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
@@ -19,17 +18,15 @@ from torch import nn
 from .card import model_card
 from .errors import UserError
 from .files import whole_folder
-from .hub import download, local_folder, with_config
+from .hub import PROVENANCE, digest, download, local_folder, with_config
 from .models.anatomy import decoder_of
 from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol, with_system
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 from .schema import ModelConfig
 
-PROVENANCE = "efficientllava.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD = "4GB"  # of weights per file; a file is copied to the host before it is written
-SAMPLED = 64  # blocks of 1 MiB that the digest of a large weight file reads
 
 
 @dataclass
@@ -314,32 +311,6 @@ def _load_report() -> Iterator[list[str]]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def digest(folder: Path) -> str:
-    """Content digest of a checkpoint folder; computed once per process for files that stay as they are.
-
-    Small files are read whole. Of a weight file above `SAMPLED` MiB the size, the header and evenly spread blocks are.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".jinja", ".model"))
-    stats = [(file, file.stat()) for file in files if file.name != PROVENANCE]
-    return _digest(tuple((file, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats))
-
-
-@functools.lru_cache(maxsize=16)
-def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for file, size, *_ in files:
-        total.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as handle:
-            block = 1 << 20
-            for start in range(0, size, block if size <= SAMPLED * block else size // SAMPLED):
-                handle.seek(start)
-                total.update(handle.read(block))
-    return total.hexdigest()
 
 
 @torch.no_grad()

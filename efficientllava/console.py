@@ -60,8 +60,9 @@ def jobs_table() -> Iterator[Show]:
         for entry in state.ended:
             if entry.job.number not in told:
                 told.add(entry.job.number)
-                how = "[red]failed[/red]" if entry.failed else "done"
-                text = f"job {entry.job.number} {how} after {_duration(entry.seconds)}  {escape(entry.job.name)}"
+                how = f"{'[red]failed[/red]' if entry.failed else 'done'} after {_duration(entry.seconds)}"
+                how = "was finished" if entry.before else how
+                text = f"job {entry.job.number} {how}  {escape(entry.job.name)}"
                 console.print(f"{text}  ({len(told)}/{state.total}{_left(state)})")
 
     if not console.is_terminal:

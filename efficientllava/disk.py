@@ -63,15 +63,20 @@ def chosen(names: Sequence[str], keep: str) -> tuple[str, ...]:
     return tuple({"all": names, "recovered": names[-1:], "none": ()}[keep])
 
 
-def tidy(folder: Path, keep: str) -> None:
-    """Remove the checkpoints that do not stay from the folder of a finished run.
+def surplus(folder: Path, keep: str) -> list[str]:
+    """Names of the checkpoints in the folder of a finished run that do not stay.
 
     Args:
         folder: The run's folder.
         keep: See `efficientllava.schema.RunConfig`.
     """
     there = [name for name in ("pruned", "recovered") if (folder / name).is_dir()]
-    for name in {*there} - {*chosen(there, keep)}:
+    return sorted({*there} - {*chosen(there, keep)})
+
+
+def tidy(folder: Path, keep: str) -> None:
+    """Remove them; see `surplus`."""
+    for name in surplus(folder, keep):
         discard(folder / name)
 
 

@@ -1,7 +1,9 @@
-"""Checkpoints on the Hugging Face hub: fetched without any code, and every refusal in one line that names the fix."""
+"""Folders of checkpoints, here or fetched from the Hugging Face hub without any code; torch is not needed for that."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from pathlib import Path
 
 from .data.sources import BUILTIN
@@ -10,6 +12,10 @@ from .errors import UserError, disk_full
 # What a checkpoint consists of; never weights in other formats. The prompt of InternVL stands in a Python file, which
 # is read and not run.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "conversation.py"]
+# Suffixes of what decides how a checkpoint computes, those of original layouts included.
+CONTENT = (".json", ".safetensors", ".bin", ".jinja", ".model", ".py")
+PROVENANCE = "efficientllava.json"
+SAMPLED = 64  # blocks of 1 MiB that the digest of a large weight file reads
 REFUSALS = {
     "GatedRepoError": "its owners ask for consent; accept their terms at https://huggingface.co/{name}, then log in "
     "with hf auth login",
@@ -81,3 +87,42 @@ def download(name: str, revision: str | None = None, files: list[str] | None = N
         text = known or "cannot be fetched from the hub ({reason}); check the name and the network, or give a folder"
         raise UserError(f"model.path={name}: {text.format(name=name, revision=revision, reason=reason)}") from error
     return Path(folder)
+
+
+def source_folder(path: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint as it was published, which may be of a layout that is converted before it is used.
+
+    Args:
+        path: A folder, a hub id, or ``builtin:<name>``.
+        revision: Hub revision.
+
+    Raises:
+        UserError: There is no such folder, or it cannot be fetched.
+    """
+    return local_folder(path) or download(path, revision)
+
+
+def digest(folder: Path) -> str:
+    """Content digest of a checkpoint folder; computed once per process for files that stay as they are.
+
+    Small files are read whole. Of a weight file above `SAMPLED` MiB the size, the header and evenly spread blocks are.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    files = sorted(p for p in folder.iterdir() if p.suffix in CONTENT)
+    stats = [(file, file.stat()) for file in files if file.name != PROVENANCE]
+    return _digest(tuple((file, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats))
+
+
+@functools.lru_cache(maxsize=16)
+def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for file, size, *_ in files:
+        total.update(f"{file.name}:{size}\n".encode())
+        with file.open("rb") as handle:
+            block = 1 << 20
+            for start in range(0, size, block if size <= SAMPLED * block else size // SAMPLED):
+                handle.seek(start)
+                total.update(handle.read(block))
+    return total.hexdigest()

@@ -1,4 +1,7 @@
-"""What a run is, wherever it lies: the digest of all that decides its numbers, and whether a folder holds them."""
+"""What a run is, wherever it lies: the digest of all that decides its numbers, and whether a folder holds them.
+
+torch is not imported: a sweep whose jobs are finished ends in the time that their configurations take.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,15 @@ def run_key(settings: RunConfig) -> str:
     Args:
         settings: The checked configuration.
     """
-    from .checkpoint import digest as digest_of
-    from .checkpoint import resolve
     from .data.splits import sources_digest
+    from .hub import digest as digest_of
+    from .hub import source_folder
 
     files = sources_digest(settings)
-    models = [digest_of(resolve(settings.model.path, settings.model.revision))]
+    models = [digest_of(source_folder(settings.model.path, settings.model.revision))]
     teacher = settings.recover.teacher
     if settings.recover.name != "none" and teacher.path:
-        models.append(digest_of(resolve(teacher.path, teacher.revision)))
+        models.append(digest_of(source_folder(teacher.path, teacher.revision)))
     return digest([settings_key(settings), files, models])
 
 
@@ -52,6 +55,16 @@ def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:
     if not file.exists() or not all((folder / name).is_dir() for name in disk.staying(settings)):
         return False
     results = read(file)
-    if dry:
-        return results.get("settings_key") == settings_key(settings)
-    return results.get("run_key") == run_key(settings)
+    # Model and data, which are many files, are looked at where all else agrees.
+    same = results.get("settings_key") == settings_key(settings)
+    return same and (dry or results.get("run_key") == run_key(settings))
+
+
+def nothing_to_do(settings: RunConfig, folder: Path) -> bool:
+    """Whether a run can be left as it is: it is finished, and nothing has to be removed.
+
+    Args:
+        settings: The checked configuration.
+        folder: The run's folder.
+    """
+    return settings.reuse and finished(settings, folder) and not disk.surplus(folder, settings.keep)

@@ -18,7 +18,7 @@ from .config import typed
 from .console import say
 from .curves import read_curve
 from .errors import UserError
-from .identity import finished, run_key, settings_key
+from .identity import finished, nothing_to_do, run_key, settings_key
 from .outcome import sweeping
 from .schema import RunConfig
 from .stages.context import Context
@@ -52,15 +52,28 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
 
         (plan_job if sweeping() else dry_run)(settings, folder)
         return None
+    if processes.launched() or not nothing_to_do(settings, folder):
+        folder = _work(settings, folder, overrides)
+    else:
+        _tell_finished(folder)
+    return _objective(settings, folder)
+
+
+def _work(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path:
+    """Run all stages, alone in the folder; returns it, or that of the first of several processes."""
     processes.on_gpu(settings.trainer)  # refuses what is not there
     alone = contextlib.nullcontext() if processes.launched() else disk.alone_in(folder, say)
     with alone, disk.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
+        # Another process may have been at work until now.
         if settings.reuse and not processes.launched() and finished(settings, folder):
-            say(f"{folder} is finished: nothing to do (reuse=false does it again)")
+            _tell_finished(folder)
             disk.tidy(folder, settings.keep)
-        else:
-            folder = _launch(settings, folder, overrides)
-    return _objective(settings, folder)
+            return folder
+        return _launch(settings, folder, overrides)
+
+
+def _tell_finished(folder: Path) -> None:
+    say(f"{folder} is finished: nothing to do (reuse=false does it again)")
 
 
 def _launch(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path:

@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,12 +70,14 @@ class Ended:
         code: Exit code, 0 for success; negative: the signal that ended it.
         seconds: How long it took.
         hung: Whether it was ended because it took too long.
+        before: Whether it was finished before and no process was started.
     """
 
     job: Job
-    code: int
-    seconds: float
+    code: int = 0
+    seconds: float = 0.0
     hung: bool = False
+    before: bool = False
 
     @property
     def failed(self) -> bool:
@@ -118,7 +120,7 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """Estimate from the jobs that have succeeded; None before the first."""
-        took = [entry.seconds for entry in self.ended if not entry.failed]
+        took = [entry.seconds for entry in self.ended if not (entry.failed or entry.before)]
         if not took:
             return None
         mean, now = sum(took) / len(took), time.monotonic()
@@ -172,14 +174,16 @@ def run_jobs(
     slots: Sequence[Mapping[str, str]],
     timeout: float | None = None,
     show: Show = lambda _: None,
+    finished: Collection[int] = (),
 ) -> list[Ended]:
     """Run all jobs, as many at once as there are slots; a failed one stops no other.
 
     Args:
         jobs: What to run, in this order.
-        slots: What to add to the environment of a job, per slot; at least one.
+        slots: What to add to the environment of a job, per slot; at least one where there is something to do.
         timeout: Seconds after which a job is ended; None: never.
         show: Called whenever a job has started or ended, and about every second.
+        finished: Numbers of jobs for which nothing is left to do: no process is started.
 
     Returns:
         One result per job, in the order of the jobs.
@@ -187,10 +191,12 @@ def run_jobs(
     Raises:
         KeyboardInterrupt: After all jobs at work have been ended.
     """
-    waiting, free = list(reversed(jobs)), list(reversed(range(len(slots))))
+    waiting = [job for job in reversed(jobs) if job.number not in finished]
+    free = list(reversed(range(len(slots))))
     running: list[Running] = []
-    ended: list[Ended] = []
-    shown = 0.0
+    ended = [Ended(job, before=True) for job in jobs if job.number in finished]
+    show(Progress(len(jobs), (), tuple(ended), len(slots)))
+    shown = time.monotonic()
     with _ending(running):
         while waiting or running:
             changed = False

@@ -1,4 +1,7 @@
-"""Several processes: one folder, sums over ranks, one voice."""
+"""Several processes: one folder, sums over ranks, one voice.
+
+torch is imported by those who need it: the process of a sweep, which computes nothing, starts without.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .outcome import TRACEBACKS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GRACE = 10.0  # seconds between the failure of one process and the end of the others
 
@@ -33,6 +35,8 @@ def wanted(trainer: Mapping[str, Any], planned: bool = False) -> int:
     if isinstance(devices, (list, tuple)):
         return len(devices)
     if str(devices) in ("auto", "-1"):
+        import torch
+
         parallel = str(trainer.get("strategy", "auto")) != "auto"
         return torch.cuda.device_count() if parallel and on_gpu(trainer, planned) else 1
     return int(devices)
@@ -48,6 +52,8 @@ def on_gpu(trainer: Mapping[str, Any], planned: bool = False) -> bool:
     Raises:
         UserError: It insists on GPUs, or shards over them, and there is none.
     """
+    import torch
+
     accelerator, found = str(trainer.get("accelerator", "auto")), torch.cuda.is_available()
     if planned and accelerator in ("gpu", "cuda"):
         return True
@@ -81,6 +87,8 @@ def relaunch(processes: int, overrides: Sequence[str], output_dir: str) -> int:
     Returns:
         Exit code of the run.
     """
+    import torch
+
     # A sweep's job must not start the sweep again.
     command = [sys.executable, sys.argv[0], *overrides, "hydra.mode=RUN", f"hydra.run.dir={output_dir}"]
     own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // processes))}
@@ -144,49 +152,62 @@ def connect(trainer: Mapping[str, Any]) -> None:
     Args:
         trainer: The trainer node; decides between NCCL and Gloo.
     """
-    if launched() and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+    if launched() and int(os.environ["WORLD_SIZE"]) > 1 and not _group():
+        import torch
+        import torch.distributed as dist
+
         if on_gpu(trainer):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if on_gpu(trainer) else "gloo")
 
 
+def _group() -> Any:
+    """``torch.distributed`` where this process is in a group, else None; torch is not imported to find out."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist and dist.is_initialized() else None
+
+
 def rank() -> int:
     """Index of this process, 0 for a single one."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    dist = _group()
+    return dist.get_rank() if dist else 0
 
 
 def world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    dist = _group()
+    return dist.get_world_size() if dist else 1
 
 
 def barrier() -> None:
     """Wait for all processes."""
-    if dist.is_initialized():
+    if dist := _group():
         dist.barrier()
 
 
 def from_first(value: Any) -> Any:
     """Return the first process's value on all of them."""
-    if not dist.is_initialized():
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if dist := _group():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def gather(value: Any) -> list[Any]:
     """Return the values of all processes, in their order, on all of them."""
     values = [value] * world_size()
-    if dist.is_initialized():
+    if dist := _group():
         dist.all_gather_object(values, value)
     return values
 
 
 def sum_over(tensor: Tensor) -> Tensor:
     """Sum a tensor over all processes; the same bits everywhere."""
-    if not dist.is_initialized():
+    dist = _group()
+    if not dist:
         return tensor
+    import torch
+
     device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
     total = tensor.detach().to(device, copy=True)
     dist.all_reduce(total)
@@ -195,5 +216,5 @@ def sum_over(tensor: Tensor) -> Tensor:
 
 def finish() -> None:
     """Leave the process group."""
-    if dist.is_initialized():
+    if dist := _group():
         dist.destroy_process_group()

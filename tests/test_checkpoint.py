@@ -91,7 +91,7 @@ def test_digest_follows_content_and_not_place(folder, tmp_path):
 
 
 def test_digest_of_a_large_file_reads_its_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "SAMPLED", 1)
+    monkeypatch.setattr("efficientllava.hub.SAMPLED", 1)
     (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
     before = store.digest(tmp_path)
     with (tmp_path / "model.safetensors").open("r+b") as handle:

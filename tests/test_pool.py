@@ -12,6 +12,7 @@ import time
 import pytest
 
 from efficientllava import pool
+from efficientllava.console import jobs_table
 from efficientllava.errors import UserError
 from efficientllava.pool import Ended, Job, cores, cpu_slots, gpu_slots, run_jobs
 
@@ -95,6 +96,23 @@ def test_slots_divide_the_machine():
         gpu_slots(["0", "1", "2"], 4)
     threads = [int(slot["OMP_NUM_THREADS"]) for slot in cpu_slots(2)]
     assert threads == [max(1, cores() // 2)] * 2
+
+
+def test_a_finished_job_starts_no_process_and_says_nothing_about_the_others(tmp_path, capsys):
+    jobs = [job(i, tmp_path, "import time; time.sleep(0.3)") for i in range(3)]
+    states = []
+    with jobs_table() as show:
+        ended = run_jobs(jobs, cpu_slots(1), show=lambda state: (states.append(state), show(state)), finished={0, 2})
+    assert [(entry.job.number, entry.before, entry.failed) for entry in ended] == [
+        (0, True, False),
+        (1, False, False),
+        (2, True, False),
+    ]
+    assert states[0].seconds_left() is None, "what took no time says nothing about what will"
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    told = capsys.readouterr().out
+    assert "job 0 was finished  job 0" in told and "job 2 was finished" in told and "job 1 done after 0:0" in told
+    assert [entry.before for entry in run_jobs(jobs, [], finished={0, 1, 2})] == [True] * 3
 
 
 def test_success_is_exit_code_zero(tmp_path):

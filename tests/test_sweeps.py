@@ -68,16 +68,55 @@ def test_the_key_of_a_run_opens_no_data_that_no_stage_reads(model, tmp_path):
         identity.run_key(typed(composed(*common, "recover=sft")))
 
 
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None  # whoever imports it fails
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("without_fresh_processes")
+@pytest.mark.parametrize("launcher", ["gpu_pool", "basic"])
+def test_a_finished_sweep_ends_at_once_and_starts_nothing(model, tmp_path, launcher):
+    typed_ = command(model, tmp_path / "out", "sweep.name=mine", "optimized_metric=ratio.achieved")
+    folder = tmp_path / "out" / "sweeps" / "mine"
+    for seed in (0, 1):
+        run(folder / str(seed), [*typed_, f"seed={seed}"])
+    line = [sys.executable, "-c", WITHOUT_TORCH, RUN[1], "-m", *typed_, "seed=0,1", f"hydra/launcher={launcher}"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr
+    told = {"gpu_pool": "job {} was finished", "basic": f"{folder}/{{}} is finished: nothing to do"}[launcher]
+    assert all(told.format(job) in done.stdout for job in (0, 1)), done.stdout
+    assert (folder / "report.html").is_file() and not list(folder.glob("*/job.log"))
+
+
+def environment():
+    told = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**told, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.usefixtures("without_fresh_processes")
+def test_a_run_that_has_something_to_remove_is_not_left_alone(model, tmp_path):
+    typed_ = command(model, tmp_path / "out")
+    run(tmp_path / "run", typed_)
+    left = [
+        identity.nothing_to_do(typed(composed(*typed_, *more)), tmp_path / "run")
+        for more in ((), ("keep=recovered",), ("keep=none",), ("seed=1",), ("reuse=false",))
+    ]
+    assert left == [True, True, False, False, False]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_pool_runs_a_sweep_and_the_same_command_fills_its_gaps(model, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     line = [*RUN, "-m", *command(model, tmp_path / "out", "sweep.name=mine", "prune.ratio=0.2,0.3,1.5")]
     line += ["hydra/launcher=gpu_pool", "hydra.launcher.slots=2"]
 
     def sweep():
         given = {"capture_output": True, "text": True, "cwd": tmp_path, "check": False}
-        return subprocess.run(line, env={**environment, "OMP_NUM_THREADS": "1"}, **given)
+        return subprocess.run(line, env=environment(), **given)
 
     first = sweep()
     assert first.returncode == 1 and "Traceback" not in first.stderr, first.stderr
@@ -88,9 +127,9 @@ def test_the_pool_runs_a_sweep_and_the_same_command_fills_its_gaps(model, tmp_pa
     assert achieved == pytest.approx([0.2, 0.3], abs=0.02)
     times = [(folder / str(n) / "results.json").stat().st_mtime_ns for n in (0, 1)]
     (folder / "1" / "results.json").unlink()
-    assert sweep().returncode == 1
+    again = sweep()
+    assert again.returncode == 1 and "job 0 was finished" in again.stdout
     assert (folder / "0" / "results.json").stat().st_mtime_ns == times[0]
-    assert "nothing to do" in (folder / "0" / "job.log").read_text()
     assert json.loads((folder / "1" / "results.json").read_text())["reused"] == ["prune"]
 
 
@@ -112,8 +151,7 @@ def test_optuna_gets_the_optimised_metric_from_every_launcher(model, tmp_path, l
         "hydra.sweeper.sampler.seed=0",
     ]
     line += ["hydra.sweeper.direction=maximize", "optimized_metric=ratio.achieved", f"hydra/launcher={launcher}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # submitit's workers import the package, installed or not
-    done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "sweeps" / "mine"
     achieved = [json.loads((folder / str(n) / "results.json").read_text())["ratio"]["achieved"] for n in (0, 1)]

@@ -110,6 +110,11 @@ class Search:
         return self._state.archive[0]
 
     @property
+    def risks(self) -> Mapping[Policy, Risk]:
+        """Risks on all samples under the projector as it is, of the policies that came so far."""
+        return self._risks(self.theta, 1.0)
+
+    @property
     def record(self) -> list[dict[str, Any]]:
         """Every evaluation in order.
 

@@ -257,10 +257,11 @@ class SearchModule(LightningModule):
         points = []
         for start in range(0, len(chosen), TOLD):
             part = chosen[start : start + TOLD]
-            risks = zip(part, evaluator.evaluate(part), unseen.evaluate(part), strict=True)
+            older = [policy for policy in part if policy not in search.risks]  # scored under another projector
+            risks = {**search.risks, **dict(zip(older, evaluator.evaluate(older), strict=True))}
             points += [
-                {"policy": list(policy), "risk": asdict(risk), "gap": seen[policy], "holdout_loss": other.loss}
-                for policy, risk, other in risks
+                {"policy": list(policy), "risk": asdict(risks[policy]), "gap": seen[policy], "holdout_loss": other.loss}
+                for policy, other in zip(part, unseen.evaluate(part), strict=True)
             ]
             self._tick("look at held-out samples", len(points), len(chosen))
         return points

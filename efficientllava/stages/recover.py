@@ -74,8 +74,8 @@ def recover(context: Context, student: Any) -> Any:
 
 
 def _teacher_digest(context: Context, student: Any) -> str:
-    from ..checkpoint import digest as digest_of
     from ..checkpoint import resolve
+    from ..hub import digest as digest_of
 
     config = context.settings.recover.teacher
     return digest_of(resolve(config.path, config.revision)) if config.path else student.base["digest"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Sequence
@@ -69,9 +70,11 @@ class GpuPoolLauncher(Launcher):
             self._job_config(number, overrides) for number, overrides in enumerate(job_overrides, initial_job_idx)
         ]
         jobs = [self._job(config, overrides) for config, overrides in zip(configs, job_overrides, strict=True)]
-        slots = self._environments(configs)
+        finished = {job.number for job, config in zip(jobs, configs, strict=True) if _is_finished(job, config)}
+        waiting = [config for config in configs if config.hydra.job.num not in finished]
+        slots = self._environments(waiting) if waiting else []  # looks for GPUs, and imports torch for it
         with jobs_table() as show:
-            ended = run_jobs(jobs, slots, self._timeout_min and 60 * self._timeout_min, show)
+            ended = run_jobs(jobs, slots, self._timeout_min and 60 * self._timeout_min, show, finished)
         return [_result(config, entry) for config, entry in zip(configs, ended, strict=True)]
 
     def _check(self) -> None:
@@ -117,6 +120,24 @@ def _config_flags(config: DictConfig) -> list[str]:
     if config.hydra.job.config_name not in (None, "config"):
         flags += ["--config-name", config.hydra.job.config_name]
     return flags
+
+
+def _is_finished(job: Job, config: DictConfig) -> bool:
+    """Whether a job has nothing to do; what is wrong with one, its own process tells."""
+    from efficientllava.checks import check
+    from efficientllava.config import typed
+    from efficientllava.errors import UserError
+    from efficientllava.identity import nothing_to_do
+
+    task, overrides = copy.deepcopy(config), list(config.hydra.overrides.task)
+    with open_dict(task):
+        del task["hydra"]  # as Hydra does for the job itself
+    try:
+        settings = typed(task)
+        check(settings, overrides)
+        return nothing_to_do(settings, job.folder)
+    except UserError:
+        return False
 
 
 def _visible_gpus() -> list[str]:

@@ -14,6 +14,7 @@ from efficientllava.errors import UserError
 from efficientllava.models.anatomy import layers_of, projector_of
 from efficientllava.report.search import draw_search
 from efficientllava.schema import PruneConfig, SearchBudgetConfig, SearchConfig
+from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.evolution import Search
 from efficientllava.search.module import SearchInputs, SearchModule
 from tests.conftest import make_batch, make_model
@@ -75,6 +76,20 @@ def test_the_same_seed_finds_the_same(tmp_path):
     one, two = run(searcher(tmp_path / "a")), run(searcher(tmp_path / "b"))
     assert one.plan == two.plan
     assert one.record == two.record
+
+
+@pytest.mark.parametrize("projector", [True, False])
+def test_the_risks_of_a_search_are_not_measured_again_for_its_plots(tmp_path, monkeypatch, projector):
+    asked = []
+    evaluate = Evaluator.evaluate
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *a, **k: asked.append(len(a[1])) or evaluate(*a, **k))
+    known = run(searcher(tmp_path / "a", projector=projector)).record
+    once = sum(asked)
+    monkeypatch.setattr(Search, "risks", {})
+    measured = run(searcher(tmp_path / "b", projector=projector)).record
+    assert known == measured
+    again = sum(asked) - 2 * once
+    assert again > 0 and (projector or again == len(known["holdout"]))
 
 
 @pytest.mark.parametrize("step", ["run_round", "end_round"])
