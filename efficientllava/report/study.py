@@ -20,6 +20,7 @@ FAMILIES = ("llava", "internvl", "bunny")
 SHARES = ("prune.ratio", "data_frac")  # rows that are shown in percent
 OFF = 0.01  # an achieved ratio this far from the requested one is shown
 ABSENT = "-"
+DODGE = 0.1  # of the distance between rows
 
 
 class Value(NamedTuple):
@@ -187,20 +188,21 @@ def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
         panels: Output of `panels_of`.
     """
     for panel in panels:
-        rows, ends = panel.rows, []
+        rows, ends, columns = panel.rows, [], [*panel.ours.items(), *panel.published.items()]
         turned = panel.spec["rows"] == "arm"
         axes = new_axes(6.4, 4.2)
         axes.set_xticks(
             range(len(rows)), map(panel.label, rows), rotation=35 * turned, ha="right" if turned else "center"
         )
         axes.set(xlabel=panel.spec["rows"], ylabel=f"{panel.spec['value']}, %")
-        for index, (title, column) in enumerate([*panel.ours.items(), *panel.published.items()]):
+        for index, (title, column) in enumerate(columns):
             points = [(x, column[row]) for x, row in enumerate(rows) if row in column]
             if points:
                 ours, look = index < len(panel.ours), style(index)
                 line: dict[str, Any] = {"lw": 1.6} if ours else {"lw": 1.1, "ls": ":", "mfc": "white"}
                 line |= {"ls": "none"} if turned else {}  # arms have no order
-                x, y = [x for x, _ in points], [value.mean for _, value in points]
+                aside = DODGE * (index - (len(columns) - 1) / 2)  # so that equal values are seen beside each other
+                x, y = [x + aside for x, _ in points], [value.mean for _, value in points]
                 axes.errorbar(x, y, [value.spread or 0 for _, value in points], ms=4, capsize=2.5, **line, **look)
                 ends.append((x[-1], y[-1], title if ours else f"{title}, published", look["color"]))
         label_ends(axes, ends)
