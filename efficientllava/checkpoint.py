@@ -187,7 +187,7 @@ def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}") from error
+        raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}; mend it") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
             f"model.path={path}: a {config.model_type!r} model takes no images; give an image-text-to-text checkpoint"

@@ -148,12 +148,12 @@ def report(plan: Forecast) -> dict[str, Any]:
     """Everything that is known of a run before it starts, as plain JSON values; keys as in ``results.json``."""
     settings, outline = plan.settings, plan.plan
     stages = {"base": plan.base, **dict.fromkeys(made(settings), plan.pruned)}
-    nominal = settings.prune.share if settings.prune.share is not None else settings.prune.drop_layers
     low, high = outline.achieved
     memory = stage_memory(plan)
     return {
         "ratio": {
-            "requested": None if nominal is not None else settings.prune.ratio,
+            "requested": None if settings.prune.nominal else settings.prune.ratio,
+            **settings.prune.nominal,
             "achieved": low if low == high else None,
             "between": [low, high],
             "largest": outline.largest,

@@ -80,7 +80,7 @@ def stage_memory(plan: Forecast, tokens: int | None = None) -> dict[str, StageMe
         parts = {"base": base, **_answering(plan, plan.base, record, settings.evaluate.batch_size)}
         stages["evaluate"] = StageMemory(parts, ("base",), "set model.dtype=bfloat16, or evaluate=none")
     if settings.prune.method != "none":
-        stages["prune"] = _pruning(plan, record, base)
+        stages["prune"] = _pruning(plan, record, base, measured=tokens is not None)
         held["pruned"] = pruned
     if settings.recover.name != "none":
         stages |= _recovering(plan, record, pruned)
@@ -120,8 +120,11 @@ def _answering(plan: Forecast, model: nn.Module, record: _Record, rows: int) -> 
     return {"key-value cache": cache, "activations": _forward(plan, layers, rows, record)}
 
 
-def _pruning(plan: Forecast, record: _Record, base: int) -> StageMemory:
-    """See `efficientllava.pruning.memory`; a search counts as scoring and refit, its table is on disk."""
+def _pruning(plan: Forecast, record: _Record, base: int, measured: bool) -> StageMemory:
+    """See `efficientllava.pruning.memory`; a search counts as scoring and refit, its table is on disk.
+
+    Unless the records are measured, the weights alone are certain, which fewer or shorter records leave as they are.
+    """
     config, calibration = plan.settings.prune, plan.settings.calibration
     config = replace(config, method="widthwise") if config.method == "auto" else config
     samples = -(-calibration.samples // plan.processes)
@@ -131,9 +134,12 @@ def _pruning(plan: Forecast, record: _Record, base: int) -> StageMemory:
     memory = pruning_memory(plan.base, config, size, stored)
     weights = 0 if config.offload else base
     parts = {"base": weights, "working set": memory.peak - weights}
-    fix = "lower calibration.samples, calibration.batch_size or data.max_length"
-    if plan.device == "cuda" and not config.offload and plan.settings.prune.method != "auto":
-        fix = "set prune.offload=true, or " + fix
+    ways = {
+        "prune.offload=true": plan.device == "cuda" and not config.offload and plan.settings.prune.method != "auto",
+        "model.dtype=bfloat16": plan.dtype.itemsize > 2,
+    }
+    smaller = "lower calibration.samples, calibration.batch_size or data.max_length"
+    fix = ", or ".join([*_set(ways), smaller] if measured else _set(ways) or ["choose another device"])
     return StageMemory(parts, ("base",), fix, memory.host)
 
 
@@ -176,8 +182,13 @@ def _less(plan: Forecast, live: bool) -> str:
         "recover.teacher.dtype=bfloat16": live and wide,
         "model.dtype=bfloat16": plan.dtype.itemsize > 2,
     }
+    return next(iter(_set(ways)), "choose another device")
+
+
+def _set(ways: Mapping[str, bool]) -> list[str]:
+    """One phrase of the options that help, or none."""
     useful = [way for way, helps in ways.items() if helps]
-    return f"set {' or '.join(useful)}" if useful else "choose another device"
+    return [f"set {' or '.join(useful)}"] if useful else []
 
 
 def _teacher_bytes(plan: Forecast) -> int:

@@ -84,6 +84,12 @@ class PruneConfig:
     offload: bool = False  # weights stay in host memory, one layer at a time computes on the GPU
     reinitialise: bool = False  # control: keep the pruned shape and draw fresh weights
 
+    @property
+    def nominal(self) -> dict[str, float]:
+        """``share`` or ``drop_layers``, where one of them was asked for in place of the ratio."""
+        asked = {"share": self.share, "drop_layers": self.drop_layers}
+        return {key: value for key, value in asked.items() if value is not None}
+
 
 @dataclass
 class LoraConfig:

@@ -55,7 +55,7 @@ def dry(tmp_path, overrides):
     ],
     ids=["local", "share", "layerwise", "masks"],
 )
-def test_what_is_exact_is_what_the_run_reports(folder, tmp_path, options):
+def test_what_is_exact_is_what_the_run_reports(folder, tmp_path, options, capsys):
     overrides = small(folder, tmp_path / "out", *options, "evaluate=none", "evaluate.efficiency=false")
     if "prune=auto" in options:
         overrides += ["search.generations=1", "search.rounds=1", "search.projector=false"]
@@ -63,6 +63,9 @@ def test_what_is_exact_is_what_the_run_reports(folder, tmp_path, options):
     done = run(tmp_path / "run", overrides)
     assert told["ratio"]["achieved"] == done["ratio"]["achieved"]
     assert told["ratio"]["requested"] == done["ratio"]["requested"] or "prune=auto" in options
+    nominal = 0.4 if "prune.share=0.4" in options else None
+    assert told["ratio"].get("share") == done["ratio"].get("share") == nominal
+    assert ("removed (share=0.4)" in capsys.readouterr().out) == (nominal is not None)
     assert list(told["stages"]) == list(done["stages"])
     for name, stage in told["stages"].items():
         assert stage["parameters"] == done["stages"][name]["parameters"]

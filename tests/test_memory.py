@@ -173,6 +173,16 @@ def test_a_gpu_has_memory():
 
 
 @pytest.mark.parametrize(
+    ("dtype", "fix"), [("auto", "set model.dtype=bfloat16"), ("bfloat16", "choose another device")]
+)
+def test_shorter_records_do_not_shrink_weights(folder, monkeypatch, dtype, fix):
+    plan = planned(folder, "recover=none", "evaluate=none", "evaluate.efficiency=false", f"model.dtype={dtype}")
+    monkeypatch.setattr(memory, "available", lambda _: 0)
+    with pytest.raises(UserError, match=rf"^memory: prune holds at least .* left for it; {fix}; dry_run=true"):
+        require_memory(plan, "cpu")
+
+
+@pytest.mark.parametrize(
     ("options", "fix"),
     [
         (

@@ -16,7 +16,10 @@ from .rows import BadRecordError
 
 HUB, BUILTIN = "hf://datasets/", "builtin:"
 CHUNK = 1 << 24  # characters of a JSON list that are read at once
-FORMATS = "give a JSON list of records, JSONL, parquet, or a JSON object of {name: {root, annotation, repeat_time}}"
+FORMATS = (
+    "give a JSON list of records, JSONL with the suffix .jsonl, parquet, or a JSON object of "
+    "{name: {root, annotation, repeat_time}}"
+)
 BETWEEN = re.compile(r"[\s,]*")
 
 

@@ -42,7 +42,8 @@ class PruningPlan:
         requested: Requested share of language-model parameters to remove; None where no share was asked for.
         achieved: Share of language-model parameters that the plan removes.
         calibration_ids: Records the plan was made from.
-        details: Scores and choices worth keeping; plain JSON values.
+        details: What ``results.json`` says of the ratio beside these two: a nominal share or number of layers, or a
+            share of zeros.
     """
 
     method: str

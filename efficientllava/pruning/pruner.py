@@ -80,9 +80,10 @@ def make_plan(
         layers=layers,
         source_layers=len(found),
         heads_per_group=found[0].heads_per_group,
-        requested=None if config.share is not None or config.drop_layers is not None else config.ratio,
+        requested=None if config.nominal else config.ratio,
         achieved=plan_ratio(model, layers),
         calibration_ids=calibration.ids,
+        details=config.nominal or None,
     )
     return plan, report
 

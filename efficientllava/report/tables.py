@@ -72,7 +72,9 @@ def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterato
     yield from _row("language-model parameters", stages, ["language_parameters"], quantity)
     requested, whole = results["ratio"].get("requested"), find(results["stages"], "base", "language_parameters")
     if whole and len(stages) > 1:
-        label = "  removed" if requested is None else f"  removed ({percent(requested)} requested)"
+        asked = [f"{percent(requested)} requested"] if requested is not None else []
+        asked += [f"{key}={results['ratio'][key]}" for key in ("share", "drop_layers") if key in results["ratio"]]
+        label = f"  removed ({asked[0]})" if asked else "  removed"
         later: list[Mapping[str, Any]] = [{}, *stages[1:]]
         yield from _row(label, later, ["language_parameters"], lambda size: percent(1 - size / whole))
     yield from _row("checkpoint, MiB", stages, ["checkpoint_bytes"], _mebibytes)

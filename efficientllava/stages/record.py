@@ -39,7 +39,7 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
         ratio={
             "requested": plan.requested if plan else 0.0,
             "achieved": plan.achieved if plan else 0.0,
-            **((plan and plan.details) or {}),  # share of zeros, where a search masked weights
+            **((plan and plan.details) or {}),
         },
         samples=context.samples,
         seconds=context.seconds,
