@@ -44,6 +44,7 @@ class PruningPlan:
         calibration_ids: Records the plan was made from.
         details: What ``results.json`` says of the ratio beside these two: a nominal share or number of layers, or a
             share of zeros.
+        source_units: KV groups and MLP channels of every layer before pruning; empty in plans of earlier versions.
     """
 
     method: str
@@ -54,6 +55,7 @@ class PruningPlan:
     achieved: float
     calibration_ids: tuple[str, ...] = ()
     details: dict[str, Any] | None = None
+    source_units: tuple[tuple[int, int], ...] = ()
 
     @property
     def uniform(self) -> bool:
@@ -85,7 +87,8 @@ class PruningPlan:
         try:
             raw = json.loads(text)
             layers = tuple(LayerPlan(v["index"], tuple(v["groups"]), tuple(v["channels"])) for v in raw.pop("layers"))
-            return cls(layers=layers, calibration_ids=tuple(raw.pop("calibration_ids")), **raw)
+            units = tuple((groups, channels) for groups, channels in raw.pop("source_units", ()))
+            return cls(layers=layers, calibration_ids=tuple(raw.pop("calibration_ids")), source_units=units, **raw)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"plan.json: not a pruning plan ({error}); write one with PruningPlan.to_json") from error
 

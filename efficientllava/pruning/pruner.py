@@ -74,18 +74,34 @@ def make_plan(
         layers = whole_layers(model)
     else:
         layers = _widthwise(model, calibration, config, seed, report)
+    requested, details = None if config.nominal else config.ratio, config.nominal or None
+    plan = plan_for(model, config.method, layers, requested, calibration_ids=calibration.ids, details=details)
+    return plan, report
+
+
+def plan_for(
+    model: nn.Module, method: str, layers: Sequence[LayerPlan], requested: float | None, **more: Any
+) -> PruningPlan:
+    """The plan that keeps given units, with the sizes of the model that it is for.
+
+    Args:
+        model: The checkpoint before pruning.
+        method: ``layerwise``, ``widthwise`` or ``auto``.
+        layers: Kept layers in ascending order.
+        requested: Requested share of language-model parameters to remove; None where no share was asked for.
+        **more: Further fields of `PruningPlan`.
+    """
     found = layers_of(model)
-    plan = PruningPlan(
-        method=config.method,
-        layers=layers,
+    return PruningPlan(
+        method=method,
+        layers=tuple(layers),
         source_layers=len(found),
         heads_per_group=found[0].heads_per_group,
-        requested=None if config.nominal else config.ratio,
+        requested=requested,
         achieved=plan_ratio(model, layers),
-        calibration_ids=calibration.ids,
-        details=config.nominal or None,
+        source_units=tuple((layer.attention.units, layer.mlp.units) for layer in found),
+        **more,
     )
-    return plan, report
 
 
 def whole_layers(model: nn.Module) -> tuple[LayerPlan, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,13 @@ def _history(axes: Any, record: Mapping[str, Any]) -> None:
     steps = range(len(entries))
     axes.plot(steps, [entry["best"] for entry in entries], color=BEST, label="best so far")
     means = [(step, entry["mean"]) for step, entry in zip(steps, entries, strict=True) if entry["mean"] is not None]
-    axes.plot(*zip(*means, strict=True), color=MEAN, label="mean of those that saw all samples")
+    label = f"mean of those that saw all samples (first: {means[0][1]:.2g})"
+    axes.plot(*zip(*means, strict=True), color=MEAN, label=label)
+    # The first generation is far worse than all later ones: what it would need of the scale hides their progress.
+    first, last = entries[0]["best"], entries[-1]["best"]
+    top = max(2 * first - last, statistics.median(mean for _, mean in means))
+    if top > last:
+        axes.set_ylim(last - 0.05 * (top - last), top + 0.15 * (top - last))
     for step in steps[1:]:
         if entries[step]["theta"] != entries[step - 1]["theta"]:
             axes.axvline(step, color=DENSE, lw=0.8, ls=":")

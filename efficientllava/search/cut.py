@@ -9,7 +9,7 @@ from torch import nn
 
 from ..models.anatomy import layers_of
 from ..pruning.plan import PruningPlan
-from ..pruning.pruner import PruneReport, apply_plan, plan_ratio, whole_layers
+from ..pruning.pruner import PruneReport, apply_plan, plan_for, whole_layers
 from ..pruning.refit import SequentialPruner
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from ..schema import PruneConfig
@@ -27,21 +27,12 @@ def plan_of(model: nn.Module, table: LevelTable, policy: Policy, requested: floa
         policy: One level per gene.
         requested: Requested share of language-model parameters; None where something else was asked for.
     """
-    layers = layers_of(model)
     kept, details = table.plan(policy), None
     if kept == whole_layers(model):
         linears = sum(norms.weights for gene in range(len(policy)) for norms in table.norms(gene, 0))
         zeros = sum(table.removed(gene, level) for gene, level in enumerate(policy))
         details = {"sparsity": zeros / linears}
-    return PruningPlan(
-        method="auto",
-        layers=kept,
-        source_layers=len(layers),
-        heads_per_group=layers[0].heads_per_group,
-        requested=None if details else requested,
-        achieved=plan_ratio(model, kept),
-        details=details,
-    )
+    return plan_for(model, "auto", kept, None if details else requested, details=details)
 
 
 def trial_losses(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import plan_ratio, whole_layers
+from efficientllava.pruning.pruner import plan_for, plan_ratio, whole_layers
 from efficientllava.pruning.surgery import check_plan, cut
 from tests.conftest import CHANNELS, FAMILIES, IMAGE_TOKEN, LAYERS, logits_of, make_batch, make_model
 
@@ -34,10 +35,7 @@ DOUBLE = torch.float64  # so that different orders of summation agree to 1e-9
 
 
 def plan_of(model: Any, layers: Any) -> PruningPlan:
-    found = layers_of(model)
-    return PruningPlan(
-        "widthwise", tuple(layers), len(found), found[0].heads_per_group, None, plan_ratio(model, tuple(layers))
-    )
+    return plan_for(model, "widthwise", layers, None)
 
 
 def uniform(model: Any, groups: int, channels: int, skip: tuple[int, ...] = ()) -> PruningPlan:
@@ -268,7 +266,13 @@ def test_plans_survive_json(tmp_path: Path):
     plan = uniform(make_model(), 2, 5, skip=(1,))
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert PruningPlan.read(tmp_path / "plan.json") == plan
-    assert json.loads(plan.to_json())["layers"][0]["index"] == 0
+    told = json.loads(plan.to_json())
+    assert told["layers"][0]["index"] == 0
+    found = layers_of(make_model())
+    assert plan.source_units == tuple((layer.attention.units, layer.mlp.units) for layer in found)
+    assert told["source_units"][0] == [found[0].attention.units, CHANNELS]
+    del told["source_units"]  # as earlier versions wrote it
+    assert PruningPlan.from_json(json.dumps(told)) == replace(plan, source_units=())
     assert plan.uniform
     assert plan.kept_layers == (0, 2, 3)
     assert not ragged(make_model()).uniform
