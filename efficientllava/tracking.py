@@ -68,10 +68,9 @@ class Tracking:
                     generation,
                     {name: entry[name] for name in ("best", "mean") if entry[name] is not None},
                 )
-        plan = json.loads((folder / "plan.json").read_text("utf-8"))
-        kept = {f"kept_{kind}": shares(plan, kind) for kind in ("groups", "channels")}
-        for layer in range(plan["source_layers"]):
-            log(self.run, "prune", layer, {name: row[layer] for name, row in kept.items()})
+        kept = [shares(folder, kind) or [] for kind in ("groups", "channels")]
+        for layer, (groups, channels) in enumerate(zip(*kept, strict=True)):
+            log(self.run, "prune", layer, {"kept_groups": groups, "kept_channels": channels})
         self._artifact("plan", folder, "plan.json", "search.json")
 
     def curve(self, rows: Iterable[Mapping[str, float]]) -> None:

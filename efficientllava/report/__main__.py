@@ -76,7 +76,7 @@ def report(folder: Path, metric: str | None = None) -> str:
     from .advisor import advise
     from .page import page, write_page
     from .plots import draw
-    from .runs import arms_of, load_runs
+    from .runs import arms_of, by_model, load_runs
 
     runs = load_runs(folder)
     results = [run.results for run in runs]
@@ -95,9 +95,10 @@ def report(folder: Path, metric: str | None = None) -> str:
     arms = arms_of(runs)
     text = "\n".join([markdown(arms, metric), *([study.markdown(panels)] if panels else [])])
     (folder / "results.md").write_text(text, encoding="utf-8")
-    plots = [*study.draw(panels), *draw(arms, metric)]
-    text_of_page = page(folder, arms, metric, plots, advise(arms, metric))
-    write_page(folder / "report.html", text_of_page, plots)
+    models = by_model(runs)
+    plots = [*study.draw(panels), *(plot for model, own in models.items() for plot in draw(own, metric, model))]
+    advice = {model: lines for model, own in models.items() if (lines := advise(own, metric))}
+    write_page(folder / "report.html", page(folder, arms, metric, plots, advice), plots)
     return text
 
 

@@ -8,77 +8,106 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from ..results import last_stage, metric_keys
-from .runs import BUDGET, Arm, counted
+from .runs import BUDGET, Arm, counted, data_share
 
 POINTS = 0.025  # achieved ratios that are this near count as one budget
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; above these the normal one is near enough.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45}
 NORMAL = 1.96
-# The study's own flow: removed share up to which a paradigm and a recovery are advised.
-STUDY = ((0.175, "layerwise", "projector"), (0.375, "layerwise", "kd_hidden"), (1.0, "widthwise", "kd_hidden"))
+# The study's own flow (arXiv 2604.24380): removed share up to which a method and a recovery are advised with
+# training and, up to 30 %, without; and the share of data from which on more is worth little, below one half.
+TRAINED = ((0.175, "layerwise", "projector"), (0.375, "layerwise", "kd_hidden"), (1.0, "widthwise", "kd_hidden"))
+UNTRAINED = ((0.325, "widthwise", "none"),)
+ENOUGH, HALF = 0.05, 0.5
 
 
 def advise(arms: Sequence[Arm], metric: str) -> list[str]:
     """One line of HTML per budget of parameters; nothing where no two arms can be compared.
 
     Args:
-        arms: Arms of one sweep.
+        arms: Arms of one model. Masked weights are left out: they remove no parameters.
         metric: ``task/metric``.
     """
-    known = sorted((arm for arm in arms if arm.mean("retained", metric, last=True)), key=_removed)
+    scored = [arm for arm in arms if arm.mean("retained", metric, last=True) and not arm.values("ratio", "sparsity")]
+    known = sorted(scored, key=_removed)
     groups: list[list[Arm]] = []
     for arm in known:
         if groups and _removed(arm) - _removed(groups[-1][0]) <= POINTS:
             groups[-1].append(arm)
         else:
             groups.append([arm])
-    # An arm that removes more meets the budget too: some paradigms remove in coarse steps.
-    within = [[arm for arm in known if _removed(arm) >= _removed(group[0])] for group in groups]
-    return [_budget(arms, metric) for arms in within if len(arms) > 1]
+    budgets: dict[tuple[str, ...], list[float]] = {}
+    for group in groups:
+        # An arm that removes more meets the budget too: some paradigms remove in coarse steps.
+        within = [arm for arm in known if _removed(arm) >= _removed(group[0])]
+        if len(within) > 1:
+            budgets.setdefault(tuple(_budget(within, metric)), []).append(100 * _removed(group[0]))
+    return [_told(lines, removed) for lines, removed in budgets.items()]
 
 
-def _budget(group: Sequence[Arm], metric: str) -> str:
-    """What to choose where at least so many parameters have to go, for every budget of data."""
-    removed = _removed(group[0])
-    short = [arm.label(*BUDGET) for arm in group]
-    name = {id(arm): html.escape(arm.label(*BUDGET if len({*short}) == len(group) else ())) for arm in group}
-    shares = sorted({_data(arm) for arm in group})
-    lines = []
-    for share in shares:
-        within = [arm for arm in group if _data(arm) <= share]
-        data = f"With up to {100 * share:g} % of the recovery data" if share else "Without training"
-        lines.append(("" if len(shares) == 1 else f"{data}: ") + _winner(within, metric, name))
-    _, paradigm, recovery = next(row for row in STUDY if removed <= row[0])
-    for arm in group:
-        names = [arm.runs[0].config.get(f"{key}.name") for key in ("prune", "recover")]
-        near = _removed(arm) - removed <= POINTS
-        if names == [paradigm, recovery] and _data(arm) == shares[-1] and near:
-            lines.append(f"What the study advises here, {paradigm} with {recovery}, retains {_cell(arm, metric)}.")
-            break
+def _told(lines: Sequence[str], removed: Sequence[float]) -> str:
     items = "".join(f"<li>{line}</li>" for line in lines)
-    return f"<b>At least {100 * removed:.0f} % of the parameters removed</b><ul>{items}</ul>"
+    shares = " or ".join(f"{share:.0f} %" for share in removed)
+    return f"<b>At least {shares} of the parameters removed</b><ul>{items}</ul>"
 
 
-def _winner(group: Sequence[Arm], metric: str, name: Mapping[int, str]) -> str:
+def _budget(within: Sequence[Arm], metric: str) -> Iterator[str]:
+    """What to choose where at least so many parameters have to go, for every budget of data."""
+    shares = sorted({data_share(arm) for arm in within})
+    for share in shares:
+        # Of a configuration at several ratios, the one that keeps most: the question is which configuration.
+        best: dict[str, Arm] = {}
+        for arm in within:
+            name = arm.label(*BUDGET)
+            if data_share(arm) <= share and (
+                name not in best or _retained(arm, metric) > _retained(best[name], metric)
+            ):
+                best[name] = arm
+        data = f"With up to {100 * share:g} % of the recovery data" if share else "Without training"
+        yield ("" if len(shares) == 1 else f"{data}: ") + _winner(list(best.values()), metric)
+    yield from _studied(within, metric)
+
+
+def _winner(group: Sequence[Arm], metric: str) -> str:
     """Who keeps most, who cannot be told apart from it, and who of these is quickest."""
-    best, *others = sorted(group, key=lambda arm: -_retained(arm, metric))
-    line = f"<b>{name[id(best)]}</b> retains {_cell(best, metric)}"
+    best, *others = sorted(group, key=lambda arm: (-_retained(arm, metric), _seconds(arm)))
+    line = f"<b>{_name(best)}</b> retains {_cell(best, metric)}"
     if not others:
         return line + "."
     level = [arm for arm in others if _retained(best, metric) - _retained(arm, metric) <= _noise(best, arm, metric)]
-    line += f", next {name[id(others[0])]} with {_cell(others[0], metric)}"
+    line += f", next {_name(others[0])} with {_cell(others[0], metric)}"
     if level:
         whom = "it" if level == others[:1] else counted(len(level), "other configuration")
         line += f"; the difference to {whom} is within the noise"
     line += "."
     quick = min([best, *level], key=_seconds)
     if _seconds(quick) < 0.8 * _seconds(best):
-        line += f" {name[id(quick)]} is as good as far as these runs can tell, and takes {_seconds(quick):.0f} s to "
+        line += f" {_name(quick)} is as good as far as these runs can tell, and takes {_seconds(quick):.0f} s to "
         line += f"prune and recover instead of {_seconds(best):.0f} s."
     return line
+
+
+def _studied(within: Sequence[Arm], metric: str) -> Iterator[str]:
+    """What the study's own choices keep here, where runs have them at this budget."""
+    removed = _removed(within[0])
+    for flow, when in ((UNTRAINED, "without training"), (TRAINED, "with training")):
+        _, method, recovery = next((row for row in flow if removed <= row[0]), (0.0, "", ""))
+        found = [
+            arm
+            for arm in within
+            if _removed(arm) - removed <= POINTS
+            and arm.runs[0].config.get("prune.method") == method
+            and arm.runs[0].config.get("recover.name") == recovery
+            and arm.runs[0].config.get("recover.weights.sft", 1.0) + (recovery == "none") > 0
+        ]
+        if found:
+            wanted = ENOUGH if removed < HALF else 1.0
+            arm = min(found, key=lambda arm: (abs(data_share(arm) - wanted), -_retained(arm, metric)))
+            choice = method if recovery == "none" else f"{method} and {recovery}"
+            yield f"The study's choice {when}, {choice}: {_name(arm)} retains {_cell(arm, metric)}."
 
 
 def _noise(one: Arm, other: Arm, metric: str) -> float:
@@ -108,10 +137,8 @@ def _removed(arm: Arm) -> float:
     return found[0] if found else 0.0
 
 
-def _data(arm: Arm) -> float:
-    """Share of the recovery data that an arm trains on."""
-    config = arm.runs[0].config
-    return 0.0 if config.get("recover.name") == "none" else config.get("data_frac", 1.0)
+def _name(arm: Arm) -> str:
+    return html.escape(arm.label())
 
 
 def _cell(arm: Arm, metric: str) -> str:

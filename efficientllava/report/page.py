@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..files import whole_file
 from ..results import STAGES, metric_keys
 from .plots import Plot
 from .runs import Arm, Run, counted, in_units, score_scale, sweep_command, unfinished
+from .tables import mean_spread
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --soft: #61707f; --line: #e3e7ec; --paper: #fff; --wash: #f6f8fa;
@@ -22,10 +24,11 @@ main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px }
 h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere } h2 { font-size: 19px; margin: 40px 0 12px }
 p { margin: 4px 0 } .soft { color: var(--soft) } .small { font-size: 13px }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px; min-width: 0 }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 520px), 1fr)); gap: 16px;
-  align-items: start }
-.plots .card { overflow-x: auto; break-inside: avoid } .plots img { display: block; width: 100%; margin: 8px auto 0 }
-.plots h3 { margin: 0; font-size: 15px } ul { margin: 0; padding-left: 20px } li { margin: 5px 0 }
+.plots { columns: 2 480px; column-gap: 16px; margin-bottom: -16px }
+.plots .card { overflow-x: auto; break-inside: avoid; margin-bottom: 16px }
+.plots img { display: block; width: 100%; margin: 8px auto 0 }
+h3 { margin: 12px 0 4px; font-size: 15px } h3:first-child { margin: 0 }
+ul { margin: 0; padding-left: 20px } li { margin: 5px 0 }
 .scroll { overflow: auto; max-height: 80vh; padding: 0 } table { border-collapse: collapse; width: 100% }
 th, td { padding: 6px 9px; font-size: 13.5px; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; font-variant-numeric: tabular-nums }
@@ -34,7 +37,7 @@ thead th { white-space: normal; vertical-align: bottom; position: sticky; top: 0
   font-weight: 600; user-select: none }
 th:hover, th[aria-sort] { color: var(--ink) } tbody tr:hover td { background: var(--wash) }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
-td:first-child { white-space: normal; min-width: 210px } thead th:first-child { z-index: 3 }
+td:first-child { white-space: normal; min-width: 240px } thead th:first-child { z-index: 3 }
 th[aria-sort=ascending]::after { content: " \\25B2" } th[aria-sort=descending]::after { content: " \\25BC" }
 details { border-bottom: 1px solid var(--line); padding: 6px 0 } details:last-child { border: 0 }
 summary { cursor: pointer } code, pre { font: 13px/1.45 ui-monospace, monospace }
@@ -47,7 +50,7 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere }
   .plots img { filter: invert(.88) hue-rotate(180deg) } }
 @media print { :root { --wash: #fff } main { max-width: none; padding: 0 } h2, tr { break-after: avoid }
   .scroll { max-height: none; overflow: visible } table { font-size: 8px } th, td { padding: 2px 4px }
-  th, td:first-child { position: static !important } .plots { grid-template-columns: 1fr 1fr } }
+  th, td:first-child { position: static !important } .plots { columns: 2 } }
 """
 SORT = """
 document.querySelectorAll("thead th").forEach((head, column) => head.addEventListener("click", () => {
@@ -65,9 +68,15 @@ ADVICE = (
     "difference includes zero: from the spread over seeds (Student's t), or from the number of questions where there "
     "is one seed. All seeds answer the same questions, and few seeds leave wide intervals."
 )
+TABLE = (
+    "Mean ± sample standard deviation over seeds; a column without ± is the same for all seeds, to the digits shown. "
+    "A click on a head sorts."
+)
 
 
-def page(folder: Path, arms: Sequence[Arm], metric: str, plots: Sequence[Plot], advice: Sequence[str]) -> str:
+def page(
+    folder: Path, arms: Sequence[Arm], metric: str, plots: Sequence[Plot], advice: Mapping[str, Sequence[str]]
+) -> str:
     """The whole page; it requests nothing from anywhere.
 
     Args:
@@ -75,7 +84,7 @@ def page(folder: Path, arms: Sequence[Arm], metric: str, plots: Sequence[Plot], 
         arms: Arms of the sweep.
         metric: ``task/metric``.
         plots: Output of `efficientllava.report.plots.draw`.
-        advice: Lines of HTML, see `efficientllava.report.advisor`.
+        advice: By model, lines of HTML, see `efficientllava.report.advisor`.
     """
     title = html.escape(folder.resolve().name)
     failed = list(unfinished(folder))
@@ -86,11 +95,14 @@ def page(folder: Path, arms: Sequence[Arm], metric: str, plots: Sequence[Plot], 
         )
         body.append(f'<h2>{counted(len(failed), "run")} without results</h2><div class="card"><ul>{items}</ul></div>')
     if advice:
-        items = "".join(f"<li>{line}</li>" for line in advice)
-        body.append(f'<h2>What won here</h2><div class="card"><ul>{items}</ul><p class="soft small">{ADVICE}</p></div>')
+        body.append('<h2>What won here</h2><div class="card">')
+        for model, lines in advice.items():
+            body.append(f"<h3>{html.escape(model)}</h3>" if model else "")
+            body.append(f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>")
+        body.append(f'<p class="soft small">{ADVICE}</p></div>')
     if plots:
         body.append(f'<h2>Plots</h2><div class="plots">{"".join(map(_card, plots))}</div>')
-    body.append(f'<h2>Table</h2><div class="card scroll">{_table(arms, metric)}</div>')
+    body.append(f'<h2>Table</h2><p class="soft small">{TABLE}</p><div class="card scroll">{_table(arms, metric)}</div>')
     runs = "".join(_details(arm, run) for arm in arms for run in arm.runs)
     body.append(f'<h2>Runs</h2><div class="card">{runs}</div>')
     return (
@@ -103,14 +115,14 @@ def page(folder: Path, arms: Sequence[Arm], metric: str, plots: Sequence[Plot], 
 def _head(folder: Path, title: str, arms: Sequence[Arm], metric: str) -> Iterator[str]:
     runs = [run for arm in arms for run in arm.runs]
     models = ", ".join(dict.fromkeys(str(run.results.get("model", "?")) for run in runs))
-    commits = ", ".join(dict.fromkeys(run.results["commit"][:10] or "unknown" for run in runs))
+    commits = list(dict.fromkeys(run.results["commit"][:10] or "unknown" for run in runs))
     seeds = counted(len({run.results["seed"] for run in runs}), "seed")
     yield f"<h1>{title}</h1>"
     facts = (
         f"{counted(len(runs), 'run')} in {counted(len(arms), 'configuration')}, {seeds}",
         models,
         metric,
-        f"commit {commits}",
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
     )
     yield f'<p class="soft">{" · ".join(map(html.escape, facts))}</p>'
     if command := sweep_command(folder):
@@ -147,32 +159,32 @@ def _columns(arms: Sequence[Arm], metric: str) -> list[tuple[str, tuple[str, ...
         ("retained, %", ("retained", metric), True, 100, 1),
         ("answer loss", (*score[:2], "answer_loss"), True, 1, 3),
         (f"parameters, {giga}", ("parameters",), True, 1 / count, 3),
-        (unit, ("checkpoint_bytes",), True, 1 / size, 2),
+        (f"checkpoint, {unit}", ("checkpoint_bytes",), True, 1 / size, 2),
         ("ms per token", ("latency_ms", "decode"), True, 1, 2),
         ("prune, s", ("seconds", "prune"), False, 1, 0),
         ("recover, s", ("seconds", "recover"), False, 1, 0),
     ]
-    return [column for column in columns if any(arm.values(*column[1], last=column[2]) for arm in arms)]
+    found = [[value for arm in arms for value in arm.values(*column[1], last=column[2])] for column in columns]
+    told = zip(columns, found, strict=True)
+    return [column for column, values in told if (any(values) if column[1][0] == "seconds" else values)]
 
 
 def _table(arms: Sequence[Arm], metric: str) -> str:
     columns = _columns(arms, metric)
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("configuration", "seeds", *(c[0] for c in columns)))
-    rows = []
-    for arm in arms:
-        label = html.escape(arm.label())
-        cells = [f'<td data-value="{label}">{label}</td><td data-value="{len(arm.runs)}">{len(arm.runs)}</td>']
-        for _, path, last, factor, digits in columns:
-            found = arm.mean(*path, last=last)
-            if found is None:
-                cells.append('<td data-value="">-</td>')
-                continue
-            mean, spread = (factor * value for value in found)
-            text, deviation = f"{mean:.{digits}f}", f"{spread:.{digits}f}"
-            text += f" ± {deviation}" if float(deviation) else ""
-            cells.append(f'<td data-value="{mean:.9g}">{text}</td>')
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    cells = [[_sortable(html.escape(arm.label())), _sortable(str(len(arm.runs)))] for arm in arms]
+    for _, path, last, factor, digits in columns:
+        found = [arm.values(*path, last=last) for arm in arms]
+        varies = any(len(values) > 1 and round(factor * statistics.stdev(values), digits) for values in found)
+        for arm, values, row in zip(arms, found, cells, strict=True):
+            mean = f"{statistics.fmean(values) * factor:.9g}" if values else ""
+            row.append(_sortable(mean_spread(values, factor, digits, len(arm.runs), varies), mean))
+    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _sortable(text: str, value: str | None = None) -> str:
+    return f'<td data-value="{text if value is None else value}">{text}</td>'
 
 
 def _details(arm: Arm, run: Run) -> str:

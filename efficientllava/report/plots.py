@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..curves import read_curve
 from ..results import metric_keys
 from .drawing import CYCLE, FAINT, Point, draw_curves, halo, label_ends, new_axes, style
-from .maps import kept, matrix
-from .runs import AXES, Arm, in_units, score_scale
+from .maps import WIDEST, kept, matrix
+from .runs import AXES, Arm, data_share, in_units, score_scale
 
 MOST_ROWS = 40  # of a dot plot
 MOST_TOGETHER = 5  # series in one panel; more get a panel for each paradigm
+ALIKE = 0.005  # costs that differ by no more are one
+REMOVED, ZEROS = ("ratio", "achieved"), ("ratio", "sparsity")  # of structured plans and of masks
 Curves = dict[str, list[Point]]
 
 
@@ -34,14 +38,24 @@ class Plot:
     figure: Any
 
 
-def draw(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
+def draw(arms: Sequence[Arm], metric: str, model: str = "") -> Iterator[Plot]:
     """All plots that a sweep has data for.
 
     Args:
-        arms: Arms of the sweep.
+        arms: Arms of one model.
         metric: ``task/metric``, such as ``digits_vqa/accuracy``.
+        model: Its name, where the sweep has several.
     """
-    yield from _retained(arms, metric)
+    for plot in _draw(arms, metric):
+        name, title = f"{plot.name}_{model.replace('/', '_')}", f"{model}: {plot.title}"
+        yield replace(plot, name=name, title=title) if model else plot
+
+
+def _draw(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
+    masked = [arm for arm in arms if arm.values(*ZEROS)]
+    whole = [arm for arm in arms if arm not in masked]
+    yield from _retained(whole, metric, REMOVED, "retained", "language-model parameters removed, %")
+    yield from _retained(masked, metric, ZEROS, "retained_masks", "weights of the decoder's linears that are zero, %")
     yield from _front(arms, metric, ("latency_ms", "decode"), "latency", "decode latency", (1, "ms per token"))
     unit, name = in_units(
         [size for arm in arms for size in arm.values("stages", "base", "checkpoint_bytes")], 1024, "iB"
@@ -49,17 +63,19 @@ def draw(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
     yield from _front(arms, metric, ("checkpoint_bytes",), "bytes", "size", (unit, f"checkpoint, {name}"))
     yield from _data_fraction(arms, metric)
     caption = f"Retained {metric}, %, mean over seeds; a row per configuration, a column per recovery."
-    yield from _made("matrix", "Recovery matrix", caption, matrix(arms, metric))
-    for part, title in (("groups", "Kept heads per layer"), ("channels", "Kept MLP channels per layer")):
-        caption = "Share of KV groups" if part == "groups" else "Share of channels"
-        caption += " that each layer keeps, %, first run of each configuration; 0: the layer is dropped."
-        yield from _made(f"kept_{part}", title, caption, kept(arms, part))
+    if axes := matrix(arms, metric):
+        yield Plot("matrix", "Recovery matrix", caption, axes.figure)
+    for kind, title, what in (
+        ("groups", "Kept heads per layer", "KV groups"),
+        ("channels", "Kept MLP channels per layer", "channels"),
+    ):
+        if found := kept(arms, kind):
+            axes, more = found
+            caption = f"Share of {what} that each layer keeps, %, first run of each configuration; 0: the layer is "
+            caption += "dropped." + " Where weights are masked: the share that is not zero." * bool(masked)
+            caption += f" {more} more configurations have no room." * bool(more)
+            yield Plot(f"kept_{kind}", title, caption, axes.figure)
     yield from _training(arms)
-
-
-def _made(name: str, title: str, caption: str, axes: Any) -> Iterator[Plot]:
-    if axes is not None:
-        yield Plot(name, title, caption, axes.figure)
 
 
 def _percent(found: tuple[float, float]) -> tuple[float, float]:
@@ -74,44 +90,47 @@ def _by_paradigm(arms: Sequence[Arm], series: Callable[[Arm], str]) -> dict[str,
     return {name: [arm for arm in arms if str(arm.settings.get("prune.name")) == name] for name in names}
 
 
-def _retained(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
-    known = [arm for arm in arms if arm.mean("retained", metric, last=True)]
+def _retained(arms: Sequence[Arm], metric: str, ratio: Sequence[str], file: str, label: str) -> Iterator[Plot]:
+    known = [arm for arm in arms if arm.mean("retained", metric, last=True) and arm.mean(*ratio)]
+    if not known:
+        return
     title, caption = "Retained accuracy against what was removed", "Mean over seeds; bars: one standard deviation."
-    panels = _by_paradigm(known, lambda arm: arm.label(*AXES))
+    most = max(map(data_share, known))
+    full = [arm for arm in known if data_share(arm) in (0.0, most)]
+    if len({arm.label(*AXES) for arm in full}) == len(full):
+        axes, more = _dots(known, metric)
+        caption += f" {more} more configurations have no room." * bool(more)
+        yield Plot(file, "Retained accuracy", caption, axes.figure)
+        return
+    caption += f" Recoveries with {100 * most:g} % of the data." * (len(full) < len(known))
+    panels = _by_paradigm(full, lambda arm: arm.label(*AXES))
     hidden = AXES if len(panels) == 1 else (*AXES, "prune.name")
-    styles = list(dict.fromkeys(arm.label(*hidden) for arm in known))
-    low, high = None, None
+    styles = list(dict.fromkeys(arm.label(*hidden) for arm in full))
+    ends = [_percent(arm.mean("retained", metric, last=True) or (0, 0)) for arm in full]
+    low, high = min(y - s for y, s in ends), max(y + s for y, s in ends)
+    margin = 0.05 * (high - low) + 0.2
     for name, group in panels.items():
         curves: Curves = {}
         for arm in group:
-            removed, left = arm.mean("ratio", "achieved"), arm.mean("retained", metric, last=True)
-            if removed and left:
-                curves.setdefault(arm.label(*hidden), []).append((100 * removed[0], *_percent(left)))
-        if all(len(points) < 2 for points in curves.values()):
-            if low is None and known:
-                yield Plot("retained", "Retained accuracy", caption, _dots(known, metric).figure)
-            return
-        if low is None or high is None:
-            ends = [_percent(arm.mean("retained", metric, last=True) or (0, 0)) for arm in known]
-            low, high = min(y - s for y, s in ends), max(y + s for y, s in ends)
+            (removed, _), left = arm.mean(*ratio) or (0, 0), arm.mean("retained", metric, last=True) or (0, 0)
+            curves.setdefault(arm.label(*hidden), []).append((100 * removed, *_percent(left)))
         axes = new_axes()
-        margin = 0.05 * (high - low) + 0.2
-        axes.set(ylim=(low - margin, high + margin), ylabel=f"retained {metric}, %")
-        axes.set(xlabel="language-model parameters removed, %")
+        axes.set(ylim=(low - margin, high + margin), ylabel=f"retained {metric}, %", xlabel=label)
         draw_curves(axes, {label: sorted(points) for label, points in curves.items()}, styles)
-        yield Plot(f"retained_{name}".rstrip("_"), f"{title}: {name}".removesuffix(": "), caption, axes.figure)
+        yield Plot(f"{file}_{name}".rstrip("_"), f"{title}: {name}".removesuffix(": "), caption, axes.figure)
 
 
-def _dots(arms: Sequence[Arm], metric: str) -> Any:
+def _dots(arms: Sequence[Arm], metric: str) -> tuple[Any, int]:
     """One row per arm, the best on top: for sweeps in which nothing is removed at more than one ratio."""
     rows = sorted((_percent(arm.mean("retained", metric, last=True) or (0, 0)), arm.label()) for arm in arms)
-    rows = rows[-MOST_ROWS:]
-    axes = new_axes(height=1.1 + 0.24 * len(rows))
-    for index, ((mean, deviation), _) in enumerate(rows):
+    shown = rows[-MOST_ROWS:]
+    labels = [textwrap.fill(label, WIDEST) for _, label in shown]
+    axes = new_axes(height=1.1 + sum(0.12 + 0.13 * (1 + label.count("\n")) for label in labels))
+    for index, ((mean, deviation), _) in enumerate(shown):
         axes.errorbar(mean, index, xerr=deviation or None, fmt="o", ms=5, capsize=3, color=CYCLE[0])
-    axes.set_yticks(range(len(rows)), [label for _, label in rows])
-    axes.set(xlabel=f"retained {metric}, %", ylim=(-0.6, len(rows) - 0.4))
-    return axes
+    axes.set_yticks(range(len(shown)), labels)
+    axes.set(xlabel=f"retained {metric}, %", ylim=(-0.6, len(shown) - 0.4))
+    return axes, len(rows) - len(shown)
 
 
 def _data_fraction(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
@@ -148,7 +167,8 @@ def _front(
         for arm in arms
         if (cost := arm.mean(*path, last=True)) and (value := arm.mean(*where, last=True))
     ]
-    if not points:
+    costs = [cost for cost, _, _ in points]
+    if not points or (len(points) > 1 and max(costs) - min(costs) <= ALIKE * max(costs)):
         return
     axes = new_axes()
     base = [arms[0].mean("stages", "base", *keys) for keys in (path, where)]
@@ -191,7 +211,7 @@ def _training(arms: Sequence[Arm]) -> Iterator[Plot]:
 
     logs: dict[str, Curves] = {}
     for arm in arms:
-        curve = [row for row in read_curve(arm.runs[0].folder) if "recover/loss" in row]
+        curve = [row for row in read_curve(arm.runs[0].folder) if math.isfinite(row.get("recover/loss", math.nan))]
         if len(curve) > 1:
             losses = smoothed([row["recover/loss"] for row in curve])
             recovery = str(arm.runs[0].config.get("recover.name", "recovery"))
@@ -199,10 +219,13 @@ def _training(arms: Sequence[Arm]) -> Iterator[Plot]:
             logs.setdefault(recovery, {})[arm.label("recover.name") if arm.settings else recovery] = points
     for recovery, curves in logs.items():
         axes = new_axes()
-        axes.set(xlabel="optimiser step", ylabel="recovery loss", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.minorticks_off()
+        axes.set(xlabel="optimiser step", ylabel="recovery loss")
+        losses = [loss for curve in curves.values() for _, loss, _ in curve]
+        if 0 < 10 * min(losses) < max(losses):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.minorticks_off()
         ranked = sorted(curves, key=lambda label: curves[label][-1][1])
         for index, label in enumerate(ranked):
             x, y, _ = zip(*curves[label], strict=True)

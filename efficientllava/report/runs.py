@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import shlex
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,9 +16,11 @@ from ..errors import UserError
 from ..results import STAGES, Results, find, last_stage, metric_keys, read
 
 # Keys that say where and how a run was done, not what.
-PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "optimized_metric")
+PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "keep")
+PLACES += ("optimized_metric", "dry_run")
 BUDGET = ("prune.ratio", "prune.share", "prune.drop_layers")  # how much is removed
 AXES = (*BUDGET, "data_frac")  # what curves run along
+NAMES = ("model.name", "prune.name", "recover.name")
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,6 @@ class Run:
         file = self.folder / ".hydra" / "config.yaml"
         return file.read_text("utf-8") if file.exists() else ""
 
-    def plan(self) -> Mapping[str, Any] | None:
-        """What was kept; None where nothing was pruned."""
-        file = self.folder / "plan.json"
-        return json.loads(file.read_text("utf-8")) if file.exists() else None
-
 
 @dataclass(frozen=True)
 class Arm:
@@ -75,14 +72,14 @@ class Arm:
         return ", ".join(self.words(*without) or names) or "default"
 
     def values(self, *path: str, last: bool = False) -> list[float]:
-        """A number of each run that has it.
+        """A finite number of each run that has it.
 
         Args:
             *path: Keys into ``results.json``, or into its last stage.
             last: Which of the two.
         """
         found = (find(last_stage(run.results) if last else run.results, *path) for run in self.runs)
-        return [value for value in found if isinstance(value, int | float)]
+        return [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
 
     def mean(self, *path: str, last: bool = False) -> tuple[float, float] | None:
         """Mean and sample standard deviation (0 for one run) of a number; None where no run has it."""
@@ -103,7 +100,9 @@ def load_runs(folder: Path) -> list[Run]:
     """
     files = sorted(folder.rglob("results.json"), key=lambda file: [(len(part), part) for part in file.parts])
     if not files:
-        raise UserError(f"{folder}: no results.json below this folder; give a folder of finished runs")
+        failed = [why for _, why in unfinished(folder)]
+        why = f" ({counted(len(failed), 'run')} without results, the first: {failed[0]})" if failed else ""
+        raise UserError(f"{folder}: no results.json below this folder{why}; give a folder of finished runs")
     return [Run(file.parent, read(file), _config(file.parent)) for file in files]
 
 
@@ -156,33 +155,73 @@ def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
-    """Group runs that differ in their seed only, in the order of first appearance.
+    """Group runs that differ in their seed only, in the order of first appearance; a seed counts once.
 
     Args:
         runs: Runs of one sweep.
     """
-    typed = {override.partition("=")[0].lstrip("+") for run in runs for override in run.results["overrides"]}
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if _tells(key, typed, runs)]
-    groups: dict[tuple[str, ...], list[Run]] = {}
+    typed = {key for run in runs for key in _typed(run)}
+    keys = _telling(runs, typed)
+    groups: dict[tuple[str, ...], dict[Any, Run]] = {}
     for run in runs:
-        groups.setdefault(tuple(str(run.config.get(key)) for key in keys), []).append(run)
-    return [Arm(_settings(group[0], keys), tuple(group)) for group in groups.values()]
+        groups.setdefault(tuple(str(run.config.get(key)) for key in keys), {})[run.results["seed"]] = run
+    found = [tuple(group.values()) for group in groups.values()]
+    return [Arm(_settings(group[0], keys, typed), group) for group in found]
 
 
-def _settings(run: Run, keys: Sequence[str]) -> dict[str, Any]:
+def by_model(runs: Sequence[Run]) -> dict[str, list[Arm]]:
+    """Arms of every model, since what is right for one says nothing of another; of all where each has one arm.
+
+    Args:
+        runs: Runs of one sweep.
+
+    Returns:
+        By the model's name; by the empty string where there is nothing to divide.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(str(run.results.get("model")), []).append(run)
+    arms = [arms_of(group) for group in groups.values()]
+    if len(arms) == 1 or all(len(own) == 1 for own in arms):
+        return {"": arms_of(runs)}
+    names = [str(own[0].runs[0].config.get("model.name")) for own in arms]
+    return dict(zip(names if len({*names}) == len(names) else groups, arms, strict=True))
+
+
+def _telling(runs: Sequence[Run], typed: Collection[str]) -> list[str]:
+    """Keys that tell arms apart: names and axes, and of what was typed and the rest what these do not decide."""
+    every = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] not in PLACES)
+    varying = [key for key in every if len({str(run.config.get(key)) for run in runs}) > 1]
+    chosen = [key for key in varying if key in NAMES or key in AXES]
+    chosen += [key for key in varying if key in typed and not _decided(key, chosen, runs)]
+    for key in varying:
+        # What not all runs know is of another version of this package, and the same in all of them.
+        if all(key in run.config for run in runs) and not _decided(key, chosen, runs):
+            chosen.append(key)
+    return [key for key in varying if key in chosen]
+
+
+def _decided(key: str, others: Sequence[str], runs: Sequence[Run]) -> bool:
+    """Whether runs that agree in the other keys agree in this one."""
+    values: dict[tuple[str, ...], str] = {}
+    return all(
+        values.setdefault(tuple(str(run.config.get(other)) for other in others), str(run.config.get(key)))
+        == str(run.config.get(key))
+        for run in runs
+    )
+
+
+def _typed(run: Run) -> set[str]:
+    return {override.partition("=")[0].lstrip("+") for override in run.results["overrides"]}
+
+
+def _settings(run: Run, keys: Sequence[str], typed: Collection[str]) -> dict[str, Any]:
     """What a run was told of the keys; what others were told and it was not has no meaning for it."""
-    own = {override.partition("=")[0].lstrip("+") for override in run.results["overrides"]}
-    shown = {key: run.config.get(key) for key in keys if key in own or key in AXES or _is_name(key)}
+    own = _typed(run)
+    shown = {key: run.config.get(key) for key in keys if key in own or key in AXES or key not in typed or _is_name(key)}
     if run.config.get("recover.name") == "none":
         shown.pop("data_frac", None)
-    return shown
-
-
-def _tells(key: str, typed: Collection[str], runs: Sequence[Run]) -> bool:
-    """Whether a key tells arms apart; the name of an option stands for all that the option sets."""
-    if key.split(".")[0] in PLACES or not (_is_name(key) or key in typed):
-        return False
-    return len({str(run.config.get(key)) for run in runs}) > 1
+    return {key: value for key, value in shown.items() if value is not None}
 
 
 def in_units(values: Sequence[float], base: int, suffix: str = "") -> tuple[float, str]:
@@ -203,6 +242,12 @@ def counted(number: int, noun: str) -> str:
 
 def _is_name(key: str) -> bool:
     return key.endswith(".name")
+
+
+def data_share(arm: Arm) -> float:
+    """Share of the recovery data that an arm trains on."""
+    config = arm.runs[0].config
+    return 0.0 if config.get("recover.name") == "none" else config.get("data_frac", 1.0)
 
 
 def score_scale(arms: Sequence[Arm], metric: str) -> tuple[float, str]:

@@ -34,8 +34,7 @@ def _history(axes: Any, record: Mapping[str, Any]) -> None:
     steps = range(len(entries))
     axes.plot(steps, [entry["best"] for entry in entries], color=BEST, label="best so far")
     means = [(step, entry["mean"]) for step, entry in zip(steps, entries, strict=True) if entry["mean"] is not None]
-    label = f"mean of those that saw all samples (first: {means[0][1]:.2g})"
-    axes.plot(*zip(*means, strict=True), color=MEAN, label=label)
+    axes.plot(*zip(*means, strict=True), color=MEAN, label="mean of a generation")
     # The first generation is far worse than all later ones: what it would need of the scale hides their progress.
     first, last = entries[0]["best"], entries[-1]["best"]
     top = max(2 * first - last, statistics.median(mean for _, mean in means))
@@ -44,7 +43,9 @@ def _history(axes: Any, record: Mapping[str, Any]) -> None:
     for step in steps[1:]:
         if entries[step]["theta"] != entries[step - 1]["theta"]:
             axes.axvline(step, color=DENSE, lw=0.8, ls=":")
-    axes.set(title="search", xlabel="generation (dotted: projector evolved)", ylabel="objective, standard deviations")
+    axes.set(
+        title="search", xlabel="generation (dotted: projector evolved)", ylabel="objective, s.d. from the first mean"
+    )
     axes.legend(frameon=False, loc="upper right")
 
 
@@ -72,7 +73,7 @@ def _strip(figure: Any, axes: Any, record: Mapping[str, Any]) -> None:
 
 def _scatter(figure: Any, axes: Any, record: Mapping[str, Any]) -> None:
     from matplotlib.colors import LogNorm
-    from matplotlib.ticker import FormatStrFormatter, MaxNLocator
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
     risk = record["settings"]["risk"]
     names = {"loss": "answer loss, nats per token", "kl": "KL to the dense model, nats", "error": "wrong answers"}
@@ -87,7 +88,9 @@ def _scatter(figure: Any, axes: Any, record: Mapping[str, Any]) -> None:
             norm=LogNorm() if min(values) > 0 else None,
         )
         bar = figure.colorbar(shown, ax=axes, label="loss on held-out samples, nats per token")
-        bar.formatter = bar.minorformatter = FormatStrFormatter("%g")
+        if min(values) > 0:
+            bar.locator, bar.formatter = LogLocator(subs=(1, 2, 5)), FormatStrFormatter("%g")
+            bar.minorticks_off()
     else:
         whole = [entry for entry in record["policies"] if entry["share"] == 1.0]
         axes.scatter([entry["gap"] for entry in whole], [entry[risk] for entry in whole], color=MEAN, s=12)

@@ -223,12 +223,24 @@ def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | Non
     return "\n".join(lines) or None
 
 
-def _spread(values: Sequence[float], scale: float = 100, digits: int = 1) -> str:
-    """Mean and, from two values on, the sample standard deviation."""
+def mean_spread(
+    values: Sequence[float], scale: float = 100, digits: int = 1, runs: int | None = None, varies: bool = True
+) -> str:
+    """Mean and, from two values on, the sample standard deviation.
+
+    Args:
+        values: One per run that has the number.
+        scale: What they are multiplied by.
+        digits: Behind the point.
+        runs: How many there are; a number that not all of them have says how many do.
+        varies: Whether the deviation is shown.
+    """
     if not values:
         return ABSENT
-    mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+    text = f"{scale * statistics.fmean(values):.{digits}f}"
+    if varies and len(values) > 1:
+        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
+    return text if runs in (None, len(values)) else f"{text} (n = {len(values)})"
 
 
 def markdown(arms: Sequence[Arm], metric: str = "digits_vqa/accuracy") -> str:
@@ -248,14 +260,14 @@ def markdown(arms: Sequence[Arm], metric: str = "digits_vqa/accuracy") -> str:
         raise UserError(
             f"table of {len(arms)} arms by {metric!r}: give at least one run and a metric like task/accuracy"
         )
-    (scale, unit), (_, task, name) = score_scale(arms, metric), metric_keys(metric)
+    (scale, unit), (_, task, _) = score_scale(arms, metric), metric_keys(metric)
     head = ["run", "seeds", "removed, %", *(f"{stage}{unit}" for stage in STAGES), "retained, %", "answer loss"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
     for arm in arms:
-        cells = [f"`{arm.label()}`", str(len({run.results["seed"] for run in arm.runs}))]
-        cells.append(_spread(arm.values("ratio", "achieved")))
-        cells += [_spread(arm.values("stages", stage, "metrics", task, name), scale) for stage in STAGES]
-        cells.append(_spread(arm.values("retained", metric, last=True)))
-        cells.append(_spread(arm.values("metrics", task, "answer_loss", last=True), scale=1, digits=3))
+        runs = len(arm.runs)
+        cells = [f"`{arm.label()}`", str(runs), mean_spread(arm.values("ratio", "achieved"))]
+        cells += [mean_spread(arm.values("stages", stage, *metric_keys(metric)), scale) for stage in STAGES]
+        cells.append(mean_spread(arm.values("retained", metric, last=True), runs=runs))
+        cells.append(mean_spread(arm.values("metrics", task, "answer_loss", last=True), scale=1, digits=3))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

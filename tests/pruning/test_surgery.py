@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import plan_for, plan_ratio, whole_layers
+from efficientllava.pruning.pruner import plan_for, whole_layers
 from efficientllava.pruning.surgery import check_plan, cut
 from tests.conftest import CHANNELS, FAMILIES, IMAGE_TOKEN, LAYERS, logits_of, make_batch, make_model
 

@@ -181,7 +181,7 @@ def test_markdown_has_a_row_per_configuration_and_a_spread_over_seeds():
 def test_markdown_names_rows_by_what_differs():
     runs = [make(overrides=["model=a", "prune.ratio=0.3"]), make(overrides=["model=a"])]
     lines = markdown(arms(runs)).splitlines()
-    assert lines[2].startswith("| `ratio 0.3` |") and lines[3].startswith("| `ratio None` |")
+    assert lines[2].startswith("| `ratio 0.3` |") and lines[3].startswith("| `default` |")
 
 
 @pytest.mark.parametrize(("runs", "metric"), [([], "digits_vqa/accuracy"), ([make()], "accuracy")])
