@@ -190,11 +190,12 @@ def last_stage(results: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(results["stages"][stage] for stage in reversed(STAGES) if stage in results["stages"])
 
 
-def scores(results: Iterable[Results]) -> list[str]:
+def scores(results: Iterable[Results], printed_only: bool = False) -> list[str]:
     """Every ``task/metric`` that a run has a score for, what papers print first.
 
     Args:
         results: Contents of several ``results.json``.
+        printed_only: Leave out what papers do not print.
     """
     found: dict[str, bool] = {}
     for result in results:
@@ -202,7 +203,8 @@ def scores(results: Iterable[Results]) -> list[str]:
             for task, metrics in stage["metrics"].items():
                 printed = find(result, "benchmarks", task, "headline") or ["accuracy"]
                 found |= {f"{task}/{name}": name in printed for name in metrics if is_score(name)}
-    return sorted(found, key=lambda metric: not found[metric])
+    known = [metric for metric in found if found[metric] or not printed_only]
+    return sorted(known, key=lambda metric: not found[metric])
 
 
 def lookup(results: Mapping[str, Any], key: str) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ..files import whole_file
-from ..results import STAGES, metric_keys
+from ..results import STAGES, metric_keys, scores
 from .plots import Plot
 from .runs import Arm, Run, counted, in_units, score_scale, sweep_command, unfinished
 from .tables import mean_spread
@@ -153,11 +153,14 @@ def _columns(arms: Sequence[Arm], metric: str) -> list[tuple[str, tuple[str, ...
     size, unit = in_units(
         [size for arm in arms for size in arm.values("stages", "base", "checkpoint_bytes")], 1024, "iB"
     )
+    others = [other for other in scores((run.results for arm in arms for run in arm.runs), True) if other != metric]
     columns = [
         ("removed, %", ("ratio", "achieved"), False, 100, 1),
+        ("zeros, %", ("ratio", "sparsity"), False, 100, 1),
         *((f"{stage}{sign}", ("stages", stage, *score), False, factor, 1) for stage in STAGES),
         ("retained, %", ("retained", metric), True, 100, 1),
         ("answer loss", (*score[:2], "answer_loss"), True, 1, 3),
+        *((f"{other.replace('/', ' ')}, retained %", ("retained", other), True, 100, 1) for other in others),
         (f"parameters, {giga}", ("parameters",), True, 1 / count, 3),
         (f"checkpoint, {unit}", ("checkpoint_bytes",), True, 1 / size, 2),
         ("ms per token", ("latency_ms", "decode"), True, 1, 2),

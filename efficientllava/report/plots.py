@@ -135,25 +135,27 @@ def _dots(arms: Sequence[Arm], metric: str) -> tuple[Any, int]:
 
 def _data_fraction(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
     known = [arm for arm in arms if "data_frac" in arm.settings and arm.mean("retained", metric, last=True)]
-    curves: Curves = {}
-    for arm in known:
-        left = _percent(arm.mean("retained", metric, last=True) or (0, 0))
-        curves.setdefault(arm.label("data_frac"), []).append((100 * arm.settings["data_frac"], *left))
-    curves = {label: sorted(points) for label, points in curves.items() if len(points) > 1}
-    if not curves:
-        return
-    axes = new_axes()
-    axes.set(xscale="log", xlabel="share of the recovery data, %", ylabel=f"retained {metric}, %")
-    shares = sorted({x for points in curves.values() for x, _, _ in points})
-    axes.set_xticks(shares, [f"{share:g}" for share in shares])
-    axes.minorticks_off()
-    axes.autoscale_view()
-    bounds = [y + sign * s for points in curves.values() for _, y, s in points for sign in (-1, 1)]
-    margin = 0.05 * (max(bounds) - min(bounds)) + 0.2
-    axes.set_ylim(min(bounds) - margin, max(bounds) + margin)
-    draw_curves(axes, curves, list(curves))
-    caption = "Mean over seeds; bars: one standard deviation."
-    yield Plot("data_fraction", "Retained accuracy against recovery data", caption, axes.figure)
+    for name, group in _by_paradigm(known, lambda arm: arm.label("data_frac")).items():
+        hidden = ("data_frac", "prune.name") if name else ("data_frac",)
+        curves: Curves = {}
+        for arm in group:
+            left = _percent(arm.mean("retained", metric, last=True) or (0, 0))
+            curves.setdefault(arm.label(*hidden), []).append((100 * arm.settings["data_frac"], *left))
+        curves = {label: sorted(points) for label, points in curves.items() if len(points) > 1}
+        if not curves:
+            continue
+        axes = new_axes()
+        axes.set(xscale="log", xlabel="share of the recovery data, %", ylabel=f"retained {metric}, %")
+        shares = sorted({x for points in curves.values() for x, _, _ in points})
+        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        axes.minorticks_off()
+        axes.autoscale_view()
+        bounds = [y + sign * s for points in curves.values() for _, y, s in points for sign in (-1, 1)]
+        margin = 0.05 * (max(bounds) - min(bounds)) + 0.2
+        axes.set_ylim(min(bounds) - margin, max(bounds) + margin)
+        draw_curves(axes, curves, list(curves))
+        title, caption = "Retained accuracy against recovery data", "Mean over seeds; bars: one standard deviation."
+        yield Plot(f"data_fraction_{name}".rstrip("_"), f"{title}: {name}".removesuffix(": "), caption, axes.figure)
 
 
 def _front(

@@ -12,6 +12,7 @@ from efficientllava.errors import UserError
 from efficientllava.report.__main__ import report
 from efficientllava.report.advisor import advise
 from efficientllava.report.drawing import spread
+from efficientllava.report.maps import shares
 from efficientllava.report.plots import draw, pareto, smoothed
 from efficientllava.report.runs import arms_of, load_runs
 from efficientllava.results import build, metric_keys, read, write
@@ -107,6 +108,77 @@ def test_one_run_and_one_ratio_have_plots_of_their_own(tmp_path):
     assert "1 run in 1 configuration, 1 seed" in (tmp_path / "report.html").read_text()
 
 
+def edit(folder: Path, change) -> None:
+    """Change what a run has recorded."""
+    results = read(folder)
+    change(results)
+    write(results, folder / "results.json")
+
+
+def test_what_only_a_preset_says_tells_arms_apart_and_a_seed_counts_once(sweep):
+    for folder in sweep.iterdir():
+        edit(folder, lambda results: results.update(overrides=["experiment=x"]))
+    assert [(arm.label(), len(arm.runs)) for arm in arms_of(load_runs(sweep))] == [
+        (f"{recover}, ratio {ratio}", 2) for ratio in (0.3, 0.6) for recover in ("none", "sft")
+    ]
+    save_run(sweep / "again", 0.3, "none", 1)
+    assert [len(arm.runs) for arm in arms_of(load_runs(sweep))] == [2] * 4
+
+
+def test_what_a_name_decides_is_no_part_of_a_label(sweep):
+    for folder in sweep.iterdir():  # lr goes with the recovery here, damping with nothing
+        edit(folder, lambda results: results["overrides"].extend(["recover.lr=1", "prune.damping=1"]))
+    config = OmegaConf.load(sweep / "0" / ".hydra" / "config.yaml")
+    OmegaConf.save(OmegaConf.merge(config, {"prune": {"damping": 0.1}}), sweep / "0" / ".hydra" / "config.yaml")
+    labels = [arm.label() for arm in arms_of(load_runs(sweep))]
+    assert labels[:2] == ["none, ratio 0.3, damping 0.1", "none, ratio 0.3"] and "sft, ratio 0.6" in labels
+
+
+def test_every_model_has_plots_and_advice_of_its_own(sweep):
+    for folder in sorted(sweep.iterdir()):
+        if int(folder.name) % 2:
+            edit(folder, lambda results: results.update(model="builtin:tiny_bunny"))
+            config = OmegaConf.load(folder / ".hydra" / "config.yaml")
+            OmegaConf.save(OmegaConf.merge(config, {"model": {"name": "bunny"}}), folder / ".hydra" / "config.yaml")
+    report(sweep)
+    page = (sweep / "report.html").read_text()
+    assert page.count("<h3>bunny</h3><ul>") == 1 and page.count("At least 60 %") == 2
+    assert (sweep / "plots" / "retained_bunny.png").exists()
+
+
+def test_a_score_that_is_not_finite_is_left_out_and_said(sweep):
+    def lose(results):
+        results["stages"]["recovered"]["retained"][METRIC] = float("nan")
+
+    edit(sweep / "2", lose)
+    assert "| 93.9 (n = 1) |" in report(sweep)
+    assert ">93.9 (n = 1)</td>" in (sweep / "report.html").read_text()
+
+
+def test_kept_units_are_shares_of_what_the_plan_says_there_was(sweep):
+    assert shares(sweep / "0", "groups") == [50.0, 0.0, 50.0]
+    assert shares(sweep / "0", "channels") == [37.5, 0.0, 37.5]
+    plan = json.loads((sweep / "0" / "plan.json").read_text())
+    genes = [
+        {"layer": layer, "kind": kind, "amounts": [0.0, 0.25]} for layer in (0, 1) for kind in ("attention", "mlp")
+    ]
+    (sweep / "0" / "search.json").write_text(json.dumps({"genes": genes, "best": [0, 1, 1, 1]}))
+    (sweep / "0" / "plan.json").write_text(json.dumps({**plan, "details": {"sparsity": 0.2}}))
+    assert shares(sweep / "0", "groups") == [100.0, 75.0] and shares(sweep / "0", "channels") == [75.0, 75.0]
+    (sweep / "0" / "plan.json").write_text(json.dumps({"layers": plan["layers"], "source_layers": 3}))
+    assert shares(sweep / "0", "groups") is None  # a plan of an earlier version
+
+
+def test_masks_have_an_axis_of_their_own_and_no_advice(sweep):
+    for folder in sweep.iterdir():
+        ratio = OmegaConf.load(folder / ".hydra" / "config.yaml").prune.ratio
+        edit(folder, lambda results, ratio=ratio: results.update(ratio={"achieved": 0.0, "sparsity": ratio}))
+        (folder / "plan.json").unlink()
+    arms = arms_of(load_runs(sweep))
+    plot = next(plot for plot in draw(arms, METRIC) if plot.name == "retained_masks")
+    assert "zero" in plot.figure.axes[0].get_xlabel() and advise(arms, METRIC) == []
+
+
 def test_labels_are_pushed_apart_and_no_further():
     assert spread([0.2, 0.5], [0.1, 0.1]) == [0.2, 0.5]
     assert spread([0.5, 0.5, 0.52], [0.1] * 3) == pytest.approx([0.5, 0.6, 0.7])
@@ -169,7 +241,12 @@ def test_the_page_stands_alone_and_shows_every_run(sweep):
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no results\.json below this folder"):
+    with pytest.raises(UserError, match=r"no results\.json below this folder; "):
+        report(tmp_path)
+    (tmp_path / "7" / ".hydra").mkdir(parents=True)
+    OmegaConf.save(["seed=1"], tmp_path / "7" / ".hydra" / "overrides.yaml")
+    (tmp_path / "7" / "job.log").write_text("error: out of memory")
+    with pytest.raises(UserError, match=r"\(1 run without results, the first: 7: error: out of memory\); "):
         report(tmp_path)
 
 
