@@ -15,8 +15,8 @@ from omegaconf import MISSING
 from .data.sources import is_elsewhere
 from .errors import ConfigError, UserError
 from .hub import local_folder
-from .rules import EFFECTS, FOLLOWS, IMAGE_FOLDERS, RULES
-from .schema import JudgeConfig, RecoverConfig, RunConfig
+from .rules import EFFECTS, FOLLOWS, IMAGE_FOLDERS, RULES, bypassed
+from .schema import MASKED, JudgeConfig, RecoverConfig, RunConfig, SearchConfig
 
 
 def check(config: RunConfig, overrides: Sequence[str] = ()) -> None:
@@ -68,33 +68,19 @@ def require_valid(config: Any, node: str) -> None:
 
 
 def _combinations(config: RunConfig) -> Iterator[str]:
-    prune, recover = config.prune, config.recover
-    if prune.method != "none" and prune.ratio is None and prune.share is None and prune.drop_layers is None:
-        yield "prune.ratio=null: set it, in [0, 1), or prune.share (widthwise) or prune.drop_layers (layerwise)"
+    prune, recover, search = config.prune, config.recover, config.search
+    if prune.method != "none" and prune.ratio is None and not bypassed(config):
+        yield (
+            "prune.ratio=null: set it, in [0, 1), or prune.share (widthwise), prune.drop_layers (layerwise) or "
+            "search.budget.target (auto)"
+        )
     if prune.method == "auto" and prune.offload:
         yield (
             "prune.offload=true: a search runs whole candidates on the GPU; leave it out, or choose prune=widthwise or "
             "prune=layerwise"
         )
-    search = config.search
-    if (
-        prune.method == "auto"
-        and search.uniform
-        and (search.granularity, search.budget.resource)
-        != (
-            "structured",
-            "params",
-        )
-    ):
-        yield "search.uniform=true: needs search.granularity=structured and search.budget.resource=params"
-    if prune.method == "auto" and search.mutants + search.crossovers > search.population:
-        yield (
-            f"search.population={search.population}: is less than search.mutants={search.mutants} + "
-            f"search.crossovers={search.crossovers}; raise it, or lower them"
-        )
-    stages = search.stages
-    if prune.method == "auto" and (not stages or stages != sorted({*stages, 1.0}) or stages[0] <= 0):
-        yield f"search.stages={stages}: must be rising shares of the samples that end with 1, such as [0.25,1.0]"
+    if prune.method == "auto":
+        yield from _search(search, prune.ratio)
     if recover.name != "none" and not config.pretrain:
         yield from _recovery(recover)
     kind = config.evaluate.quantization
@@ -107,6 +93,34 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     if config.evaluate.lmms_eval.tasks and not importlib.util.find_spec("lmms_eval"):
         yield "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'"
     yield from _tasks(config.evaluate.tasks)
+
+
+def _search(search: SearchConfig, ratio: float | None) -> Iterator[str]:
+    granularity, resource, target = search.granularity, search.budget.resource, search.budget.target
+    if granularity != "structured" and resource != "params":
+        yield (
+            f"search.budget.resource={resource}: weight masks change no shape, so they save none; "
+            "set search.granularity=structured, or leave search.budget.resource=params"
+        )
+    elif resource == "params" and (target or 0) >= 1:
+        yield (
+            f"search.budget.target={target:g}: a speed-up is no share of parameters; give a share below 1, or set "
+            "search.budget.resource=flops or latency"
+        )
+    asked, share = ("prune.ratio", ratio) if target is None else ("search.budget.target", target)
+    largest = MASKED.get(granularity, 1.0)
+    if largest < (share or 0) < 1:
+        yield f"{asked}={share:g}: search.granularity={granularity} removes at most {largest:g}; lower it"
+    if search.uniform and (granularity, resource) != ("structured", "params"):
+        yield "search.uniform=true: needs search.granularity=structured and search.budget.resource=params"
+    if search.method == "evolution" and search.mutants + search.crossovers > search.population:
+        yield (
+            f"search.population={search.population}: is less than search.mutants={search.mutants} + "
+            f"search.crossovers={search.crossovers}; raise it, or lower them"
+        )
+    stages = search.stages
+    if not stages or stages != sorted({*stages, 1.0}) or stages[0] <= 0:
+        yield f"search.stages={stages}: must be rising shares of the samples that end with 1, such as [0.25,1.0]"
 
 
 def _judge(judge: JudgeConfig) -> Iterator[str]:

@@ -152,7 +152,7 @@ def report(plan: Forecast) -> dict[str, Any]:
     memory = stage_memory(plan)
     return {
         "ratio": {
-            "requested": None if settings.prune.nominal else settings.prune.ratio,
+            "requested": plan.requested,
             **settings.prune.nominal,
             "achieved": low if low == high else None,
             "between": [low, high],

@@ -19,6 +19,7 @@ from .pruning.surgery import pruned_config
 from .recovery.objective import build_terms
 from .recovery.trainable import prepare, trainable
 from .schema import RunConfig
+from .search.latency import asked_share
 from .search.structured import Structured
 
 _MODELS: dict[tuple[str, torch.dtype], nn.Module] = {}  # what jobs of a sweep have in common
@@ -67,6 +68,17 @@ class Forecast:
         if key not in _MODELS:
             _MODELS[key] = meta_model(self.configs[0]).to(self.dtype)
         return _MODELS[key]
+
+    @property
+    def requested(self) -> float | None:
+        """Share of language-model parameters that is asked for; None where something else is."""
+        prune, search = self.settings.prune, self.settings.search
+        if prune.method == "none":
+            return 0.0
+        if prune.method == "auto":
+            counted = search.granularity == "structured" and search.budget.resource == "params"
+            return asked_share(prune, search)[0] if counted else None
+        return None if prune.nominal else prune.ratio
 
     @property
     def stock(self) -> bool | None:
@@ -152,17 +164,17 @@ def plan_outline(model: nn.Module, settings: RunConfig) -> Outline:
     whole = outline(model, replace(prune, method="none"))
     if search.granularity != "structured":
         return whole
-    target = prune.ratio if search.budget.target is None else search.budget.target
+    target, asked = asked_share(prune, search)
     selection = "shape" if search.uniform else "global"
     plain = replace(prune, method="widthwise", selection=selection, share=None, protect=[], protect_scaled=False)
     if not search.uniform:
         largest = _largest_policy(model, prune.round_to) / whole.total
-        if search.budget.resource != "params" or target is None:
+        if search.budget.resource != "params":
             # What has to go for a saving of FLOPs or of time is found by measuring.
             return replace(whole, removed=(0, int(largest * whole.total)), largest=largest, free=True)
         if target <= largest:
             return replace(outline(model, replace(plain, ratio=target)), largest=largest)
-        raise UserError(f"prune.ratio={target:g}: a searched policy removes at most {largest:.3f} here; lower it")
+        raise UserError(f"{asked}: a searched policy removes at most {largest:.3f} here; lower it")
     return outline(model, replace(plain, ratio=target))
 
 

@@ -137,6 +137,7 @@ RULES: dict[str, Rule] = {
     "evaluate.judge.retries": _number(0, None),
 }
 
+LOOKING = ("obs", "activation", "wanda")  # importances that look at activations
 OF_FILES = ("path", "group_by_modality_length")
 
 
@@ -157,7 +158,11 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("keep", lambda c: not c.pretrain, "it belongs to runs that prune or recover"),
     ("data_frac", lambda c: c.recover.name != "none" or bool(c.pretrain), "choose a recovery with recover="),
     ("model.revision", lambda c: is_hub_id(c.model.path), "it belongs to a hub id as model.path"),
-    ("data.images", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
+    (
+        "data.images",
+        lambda c: c.data.name == "digits_vqa" and c.recover.name != "none",
+        "it is the size of the recovery pool of data=digits_vqa",
+    ),
     ("data.test_questions", lambda c: c.data.name == "digits_vqa", "it belongs to data=digits_vqa"),
     (
         "data.image_root",
@@ -166,13 +171,29 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ),
     *((f"data.{key}", lambda c: c.data.name != "digits_vqa", "choose data=conversations") for key in OF_FILES),
     ("data.group_by_modality_length", lambda c: c.recover.name != "none", "choose a recovery with recover="),
+    *(
+        (f"data.{key}", lambda c: c.recover.name != "none" or bool(c.pretrain), "choose a recovery with recover=")
+        for key in ("batch_size", "global_batch_size", "num_workers")
+    ),
+    ("data.max_bad_fraction", lambda c: c.data.name != "digits_vqa", "choose data=conversations"),
+    (
+        "data.max_length",
+        lambda c: c.prune.method != "none" or c.recover.name != "none",
+        "choose a paradigm with prune= or a recovery with recover=",
+    ),
     ("calibration", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
+    ("calibration.image_root", lambda c: c.calibration.path is not None, "set calibration.path"),
     (
         "calibration.batch_size",
         lambda c: c.prune.method != "widthwise" or c.prune.importance not in TAYLOR,
         "Taylor scores take one record at a time",
     ),
     ("prune.", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
+    (
+        "prune.ratio",
+        lambda c: c.prune.ratio is None or not bypassed(c),
+        "prune.share, prune.drop_layers or search.budget.target says what goes",
+    ),
     ("prune.importance", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
     (
         "prune.selection",
@@ -181,8 +202,12 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ),
     (
         "prune.round_to",
-        lambda c: c.prune.method in ("widthwise", "auto"),
-        "it belongs to prune=widthwise or prune=auto",
+        lambda c: c.prune.method in ("widthwise", "auto") and _cuts(c),
+        "it belongs to prune=widthwise or prune=auto without masks",
+    ),
+    *(
+        (f"prune.{key}", lambda c: _cuts(c), "masks leave shapes alone; set search.granularity=structured")
+        for key in ("refit", "refit_target", "reinitialise")
     ),
     ("prune.share", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
     ("prune.protect", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
@@ -191,20 +216,41 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.prune.method == "widthwise" and c.prune.importance in TAYLOR,
         f"it needs prune.importance={'|'.join(TAYLOR)}",
     ),
-    ("prune.refit_target", lambda c: c.prune.refit, "set prune.refit=true"),
+    (
+        "prune.tokens",
+        lambda c: c.prune.refit or c.prune.method != "widthwise" or c.prune.importance in LOOKING,
+        "nothing looks at activations; set prune.refit=true or another prune.importance",
+    ),
     (
         "prune.damping",
-        lambda c: c.prune.refit or c.prune.importance == "obs",
+        lambda c: (
+            c.prune.refit or c.prune.method == "auto" or (c.prune.method == "widthwise" and c.prune.importance == "obs")
+        ),
         "set prune.refit=true or prune.importance=obs",
     ),
+    ("prune.refit_target", lambda c: c.prune.refit, "set prune.refit=true"),
     ("prune.offload", lambda config: _on_gpu(config), "without a GPU all weights are in host memory anyway"),
     ("search", lambda c: c.prune.method == "auto", "set prune=auto"),
-    ("search.projector_lr", lambda c: c.search.projector, "set search.projector=on"),
-    ("search.projector_pull", lambda c: c.search.projector, "set search.projector=on"),
-    ("search.projector_anchor", lambda c: c.search.projector, "set search.projector=on"),
+    *(
+        (f"search.{key}", lambda c: c.search.method == "evolution", "set search.method=evolution")
+        for key in ("mutants", "crossovers", "mutation", "exchange")
+    ),
+    (
+        "search.projector",
+        lambda c: not c.search.projector or c.search.rounds > 1,
+        "it evolves between rounds; set search.rounds above 1",
+    ),
+    *(
+        (
+            f"search.projector_{key}",
+            lambda c: c.search.projector and c.search.rounds > 1,
+            "set search.projector=on and search.rounds above 1",
+        )
+        for key in ("lr", "pull", "anchor")
+    ),
     (
         "search.finalists",
-        lambda c: c.search.granularity == "structured",
+        lambda c: _cuts(c),
         "masks are not refitted; set search.granularity=structured",
     ),
     ("search.gap_weight", lambda c: c.search.gap != "none", "set search.gap"),
@@ -213,6 +259,12 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("prune.block_influence", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
     ("prune.final_norm", lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise"),
     ("recover.", lambda c: c.recover.name != "none", "choose a recovery with recover="),
+    (
+        "recover.lr",
+        lambda c: c.recover.train != "projector" or c.recover.projector_lr is None,
+        "only the projector trains; set recover.projector_lr",
+    ),
+    ("recover.chunk", lambda c: c.recover.weights.sft + c.recover.weights.logit > 0, "no loss looks at logits"),
     ("recover.lora", lambda c: c.recover.train == "lora", "set recover.train=lora"),
     ("recover.kl", lambda c: c.recover.weights.logit > 0, "set recover.weights.logit above 0"),
     ("recover.temperature", lambda c: c.recover.weights.logit > 0, "set recover.weights.logit above 0"),
@@ -280,6 +332,15 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("evaluate.num_workers", lambda c: bool(c.evaluate.tasks), "choose a benchmark with evaluate="),
     ("evaluate.max_new_tokens", lambda c: bool(c.evaluate.tasks), "choose a benchmark with evaluate="),
 )
+
+
+def bypassed(config: RunConfig) -> bool:
+    """Whether something takes the place of ``prune.ratio``."""
+    return bool(config.prune.nominal) or (config.prune.method == "auto" and config.search.budget.target is not None)
+
+
+def _cuts(config: RunConfig) -> bool:
+    return config.prune.method != "auto" or config.search.granularity == "structured"
 
 
 def _on_gpu(config: RunConfig) -> bool:

@@ -13,6 +13,7 @@ from omegaconf import MISSING
 
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
 JUDGED = ("llava_bench", "mathvista", "mmvet")  # benchmarks with a judge
+MASKED = {"unstructured": 0.95, "2:4": 0.5}  # largest share of zeros, by granularity of a search
 IMPORTANCES = ("obs", *TAYLOR, "activation", "wanda", "magnitude", "random")
 
 

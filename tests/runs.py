@@ -51,9 +51,9 @@ def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
     """Overrides of a small run; ``overrides`` come last and win, and what they leave without effect is left out."""
     known = {override.partition("=")[0] for override in overrides}
     idle = {
-        "recover=none": ("recover.",),
+        "recover=none": ("recover.", "data.batch_size", "data.images"),
         "prune=none": ("prune.", "calibration."),
-        "prune=layerwise": ("prune.round_to",),
+        **dict.fromkeys(("prune=layerwise", "search.granularity=unstructured"), ("prune.round_to",)),
         "evaluate.efficiency=false": ("evaluate.",),
     }
     left_out = tuple(prefix for override in overrides for prefix in idle.get(override, ()))

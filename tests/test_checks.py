@@ -34,7 +34,7 @@ def test_defaults_have_no_problem():
         ("prune.ratio=1", "[0, 1)"),
         ("prune.ratio=1.5", "[0, 1)"),
         ("prune.ratio=-0.1", "[0, 1)"),
-        ("data.max_bad_fraction=1", "[0, 1)"),
+        ("recover.warmup=1", "[0, 1)"),
         ("calibration.samples=0", "[1, infinity)"),
         ("recover.steps=0", "[1, infinity)"),
         ("recover.lr=0", "(0, infinity)"),
@@ -54,7 +54,7 @@ def test_a_value_outside_its_range_is_named_with_what_is_allowed(override, allow
     assert allowed in line
 
 
-@pytest.mark.parametrize("override", ["data_frac=1", "prune.ratio=0", "prune.ratio=0.99", "data.max_bad_fraction=0.5"])
+@pytest.mark.parametrize("override", ["data_frac=1", "prune.ratio=0", "prune.ratio=0.99", "recover.warmup=0"])
 def test_the_ends_of_a_range_are_allowed(override):
     assert problems(override) == []
 
@@ -99,6 +99,21 @@ def test_several_problems_come_at_once():
         (["recover=sft", "recover.teacher.path=x"], "recover.teacher.path"),
         (["recover.train=full", "recover.lora.r=4"], "recover.lora.r"),
         (["model=checkpoint", "model.path=org/x", "data.path=x.json", "data.images=9"], "data.images"),
+        (["recover=none", "data.images=9"], "data.images"),
+        (["recover=none", "data.batch_size=4"], "data.batch_size"),
+        (["data.max_bad_fraction=0.1"], "data.max_bad_fraction"),
+        (["prune=none", "recover=none", "data.max_length=99"], "data.max_length"),
+        (["calibration.image_root=."], "calibration.image_root"),
+        (["recover=projector", "recover.projector_lr=1e-4", "recover.lr=1e-3"], "recover.lr"),
+        (["recover.weights.sft=0", "recover.chunk=9"], "recover.chunk"),
+        (["prune.share=0.3", "prune.ratio=0.3"], "prune.ratio"),
+        (["prune=layerwise", "prune.drop_layers=1", "prune.ratio=0.3"], "prune.ratio"),
+        (["prune=auto", "search.budget.target=0.3", "prune.ratio=0.3"], "prune.ratio"),
+        (["prune=layerwise", "prune.damping=0.1"], "prune.damping"),
+        (["prune.importance=random", "prune.refit=false", "prune.tokens=image"], "prune.tokens"),
+        (["prune=auto", "search.granularity=2:4", "prune.refit=true"], "prune.refit"),
+        (["prune=auto", "search.method=random", "search.mutation=0.1"], "search.mutation"),
+        (["prune=auto", "search.rounds=1", "search.projector_lr=0.1"], "search.projector_lr"),
     ],
 )
 def test_a_typed_key_without_effect_is_an_error(overrides, key):
@@ -110,6 +125,29 @@ def test_the_same_key_passes_where_it_has_an_effect():
     assert problems("prune.importance=param_first", "prune.taylor_mean=batch") == []
     assert problems("recover=kd_logit", "recover.kl=reverse") == []
     assert problems("recover.train=lora", "recover.lora.r=4") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["search.granularity=2:4", "search.budget.resource=flops"], "search.budget.resource=flops: weight masks"),
+        (["search.budget.target=1.8"], "search.budget.target=1.8: a speed-up is no share of parameters"),
+        (["search.granularity=2:4", "prune.ratio=0.6"], "prune.ratio=0.6: search.granularity=2:4 removes at most 0.5"),
+        (["search.granularity=unstructured", "search.budget.target=0.97"], "search.budget.target=0.97: search.gran"),
+        (["search.uniform=true", "search.budget.resource=flops"], "search.uniform=true: needs"),
+        (["search.population=4"], "search.population=4: is less than"),
+        (["prune.ratio=null"], "prune.ratio=null: set it"),
+    ],
+)
+def test_what_no_search_can_reach_is_refused(options, told):
+    (line,) = problems("prune=auto", *options)
+    assert line.startswith(told)
+
+
+def test_a_search_takes_its_target_in_place_of_the_ratio():
+    assert problems("prune=auto", "search.budget.target=0.3", "prune.ratio=null") == []
+    assert problems("prune=auto", "search.budget.target=1.8", "search.budget.resource=latency") == []
+    assert problems("prune=auto", "search.granularity=2:4", "prune.ratio=0.5") == []
 
 
 def test_offload_needs_a_gpu_and_no_search(monkeypatch):

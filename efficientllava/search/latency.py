@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
-from ..errors import UserError
 from ..files import whole_file
 from ..models.anatomy import Component, language_parameters, layers_of
 from ..models.forward import Batch
@@ -50,19 +49,9 @@ def budget_of(
         prune: ``ratio``, the target where the search names none.
         search: ``granularity`` and ``budget``.
         path: File that keeps measured latencies, so that a resumed search counts with the same; None keeps none.
-
-    Raises:
-        UserError: There is no target, or the resource is unknown, has no speed-up, or is not saved by weight masks.
     """
-    resource = search.budget.resource
-    if search.granularity != "structured":
-        if resource != "params":
-            raise UserError(
-                f"search.budget.resource={resource}: weight masks change no shape, so they save none; "
-                "set search.granularity=structured, or leave search.budget.resource=params"
-            )
-        resource = "weights"
-    share, asked = _target(resource, prune.ratio, search.budget.target)
+    resource = search.budget.resource if search.granularity == "structured" else "weights"
+    share, asked = asked_share(prune, search)
     if resource == "params":
         costs = removed_costs(table, language_parameters(model))
     elif resource == "weights":
@@ -70,26 +59,24 @@ def budget_of(
         costs = removed_costs(table, sum(linear.weights for gene in genes for linear in table.norms(gene, 0)))
     elif resource == "flops":
         costs = flops_costs(model, table, mean_length(stream.batches))
-    elif resource == "latency":
+    else:
         prompt = first_prompt(model, stream.batches)
         costs = processes.from_first(None if processes.rank() else latency_costs(model, table, prompt, path))
-    else:
-        raise UserError(f"search.budget.resource={resource}: unknown; choose one of params, flops, latency")
     return Budget(resource, share, costs, asked)
 
 
-def _target(resource: str, ratio: float | None, target: float | None) -> tuple[float, str]:
-    """Share to remove, and the words for it in messages."""
+def asked_share(prune: PruneConfig, search: SearchConfig) -> tuple[float, str]:
+    """Share of the resource that a policy has to remove, and the words for it in messages.
+
+    Args:
+        prune: ``ratio``, the share where the search names no target.
+        search: ``budget``; a target from 1 on is a speed-up.
+    """
+    target = search.budget.target
     if target is None:
-        if ratio is None:
-            raise UserError("search.budget.target=null: nothing to aim at; set it, or prune.ratio")
-        return ratio, f"prune.ratio={ratio:g}"
+        return prune.ratio or 0.0, f"prune.ratio={prune.ratio:g}"
     asked = f"search.budget.target={target:g}"
-    if target < 1:
-        return target, asked
-    if resource not in ("flops", "latency"):
-        raise UserError(f"{asked}: a speed-up is no share of {resource}; give a share below 1")
-    return 1 - 1 / target, f"{asked} (a share of {1 - 1 / target:.3f})"
+    return (target, asked) if target < 1 else (1 - 1 / target, f"{asked} (a share of {1 - 1 / target:.3f})")
 
 
 def removed_costs(table: Levels, whole: int) -> Costs:

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from ..models.anatomy import Component
 from ..pruning.statistics import factorise
+from ..schema import MASKED
 from .generalization import LinearNorms
 from .recipe import Level, squares
 
 BLOCK = 128  # columns for which unstructured masks are chosen together
 GROUP = 4  # columns of a 2:4 group, and the narrowest part of a sweep
-SPREAD, STEP, HIGHEST = 4, 0.05, 0.95  # levels on either side of the budget, their distance, and the cap
+SPREAD, STEP = 4, 0.05  # levels on either side of the budget, and their distance
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Masks:
         if self.ratio is None:
             return 0.0, 0.5
         wished = (self.ratio + STEP * step for step in range(-SPREAD, SPREAD + 1))
-        return tuple(sorted({round(min(max(share, 0.0), HIGHEST), 9) for share in wished}))
+        return tuple(sorted({round(min(max(share, 0.0), MASKED["unstructured"]), 9) for share in wished}))
 
     def inputs(self, component: Component) -> list[nn.Linear]:
         """One of the readers, which share their input, and the writer."""

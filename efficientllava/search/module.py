@@ -18,6 +18,7 @@ from .. import processes
 from ..files import whole_file
 from ..models.anatomy import layers_of, projector_of
 from ..models.forward import FeatureCache, feature_cache
+from ..pruning.control import reinitialise
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, block_influences
 from ..pruning.scores import Calibration, Tick, open_stream, silent
@@ -28,7 +29,7 @@ from .cut import cut_policy, plan_of, trial_losses
 from .evaluator import Evaluator
 from .evolution import Search
 from .generalization import gap_of
-from .latency import budget_of
+from .latency import asked_share, budget_of
 from .levels import LevelTable, open_table
 from .masks import Masks
 from .objective import Risk
@@ -148,11 +149,11 @@ class SearchModule(LightningModule):
             channels = {channels for _, channels in self._shapes()}
             recipe = replace(recipe, channels=tuple(sorted(channels, reverse=True)))
         if granularity != "structured":
-            recipe = Masks(None if granularity == "2:4" else prune.ratio, prune.damping, prune.tokens)
+            recipe = Masks(None if granularity == "2:4" else self._share, prune.damping, prune.tokens)
         return open_table(self.model, recipe, calibration, self._inputs.tables, self._inputs.identity)
 
     def _shapes(self) -> list[tuple[int, int]]:
-        return uniform_candidates(Space.of(self.model, round_to=self._prune.round_to), self._prune.ratio or 0.0)
+        return uniform_candidates(Space.of(self.model, round_to=self._prune.round_to), self._share)
 
     def _space(self, table: LevelTable, stream: CalibrationStream) -> SearchSpace:
         file = self._inputs.work / "latency.json"
@@ -226,6 +227,10 @@ class SearchModule(LightningModule):
             search.end_round(changed=kept)
 
     @property
+    def _share(self) -> float:
+        return asked_share(self._prune, self._config)[0]
+
+    @property
     def _gap(self) -> str:
         """The gap term that is recorded, also where the objective has none."""
         return "fro" if self._config.gap == "none" else self._config.gap
@@ -279,11 +284,13 @@ class SearchModule(LightningModule):
 
     def _cut(self, search: Search, table: LevelTable, samples: Sequence[Any]) -> None:
         ids = tuple(record.id for record in self._inputs.records)
-        requested = self._prune.ratio if self._config.budget.resource == "params" else None
+        requested = self._share if self._config.budget.resource == "params" else None
         mine = samples[processes.rank() :: processes.world_size()]
         calibration = Calibration(mine, self._features, processes.sum_over, tick=self._tick)
         chosen = self._chosen(search, table, calibration)
         self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)
         self.pruned, report = cut_policy(self.model, self.plan, table.recipe, chosen, calibration, self._prune)
+        if self._prune.reinitialise:
+            reinitialise(self.pruned, self._seed)
         searched = next(e for e in reversed(search.record) if e["policy"] == list(chosen) and e["share"] == 1.0)
         self.report = replace(report, loss_searched=searched["loss"], loss_dense=self.record["dense"]["loss"])

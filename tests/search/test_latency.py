@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from efficientllava.errors import UserError
 from efficientllava.evaluation.efficiency import prefill_flops
 from efficientllava.models.anatomy import language_parameters, layers_of
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
@@ -90,9 +89,6 @@ def test_mask_budgets_count_decoder_weights() -> None:
     budget = budget_of(model, table, stream, PruneConfig(ratio=0.5), SearchConfig(granularity="unstructured"))
     assert budget.resource == "weights"
     assert budget.costs[0][2] == table.removed(0, 2) / weights
-    with pytest.raises(UserError, match="weight masks change no shape"):
-        search = SearchConfig(granularity="2:4", budget=SearchBudgetConfig("latency", 1.8))
-        budget_of(model, table, stream, PruneConfig(ratio=0.5), search)
 
 
 def test_targets_are_shares_or_speed_ups() -> None:
@@ -100,21 +96,14 @@ def test_targets_are_shares_or_speed_ups() -> None:
     table = Sized(model)
     stream = CalibrationStream(model, make_batches(1))
 
-    def target(resource: str, value: float | None, ratio: float | None = 0.3) -> Any:
+    def target(resource: str, value: float | None) -> Any:
         search = SearchConfig(budget=SearchBudgetConfig(resource, value))
-        return budget_of(model, table, stream, PruneConfig(ratio=ratio), search)
+        return budget_of(model, table, stream, PruneConfig(ratio=0.3), search)
 
     assert target("flops", 0.25).target == 0.25
     assert target("flops", None).target == 0.3
     fast = target("flops", 1.8)
     assert fast.target == pytest.approx(0.8 / 1.8) and fast.asked == "search.budget.target=1.8 (a share of 0.444)"
-    for resource, value, ratio, words in [
-        ("params", 1.8, 0.3, r"search.budget.target=1.8: a speed-up is no share of params"),
-        ("params", None, None, r"search.budget.target=null: nothing to aim at"),
-        ("energy", 0.3, 0.3, r"search.budget.resource=energy: unknown; choose one of params, flops, latency"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            target(resource, value, ratio)
 
 
 class Clocked(Sized):

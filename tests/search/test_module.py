@@ -165,6 +165,23 @@ def test_masks_keep_all_parameters_and_report_zeros(tmp_path, granularity, ratio
     assert done.report is not None and done.report.loss_pruned is not None
 
 
+@pytest.mark.parametrize(("options", "zeros"), [({"uniform": True}, None), ({"granularity": "unstructured"}, 0.2)])
+def test_a_target_takes_the_place_of_the_ratio(tmp_path, options, zeros):
+    plan = run(searcher(tmp_path, ratio=0.8, budget=SearchBudgetConfig("params", 0.2), **options)).plan
+    assert plan is not None and plan.requested == (None if zeros else 0.2)
+    removed = plan.details["sparsity"] if plan.details else plan.achieved
+    assert removed == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_control_draws_fresh_weights_in_the_shape_that_was_found(tmp_path):
+    module = searcher(tmp_path)
+    module._prune = replace(module._prune, reinitialise=True)
+    done, kept = run(module), run(searcher(tmp_path))
+    assert done.plan == kept.plan and done.pruned is not None and kept.pruned is not None
+    fresh, refitted = (layers_of(each.pruned)[0].mlp.writer.weight for each in (done, kept))
+    assert fresh.shape == refitted.shape and not torch.equal(fresh, refitted)
+
+
 def test_a_budget_that_no_policy_meets_is_refused(tmp_path):
     module = searcher(tmp_path, budget=SearchBudgetConfig("params", 0.99))
     with pytest.raises(UserError, match="choose a share in this range"):
