@@ -235,10 +235,11 @@ class GenerationCollator:
         asked: list[tuple[Record, Turn]] = []
         for record in records:
             images = open_images(record)
-            for index, turn in enumerate(record.turns):
-                history = (turn,) if record.independent else record.turns[: index + 1]
+            turns = self.prompts.arranged(record.turns, len(images))
+            for index, turn in enumerate(turns):
+                history = (turn,) if record.independent else turns[: index + 1]
                 seen = images if turn.sees_image or not record.independent else []
-                seen = seen if record.independent else seen[: images_of(history, record.turns, len(images))]
+                seen = seen if record.independent else seen[: images_of(history, turns, len(images))]
                 rows.append(self._ids(record, history, seen, len(images)))
                 asked.append((record, turn))
                 shown.append(_show(record, seen))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.internvl.processing_internvl import InternVLProcessor
 
 from ..errors import UserError
 from .conversations import Turn
@@ -68,6 +69,8 @@ class Prompts:
         # Chat markers such as Phi-3's <|end|> are added tokens without a name of their own.
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._specials = frozenset([*self.tokenizer.all_special_tokens, *added])
+        # As in LLaVA and Bunny (``preprocess_multimodal``); InternVL leaves an image where its tag is.
+        self._leads = not isinstance(processor, InternVLProcessor)
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._expansions: dict[tuple[int, int, int], tuple[int, ...]] = {}
 
@@ -95,6 +98,21 @@ class Prompts:
             add_generation_prompt=open_question,
         )
         return text.replace(self.image_token, self.image_token.join(self._gaps))
+
+    def arranged(self, turns: Sequence[Turn], images: int) -> Sequence[Turn]:
+        """The turns of a whole conversation, with a single image where the model's own training data have it.
+
+        Args:
+            turns: All turns.
+            images: Number of images.
+        """
+        return turns if images != 1 else [self._alone(turn) if turn.images_at else turn for turn in turns]
+
+    def _alone(self, turn: Turn) -> Turn:
+        if self._leads:
+            return replace(turn, question=turn.question.strip(), images_at=(0,))
+        at = turn.images_at[0]  # behind which the chat template breaks the line
+        return replace(turn, question=turn.question[:at] + turn.question[at:].removeprefix("\n"))
 
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a rendered text and the characters that each one covers."""
@@ -152,7 +170,7 @@ class Prompts:
         key = (images, *((turn.question, turn.answer, turn.images_at) for turn in turns))
         if (known := self._encoded.get(key)) is not None:
             return known
-        text, spans = self._text(turns, images)
+        text, spans = self._text(self.arranged(turns, images), images)
         ids, offsets = self.tokenize(text)
         labels, ends = [IGNORE] * len(ids), []
         for start, end in spans:
@@ -260,4 +278,5 @@ def _content(turn: Turn, leading: int) -> list[dict[str, str]]:
         parts += [{"type": "text", "text": turn.question[start:place]}] if place > start else []
         parts.append({"type": "image"})
         start = place
-    return [*parts, {"type": "text", "text": turn.question[start:]}]
+    rest = turn.question[start:]
+    return [*parts, {"type": "text", "text": rest}] if rest or not parts else parts

@@ -9,7 +9,7 @@ from typing import Any
 Row = dict[str, Any]
 TAG = "<image>"
 # Where several images stand in a text, a tag is followed by a line break, which the chat templates write again.
-TAG_AND_BREAK = re.compile(TAG + r"\n?")
+TAG_AND_BREAK = TAG + r"\n?"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -22,8 +22,8 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
 
     One record is ``{"id"?, "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`` or
     ``{"id"?, "images"?: [...], "messages": [{"role": "user" | "assistant", "content"}]}``; ``image`` may be a list.
-    A single image stands before its question, wherever the tag ``<image>`` is (as in LLaVA); several images stand where
-    their tags do (as in InternVL), or all before the first question.
+    Images stand where their tags ``<image>`` do, or all before the first question; some models see a single one before
+    its question nevertheless, see `efficientllava.data.prompts`.
 
     Args:
         raw: The record.
@@ -122,17 +122,21 @@ def _placed(questions: Sequence[str], images: int, name: str) -> list[tuple[str,
         raise BadRecordError(f"record {name!r}: {images} images, but {sum(counts)} tags {TAG} in its questions")
     if images > 1 and sum(counts):
         return [in_place(question) for question in questions]
-    placed: list[tuple[str, list[int]]] = [(question.replace(TAG, "").strip(), []) for question in questions]
+    if not images:
+        return [(question.replace(TAG, "").strip(), []) for question in questions]
+    placed = [in_place(question, TAG) for question in questions]
     first = next((index for index, count in enumerate(counts) if count), 0)
-    if images and first:
-        placed[first][1].append(0)
-    return placed
+    # An image that begins the first question needs no place.
+    return [(text, at[:1] if index == first and (first or any(at)) else []) for index, (text, at) in enumerate(placed)]
 
 
-def in_place(question: str) -> tuple[str, list[int]]:
-    """A question without its tags, and where in it they stood, counted in characters."""
-    parts = TAG_AND_BREAK.split(question)
+def in_place(question: str, tag: str = TAG_AND_BREAK) -> tuple[str, list[int]]:
+    """A question without its tags, and where in it they stood, counted in characters.
+
+    White space before an image that ends the question is part of it.
+    """
+    parts = re.split(tag, question)
     text = "".join(parts)
-    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    start, end = len(text) - len(text.lstrip()), len(text) if not parts[-1] else len(text.rstrip())
     ends = [len("".join(parts[: index + 1])) for index in range(len(parts) - 1)]
-    return text.strip(), [max(0, min(at, end) - start) for at in ends]
+    return text[start:end], [max(0, min(at, end) - start) for at in ends]

@@ -27,7 +27,7 @@ from .sources import Part, locate, parts_of, raw_records
 
 log = logging.getLogger(__name__)
 
-VERSION = 2  # of the columns and of how they are made; part of the cache's key
+VERSION = 3  # of the columns and of how they are made; part of the cache's key
 # Files below this size are read anew in every run instead of being kept as Arrow.
 SMALL = 16 << 20
 BATCH = 1000  # rows per Arrow batch

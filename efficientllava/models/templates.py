@@ -44,9 +44,10 @@ def vicuna_template() -> str:
 
 
 def phi3_template() -> str:
-    """``phi3-chat`` of Mini-InternVL-Chat-4B-V1-5: no line break after ``<|end|>``.
+    """``phi3-chat`` of Mini-InternVL-Chat-4B-V1-5: no line break after ``<|end|>``, nor after an image at a turn's end.
 
     A system message of the user's replaces the system sentence.
     """
     system = f"{{% if messages[0]['role'] != 'system' %}}<|system|>\n{PHI3_SYSTEM}<|end|>{{% endif %}}"
-    return chat_template(system + PHI3.replace("<|end|>\n", "<|end|>"), "<IMG_CONTEXT>\n")
+    image = "<IMG_CONTEXT>{{ '' if loop.last else '\\n' }}"
+    return chat_template(system + PHI3.replace("<|end|>\n", "<|end|>"), image)

@@ -62,12 +62,12 @@ def test_hugging_face_messages(folder: Path) -> None:
     assert [record.id for record in records] == ["0", "1"]
 
 
-def test_one_image_stands_before_its_question(folder: Path) -> None:
+def test_the_place_of_one_image_is_kept(folder: Path) -> None:
     middle = {"image": "coco/a.png", "conversations": talk("what is\n<image>\nthis?", "a cat")}
     later = {"image": "coco/a.png", "conversations": talk("hello", "hi", "what?\n<image>", "a cat")}
     first, second = read_conversations(write(folder, [middle, later]))
-    assert first.turns == (Turn("what is\n\nthis?", "a cat"),)
-    assert second.turns == (Turn("hello", "hi"), Turn("what?", "a cat", images_at=(0,)))
+    assert first.turns == (Turn("what is\n\nthis?", "a cat", images_at=(8,)),)
+    assert second.turns == (Turn("hello", "hi"), Turn("what?\n", "a cat", images_at=(6,)))
 
 
 def test_several_images_stand_where_their_tags_do(folder: Path) -> None:
@@ -80,7 +80,7 @@ def test_several_images_stand_where_their_tags_do(folder: Path) -> None:
     assert first.images == (folder / "coco" / "a.png", folder / "b.png")
     assert [image.size for image in open_images(first)] == [(8, 6), (3, 3)]
     assert first.turns == (Turn("A: B: same?", "no", images_at=(3, 6)),)
-    assert second.turns == (Turn("what?", "a cat", images_at=(0,)), Turn("and", "a dog", images_at=(3,)))
+    assert second.turns == (Turn("what?", "a cat", images_at=(0,)), Turn("and\n", "a dog", images_at=(4,)))
     assert third.turns == (Turn("same?", "no"),)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from efficientllava.data.collator import Collator
+from efficientllava.data.collator import Collator, GenerationCollator
 from efficientllava.data.conversations import Record, Turn, image_key
 from efficientllava.data.prompts import IGNORE
 from efficientllava.models.convert.processing import square_processor, tile_processor
@@ -136,7 +137,8 @@ def test_a_cut_conversation_keeps_its_image_and_whole_answers(name: str) -> None
 def phi3_multi(record: Record) -> str:
     processor = phi3_chat()
     batch = Collator(processor)([record])
-    assert batch["image_ids"] == [f"{image_key(image)}/{len(record.images)}" for image in record.images]
+    share = f"/{len(record.images)}" if record.more_images else ""
+    assert batch["image_ids"] == [image_key(image) + share for image in record.images]
     assert sum(batch["image_tiles"]) == len(batch["pixel_values"])
     return written(processor, batch, 0).removeprefix(PHI3_SYSTEM + " ")
 
@@ -150,6 +152,29 @@ def test_several_images_stand_in_place_and_share_their_tiles() -> None:
     many = Record("m", picture(56), (Turn("same?", "no"),), False, "x", (picture(56),) * 2)
     assert phi3_multi(many) == (
         "<|user|> ↵ " + f"<img> {TILE} </img> ↵ " * 3 + "same ? <|end|> <|assistant|> ↵ [ no <|end|> ]"
+    )
+
+
+LAST = (Turn("what?\n", "a cat", images_at=(6,)), ASKED[1])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_single_image_stands_where_the_models_own_training_puts_it(name: str) -> None:
+    make, expected, _ = TEMPLATES[name]
+    processor = make()
+    if name == "phi3-chat":
+        expected = expected.replace(f"<img> {TILE} </img> ↵ what ?", f"what ? ↵ <img> {TILE} </img>")
+    record = Record("a", picture(), LAST, False, "x")
+    assert written(processor, Collator(processor)([record]), 0) == expected
+    asked = GenerationCollator(processor)([record])
+    shown = written(processor, {**asked, "labels": torch.full_like(asked["input_ids"], IGNORE)}, 1)
+    assert shown == expected.replace("[ ", "").replace("] ", "").rpartition(expected.rpartition("[ ")[2])[0].strip()
+
+
+def test_an_image_inside_a_question_is_a_line_of_its_own() -> None:
+    middle = Turn("A\n\nB", "no", images_at=(2,))
+    assert phi3_multi(Record("m", picture(), (middle,), False, "x")) == (
+        f"<|user|> ↵ A ↵ <img> {TILE} </img> ↵ B <|end|> <|assistant|> ↵ [ no <|end|> ]"
     )
 
 

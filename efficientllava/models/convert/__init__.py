@@ -33,7 +33,7 @@ __all__ = ["convert", "layout_config", "layout_of", "require_whole", "stock_fold
 DERIVED = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "rope_parameters")
 
 log = logging.getLogger(__name__)
-VERSION = 2  # of the conversion; part of the cache's key
+VERSION = 3  # of the conversion; part of the cache's key
 # A vocabulary that grows ends at a multiple of this, which matrix kernels like.
 ROWS = 8
 VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
