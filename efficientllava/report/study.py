@@ -65,6 +65,11 @@ class Panel:
     published: Mapping[str, Column]
 
     @property
+    def whole(self) -> str:
+        """What the values are percent of."""
+        return f"score at {self.label(self.spec['of_row'])}" if "of_row" in self.spec else "unpruned model's score"
+
+    @property
     def rows(self) -> list[Any]:
         """Values of what the experiment varies, as the paper orders them, else ascending."""
         ran = dict.fromkeys(row for column in self.ours.values() for row in column)
@@ -166,7 +171,7 @@ def _lines(panel: Panel) -> Iterator[str]:
     reasons = list(
         dict.fromkeys(v.suspect for column in panel.published.values() for v in column.values() if v.suspect)
     )
-    yield f"**{panel.experiment}, {panel.model}**: {spec['value']}, % of the unpruned model's score, mean ± standard"
+    yield f"**{panel.experiment}, {panel.model}**: {spec['value']}, % of the {panel.whole}, mean ± standard"
     yield f"deviation over seeds; *published*: {spec['source']}."
     yield ""
     yield "| " + " | ".join([spec["rows"], *panel.ours, *(f"*{title}*" for title in panel.published)]) + " |"
@@ -194,14 +199,14 @@ def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
         axes.set_xticks(
             range(len(rows)), map(panel.label, rows), rotation=35 * turned, ha="right" if turned else "center"
         )
-        axes.set(xlabel=panel.spec["rows"], ylabel=f"{panel.spec['value']}, %")
+        axes.set(xlabel=panel.spec["rows"], ylabel=f"{panel.spec['value']}, % of the {panel.whole}")
         for index, (title, column) in enumerate(columns):
             points = [(x, column[row]) for x, row in enumerate(rows) if row in column]
             if points:
                 ours, look = index < len(panel.ours), style(index)
                 line: dict[str, Any] = {"lw": 1.6} if ours else {"lw": 1.1, "ls": ":", "mfc": "white"}
                 line |= {"ls": "none"} if turned else {}  # arms have no order
-                aside = DODGE * (index - (len(columns) - 1) / 2)  # so that equal values are seen beside each other
+                aside = DODGE * (index - (len(columns) - 1) / 2) * turned  # equal values are seen beside each other
                 x, y = [x + aside for x, _ in points], [value.mean for _, value in points]
                 axes.errorbar(x, y, [value.spread or 0 for _, value in points], ms=4, capsize=2.5, **line, **look)
                 ends.append((x[-1], y[-1], title if ours else f"{title}, published", look["color"]))
