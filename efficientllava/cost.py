@@ -18,10 +18,12 @@ from torch import nn
 from .config import digest
 from .data.splits import record_count
 from .disk import chosen
+from .evaluation.tasks import load
 from .forecast import Forecast, context_of, weight_bytes
 from .memory import LONGEST
-from .models.anatomy import decoder_of, language_parameters, layers_of
+from .models.anatomy import Layer, decoder_of, language_parameters, layers_of
 from .pruning.memory import patches_of
+from .pruning.pruner import search_length
 from .recovery.recover import accumulation, optimiser_steps
 from .results import STAGES
 from .schema import TAYLOR, RunConfig
@@ -33,10 +35,8 @@ PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "G
 PEAKS |= {"L40S": 362e12, "A10": 125e12, "RTX 4090": 165e12, "RTX A6000": 155e12, "V100": 125e12, "T4": 65e12}
 REACHED = 0.4  # share of the peak
 SINGLE = 1 / 16  # peak of float32 on a GPU in these terms
-# Published sizes: of training files, and of the splits that benchmarks ask.
+# Published sizes of training files.
 RECORDS = {"llava_665k": 665_298, "bunny_695k": 695_000, "internvl_sft": 1_110_107}
-QUESTIONS = {"ai2d": 3088, "docvqa": 5349, "gqa": 12_578, "llava_bench": 60, "mathvista": 1000, "mme": 2374}
-QUESTIONS |= {"mmmu": 900, "mmvet": 218, "pope": 9000, "scienceqa": 4241, "scienceqa_img": 2017, "vizwiz": 4319}
 
 
 @dataclass(frozen=True)
@@ -175,32 +175,56 @@ def _forward(plan: Forecast, model: nn.Module) -> float:
 
 
 def _answering(plan: Forecast, model: nn.Module) -> float | None:
-    config, known = plan.settings.evaluate, {**QUESTIONS, "digits_vqa": plan.settings.data.test_questions}
-    if not {*config.tasks} <= known.keys():
-        return None
-    questions = sum(min(known[task], config.limit or known[task]) for task in config.tasks)
+    config, questions = plan.settings.evaluate, 0
+    for name in config.tasks:
+        count = load(name, plan.settings.data, config).questions
+        if count is None:
+            return None
+        questions += min(count, config.limit or count)
     return questions * (_forward(plan, model) + ANSWER * _token(model))
 
 
 def _pruning(plan: Forecast) -> float:
-    """Passes over the calibration records: scores, losses of the shapes that are tried, both streams of the refit."""
-    settings, config = plan.settings, plan.settings.prune
-    tokens = settings.calibration.samples * tokens_of(plan)
-    taylor = config.method == "widthwise" and config.importance in TAYLOR
-    passes: float = (3 if taylor else 1) + (2 if config.refit else 0)
-    if config.method == "layerwise" and config.iterative:
-        passes *= len(layers_of(plan.base)) - len(layers_of(plan.pruned)) or 1
-    if config.method == "widthwise" and config.selection == "shape" and config.share is None:
-        passes += len(plan.plan.options)
-    if config.method == "auto":
+    """Passes over the calibration records that score, that try shapes or policies, and the one that cuts."""
+    settings, config, layers = plan.settings, plan.settings.prune, layers_of(plan.base)
+    tokens, base = settings.calibration.samples * tokens_of(plan), _token(plan.base)
+    looks = config.method == "widthwise" and config.importance not in ("magnitude", "random")
+    passes: float = 1 + looks  # the dense loss, and what scores look at
+    cuts = 1
+    if config.method == "layerwise":
+        passes += (len(layers) - len(layers_of(plan.pruned)) or 1) if config.iterative else 1
+    elif config.method == "auto":
         search = settings.search
-        passes += search.rounds * search.generations * search.population * sum(search.stages) + search.finalists
-    flops = tokens * passes * _token(plan.base) + settings.calibration.samples * _image(plan.base)
-    if config.method != "layerwise" and (config.refit or config.importance == "obs"):
-        for layer in layers_of(plan.base):
-            widths = (layer.attention.units * layer.attention.width, layer.mlp.units)
-            flops += sum(2.0 * tokens * width**2 + 3.0 * width**3 for width in widths)
+        passes += 1 + search.rounds * search.generations * search.population * sum(search.stages)
+        cuts += search.finalists if search.finalists > 1 and search.granularity == "structured" else 0
+    elif config.importance in TAYLOR:
+        passes += 3  # the forward pass again, layer by layer, and the gradients of inputs and weights
+    if config.method == "widthwise" and len(plan.plan.options) > 1:
+        cuts += search_length(len(plan.plan.options))
+    flops = settings.calibration.samples * _image(plan.base) + tokens * passes * base
+    if looks or config.method == "auto":
+        flops += sum(_moments(tokens, width, 0) for layer in layers for width in _widths(layer))
+    return flops + cuts * _cutting(plan, tokens)
+
+
+def _cutting(plan: Forecast, tokens: int) -> float:
+    """Operations of a sequential pass: each layer cut, before that whole for the refit, and in the dense model."""
+    config, refit = plan.settings.prune, plan.settings.prune.refit and plan.settings.prune.method != "layerwise"
+    wholes = refit * (2 if config.refit_target == "residual" else 1)
+    flops = tokens * (_token(plan.pruned) + wholes * _token(plan.base))
+    for layer in layers_of(plan.pruned) if refit else ():
+        flops += sum(_moments(tokens, width, layer.mlp.writer.out_features) for width in _widths(layer))
     return flops
+
+
+def _widths(layer: Layer) -> tuple[int, int]:
+    """Columns of the two writers."""
+    return layer.attention.units * layer.attention.width, layer.mlp.units
+
+
+def _moments(tokens: int, width: int, targets: int) -> float:
+    """Second moments of inputs with themselves and with targets, and what they are solved for or ranked by."""
+    return 2.0 * tokens * width * (width + targets) + 3.0 * width**3 + 2.0 * width**2 * targets
 
 
 def _records(plan: Forecast) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from .disk import made
 from .evaluation.efficiency import sizes
 from .files import whole_file
 from .forecast import Forecast, forecast, shape_of, weight_bytes
-from .memory import describe, stage_memory
+from .memory import StageMemory, describe, stage_memory
 from .recovery.objective import describe as describe_loss
 from .report.tables import percent, quantity, tabulate
-from .schema import RunConfig
+from .schema import MASKED, RunConfig
 
-_planned: list[tuple[Forecast, Job]] = []  # jobs of a sweep in this process
+_planned: list[tuple[Forecast, Job, dict[str, StageMemory]]] = []  # jobs of a sweep in this process
 
 
 def dry_run(settings: RunConfig, folder: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def plan_job(settings: RunConfig, folder: Path) -> None:
     quiet_libraries()
     plan = forecast(settings)
     done = finished(settings, Path(settings.paths.output_dir) / "sweeps" / settings.sweep.name / folder.name, dry=True)
-    _planned.append((plan, Job(tuple(works(plan)), settings.keep, done)))
+    _planned.append((plan, Job(tuple(works(plan)), settings.keep, done), stage_memory(plan)))
 
 
 def tell_sweep(folder: Path, name: str) -> None:
@@ -81,9 +81,11 @@ def tell_sweep(folder: Path, name: str) -> None:
     """
     if not _planned:
         return
-    plan, jobs = _planned[0][0], [job for _, job in _planned]
+    plan, jobs = _planned[0][0], [job for _, job, _ in _planned]
+    stages = [stage for _, _, memory in _planned for stage in memory.items()]
+    worst = {name: max((m for other, m in stages if other == name), key=lambda m: m.total) for name in dict(stages)}
     _planned.clear()
-    result = cost(jobs, device_of(plan.device, plan.dtype))
+    result = {**cost(jobs, device_of(plan.device, plan.dtype)), "memory": _memory(plan, worst)}
     with whole_file(folder / "dry_run.json") as file:
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     table = Table(box=box.SIMPLE_HEAD)
@@ -95,7 +97,8 @@ def tell_sweep(folder: Path, name: str) -> None:
     say(
         f"[bold]{name}[/bold]  {plan.settings.model.path}: {result['jobs']} jobs, {result['finished']} of them finished"
     )
-    say(table, *_cost_lines(result, tokens_of(plan)))
+    say(table, *_cost_lines(result, tokens_of(plan)), "", _memory_table(result, " of the largest jobs"))
+    say(*result["memory"]["assumptions"])
 
 
 def cost(jobs: Sequence[Job], device: Device) -> dict[str, Any]:
@@ -149,7 +152,6 @@ def report(plan: Forecast) -> dict[str, Any]:
     settings, outline = plan.settings, plan.plan
     stages = {"base": plan.base, **dict.fromkeys(made(settings), plan.pruned)}
     low, high = outline.achieved
-    memory = stage_memory(plan)
     return {
         "ratio": {
             "requested": plan.requested,
@@ -157,6 +159,7 @@ def report(plan: Forecast) -> dict[str, Any]:
             "achieved": low if low == high else None,
             "between": [low, high],
             "largest": outline.largest,
+            "sparsity": plan.sparsity,
         },
         "shape": {
             "exact": outline.exact,
@@ -170,15 +173,19 @@ def report(plan: Forecast) -> dict[str, Any]:
             for name, model in stages.items()
         },
         "recovery": _recovery(plan) if settings.recover.name != "none" else None,
-        "memory": {
-            "device": plan.device,
-            "processes": plan.processes,
-            "stages": {
-                name: {"bytes": stage.total, "certain": stage.least, "parts": dict(stage.parts), "host": stage.host}
-                for name, stage in memory.items()
-            },
-            "assumptions": describe(plan),
+        "memory": _memory(plan, stage_memory(plan)),
+    }
+
+
+def _memory(plan: Forecast, stages: Mapping[str, StageMemory]) -> dict[str, Any]:
+    return {
+        "device": plan.device,
+        "processes": plan.processes,
+        "stages": {
+            name: {"bytes": stage.total, "certain": stage.least, "parts": dict(stage.parts), "host": stage.host}
+            for name, stage in stages.items()
         },
+        "assumptions": describe(plan),
     }
 
 
@@ -202,7 +209,14 @@ def _lines(plan: Forecast, result: dict[str, Any]) -> list[str]:
     if settings.prune.method != "none":
         kept, low, high = shape["pruned"], *ratio["between"]
         achieved = percent(low) if low == high else f"between {percent(low)} and {percent(high)}, which the data decide"
-        lines.append(f"achieved ratio: {achieved}; at most {percent(ratio['largest'])} can be removed this way")
+        if plan.sparsity is None:
+            lines.append(f"achieved ratio: {achieved}; at most {percent(ratio['largest'])} can be removed this way")
+        else:
+            granularity = settings.search.granularity
+            lines.append(
+                f"{granularity} weight masks: {percent(plan.sparsity)} of the weights of the decoder's linear layers "
+                f"become zero, at most {percent(MASKED[granularity])} could; no parameter is removed"
+            )
         first, *more = _kept(kept)
         if shape["options"] > 1:
             more.append(f"or another of {shape['options']} shapes, which the data decide")
@@ -243,12 +257,12 @@ def _ranges(numbers: list[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
-def _memory_table(result: dict[str, Any]) -> Table:
-    """One row per stage."""
+def _memory_table(result: dict[str, Any], whose: str = "") -> Table:
+    """One row per stage; ``whose`` ends the title."""
     memory = result["memory"]
     processes = f" of each of {memory['processes']} processes" if memory["processes"] > 1 else ""
     device = {"cuda": "GPU", "cpu": "host"}[memory["device"]]
-    table = Table(box=box.SIMPLE_HEAD, title=f"{device} memory{processes}, GB", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, title=f"{device} memory{processes}{whose}, GB", title_style="bold")
     table.add_column("", no_wrap=True)
     table.add_column("worst case", justify="right")
     table.add_column("certain", justify="right")

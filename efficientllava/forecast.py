@@ -81,6 +81,13 @@ class Forecast:
         return None if prune.nominal else prune.ratio
 
     @property
+    def sparsity(self) -> float | None:
+        """Share of the decoder's linear weights that a search sets to zero; None where it cuts."""
+        settings = self.settings
+        masks = settings.prune.method == "auto" and settings.search.granularity != "structured"
+        return asked_share(settings.prune, settings.search)[0] if masks else None
+
+    @property
     def stock(self) -> bool | None:
         """Whether stock transformers loads what the run makes; None where the data decide."""
         if self.plan.free:

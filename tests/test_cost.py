@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from efficientllava.checkpoint import load
 from efficientllava.config import typed
 from efficientllava.cost import ANSWER, PEAKS, REACHED, SINGLE, TEXT, Job, Work, device_of, disk_of, distinct, works
+from efficientllava.data.collator import Collator
+from efficientllava.data.splits import calibration_records
+from efficientllava.dry_run import plan_job, tell_sweep
+from efficientllava.evaluation.tasks import pope
 from efficientllava.forecast import forecast
+from efficientllava.memory import stage_memory
+from efficientllava.pruning.memory import micro_batch
+from efficientllava.pruning.pruner import apply_plan, make_plan
+from efficientllava.pruning.scores import Calibration
 
 from .runs import ROOT, composed, run, save_tiny, small
 
@@ -30,7 +41,8 @@ def test_operations_of_a_full_size_run_in_closed_form():
     vision = 2 * (7063427072 - 6738939904) * 24 * 24
     assert found["evaluate base"].flops == 100 * (vision + (tokens + ANSWER) * base)
     assert found["evaluate pruned"].flops == 100 * (vision + (tokens + ANSWER) * pruned)
-    assert found["prune"].flops == 64 * (vision + tokens * base)
+    # The dense loss, the influences, and the loss of what is left.
+    assert found["prune"].flops == 64 * (vision + tokens * (2 * base + pruned))
     steps = -(-66530 // 4) // 32 + 1
     assert found["recover"].flops == steps * 128 * (vision + tokens * 3 * pruned)
     assert found["prune"].bytes == found["recover"].bytes == 2 * (7063427072 - 8 * layer)
@@ -41,7 +53,59 @@ def test_operations_of_a_full_size_run_in_closed_form():
     assert cached["evaluate base"].flops == 9000 * (vision + (tokens + ANSWER) * base)
 
 
-def test_data_of_unknown_size_are_unknown():
+def test_passes_of_a_widthwise_pruning_in_closed_form():
+    common = (
+        "model=llava_1_5_7b",
+        "trainer=gpu",
+        "evaluate=none",
+        "recover=none",
+        "prune=widthwise",
+        "prune.ratio=0.3",
+    )
+    common = (*common, "prune.selection=local", "prune.importance=magnitude")
+    head = 32064 * 4096 + 4096
+    base = 2 * (32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + head)
+    heads, channels = 22 * 128, 59 * 128
+    pruned = 2 * (32 * (4 * 4096 * heads + 3 * 4096 * channels + 2 * 4096) + head)
+    vision, tokens = 2 * (7063427072 - 6738939904) * 24 * 24, 64 * (576 + TEXT)
+    plain = planned(*common, "prune.refit=false")["prune"].flops
+    assert plain == 64 * vision + tokens * (base + pruned)
+    layer = planned(*common, "prune.refit_target=layer")["prune"].flops
+    solved = sum(2 * tokens * w * (w + 4096) + 3 * w**3 + 2 * w * w * 4096 for w in (heads, channels))
+    assert layer == plain + tokens * base + 32 * solved
+    assert planned(*common)["prune"].flops == layer + tokens * base
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("prune=widthwise", "prune.selection=local"),
+        ("prune=widthwise", "calibration.samples=16"),
+        ("prune=widthwise_paper", "calibration.samples=32"),
+        ("prune=layerwise",),
+    ],
+)
+def test_a_pruning_takes_what_was_foreseen_within_a_factor_of_two(options):
+    settings = typed(composed("model=tiny_llava", "trainer=cpu", "recover=none", *options))
+    (foreseen,) = (work.flops for work in works(forecast(settings)) if work.stage == "prune")
+    checkpoint = load(settings.model.path, settings.model.dtype, "cpu")
+    collate = Collator(checkpoint.processor, settings.data.max_length)
+    records = calibration_records(settings.calibration, settings.data, 0, collate)
+    rows = micro_batch(settings.prune, settings.calibration.batch_size)
+    batches = [collate(records[start : start + rows]) for start in range(0, len(records), rows)]
+    started = time.process_time()
+    plan, _ = make_plan(checkpoint.model, Calibration(batches), settings.prune)
+    apply_plan(checkpoint.model, plan, Calibration(batches), settings.prune)
+    took = time.process_time() - started
+    assert 0.5 < took / 3600 / device_of("cpu", torch.float32).hours(foreseen) < 2
+
+
+def test_data_of_unknown_size_are_unknown(monkeypatch):
+    monkeypatch.setattr(pope, "BENCHMARK", replace(pope.BENCHMARK, questions=None))
+    assert planned("model=llava_1_5_7b", "trainer=gpu", "recover=none", "evaluate=pope")["evaluate base"].flops is None
+
     common = ("model=llava_1_5_7b", "trainer=gpu", "data=conversations", "recover=sft")
     assert planned(*common)["recover"].flops is None
     known = planned(*common, "recover.epochs=null", "recover.steps=10")["recover"].flops
@@ -103,3 +167,18 @@ def test_the_dry_run_of_a_sweep_is_one_table_and_knows_what_is_finished(tmp_path
         assert told["disk"]["stays"] == pytest.approx(3 * size, rel=0.02)
         assert told["hours"] == pytest.approx(sum(e["hours"] for e in told["stages"].values()))
     assert sorted((out / "sweeps").rglob("*")) == before
+
+
+def test_the_memory_of_a_sweep_is_that_of_its_largest_jobs(tmp_path, capsys):
+    model = save_tiny(tmp_path / "model")
+    most = []
+    for batch in (4, 8, 2):
+        chosen = small(model, tmp_path / "out", "recover=sft", f"data.batch_size={batch}", "dry_run=true")
+        settings = typed(composed(*chosen))
+        most.append(stage_memory(forecast(settings))["recover"].total)
+        plan_job(settings, tmp_path / str(batch))
+    tell_sweep(tmp_path, "mine")
+    told = json.loads((tmp_path / "dry_run.json").read_text())["memory"]["stages"]
+    assert told["recover"]["bytes"] == max(most) > min(most)
+    assert [*told] == ["evaluate", "prune", "recover", "measure speed"]
+    assert "host memory of the largest jobs, GB" in capsys.readouterr().out

@@ -99,6 +99,18 @@ def test_a_searched_saving_of_time_is_open(folder, tmp_path):
     assert told["ratio"]["between"] == [0.0, pytest.approx(told["ratio"]["largest"], abs=1e-5)]
 
 
+@pytest.mark.parametrize(("granularity", "ratio", "most"), [("unstructured", 0.3, "95.0 %"), ("2:4", 0.5, "50.0 %")])
+def test_weight_masks_remove_no_parameter_and_say_how_many_weights_become_zero(
+    folder, tmp_path, capsys, granularity, ratio, most
+):
+    options = ["prune=auto", f"search.granularity={granularity}", "recover=none"]
+    told = dry(tmp_path, small(folder, tmp_path / "out", *options, f"prune.ratio={ratio}"))
+    assert (told["ratio"]["achieved"], told["ratio"]["requested"], told["ratio"]["sparsity"]) == (0, None, ratio)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{granularity} weight masks: {ratio:.1%}".replace("%", " %") in shown and f"at most {most} could" in shown
+    assert "can be removed" not in shown
+
+
 @pytest.mark.parametrize("options", [["prune.selection=local"], ["prune=layerwise"], ["prune=auto"]])
 def test_a_ratio_out_of_reach_is_refused_with_the_largest(folder, tmp_path, options):
     overrides = small(folder, tmp_path / "out", *options, "prune.ratio=0.98", "recover=none")

@@ -59,6 +59,7 @@ class Benchmark:
         scorer: Scores the answers.
         headline: Names of the metrics that a run shows.
         tokens: Longest answer, in tokens.
+        questions: Number of questions; None: it is not known before they are read.
         config: Configuration of the data set.
         id: Column with the official id; None: the row's number, from 0.
         image: Column with the image.
@@ -76,6 +77,7 @@ class Benchmark:
     scorer: Scorer
     headline: tuple[str, ...]
     tokens: PerProtocol[int]
+    questions: int | None = None
     config: str | None = None
     id: str | None = "question_id"
     image: str = "image"
@@ -109,6 +111,11 @@ class BenchmarkTask:
     def headline(self) -> tuple[str, ...]:
         """Names of the metrics that a run shows."""
         return self.benchmark.headline
+
+    @property
+    def questions(self) -> int | None:
+        """Their number, where it is known before they are read."""
+        return self.benchmark.questions
 
     @property
     def max_new_tokens(self) -> int:

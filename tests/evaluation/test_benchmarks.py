@@ -168,6 +168,7 @@ def test_a_new_benchmark_is_one_file(root, monkeypatch, tmp_path, capsys):
     (tmp_path / "toy.py").write_text(source)
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
     task = load("toy", root)
+    assert task.questions is None and all(load(name, root).questions > 0 for name in NAMES)
     assert "toy" in tasks.available() and len(task.records()) == 6 and task.max_new_tokens == 4
     write([line(record, record.turns[0].answer, "m") for record in task.records()], tmp_path / "toy.jsonl")
     main([str(tmp_path / "toy.jsonl"), "--task", "toy"])

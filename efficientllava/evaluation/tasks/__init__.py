@@ -35,6 +35,11 @@ class Task(Protocol):
         ...
 
     @property
+    def questions(self) -> int | None:
+        """Their number, where it is known before they are read."""
+        ...
+
+    @property
     def max_new_tokens(self) -> int:
         """Longest answer, in tokens."""
         ...

@@ -9,6 +9,7 @@ from ..scorers.choice import ai2d
 BENCHMARK = Benchmark(
     dataset="ai2d",
     split="test",
+    questions=3088,
     id=None,
     columns=("question", "options", "answer"),
     prompt=lambda row, protocol: f"{row['question']}\n{lettered(row['options'])}{LETTER}",

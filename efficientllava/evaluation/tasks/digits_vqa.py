@@ -27,10 +27,10 @@ class DigitsVQA:
     The questions do not depend on the run's seed, so that runs can be compared.
 
     Args:
-        size: Number of questions, >= 1.
+        questions: Their number, >= 1.
     """
 
-    size: int
+    questions: int
     name: str = "digits_vqa"
     headline: tuple[str, ...] = ("accuracy",)
     max_new_tokens: int = 8
@@ -43,8 +43,8 @@ class DigitsVQA:
         return {"dataset": "digits_vqa", "split": "test"}
 
     def records(self) -> Sequence[Record]:
-        """The first ``size`` questions of the test split of `efficientllava.data.digits`."""
-        return _questions(self.size)
+        """The first ones of the test split of `efficientllava.data.digits`."""
+        return _questions(self.questions)
 
     def score(self, records: Sequence[Answered]) -> Scores:
         """Accuracies in [0, 1], the mean answer loss in nats per token, and the counts behind them.

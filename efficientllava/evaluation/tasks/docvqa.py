@@ -10,6 +10,7 @@ BENCHMARK = Benchmark(
     dataset="DocVQA",
     config="DocVQA",
     split="validation",
+    questions=5349,
     id="questionId",
     columns=("question", "answers"),
     prompt=lambda row, protocol: row["question"] + SHORT,

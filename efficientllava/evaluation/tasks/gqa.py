@@ -7,6 +7,7 @@ BENCHMARK = Benchmark(
     dataset="GQA",
     config="testdev_balanced_instructions",
     split="testdev",
+    questions=12578,
     id="id",
     columns=("question", "answer", "types"),
     join=Join("testdev_balanced_images", key="imageId", id="id"),

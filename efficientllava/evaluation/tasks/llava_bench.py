@@ -6,6 +6,7 @@ from ..scorers.judged import llava_bench
 BENCHMARK = Benchmark(
     dataset="llava-bench-in-the-wild",
     split="train",
+    questions=60,
     columns=("question", "gpt_answer", "caption", "category"),
     prompt=lambda row, protocol: row["question"],
     scorer=llava_bench,

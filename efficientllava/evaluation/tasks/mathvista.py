@@ -30,6 +30,7 @@ def _prompt(row: Row, protocol: str) -> str:
 BENCHMARK = Benchmark(
     dataset="AI4Math/MathVista",
     split="testmini",
+    questions=1000,
     id="pid",
     image="decoded_image",
     columns=("question", "query", "choices", "unit", "precision", "question_type", "answer_type", "answer"),

@@ -6,6 +6,7 @@ from ..scorers.yesno import mme
 BENCHMARK = Benchmark(
     dataset="MME",
     split="test",
+    questions=2374,
     columns=("question", "answer", "category"),
     prompt=lambda row, protocol: row["question"].replace(" Please answer yes or no.", "").strip() + SHORT,
     scorer=mme,

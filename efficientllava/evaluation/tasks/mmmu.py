@@ -28,6 +28,7 @@ def _skip(row: Row, protocol: str) -> bool:
 BENCHMARK = Benchmark(
     dataset="MMMU",
     split="validation",
+    questions=900,
     id="id",
     image="image_1",
     more_images={"llava": (), "lmms_eval": tuple(f"image_{number}" for number in range(2, 8))},

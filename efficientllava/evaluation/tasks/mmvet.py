@@ -15,6 +15,7 @@ def _prompt(row: Row, protocol: str) -> str:
 BENCHMARK = Benchmark(
     dataset="MMVet",
     split="test",
+    questions=218,
     columns=("question", "answer", "capability"),
     prompt=_prompt,
     scorer=mmvet,

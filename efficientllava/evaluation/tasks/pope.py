@@ -9,6 +9,7 @@ from ..scorers.yesno import pope
 BENCHMARK = Benchmark(
     dataset="POPE",
     split="test",
+    questions=9000,
     columns=("question", "answer", "category"),
     prompt=lambda row, protocol: row["question"].strip() + SHORT,
     scorer=pope,

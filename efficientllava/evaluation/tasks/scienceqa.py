@@ -13,6 +13,7 @@ BENCHMARK = Benchmark(
     dataset="ScienceQA",
     config="ScienceQA-FULL",
     split="test",
+    questions=4241,
     id=None,
     columns=("question", "choices", "answer", "hint", "subject", "grade"),
     prompt=_prompt,

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from . import scienceqa
 
-BENCHMARK = replace(scienceqa.BENCHMARK, config="ScienceQA-IMG", headline=("accuracy",))
+BENCHMARK = replace(scienceqa.BENCHMARK, config="ScienceQA-IMG", questions=2017, headline=("accuracy",))

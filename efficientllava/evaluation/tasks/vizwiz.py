@@ -17,6 +17,7 @@ def _prompt(row: Row, protocol: str) -> str:
 BENCHMARK = Benchmark(
     dataset="VizWiz-VQA",
     split="val",
+    questions=4319,
     columns=("question", "answers"),
     prompt=_prompt,
     scorer=vizwiz,
