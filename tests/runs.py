@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from efficientllava.config import register_schema
+from efficientllava.schema import MASKED
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = [sys.executable, str(ROOT / "run.py")]
@@ -53,7 +54,7 @@ def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
     idle = {
         "recover=none": ("recover.", "data.batch_size", "data.images"),
         "prune=none": ("prune.", "calibration."),
-        **dict.fromkeys(("prune=layerwise", "search.granularity=unstructured"), ("prune.round_to",)),
+        **dict.fromkeys(("prune=layerwise", *(f"search.granularity={g}" for g in MASKED)), ("prune.round_to",)),
         "evaluate.efficiency=false": ("evaluate.",),
     }
     left_out = tuple(prefix for override in overrides for prefix in idle.get(override, ()))
