@@ -149,6 +149,13 @@ def test_a_full_size_family_needs_no_weights_no_data_and_no_hub(tmp_path, monkey
         assert part in shown
 
 
+@pytest.mark.parametrize("key", ["data.path", "data.image_root", "calibration.path", "model.path"])
+def test_what_is_named_must_be_there(tmp_path, key):
+    with pytest.raises(UserError, match=rf"^{key}={tmp_path}/gone: no such f") as told:
+        dry(tmp_path, ["model=llava_1_5_7b", f"{key}={tmp_path}/gone", f"paths.output_dir={tmp_path}"])
+    assert told.value.exit_code == 2
+
+
 def test_a_batch_that_does_not_divide_is_refused(folder, tmp_path):
     overrides = small(folder, tmp_path / "out", "data.batch_size=3", "data.global_batch_size=8", "recover=sft")
     with pytest.raises(UserError, match=r"data\.global_batch_size=8"):

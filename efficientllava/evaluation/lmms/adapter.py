@@ -134,7 +134,8 @@ class EfficientLLaVA(lmms):
         shown = [image.convert("RGB") for image in images]
         question, places = in_place(str(text))
         # Of one image, and where the tags do not fit the images, the template decides: all stand before the question.
-        turn = Turn(question, "", images_at=tuple(places) if 1 < len(shown) == len(places) else ())
+        placed = 1 < len(shown) == len(places)
+        turn = Turn(question if placed else question.strip(), "", images_at=tuple(places) if placed else ())
         first, more = (shown[0], tuple(shown[1:])) if shown else (None, ())
         return Record(f"{task}/{split}/{number}", first, (turn,), True, "lmms_eval", more)
 
