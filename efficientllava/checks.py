@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from .data.sources import is_elsewhere
 from .errors import ConfigError, UserError
 from .hub import local_folder
-from .rules import EFFECTS, FOLLOWS, IMAGE_FOLDERS, RULES, bypassed
+from .rules import EFFECTS, FOLLOWS, IMAGE_FOLDERS, RULES, TRAINER, bypassed
 from .schema import MASKED, JudgeConfig, RecoverConfig, RunConfig, SearchConfig
 
 
@@ -81,6 +81,7 @@ def _combinations(config: RunConfig) -> Iterator[str]:
         )
     if prune.method == "auto":
         yield from _search(search, prune.ratio)
+    yield from _trainer(config.trainer, config.dry_run)
     if recover.name != "none" and not config.pretrain:
         yield from _recovery(recover)
     kind = config.evaluate.quantization
@@ -93,6 +94,23 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     if config.evaluate.lmms_eval.tasks and not importlib.util.find_spec("lmms_eval"):
         yield "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'"
     yield from _tasks(config.evaluate.tasks)
+
+
+def _trainer(trainer: Mapping[str, Any], planned: bool) -> Iterator[str]:
+    for key in sorted({*trainer} - TRAINER):
+        yield (
+            f"trainer.{key}: is decided by the stages; remove it and use recover.steps, recover.epochs, "
+            "recover.max_grad_norm, data.global_batch_size, data_frac, evaluate.limit, logger=, callbacks= or debug="
+        )
+    devices = trainer.get("devices", 1)
+    listed = isinstance(devices, list | tuple) and devices
+    if not (listed or devices in ("auto", "-1", -1) or re.fullmatch("[1-9][0-9]*", str(devices))):
+        yield f"trainer.devices={devices}: must be a number >= 1, a list of GPUs or auto"
+    if trainer.get("precision") in ("16-mixed", "16-true"):
+        from .processes import on_gpu  # late: it imports torch
+
+        if not on_gpu(trainer, planned):
+            yield f"trainer.precision={trainer['precision']}: needs a GPU; set trainer.precision=bf16-mixed"
 
 
 def _search(search: SearchConfig, ratio: float | None) -> Iterator[str]:

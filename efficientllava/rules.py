@@ -45,6 +45,8 @@ RULES: dict[str, Rule] = {
     "data_frac": _number(0, 1, open_low=True, open_high=False),
     "seed": _number(0, 2**32),
     "threads": AT_LEAST_1,
+    "trainer.accelerator": _one_of("auto", "cpu", "gpu", "cuda"),
+    "trainer.precision": _one_of("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true"),
     "keep": _one_of("all", "recovered", "none"),
     "logger.mode": _one_of(None, "online", "offline", "disabled"),
     "model.dtype": DTYPE,
@@ -137,6 +139,11 @@ RULES: dict[str, Rule] = {
     "evaluate.judge.retries": _number(0, None),
 }
 
+# Arguments of Lightning's Trainer that are the user's; the others belong to the stages.
+TRAINER = {
+    *("_target_", "accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "deterministic"),
+    *("benchmark", "log_every_n_steps", "enable_model_summary", "enable_progress_bar", "num_sanity_val_steps"),
+}
 LOOKING = ("obs", "activation", "wanda")  # importances that look at activations
 OF_FILES = ("path", "group_by_modality_length")
 

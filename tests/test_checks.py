@@ -128,6 +128,25 @@ def test_the_same_key_passes_where_it_has_an_effect():
 
 
 @pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("+trainer.max_steps=3", "trainer.max_steps: is decided by the stages; remove it and use recover.steps"),
+        ("+trainer.fast_dev_run=true", "trainer.fast_dev_run: is decided by the stages"),
+        ("trainer.devices=0", "trainer.devices=0: must be a number >= 1"),
+        ("trainer.devices=two", "trainer.devices=two: must be a number >= 1"),
+        ("trainer.devices=[]", "trainer.devices=[]: must be a number >= 1"),
+        ("trainer.precision=half", "trainer.precision=half: must be one of 32-true, bf16-mixed"),
+        ("trainer.precision=16-mixed", "trainer.precision=16-mixed: needs a GPU"),
+        ("trainer.accelerator=abacus", "trainer.accelerator=abacus: must be one of auto, cpu, gpu, cuda"),
+    ],
+)
+def test_a_trainer_s_arguments_are_the_user_s_or_the_stages(option, told, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (line,) = problems(option)
+    assert line.startswith(told)
+
+
+@pytest.mark.parametrize(
     ("options", "told"),
     [
         (["search.granularity=2:4", "search.budget.resource=flops"], "search.budget.resource=flops: weight masks"),

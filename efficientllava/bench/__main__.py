@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 
 from ..checkpoint import load
 from ..console import quiet_libraries
+from ..errors import UserError
+from ..outcome import exit_code
 from .evaluation import evaluation_row, generation_row
 from .pruning import memory_rows
 from .recovery import recovery_row, teacher_row, vision_row
@@ -17,8 +21,17 @@ from .rows import table
 from .search import search_rows
 
 
-def main() -> None:
-    """Measure everything and print one table."""
+def main(arguments: Sequence[str] = ()) -> None:
+    """Measure everything and print one table.
+
+    Args:
+        arguments: None are known.
+
+    Raises:
+        UserError: There are some.
+    """
+    if arguments:
+        raise UserError("usage: python -m efficientllava.bench (measures for some minutes on one CPU thread)")
     torch.set_num_threads(1)
     quiet_libraries()
 
@@ -40,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

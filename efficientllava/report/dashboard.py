@@ -75,11 +75,11 @@ def main(arguments: list[str]) -> None:
     Raises:
         UserError: A wrong argument, no login, or W&B refuses.
     """
-    from ..tracking import logged_in
-
     entity, slash, project = "".join(arguments[:1]).partition("/")
     if len(arguments) != 1 or not (slash and entity and project) or "/" in project:
         raise UserError("usage: python -m efficientllava.report.dashboard <entity>/<project>")
+    from ..tracking import logged_in
+
     made = workspace(entity, project)
     if not logged_in():
         raise UserError("dashboard: you are not logged in to W&B; run `wandb login` first")
