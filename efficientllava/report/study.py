@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from ..results import find, last_stage
+from ..results import find, last_stage, metric_keys
 from .drawing import label_ends, new_axes, style
 from .plots import Plot
 from .runs import Run
@@ -122,7 +122,8 @@ def _ours(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> dict[str
 
 
 def _value(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> Value | None:
-    kept = [find(last_stage(run.results), "retained", metric) for run in runs]
+    path = metric_keys(metric) if spec["value"] == "accuracy" else ("retained", metric)
+    kept = [find(last_stage(run.results), *path) for run in runs]
     shares = [100 * (1 - share if spec["value"] == "lost" else share) for share in kept if share is not None]
     if not shares:
         return None
@@ -171,7 +172,8 @@ def _lines(panel: Panel) -> Iterator[str]:
     reasons = list(
         dict.fromkeys(v.suspect for column in panel.published.values() for v in column.values() if v.suspect)
     )
-    yield f"**{panel.experiment}, {panel.model}**: {spec['value']}, % of the {panel.whole}, mean ± standard"
+    unit = "%" if spec["value"] == "accuracy" else f"% of the {panel.whole}"
+    yield f"**{panel.experiment}, {panel.model}**: {spec['value']}, {unit}, mean ± standard"
     yield f"deviation over seeds; *published*: {spec['source']}."
     yield ""
     yield "| " + " | ".join([spec["rows"], *panel.ours, *(f"*{title}*" for title in panel.published)]) + " |"
