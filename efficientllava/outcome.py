@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -56,6 +58,21 @@ def sweeping() -> bool:
     return bool(_sweeps)
 
 
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, once: what is open is closed, such as a W&B run."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def exit_code(main: Callable[[], object]) -> int:
     """Run a program and report its failure in one line per problem.
 
@@ -72,7 +89,8 @@ def exit_code(main: Callable[[], object]) -> int:
     # Hydra would print its own shortened traceback and exit with 1.
     os.environ |= {DEBUG: "1", TRACEBACKS: str(int(debug))}
     try:
-        main()
+        with terminable():
+            main()
         if _failure:
             raise _failure[0]
         _close_sweeps()

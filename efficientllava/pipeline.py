@@ -131,15 +131,15 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     """
     from lightning.pytorch import seed_everything
 
-    from .tracking import track
+    from .tracking import Tracking, track
 
     context = Context(settings, folder)
     evaluate = Evaluation(context)
     seed_everything(settings.seed, verbose=False)
     say(f"[bold]{settings.name}[/bold]  {context.base.path}  on {context.device}, seed {settings.seed}")
-    tracking, failed = track(settings, folder), True
+    tracking, failed = Tracking(), True
     try:
-        current = context.base
+        tracking, current = track(settings, folder), context.base
         evaluate("base", current)
         tracking.scores("base", evaluate.metrics["base"])
         if settings.prune.method != "none":

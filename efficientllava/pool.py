@@ -12,7 +12,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -197,7 +197,7 @@ def run_jobs(
     ended = [Ended(job, before=True) for job in jobs if job.number in finished]
     show(Progress(len(jobs), (), tuple(ended), len(slots)))
     shown = time.monotonic()
-    with _ending(running):
+    try:
         while waiting or running:
             changed = False
             while waiting and free:
@@ -213,6 +213,8 @@ def run_jobs(
                 shown = time.monotonic()
             if not changed:
                 time.sleep(POLL)
+    finally:
+        stop(running)
     by_job = {entry.job.number: entry for entry in ended}
     return [by_job[job.number] for job in jobs]
 
@@ -264,18 +266,3 @@ def stop(running: Sequence[Running]) -> None:
 def _signal(entry: Running, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # the group is empty: nothing is left to end
         os.killpg(entry.process.pid, number)
-
-
-@contextlib.contextmanager
-def _ending(running: list[Running]) -> Iterator[None]:
-    """End what still runs when the sweep is left early, also by a polite signal to the sweep."""
-
-    def leave(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        stop(running)

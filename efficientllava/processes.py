@@ -21,7 +21,7 @@ from .outcome import TRACEBACKS
 if TYPE_CHECKING:
     from torch import Tensor
 
-GRACE = 10.0  # seconds between the failure of one process and the end of the others
+GRACE = 10.0  # seconds between the failure of one process and the end of the others, politely and then for certain
 
 
 def wanted(trainer: Mapping[str, Any], planned: bool = False) -> int:
@@ -111,13 +111,22 @@ def relaunch(processes: int, overrides: Sequence[str], output_dir: str) -> int:
     finally:
         for process in started:
             process.terminate()
-        codes = [process.wait() for process in started]
+        codes = [_ended(process) for process in started]
         for listener in listeners:
             listener.join()
     for index, lines in enumerate(told[1:], 1):
         for line in dict.fromkeys(line for line in lines if line not in told[0]):
             print(line.replace("error: ", f"error: process {index}: ", 1), file=sys.stderr)
     return next((code for code in codes if code > 0), int(any(codes)))
+
+
+def _ended(process: subprocess.Popen[str]) -> int:
+    """Exit code of a process that was asked to end; one that waits for another in native code cannot hear it."""
+    try:
+        return process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _free_port() -> int:

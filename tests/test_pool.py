@@ -14,6 +14,7 @@ import pytest
 from efficientllava import pool
 from efficientllava.console import jobs_table
 from efficientllava.errors import UserError
+from efficientllava.outcome import terminable
 from efficientllava.pool import Ended, Job, cores, cpu_slots, gpu_slots, run_jobs
 
 
@@ -81,7 +82,7 @@ def test_an_interrupt_ends_all_jobs(tmp_path, monkeypatch, number):
 
     jobs = [job(i, tmp_path, "import time; time.sleep(600)") for i in range(3)]
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), terminable():
             run_jobs(jobs, cpu_slots(2), timeout=60, show=interrupt)
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -103,6 +103,14 @@ def test_when_one_fails_the_others_are_ended_and_it_is_told_who(monkeypatch, tmp
     assert threading.active_count() < 20
 
 
+def test_a_process_that_does_not_hear_is_killed(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(processes, "GRACE", 0.3)
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    assert (
+        start(monkeypatch, tmp_path, f"if rank:\n    {deaf}\nprint('error: broken', file=sys.stderr); sys.exit(1)") == 1
+    )
+
+
 def environment():
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**kept, "OMP_NUM_THREADS": "1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import struct
 import subprocess
 import sys
@@ -21,9 +22,10 @@ from efficientllava.errors import ConfigError, UserError
 from efficientllava.report import dashboard
 from efficientllava.schema import RunConfig, WandbConfig
 
-from .runs import ROOT, composed, run, save_tiny, small
+from .runs import ROOT, RUN, composed, run, save_tiny, small
 
-QUICK = ("search.generations=2", "search.population=6", "search.parents=3", "search.mutants=4", "search.crossovers=1")
+QUICK = ("search.rounds=1", "search.generations=2", "search.population=6", "search.parents=3", "search.mutants=4")
+QUICK = (*QUICK, "search.crossovers=1", "search.finalists=1")
 
 
 @pytest.fixture(autouse=True)
@@ -218,9 +220,61 @@ def test_a_failed_job_is_finished_and_goes_on_in_the_same_run_from_the_cache(mod
     assert not any(artifact.type == "model" for artifact in other["artifacts"])
 
 
-def test_without_logger_wandb_nothing_is_opened_or_imported(tmp_path):
-    code = "import sys; from efficientllava import loggers, tracking; sys.exit('wandb' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+LAYERS = ("prune=layerwise", "prune.ratio=0.3", "logger=wandb", "trainer.log_every_n_steps=1")
+
+
+@pytest.fixture
+def shell(monkeypatch):
+    """Start run.py in a process of its own."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return lambda place, *typed: subprocess.Popen(
+        [*RUN, *typed, f"hydra.run.dir={place}"], cwd=place.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("without_fresh_processes")
+def test_two_processes_are_one_run_with_the_same_metrics(model, tmp_path, shell):
+    typed = small(model, tmp_path / "out", *LAYERS, "data.global_batch_size=4")
+    run(tmp_path / "one", typed)
+    typed = [o for o in typed if not o.startswith(("trainer=", "data.batch_size="))]
+    typed += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "data.batch_size=2"]
+    both = shell(tmp_path / "two", *typed)
+    _, said = both.communicate()
+    assert both.returncode == 0, said.decode()
+    (one,), (two,) = read_back(tmp_path / "one"), read_back(tmp_path / "two")
+    assert (two["exit"], two["axes"]) == (0, one["axes"])
+    for told in (one, two):
+        told["keys"] = {name for row in told["history"] for name in row}
+    assert two["keys"] == one["keys"] and two["summary"].keys() == one["summary"].keys()
+    assert [row for row in two["history"] if "recover/loss" in row]
+    assert {artifact.type for artifact in two["artifacts"]} == {artifact.type for artifact in one["artifacts"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_that_is_ended_from_outside_closes_its_run_as_failed(model, tmp_path, shell):
+    typed = small(model, tmp_path / "out", *LAYERS, "recover=none")
+    endless = ["+callbacks.hang._target_=time.sleep", "+callbacks.hang._args_=[3600]"]
+    hanging = shell(tmp_path / "run", *typed, *endless)
+    assert hanging.stdout is not None and any(line.startswith(b"W&B run") for line in hanging.stdout)
+    hanging.terminate()
+    _, said = hanging.communicate()
+    assert hanging.returncode == 130 and b"run the same command again" in said, said.decode()
+    (told,) = read_back(tmp_path / "run")
+    assert told["exit"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_without_logger_wandb_nothing_is_opened_or_imported(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", None)  # whoever imports it fails
+        for name in ("loggers", "tracking"):
+            runpy.run_module(f"efficientllava.{name}")
     folder = tmp_path / "run"
     folder.mkdir()
     track = tracking.track(RunConfig(logger={"_target_": None}), folder)
