@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint, load, round_weights, save
+from .checks import require_valid
+from .console import quiet_libraries
 from .data.collator import Collator
 from .data.conversations import Record
 from .data.datamodule import RecoveryData
@@ -31,7 +33,7 @@ from .pruning.scores import Calibration
 from .recovery.caching import open_teacher
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
-from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, WeightsConfig
+from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, RunConfig, WeightsConfig
 
 __all__ = ["load", "plan", "prune", "recover", "save"]
 
@@ -46,6 +48,16 @@ def _with(config: Any, options: dict[str, Any], key: str) -> Any:
     if unknown:
         raise UserError(f"{key}: unknown option {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
     return replace(config, **options)
+
+
+def _pruning(options: dict[str, Any], key: str, samples: int, seed: int) -> PruneConfig:
+    config = _with(WIDTHWISE, options, key)
+    require_valid(RunConfig(seed=seed, prune=config, calibration=CalibrationConfig(samples=samples)), "")
+    if config.method not in ("layerwise", "widthwise"):
+        raise UserError(f"prune.method={config.method}: must be layerwise or widthwise; a search is a run of its own")
+    if config.ratio is None and not config.nominal:
+        raise UserError("prune.ratio=None: set it, or prune.share (widthwise) or prune.drop_layers (layerwise)")
+    return config
 
 
 def _calibration(
@@ -79,9 +91,9 @@ def plan(
         The plan.
 
     Raises:
-        UserError: An unknown option or an infeasible ratio.
+        UserError: An unknown option, a value out of its range or an infeasible ratio.
     """
-    config = _with(WIDTHWISE, options, "plan")
+    config = _pruning(options, "plan", samples, seed)
     return make_plan(checkpoint.model, _calibration(checkpoint, records, samples, seed, config), config, seed)[0]
 
 
@@ -105,8 +117,12 @@ def prune(
 
     Returns:
         The smaller checkpoint, its weights rounded to the storage type.
+
+    Raises:
+        UserError: An unknown option or a value out of its range.
+        ValueError: The plan was made for another model, or the checkpoint has been pruned already.
     """
-    config = _with(WIDTHWISE, options, "prune")
+    config = _pruning(options, "prune", samples, seed)
     model, _ = apply_plan(checkpoint.model, plan, _calibration(checkpoint, records, samples, seed, config), config)
     round_weights(model, checkpoint.storage)
     return checkpoint.after(model, plan.step, plan.kept_layers)
@@ -132,10 +148,15 @@ def recover(
 
     Returns:
         What was minimised, for how long, and the final losses.
+
+    Raises:
+        UserError: An unknown option or a value out of its range.
     """
     from lightning.pytorch import Trainer
 
     config = _with(KD_HIDDEN, options, "recover")
+    require_valid(RunConfig(seed=seed, data_frac=data_frac, data=data), "")
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         folder, teacher = Path(workdir or scratch), None
         if config.weights.logit or config.weights.hidden:

@@ -197,7 +197,7 @@ def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:
 
 
 def load(
-    path: str,
+    path: str | Path,
     dtype: str = "auto",
     device: str = "cpu",
     revision: str | None = None,
@@ -224,6 +224,7 @@ def load(
     """
     from transformers import AutoModelForImageTextToText
 
+    path = str(path)
     folder = resolve(path, revision)
     config, storage = read_config(folder, path)
     processor = _processor(folder, path, protocol)
@@ -332,8 +333,13 @@ def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | N
 
     Returns:
         The folder.
+
+    Raises:
+        UserError: The target is a file.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give a folder")
     with whole_folder(folder) as partial:
         write(checkpoint, partial, card)
     return folder

@@ -56,7 +56,7 @@ def require_valid(config: Any, node: str) -> None:
 
     Args:
         config: The node.
-        node: Its key with a dot behind it, such as ``recover.``.
+        node: Its key with a dot behind it, such as ``recover.``; empty for a `RunConfig`.
 
     Raises:
         ConfigError: One line per problem.

@@ -26,7 +26,9 @@ def _one_of(*options: Any) -> Rule:
 
 
 def _number(low: float, high: float | None, *, open_low: bool = False, open_high: bool = True) -> Rule:
-    def inside(value: float) -> bool:
+    def inside(value: Any) -> bool:
+        if not isinstance(value, int | float):
+            return False
         above = value > low if open_low else value >= low
         return above and (value < math.inf if high is None else value < high if open_high else value <= high)
 
