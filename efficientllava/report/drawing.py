@@ -134,7 +134,7 @@ def heat(axes: Any, cells: Sequence[Sequence[float]], label: str, limits: tuple[
         for x, value in enumerate(row):
             if text and value == value:
                 dark = value - limits[0] > 0.55 * (limits[1] - limits[0])
-                digits = 1 if value < 99.95 and value % 1 else 0
+                digits = 1 if value < 99.95 and round(value, 1) % 1 else 0
                 colour = "white" if dark else "#1f2933"
                 axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
     for index in range(1, len(cells)):

@@ -77,6 +77,11 @@ class Panel:
             return sorted(ran)
         return [*(row for row in self.spec["at"] if row in ran), *(row for row in ran if row not in self.spec["at"])]
 
+    @property
+    def quantity(self) -> str:
+        """What its numbers are."""
+        return self.spec["value"] + (", %" if self.spec["value"] == "accuracy" else f", % of the {self.whole}")
+
     def label(self, row: Any) -> str:
         """A row in words."""
         return f"{100 * row:g} %" if self.spec["rows"] in SHARES else str(row)
@@ -172,8 +177,7 @@ def _lines(panel: Panel) -> Iterator[str]:
     reasons = list(
         dict.fromkeys(v.suspect for column in panel.published.values() for v in column.values() if v.suspect)
     )
-    unit = "%" if spec["value"] == "accuracy" else f"% of the {panel.whole}"
-    yield f"**{panel.experiment}, {panel.model}**: {spec['value']}, {unit}, mean ± standard"
+    yield f"**{panel.experiment}, {panel.model}**: {panel.quantity}, mean ± standard"
     yield f"deviation over seeds; *published*: {spec['source']}."
     yield ""
     yield "| " + " | ".join([spec["rows"], *panel.ours, *(f"*{title}*" for title in panel.published)]) + " |"
@@ -201,7 +205,7 @@ def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
         axes.set_xticks(
             range(len(rows)), map(panel.label, rows), rotation=35 * turned, ha="right" if turned else "center"
         )
-        axes.set(xlabel=panel.spec["rows"], ylabel=f"{panel.spec['value']}, % of the {panel.whole}")
+        axes.set(xlabel=panel.spec["rows"], ylabel=panel.quantity)
         for index, (title, column) in enumerate(columns):
             points = [(x, column[row]) for x, row in enumerate(rows) if row in column]
             if points:
