@@ -130,11 +130,12 @@ def heat(axes: Any, cells: Sequence[Sequence[float]], label: str, limits: tuple[
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     image = axes.imshow(cells, cmap="YlGnBu", aspect="auto", vmin=limits[0], vmax=limits[1])
+    broken = any(round(value, 1) % 1 for row in cells for value in row if value == value)
     for y, row in enumerate(cells):
         for x, value in enumerate(row):
             if text and value == value:
                 dark = value - limits[0] > 0.55 * (limits[1] - limits[0])
-                digits = 1 if value < 99.95 and round(value, 1) % 1 else 0
+                digits = int(broken and value < 99.95)
                 colour = "white" if dark else "#1f2933"
                 axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
     for index in range(1, len(cells)):
