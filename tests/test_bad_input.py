@@ -191,6 +191,17 @@ def test_a_bad_model_folder_ends_the_run_before_it_begins(data, tmp_path):
     assert nothing_written(tmp_path)
 
 
+@pytest.mark.parametrize("source", ["live", "cached"])
+def test_a_teacher_that_cannot_teach_is_found_before_the_first_stage(model, data, tmp_path, source):
+    data[1]()
+    wider = save_tiny(tmp_path / "wider", "tiny_bunny", layers=2)
+    for path, told in ((tmp_path / "gone", "no such folder"), (wider, "the teacher's hidden width is 128")):
+        error = refused(model, tmp_path, f"recover.teacher.path={path}", f"recover.teacher.source={source}")
+        assert error.exit_code == 2
+        assert str(error).startswith("recover.teacher.path") and told in str(error)
+    assert nothing_written(tmp_path)
+
+
 def test_an_unknown_benchmark(model, data, tmp_path):
     data[1]()
     error = refused(model, tmp_path, "evaluate.tasks=[mmlu]")

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,11 +21,13 @@ from ..checkpoint import compute_dtype, load, read_config, resolve
 from ..console import progress, say
 from ..data.subset import record_id
 from ..disk import require_space
+from ..errors import UserError
 from ..models.forward import FeatureCache, supervised_positions, to_device
 from ..processes import barrier, from_first, rank, world_size
+from ..schema import RecoverConfig, TeacherConfig
 from .losses import top_k
 from .targets import FINAL, CachedTeacher, TargetStore, Wanted, layer_part, rows_of, write_shard
-from .teacher import Teacher
+from .teacher import Teacher, check_teacher
 
 SHARD_BYTES = 64 << 20  # a killed pass loses no more than this per part and process
 CHUNK = 1024  # rows per call of the head
@@ -60,12 +63,37 @@ def open_teacher(config: Any, base: Mapping[str, str], device: str, folder: Path
     Raises:
         UserError: It cannot be loaded.
     """
-    path, revision = (config.path, config.revision) if config.path else (base["path"], base.get("revision"))
+    path, revision = _place(config, base)
     if config.source == "live":
         return load(path, config.dtype, device, revision, host=config.offload).model
     described, storage = read_config(resolve(path, revision), path)
     dtype = compute_dtype(config.dtype, storage, device)
     return TargetCache(folder, described, dtype, lambda: load(path, config.dtype, device, revision).model)
+
+
+def require_teacher(config: RecoverConfig, base: Mapping[str, str], student: nn.Module) -> None:
+    """Refuse a recovery whose teacher is not there or cannot teach, before anything is computed.
+
+    Args:
+        config: Losses and teacher.
+        base: As for `open_teacher`.
+        student: The model, pruned or not.
+
+    Raises:
+        UserError: Says what is wrong with the teacher.
+    """
+    if not (config.weights.logit or config.weights.hidden):
+        return
+    path, revision = _place(config.teacher, base)
+    try:
+        described, _ = read_config(resolve(path, revision), path)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path=", "recover.teacher.path=", 1)) from error
+    check_teacher(SimpleNamespace(config=described), student, config.weights.logit > 0, config.weights.hidden > 0)
+
+
+def _place(config: TeacherConfig, base: Mapping[str, str]) -> tuple[str, str | None]:
+    return (config.path, config.revision) if config.path else (base["path"], base.get("revision"))
 
 
 @dataclass(frozen=True)

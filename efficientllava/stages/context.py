@@ -98,6 +98,7 @@ class Context:
         from ..evaluation import lmms
         from ..memory import require_memory
         from ..models.forward import feature_cache
+        from ..recovery.caching import require_teacher
 
         settings, processor = self.settings, self.base.processor
         self.features = feature_cache(self.base.model)
@@ -110,6 +111,7 @@ class Context:
                 require_memory(self.forecast, self.device, max(map(self.collate.check, self.calibration)))
         self.recovery: Any = None
         if settings.recover.name != "none":
+            require_teacher(settings.recover, self.base.base, self.base.model)
             self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
         drawn = len(self.recovery.records) if self.recovery else 0
         self.samples = {"calibration": len(self.calibration), "recovery": drawn}
