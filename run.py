@@ -8,7 +8,7 @@ import tempfile
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from efficientllava.config import register_schema
 from efficientllava.outcome import exit_code
@@ -22,7 +22,8 @@ def main(cfg: DictConfig) -> float | None:
     from efficientllava.pipeline import run
 
     choices = HydraConfig.get()
-    return run(cfg, choices.runtime.output_dir, list(choices.overrides.task))
+    in_sweep = not OmegaConf.is_missing(choices.job, "num")
+    return run(cfg, choices.runtime.output_dir, list(choices.overrides.task), in_sweep)
 
 
 if __name__ == "__main__":

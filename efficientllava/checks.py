@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +32,38 @@ def check(config: RunConfig, overrides: Sequence[str] = ()) -> None:
     problems = [*_ranges(config), *_combinations(config), *_effects(config, overrides), *_paths(config)]
     if problems:
         raise ConfigError(problems)
+
+
+def check_sweep(jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], RunConfig]) -> None:
+    """Refuse what is typed for a sweep and has an effect in none of its jobs; in some of them it may have none.
+
+    Args:
+        jobs: Overrides of every job.
+        compose: Makes a job's configuration; called until every key has had an effect.
+
+    Raises:
+        ConfigError: One line per key.
+    """
+    idle: dict[str, str] = {}
+    pending = {_key(override) for job in jobs for override in job}
+    for job in jobs:
+        own = {_key(override) for override in job}
+        if own.isdisjoint(pending):
+            continue
+        try:
+            found = {line.partition(":")[0]: line for line in _effects(compose(job), job)}
+        except Exception as error:  # the job itself tells what is wrong with it
+            if not isinstance(error, UserError) and type(error).__module__.partition(".")[0] != "hydra":
+                raise
+            found = {}
+        pending -= own - {*found}
+        idle |= found
+    if pending:
+        raise ConfigError([line for key, line in idle.items() if key in pending])
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def _value(config: Any, key: str) -> Any:
@@ -190,7 +222,7 @@ def _recovery(recover: RecoverConfig) -> Iterator[str]:
 
 
 def _effects(config: RunConfig, overrides: Sequence[str]) -> Iterator[str]:
-    keys = [override.lstrip("+").partition("=")[0] for override in overrides if not override.startswith("~")]
+    keys = [_key(override) for override in overrides if not override.startswith("~")]
     for key in keys:
         for prefix, has_effect, fix in EFFECTS:
             if (key == prefix or key.startswith(prefix if prefix.endswith(".") else prefix + ".")) and not has_effect(

@@ -32,6 +32,18 @@ _failure: list[BaseException] = []
 _sweeps: list[Callable[[bool], None]] = []  # what ends each
 
 
+class SweepRefused(BaseException):
+    """Something is wrong with a sweep as a whole: Hydra turns a callback's exceptions into warnings, but not this one.
+
+    Args:
+        error: What to tell the user.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def hand_over(error: BaseException) -> None:
     """Keep the failure of a single run for `exit_code`: Hydra would print a line of its own before it raises it."""
     _failure.append(error)
@@ -102,9 +114,10 @@ def exit_code(main: Callable[[], object]) -> int:
         # The reader has seen enough (``| head``); Python would complain once more when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except (Exception, SweepRefused) as raised:
         if debug:
             raise
+        error = raised.error if isinstance(raised, SweepRefused) else raised
         if _failed_jobs:
             _close_sweeps()
             print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)

@@ -28,13 +28,14 @@ from .stages.record import write_record
 from .stages.recover import recover
 
 
-def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> float | None:
+def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = (), in_sweep: bool = False) -> float | None:
     """Run everything that a configuration asks for.
 
     Args:
         config: The composed configuration.
         output_dir: The run's folder.
         overrides: What the user typed.
+        in_sweep: What was typed has an effect in this job of a sweep or in another, see `checks.check_sweep`.
 
     Returns:
         The value of ``optimized_metric``, or None.
@@ -43,7 +44,7 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = ()) -> f
         UserError: A fault that the user can mend.
     """
     settings = typed(config)
-    check(settings, overrides)
+    check(settings, () if in_sweep else overrides)
     folder = Path(output_dir)
     if settings.pretrain:
         return _pretrain(settings, folder)

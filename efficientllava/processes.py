@@ -89,8 +89,9 @@ def relaunch(processes: int, overrides: Sequence[str], output_dir: str) -> int:
     """
     import torch
 
-    # A sweep's job must not start the sweep again.
+    # A sweep's job must not start the sweep again, and what was typed is checked.
     command = [sys.executable, sys.argv[0], *overrides, "hydra.mode=RUN", f"hydra.run.dir={output_dir}"]
+    command += ["hydra.job.num=0"]
     own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // processes))}
     # Set for Hydra by our own wrapper; each process has that wrapper too.
     own["HYDRA_FULL_ERROR"] = os.environ.get(TRACEBACKS, "0")

@@ -8,22 +8,37 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from hydra_plugins.arms import jobs_of
+
+from .checks import check_sweep
+from .config import typed
 from .errors import UserError
-from .outcome import at_end, hand_over, job_failed
+from .outcome import SweepRefused, at_end, hand_over, job_failed
 
 
 class ReportSweep(Callback):
     """Hydra callback: a bad job of a sweep is reported when it ends, the others go on, and a page closes the sweep."""
 
-    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
-        """Remember where the sweep lies: Hydra does not say that it has ended where a job has failed."""
+    def on_multirun_start(self, config: DictConfig, config_name: str | None, **_kwargs: Any) -> None:
+        """Refuse a sweep for which something was typed in vain, and remember where it lies.
+
+        Hydra does not say that a sweep has ended where a job has failed.
+        """
         from .disk import at_work
 
+        try:
+            check_sweep(_jobs(config), lambda job: typed(compose(config_name, [*job])))
+        except UserError as error:
+            raise SweepRefused(error) from error
         held = ExitStack()
         if not config.dry_run:
             held.enter_context(at_work(Path(config.paths.cache_dir), clean=config.keep != "all"))
@@ -58,6 +73,16 @@ class FailedJob(JobReturn):
     def return_value(self) -> Any:
         """Never a value: asking for it raises the failure, without the line that Hydra would print first."""
         raise self._return_value
+
+
+def _jobs(config: DictConfig) -> list[list[str]]:
+    """Overrides of every job, without what a sweeper draws from intervals."""
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    params = parser.parse_overrides([f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()])
+    told = parser.parse_overrides(list(config.hydra.overrides.task))
+    counted = [each for each in (*params, *told) if each.is_discrete_sweep() or not each.is_sweep_override()]
+    [grid] = BasicSweeper.split_arguments(counted, None)
+    return jobs_of(grid, config.sweep.arms, [str(each.key_or_group) for each in told]) if config.sweep.arms else grid
 
 
 def _close(folder: Path, held: ExitStack, complete: bool) -> None:

@@ -3,7 +3,7 @@ from dataclasses import fields
 import pytest
 from omegaconf import OmegaConf
 
-from efficientllava.checks import check
+from efficientllava.checks import check, check_sweep
 from efficientllava.config import typed
 from efficientllava.errors import ConfigError
 from efficientllava.rules import EFFECTS, RULES
@@ -285,3 +285,18 @@ def test_options_of_benchmarks_need_one(tmp_path):
     assert line.startswith("evaluate.namespace: has no effect here")
     (line,) = problems("evaluate=none", "evaluate.limit=3")
     assert line.startswith("evaluate.limit: has no effect here; choose a benchmark")
+
+
+def test_what_is_typed_for_a_sweep_has_an_effect_in_one_of_its_jobs():
+    made = []
+
+    def sweep(*jobs):
+        made.clear()
+        check_sweep(jobs, lambda job: made.append(job) or typed(composed(*job)))
+
+    none, sft = ["recover=none", "data_frac=0.1"], ["recover=sft", "data_frac=0.1"]
+    sweep(none, sft, sft)
+    assert made == [none, sft]  # no more than it takes to know
+    with pytest.raises(ConfigError, match=r"^recover\.lora\.r: has no effect here; set recover\.train=lora"):
+        sweep(none, [*sft, "recover.lora.r=4"])
+    sweep(["recover=nonsense", "data_frac=0.1"], none)  # the first job tells by itself what is wrong with it

@@ -86,7 +86,7 @@ def start(monkeypatch, tmp_path, body):
 def test_processes_get_their_place_and_the_folder(monkeypatch, tmp_path):
     body = f"open(r'{tmp_path}/' + str(rank), 'w').write(' '.join(sys.argv[1:]) + os.environ['WORLD_SIZE'])"
     assert start(monkeypatch, tmp_path, body) == 0
-    told = f"a=1 hydra.mode=RUN hydra.run.dir={tmp_path}/run2"
+    told = f"a=1 hydra.mode=RUN hydra.run.dir={tmp_path}/run hydra.job.num=02"
     assert [(tmp_path / name).read_text() for name in "01"] == [told, told]
 
 

@@ -129,12 +129,12 @@ def _is_finished(job: Job, config: DictConfig) -> bool:
     from efficientllava.errors import UserError
     from efficientllava.identity import nothing_to_do
 
-    task, overrides = copy.deepcopy(config), list(config.hydra.overrides.task)
+    task = copy.deepcopy(config)
     with open_dict(task):
         del task["hydra"]  # as Hydra does for the job itself
     try:
         settings = typed(task)
-        check(settings, overrides)
+        check(settings)
         return nothing_to_do(settings, job.folder)
     except UserError:
         return False
