@@ -32,7 +32,9 @@ def errors(text):
 
 
 def test_a_sweep_may_type_what_some_of_its_jobs_have_no_use_for(cli, tmp_path):
-    code, text = cli("-m", "recover=none,sft", "prune=none,layerwise", "prune.ratio=0.2", "data_frac=0.1", "dry_run=true")
+    code, text = cli(
+        "-m", "recover=none,sft", "prune=none,layerwise", "prune.ratio=0.2", "data_frac=0.1", "dry_run=true"
+    )
     assert (code, text) == (0, "")
     code, text = cli("-m", "recover=sft,kd_hidden", "recover.lora.r=4", "seed=0,1")
     assert code == 2
