@@ -89,6 +89,13 @@ def test_good_data_runs(model, data, tmp_path, monkeypatch):
     assert set(results["stages"]) == {"base", "pruned", "recovered"}
 
 
+def test_a_global_batch_that_cannot_be_divided_is_told_before_the_first_stage(model, data, tmp_path):
+    data[1]()
+    error = refused(model, tmp_path, "data.global_batch_size=3")
+    assert str(error).startswith("data.global_batch_size=3: must be a multiple") and error.exit_code == 2
+    assert nothing_written(tmp_path)
+
+
 def spoil(records, at, **changes):
     records[at] = {**records[at], **changes}
 

@@ -116,10 +116,12 @@ class Rows:
 
     def images(self, column: str) -> list[Path | StoredImage | None]:
         """One image per row, None where the row has none."""
-        from datasets import Image
+        from datasets import Image, Value
 
         cells = self._table.select_columns([column])
-        if isinstance(cells.features[column], Image):
+        kind = cells.features[column]
+        # Without the metadata of `datasets`, as other writers leave it, an image is what it is stored as.
+        if isinstance(kind, Image) or (isinstance(kind, dict) and "bytes" in kind) or kind == Value("binary"):
             cells = cells.cast_column(column, Image(decode=False))
         present = cells.with_format("arrow")[:][column].is_valid().to_pylist()
         if not isinstance(cells.features[column], Image):

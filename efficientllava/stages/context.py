@@ -99,6 +99,7 @@ class Context:
         from ..memory import require_memory
         from ..models.forward import feature_cache
         from ..recovery.caching import require_teacher
+        from ..recovery.recover import accumulation
 
         settings, processor = self.settings, self.base.processor
         self.features = feature_cache(self.base.model)
@@ -112,6 +113,7 @@ class Context:
         self.recovery: Any = None
         if settings.recover.name != "none":
             require_teacher(settings.recover, self.base.base, self.base.model)
+            accumulation(settings.data.batch_size, settings.data.global_batch_size, processes.world_size())
             self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
         drawn = len(self.recovery.records) if self.recovery else 0
         self.samples = {"calibration": len(self.calibration), "recovery": drawn}

@@ -90,6 +90,19 @@ def test_every_row_is_a_question_with_its_image(root, name):
         assert cell is None or open_image(record).size == Image.open(io.BytesIO(cell["bytes"])).size
 
 
+@pytest.mark.parametrize("bare", [False, True])
+def test_images_are_found_in_tables_of_other_writers(tmp_path, bare):
+    from pyarrow import table
+    from pyarrow.parquet import write_table as write_plain
+
+    file, columns = tables()["pope"]
+    images = [cell["bytes"] for cell in columns["image"]] if bare else columns["image"]
+    (tmp_path / file).parent.mkdir(parents=True)
+    write_plain(table({**columns, "image": images}), tmp_path / file)
+    for record, cell in zip(load("pope", tmp_path).records(), columns["image"], strict=True):
+        assert open_image(record).size == Image.open(io.BytesIO(cell["bytes"])).size
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_answers_hold_all_that_their_scorer_wants(root, name, protocol):
