@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
+from .config import key_of
 from .data.sources import is_elsewhere
 from .errors import ConfigError, UserError
 from .hub import local_folder
+from .outcome import of_hydra
 from .rules import EFFECTS, FOLLOWS, IMAGE_FOLDERS, RULES, TRAINER, bypassed
 from .schema import MASKED, JudgeConfig, RecoverConfig, RunConfig, SearchConfig
 
@@ -29,7 +31,7 @@ def check(config: RunConfig, overrides: Sequence[str] = ()) -> None:
     Raises:
         ConfigError: One line per problem: key, value, what is allowed, the fix.
     """
-    problems = [*_ranges(config), *_combinations(config), *_effects(config, overrides), *_paths(config)]
+    problems = [*_ranges(config), *_combinations(config), *_idle(config, overrides).values(), *_paths(config)]
     if problems:
         raise ConfigError(problems)
 
@@ -45,25 +47,21 @@ def check_sweep(jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]]
         ConfigError: One line per key.
     """
     idle: dict[str, str] = {}
-    pending = {_key(override) for job in jobs for override in job}
+    pending = {key_of(override) for job in jobs for override in job}
     for job in jobs:
-        own = {_key(override) for override in job}
+        own = {key_of(override) for override in job}
         if own.isdisjoint(pending):
             continue
         try:
-            found = {line.partition(":")[0]: line for line in _effects(compose(job), job)}
-        except Exception as error:  # the job itself tells what is wrong with it
-            if not isinstance(error, UserError) and type(error).__module__.partition(".")[0] != "hydra":
+            found = _idle(compose(job), job)
+        except Exception as error:
+            if not (isinstance(error, UserError) or of_hydra(error)):
                 raise
-            found = {}
+            found = {}  # the job itself tells what is wrong with it
         pending -= own - {*found}
         idle |= found
     if pending:
         raise ConfigError([line for key, line in idle.items() if key in pending])
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def _value(config: Any, key: str) -> Any:
@@ -221,15 +219,17 @@ def _recovery(recover: RecoverConfig) -> Iterator[str]:
         yield f"recover.hidden_layers={layers}: must be last, all or a list of layer indices such as [3,7]"
 
 
-def _effects(config: RunConfig, overrides: Sequence[str]) -> Iterator[str]:
-    keys = [_key(override) for override in overrides if not override.startswith("~")]
-    for key in keys:
+def _idle(config: RunConfig, overrides: Sequence[str]) -> dict[str, str]:
+    """Typed keys without an effect, and what to tell of each."""
+    found: dict[str, str] = {}
+    for key in (key_of(override) for override in overrides if not override.startswith("~")):
         for prefix, has_effect, fix in EFFECTS:
             if (key == prefix or key.startswith(prefix if prefix.endswith(".") else prefix + ".")) and not has_effect(
                 config
             ):
-                yield f"{key}: has no effect here; {fix}, or leave it out"
+                found[key] = f"{key}: has no effect here; {fix}, or leave it out"
                 break
+    return found
 
 
 def _paths(config: RunConfig) -> Iterator[str]:

@@ -90,6 +90,11 @@ def _unknown(config: DictConfig) -> Iterator[str]:
     yield from walk(config, RunConfig, "")
 
 
+def key_of(override: str) -> str:
+    """The key that an override sets, adds or removes, such as ``prune.ratio`` of ``prune.ratio=0.3``."""
+    return override.lstrip("+~").partition("=")[0]
+
+
 def digest(value: Any) -> str:
     """Digest of plain data, 16 hexadecimal digits; the same on every machine."""
     plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

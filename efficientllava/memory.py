@@ -139,7 +139,8 @@ def _pruning(plan: Forecast, record: _Record, base: int, measured: bool) -> Stag
         "model.dtype=bfloat16": plan.dtype.itemsize > 2,
     }
     smaller = "lower calibration.samples, calibration.batch_size or data.max_length"
-    fix = ", or ".join([*_set(ways), smaller] if measured else _set(ways) or ["choose another device"])
+    larger = _set(ways)
+    fix = (f"{larger}, or {smaller}" if larger else smaller) if measured else larger or "choose another device"
     return StageMemory(parts, ("base",), fix, memory.host)
 
 
@@ -182,13 +183,13 @@ def _less(plan: Forecast, live: bool) -> str:
         "recover.teacher.dtype=bfloat16": live and wide,
         "model.dtype=bfloat16": plan.dtype.itemsize > 2,
     }
-    return next(iter(_set(ways)), "choose another device")
+    return _set(ways) or "choose another device"
 
 
-def _set(ways: Mapping[str, bool]) -> list[str]:
-    """One phrase of the options that help, or none."""
+def _set(ways: Mapping[str, bool]) -> str:
+    """The options that help, in a phrase; empty where none does."""
     useful = [way for way, helps in ways.items() if helps]
-    return [f"set {' or '.join(useful)}"] if useful else []
+    return f"set {' or '.join(useful)}" if useful else ""
 
 
 def _teacher_bytes(plan: Forecast) -> int:

@@ -124,12 +124,12 @@ def exit_code(main: Callable[[], object]) -> int:
             return 1
         if any("torchvision::" in str(cause) for cause in _causes(error)):
             error = UserError("torchvision: is not built for this torch; install the one that is, or pip uninstall it")
-        elif isinstance(error, OSError) and not (_failure or _of_hydra(error) or disk_full(error)):
+        elif isinstance(error, OSError) and not (_failure or of_hydra(error) or disk_full(error)):
             # Hydra makes the run's folder before anything of ours runs.
             error = UserError(f"paths.output_dir: {error.filename}: {error.strerror}; set it to a folder of yours")
         for line in _lines(error):
             print(f"error: {line}", file=sys.stderr)
-        return error.exit_code if isinstance(error, UserError) else 2 if _of_hydra(error) else 1
+        return error.exit_code if isinstance(error, UserError) else 2 if of_hydra(error) else 1
     finally:
         _sweeps.clear()  # one that has failed lets go of the cache as it is
     return 0
@@ -140,7 +140,8 @@ def _close_sweeps() -> None:
         close(not _failed_jobs)
 
 
-def _of_hydra(error: BaseException) -> bool:
+def of_hydra(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf raised it: the configuration cannot be composed."""
     return type(error).__module__.startswith(("hydra", "omegaconf"))
 
 
@@ -155,8 +156,8 @@ def _lines(error: BaseException) -> Iterator[str]:
     """What to tell about an error, one line per problem."""
     if isinstance(error, UserError):
         yield from str(error).splitlines()
-    elif _of_hydra(error):
-        cause = f"\n{error.__cause__}" if error.__cause__ and _of_hydra(error.__cause__) else ""
+    elif of_hydra(error):
+        cause = f"\n{error.__cause__}" if error.__cause__ and of_hydra(error.__cause__) else ""
         yield f"{_one_line(f'{error}{cause}')}{_meant(str(error.__cause__))}; --help and --cfg job show what there is"
     elif disk_full(error):
         yield f"{getattr(error, 'filename', None) or 'writing'}: the disk is full; free some space and run again"

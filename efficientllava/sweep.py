@@ -36,7 +36,7 @@ class ReportSweep(Callback):
         from .disk import at_work
 
         try:
-            check_sweep(_jobs(config), lambda job: typed(compose(config_name, [*job])))
+            check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job])))
         except UserError as error:
             raise SweepRefused(error) from error
         held = ExitStack()
@@ -75,14 +75,19 @@ class FailedJob(JobReturn):
         raise self._return_value
 
 
-def _jobs(config: DictConfig) -> list[list[str]]:
-    """Overrides of every job, without what a sweeper draws from intervals."""
+def jobs(config: DictConfig) -> list[list[str]]:
+    """Overrides of every job of a sweep, without what a sweeper draws from intervals.
+
+    Args:
+        config: The composed configuration with Hydra's own node, in which no value of the grid is chosen yet.
+    """
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    params = parser.parse_overrides([f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()])
+    grid_of_file = config.hydra.sweeper.get("params") or {}  # a sweeper may know no such key
+    params = parser.parse_overrides([f"{key}={value}" for key, value in grid_of_file.items()])
     told = parser.parse_overrides(list(config.hydra.overrides.task))
     counted = [each for each in (*params, *told) if each.is_discrete_sweep() or not each.is_sweep_override()]
     [grid] = BasicSweeper.split_arguments(counted, None)
-    return jobs_of(grid, config.sweep.arms, [str(each.key_or_group) for each in told]) if config.sweep.arms else grid
+    return jobs_of(grid, config.sweep.arms, [str(each.key_or_group) for each in told])
 
 
 def _close(folder: Path, held: ExitStack, complete: bool) -> None:

@@ -14,12 +14,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
+from efficientllava.config import key_of
+
 NODE = BasicSweeperConf(_target_="hydra_plugins.arms.ArmsSweeper")
 ConfigStore.instance().store(group="hydra/sweeper", name="arms", node=NODE, provider="arms")
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0]
 
 
 def jobs_of(grid: Sequence[Sequence[str]], arms: Mapping[str, Sequence[str]], typed: Sequence[str]) -> list[list[str]]:
@@ -27,20 +25,22 @@ def jobs_of(grid: Sequence[Sequence[str]], arms: Mapping[str, Sequence[str]], ty
 
     Args:
         grid: Overrides of every point of the grid, what the user typed included.
-        arms: Overrides of every arm by its name, which becomes the job's ``name``.
+        arms: Overrides of every arm by its name, which becomes the job's ``name``; none: the grid is all there is.
         typed: What the user typed; an arm may not set these keys to something else.
 
     Returns:
         Overrides of every job, arm after arm; arms that differ in nothing but what the user typed are run once.
     """
-    fixed = {_key(override) for override in typed}
+    if not arms:
+        return [list(point) for point in grid]
+    fixed = {key_of(override) for override in typed}
     jobs: dict[tuple[str, ...], list[str]] = {}
     for name, overrides in arms.items():
-        arm = [override for override in (f"name={name}", *overrides) if _key(override) not in fixed]
-        told = {_key(override) for override in arm}
+        arm = [override for override in (f"name={name}", *overrides) if key_of(override) not in fixed]
+        told = {key_of(override) for override in arm}
         for point in grid:
-            rest = [override for override in point if _key(override) not in told]
-            content = (*rest, *(override for override in arm if _key(override) != "name"))
+            rest = [override for override in point if key_of(override) not in told]
+            content = (*rest, *(override for override in arm if key_of(override) != "name"))
             jobs.setdefault(tuple(sorted(content)), [*rest, *arm])
     return list(jobs.values())
 
@@ -70,6 +70,5 @@ class ArmsSweeper(BasicSweeper):
         """
         [grid] = BasicSweeper.split_arguments(overrides, None)
         typed = [str(o.key_or_group) for o in OverridesParser.create().parse_overrides(list(self._typed))]
-        arms = self.config.sweep.arms if self.config else {}
-        jobs = jobs_of(grid, arms, typed) if arms else grid
+        jobs = jobs_of(grid, self.config.sweep.arms if self.config else {}, typed)
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))  # pyright: ignore[reportArgumentType]

@@ -8,10 +8,9 @@ from itertools import cycle
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from efficientllava import sweep
 from efficientllava.checks import check
 from efficientllava.config import register_schema, typed
 from efficientllava.forecast import forecast
@@ -31,12 +30,7 @@ FULL_SIZE = ("llava_1_5_7b", "bunny_3b", "mini_internvl_4b")
 
 def jobs(experiment, *more):
     """The jobs of ``run.py experiment=…``."""
-    told = [f"experiment={experiment}", *more]
-    config = compose("config", told, return_hydra_config=True)
-    grid = [*(f"{key}={value}" for key, value in config.hydra.sweeper.params.items()), *told]
-    [points] = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(grid), None)
-    arms = OmegaConf.to_container(config.sweep.arms)
-    return jobs_of(points, arms, told) if arms else points
+    return sweep.jobs(compose("config", [f"experiment={experiment}", *more], return_hydra_config=True))
 
 
 def one_of_each_arm(found):

@@ -78,8 +78,17 @@ def _draw(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
     yield from _training(arms)
 
 
-def _percent(found: tuple[float, float]) -> tuple[float, float]:
-    return 100 * found[0], 100 * found[1]
+def _left(arm: Arm, metric: str) -> tuple[float, float]:
+    """What an arm retains, in percent: mean and deviation."""
+    mean, deviation = arm.mean("retained", metric, last=True) or (0.0, 0.0)
+    return 100 * mean, 100 * deviation
+
+
+def _limits(values: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Ends of a scale on which all means and their bars have room."""
+    low, high = min(mean - spread for mean, spread in values), max(mean + spread for mean, spread in values)
+    margin = 0.05 * (high - low) + 0.2
+    return low - margin, high + margin
 
 
 def _by_paradigm(arms: Sequence[Arm], series: Callable[[Arm], str]) -> dict[str, list[Arm]]:
@@ -106,23 +115,21 @@ def _retained(arms: Sequence[Arm], metric: str, ratio: Sequence[str], file: str,
     panels = _by_paradigm(full, lambda arm: arm.label(*AXES))
     hidden = AXES if len(panels) == 1 else (*AXES, "prune.name")
     styles = list(dict.fromkeys(arm.label(*hidden) for arm in full))
-    ends = [_percent(arm.mean("retained", metric, last=True) or (0, 0)) for arm in full]
-    low, high = min(y - s for y, s in ends), max(y + s for y, s in ends)
-    margin = 0.05 * (high - low) + 0.2
+    limits = _limits([_left(arm, metric) for arm in full])
     for name, group in panels.items():
         curves: Curves = {}
         for arm in group:
-            (removed, _), left = arm.mean(*ratio) or (0, 0), arm.mean("retained", metric, last=True) or (0, 0)
-            curves.setdefault(arm.label(*hidden), []).append((100 * removed, *_percent(left)))
+            removed, _ = arm.mean(*ratio) or (0, 0)
+            curves.setdefault(arm.label(*hidden), []).append((100 * removed, *_left(arm, metric)))
         axes = new_axes()
-        axes.set(ylim=(low - margin, high + margin), ylabel=f"retained {metric}, %", xlabel=label)
+        axes.set(ylim=limits, ylabel=f"retained {metric}, %", xlabel=label)
         draw_curves(axes, {label: sorted(points) for label, points in curves.items()}, styles)
         yield Plot(f"{file}_{name}".rstrip("_"), f"{title}: {name}".removesuffix(": "), caption, axes.figure)
 
 
 def _dots(arms: Sequence[Arm], metric: str) -> tuple[Any, int]:
     """One row per arm, the best on top: for sweeps in which nothing is removed at more than one ratio."""
-    rows = sorted((_percent(arm.mean("retained", metric, last=True) or (0, 0)), arm.label()) for arm in arms)
+    rows = sorted((_left(arm, metric), arm.label()) for arm in arms)
     shown = rows[-MOST_ROWS:]
     labels = [textwrap.fill(label, WIDEST) for _, label in shown]
     axes = new_axes(height=1.1 + sum(0.12 + 0.13 * (1 + label.count("\n")) for label in labels))
@@ -139,8 +146,7 @@ def _data_fraction(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
         hidden = ("data_frac", "prune.name") if name else ("data_frac",)
         curves: Curves = {}
         for arm in group:
-            left = _percent(arm.mean("retained", metric, last=True) or (0, 0))
-            curves.setdefault(arm.label(*hidden), []).append((100 * arm.settings["data_frac"], *left))
+            curves.setdefault(arm.label(*hidden), []).append((100 * arm.settings["data_frac"], *_left(arm, metric)))
         curves = {label: sorted(points) for label, points in curves.items() if len(points) > 1}
         if not curves:
             continue
@@ -150,9 +156,7 @@ def _data_fraction(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
         axes.set_xticks(shares, [f"{share:g}" for share in shares])
         axes.minorticks_off()
         axes.autoscale_view()
-        bounds = [y + sign * s for points in curves.values() for _, y, s in points for sign in (-1, 1)]
-        margin = 0.05 * (max(bounds) - min(bounds)) + 0.2
-        axes.set_ylim(min(bounds) - margin, max(bounds) + margin)
+        axes.set_ylim(_limits([(y, spread) for points in curves.values() for _, y, spread in points]))
         draw_curves(axes, curves, list(curves))
         title, caption = "Retained accuracy against recovery data", "Mean over seeds; bars: one standard deviation."
         yield Plot(f"data_fraction_{name}".rstrip("_"), f"{title}: {name}".removesuffix(": "), caption, axes.figure)

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from ..config import key_of
 from ..errors import UserError
 from ..results import STAGES, Results, find, last_stage, metric_keys, read
 
@@ -212,7 +213,7 @@ def _decided(key: str, others: Sequence[str], runs: Sequence[Run]) -> bool:
 
 
 def _typed(run: Run) -> set[str]:
-    return {override.partition("=")[0].lstrip("+") for override in run.results["overrides"]}
+    return {key_of(override) for override in run.results["overrides"]}
 
 
 def _settings(run: Run, keys: Sequence[str], typed: Collection[str]) -> dict[str, Any]:
