@@ -20,6 +20,7 @@ from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan
 from .pruner import PruneReport, apply_plan, make_plan
 from .scores import Calibration, Tick, silent
+from .statistics import Beginning
 
 
 class PruningModule(LightningModule):
@@ -86,7 +87,9 @@ class PruningModule(LightningModule):
         """Score, select, refit, cut."""
         model = self._owned[0] if isinstance(self._owned, tuple) else self._owned
         batches, config = self._batches, self._config
-        calibration = Calibration(batches, self._features, sum_over, self._storage(model), self._offload, self._tick)
+        beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
+        storage, offload = self._storage(model), self._offload
+        calibration = Calibration(batches, self._features, sum_over, storage, offload, self._tick, beginning)
         plan, scored = make_plan(model, calibration, config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
         self.pruned, applied = apply_plan(model, self.plan, calibration, config)

@@ -1,11 +1,11 @@
 """Refit: the kept columns of a writer are solved again, so that its output survives the loss of the others.
 
 With ``x`` the writer's input on the pruned prefix, ``S`` the kept columns and ``y`` the target output, the refitted
-columns minimise ``E ||y - W* x_S||^2 + lambda ||W* - W_S||^2``:
+columns minimise ``E ||y - W* x_S||^2 + ||(W* - W_S) Lambda^(1/2)||^2``:
 
-    W* = W_S + R (H_SS + lambda I)^-1,    R = E[y x_S^T] - W_S H_SS,    H = E[x x^T]
+    W* = W_S + R (H_SS + Lambda)^-1,    R = E[y x_S^T] - W_S H_SS,    H = E[x x^T],    Lambda = lambda diag(H_SS)
 
-For the target ``y = W x`` this is ``W_S + W_P H_PS (H_SS + lambda I)^-1`` with ``P`` the pruned columns, the optimal
+For the target ``y = W x`` this is ``W_S + W_P H_PS (H_SS + Lambda)^-1`` with ``P`` the pruned columns, the optimal
 compensation of OBS (Hassibi and Stork 1993; per-column form in arXiv 2203.07259 and 2403.12983). The damping pulls
 towards the plain slice, so that the error on the calibration data can never exceed the plain slice's.
 """
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..models.anatomy import Component, decoder_of, describe_layer, names_of
 from .plan import LayerPlan
-from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, factorise, no_reduce, square_sum
+from .spd import damping_of, divide, factorise
+from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, no_reduce, total_weight
 from .surgery import cut_component
 
 TARGETS = ("layer", "residual")
@@ -61,7 +62,9 @@ class Target:
     power: float
 
 
-def solve(weight: Tensor, kept: Tensor, gram: Tensor, target: Target, damping: float) -> tuple[Tensor, float, float]:
+def solve(
+    weight: Tensor, kept: Tensor, gram: Tensor, target: Target, damping: float, what: str = "writer"
+) -> tuple[Tensor, float, float]:
     """Refit kept columns in closed form.
 
     Args:
@@ -69,27 +72,26 @@ def solve(weight: Tensor, kept: Tensor, gram: Tensor, target: Target, damping: f
         kept: Indices of the kept columns ``W_S``.
         gram: ``H_SS``, ``(kept, kept)``; used up.
         target: Moments of the target with the kept inputs; their memory becomes the result.
-        damping: Multiple of the mean diagonal of ``gram`` that is added to it, > 0.
+        damping: Share of each kept column's own power that is added to ``gram``, > 0.
+        what: Layer and component, for errors.
 
     Returns:
         Refitted columns in the type of ``gram``, and the mean square error before and after.
 
     Raises:
-        UserError: The damped Gram matrix is singular.
+        UnsolvedError: The system has no trustworthy solution.
     """
     # With W the plain slice, D the change and R = E[y x^T] - W H:
     #   E||y - W x||^2     = E||y||^2 - <W, E[y x^T]> - <W, R>
-    #   E||y - (W+D) x||^2 = the same - <D, R> - lambda ||D||^2,    <D, R> = ||L^-1 R^T||^2,    L L^T = H + lambda I
+    #   E||y - (W+D) x||^2 = the same - <D, R> - <D, D Lambda>,    Lambda the damping, D = R (H + Lambda)^-1
     step, before = target.cross, target.power
     strips = list(zip(step.split(STRIP), weight.split(STRIP), strict=True))
     for rows, whole in strips:
         plain = whole[:, kept].to(gram.dtype)
         before -= _inner(plain, rows) + _inner(plain, rows.addmm_(plain, gram, alpha=-1))
-    lower, shift = factorise(gram, damping)
-    torch.linalg.solve_triangular(lower, step.T, upper=False, out=step.T)
-    gain = _inner(step, step)
-    torch.linalg.solve_triangular(lower.T, step.T, upper=True, out=step.T)
-    gain += shift * _inner(step, step)
+    shift = damping_of(gram, damping)
+    gain = divide(step, factorise(gram, shift, what), what)
+    gain += float((step.square().sum(0) * shift).sum())
     before = max(before, 0.0)
     for rows, whole in strips:
         rows.add_(whole[:, kept])
@@ -242,8 +244,8 @@ class SequentialPruner:
                 with _captured(attention.writer, seen, stop=True):
                     stream.call(layer, plan.index, batch, inputs)
             if moments is not None:
-                counted = stream.counted[batch]
-                moments.add(seen.inputs[counted], (seen.output if wanted is None else wanted)[counted])
+                counted, weights = stream.counted[batch], stream.weights(batch, inputs + seen.output)
+                moments.add(seen.inputs[counted], (seen.output if wanted is None else wanted)[counted], weights)
             result.append(stream.store(seen.inputs[..., kept]))
         return result
 
@@ -257,7 +259,7 @@ class SequentialPruner:
             if flow.dense is not None:
                 wanted = stream.load(flow.dense[batch]) - (output - seen.output)
             counted = stream.counted[batch]
-            moments.add(seen.inputs[counted], wanted[counted])
+            moments.add(seen.inputs[counted], wanted[counted], stream.weights(batch, output))
 
     def _write(
         self,
@@ -272,7 +274,8 @@ class SequentialPruner:
         weight, writer = None, component.writer
         if moments is not None:
             gram, target = moments.means(self._reduce)
-            weight, before, after = solve(writer.weight.detach(), moments.kept, gram, target, self._damping)
+            what = f"layer {index}, {component.kind}"
+            weight, before, after = solve(writer.weight.detach(), moments.kept, gram, target, self._damping, what)
             scale = max(target.power, torch.finfo(torch.float32).tiny)
             errors.append(LayerError(index, component.kind, before / scale, after / scale))
         if commit:
@@ -285,7 +288,7 @@ class SequentialPruner:
 
 
 class _Moments:
-    """Sums over counted positions: Gram matrix of a writer's kept inputs, and their moments with its target."""
+    """Weighted sums over counted positions: Gram matrix of a writer's kept inputs, and their moments with its target."""
 
     def __init__(self, writer: nn.Linear, kept: Tensor) -> None:
         device = writer.weight.device
@@ -295,18 +298,18 @@ class _Moments:
         self._cross = torch.zeros(writer.out_features, len(kept), dtype=self._gram.matrix.dtype, device=device)
         self._power = torch.zeros(1, dtype=torch.float64)
 
-    def add(self, rows: Tensor, wanted: Tensor) -> None:
-        """Add the writer's whole inputs, ``(positions, in_features)``, and what it should write."""
+    def add(self, rows: Tensor, wanted: Tensor, weights: Tensor) -> None:
+        """Add a writer's whole inputs, ``(positions, in_features)``, what it should write, and the positions' weights."""
         rows = rows[:, self.kept]
         wanted = wanted if self._bias is None else wanted - self._bias
-        self._gram.add(rows)
-        add_product(self._cross, wanted, rows)
-        self._power += square_sum(wanted)
+        self._gram.add(rows, weights)
+        add_product(self._cross, wanted, rows, weights)
+        self._power += float(wanted.double().square().sum(1) @ weights.double())
 
     def means(self, reduce: Reduce) -> tuple[Tensor, Target]:
         """Close the sums over all processes."""
-        count = float(reduce(torch.tensor([float(self._gram.count)], dtype=torch.float64)).clamp(min=1))
-        target = Target(reduce(self._cross).div_(count), float(reduce(self._power)) / count)
+        weight = total_weight(self._gram.weight, reduce)
+        target = Target(reduce(self._cross).div_(weight), float(reduce(self._power)) / weight)
         return self._gram.mean(reduce), target
 
 

@@ -15,7 +15,7 @@ from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
 from ..schema import TAYLOR, PruneConfig
 from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
-from .statistics import CalibrationStream, Gram, Reduce, no_reduce, square_sum
+from .statistics import ALONE, Beginning, CalibrationStream, Gram, Reduce, no_reduce
 from .taylor import TaylorScores
 
 Tick = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
@@ -36,6 +36,7 @@ class Calibration:
         storage: Device that keeps hidden states between layers; None is the compute device.
         offload: Brings weights to the device where they stay in host memory; None: the model computes where it is.
         tick: Progress.
+        beginning: What all records begin with; it counts once.
     """
 
     batches: Sequence[Batch]
@@ -44,6 +45,7 @@ class Calibration:
     storage: torch.device | str | None = None
     offload: Offload | None = None
     tick: Tick = silent
+    beginning: Beginning = ALONE
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -72,7 +74,13 @@ def open_stream(model: nn.Module, calibration: Calibration, config: Counting) ->
         UserError: No position counts.
     """
     stream = CalibrationStream(
-        model, calibration.batches, config.tokens, calibration.features, calibration.storage, calibration.offload
+        model,
+        calibration.batches,
+        config.tokens,
+        calibration.features,
+        calibration.storage,
+        calibration.offload,
+        calibration.beginning,
     )
     stream.require_counted(config.tokens, calibration.reduce)
     return stream
@@ -116,8 +124,9 @@ def rank_units(
     for index, layer in enumerate(layers):
         with stream.on_device(layer.module):
             if looks:
-                grams, power = layer_statistics(stream, layer, index, hidden, calibration.reduce)
-                ranked.append(LayerScores(*(_rank(c, grams.pop(0), power, config) for c in layer.components)))
+                weighted = config.importance == "obs"
+                grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, weighted=weighted)
+                ranked.append(LayerScores(*(_rank(index, c, grams.pop(0), config) for c in layer.components)))
             else:
                 simple = (
                     magnitude_scores
@@ -137,8 +146,9 @@ def layer_statistics(
     hidden: list[Tensor],
     reduce: Reduce = no_reduce,
     linears: Sequence[nn.Linear] | None = None,
-) -> tuple[list[Tensor], float]:
-    """Look at what a whole layer reads and writes on the dense prefix.
+    weighted: bool = True,
+) -> list[Tensor]:
+    """Look at what the linear layers of a whole layer read on the dense prefix.
 
     Args:
         stream: The calibration stream.
@@ -147,36 +157,40 @@ def layer_statistics(
         hidden: Layer inputs by batch; become the layer's outputs.
         reduce: Sums over processes.
         linears: Linear layers whose inputs are looked at; None: the writers of attention and MLP.
+        weighted: Whether positions weigh as `CalibrationStream.weights` says, for the residual stream behind the
+            component; else all counted ones weigh 1, as in published scores.
 
     Returns:
-        Gram matrices ``E[x x^T]`` of the inputs, and the mean square of the layer's output, per position.
+        Gram matrices ``E[x x^T]`` of the inputs.
     """
     linears = [c.writer for c in layer.components] if linears is None else linears
     grams = [Gram(linear.in_features, linear.weight.device) for linear in linears]
-    captured: dict[nn.Module, Tensor] = {}
+    attention = set(layer.attention.module.modules())
+    captured: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def note(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
-        captured[linear] = args[0]
+    def note(linear: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        captured[linear] = args[0], output
 
-    handles = [linear.register_forward_pre_hook(note) for linear in linears]
-    power = torch.zeros(2, dtype=torch.float64)
+    handles = [linear.register_forward_hook(note) for linear in {*linears, layer.attention.writer}]
     try:
-        for batch, _, outputs in stream.run(layer.module, index, hidden):
-            counted = stream.counted[batch]
+        for batch, inputs, outputs in stream.run(layer.module, index, hidden):
+            counted, (_, written) = stream.counted[batch], captured[layer.attention.writer]
+            if weighted:
+                weights = [stream.weights(batch, inputs + written), stream.weights(batch, outputs)]
+            else:
+                weights = [torch.ones(int(counted.sum()), device=counted.device)] * 2
             for linear, gram in zip(linears, grams, strict=True):
-                gram.add(captured[linear][counted])
-            power += torch.tensor([square_sum(outputs[counted]), float(counted.sum())], dtype=torch.float64)
+                gram.add(captured[linear][0][counted], weights[linear not in attention])
     finally:
         for handle in handles:
             handle.remove()
-    power = reduce(power)
-    return [gram.mean(reduce) for gram in grams], float(power[0] / power[1].clamp(min=1))
+    return [gram.mean(reduce) for gram in grams]
 
 
-def _rank(component: Component, gram: Tensor, power: float, config: PruneConfig) -> Ranking:
+def _rank(index: int, component: Component, gram: Tensor, config: PruneConfig) -> Ranking:
     if config.importance == "obs":
-        ranking = obs_ranking(component.writer.weight, gram, component.width, config.damping)
-        return replace(ranking, costs=tuple(cost / max(power, 1e-30) for cost in ranking.costs))
+        what = f"layer {index}, {component.kind}"
+        return obs_ranking(component.writer.weight, gram, component.width, config.damping, what=what)
     scores = activation_scores if config.importance == "activation" else wanda_scores
     return _levelled(component, scores(component, gram))
 

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..models.anatomy import decoder_of, final_norm_of
 from ..models.forward import Batch, FeatureCache, feature_cache, forward_hidden, supervised_positions, to_device
 from ..models.offload import Offload
+from ..processes import gather
 
 STRIP = 64  # rows of a matrix that are worked on at once where a whole copy would cost too much
 POSITIONS = 4096  # positions that are widened to float32 or float64 at once
@@ -57,6 +58,62 @@ def counted_positions(batch: Batch, tokens: str, image_token_id: int) -> Tensor:
     if tokens == "answer":
         return real & (batch["labels"] != -100)
     raise ValueError(f"tokens must be one of {TOKENS}, got {tokens!r}")
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The tokens that all records begin with, such as those of a chat template.
+
+    Args:
+        ids: Token ids, up to the first image.
+        records: Number of records of all processes.
+    """
+
+    ids: tuple[int, ...] = ()
+    records: int = 1
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], image_token_id: int) -> Beginning:
+        """What the batches of all processes have in common; to be called by all of them."""
+        rows = [
+            ids[mask.bool()].tolist()
+            for batch in batches
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        parts = gather((_common(rows), len(rows)))
+        shared, count = [ids for ids, n in parts if n], sum(n for _, n in parts)
+        if count < 2:
+            return cls()
+        ids = _common(shared)
+        return cls(tuple(ids[: ids.index(image_token_id)] if image_token_id in ids else ids), count)
+
+
+ALONE = Beginning()
+
+
+def _common(rows: Sequence[list[int]]) -> list[int]:
+    """The longest common beginning."""
+    if not rows:
+        return []
+    first, last = min(rows), max(rows)  # in lexical order, what these two share all share
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def position_weights(batch: Batch, counted: Tensor, beginning: Beginning) -> Tensor:
+    """What each position counts for: 1, or for what all records begin with, once for all of them together.
+
+    Args:
+        batch: A collated batch.
+        counted: Positions that count at all, ``(batch, seq)``.
+        beginning: See the class.
+
+    Returns:
+        ``(batch, seq)``, float32.
+    """
+    weights = counted.float()
+    order = batch["attention_mask"].to(counted.device).cumsum(1)  # 1 at the first real token
+    weights[(order <= len(beginning.ids)) & counted] /= beginning.records
+    return weights
 
 
 @contextlib.contextmanager
@@ -98,8 +155,10 @@ class CalibrationStream:
         features: Vision features by image, shared with other stages; None keeps its own.
         storage: Device that keeps hidden states, masks and the like between layers; None keeps them where they are.
         offload: Brings weights to the device where they stay in host memory; activations are then stored there too.
+        beginning: What all records begin with; it counts once.
 
     Attributes:
+        counted: Positions that count, by batch.
         device: Where layers compute.
     """
 
@@ -111,6 +170,7 @@ class CalibrationStream:
         features: FeatureCache | None = None,
         storage: torch.device | str | None = None,
         offload: Offload | None = None,
+        beginning: Beginning = ALONE,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -119,6 +179,7 @@ class CalibrationStream:
         self.depth = len(decoder.layers)
         image_token_id = model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.counted = [counted_positions(b, tokens, image_token_id).to(self.device) for b in batches]  # pyright: ignore[reportArgumentType]
+        self._shares = [position_weights(b, c, beginning) for b, c in zip(batches, self.counted, strict=True)]
         self._kwargs: list[list[dict[str, Any]]] = []
         self._added: list[list[Tensor | None]] = []
         self._features = features or feature_cache(model)
@@ -198,6 +259,23 @@ class CalibrationStream:
                 hidden[batch] = self.store(output)
                 yield batch, inputs, output
 
+    def weights(self, batch: int, residual: Tensor) -> Tensor:
+        """What the counted positions of a batch weigh in a Gram matrix: as the next norm sees an error there.
+
+        An error in the residual stream matters relative to its length. Positions with massive activations, of thousands
+        of times the others' power, would rule every matrix, cost and damping otherwise.
+
+        Args:
+            batch: Index of the batch.
+            residual: The residual stream behind the writer, ``(batch, seq, hidden)``.
+
+        Returns:
+            ``(counted,)``, > 0.
+        """
+        counted = self.counted[batch]
+        power = residual[counted].float().square().mean(-1)
+        return self._shares[batch][counted] / power.clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+
     def advance(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> None:
         """Replace the layer's inputs by its outputs, for all batches."""
         for _ in self.run(layer, position, hidden):
@@ -243,12 +321,12 @@ class CalibrationStream:
 
 
 def gram_dtype(size: int) -> torch.dtype:
-    """Small Gram matrices are kept in float64, so that plans do not depend on the number of processes."""
-    return torch.float64 if size <= 2048 else torch.float32
+    """Gram matrices up to 4,096 columns are kept in float64: plans do not depend on the number of processes."""
+    return torch.float64 if size <= 4096 else torch.float32
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left^T right`` of one batch to a running sum.
+def add_product(total: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> None:
+    """Add ``left^T diag(weights) right`` of one batch to a running sum.
 
     Batches are multiplied in float32 (float64 if they are) and summed in the type of ``total``: much faster than
     float64 products, and as independent of how batches are spread over processes.
@@ -257,11 +335,13 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total: ``(m, n)``; changed in place.
         left: ``(positions, m)``.
         right: ``(positions, n)``.
+        weights: ``(positions,)``.
     """
     dtype = torch.promote_types(right.dtype, torch.float32)
-    for some, others in zip(left.split(POSITIONS), right.split(POSITIONS), strict=True):
-        wide = others.to(dtype)
-        narrow = wide if left is right else some.to(dtype)
+    roots = weights.to(dtype).sqrt().unsqueeze(1)
+    for some, others, root in zip(left.split(POSITIONS), right.split(POSITIONS), roots.split(POSITIONS), strict=True):
+        wide = others * root
+        narrow = wide if left is right else some * root
         if dtype == total.dtype:
             total.addmm_(narrow.T, wide)
             continue
@@ -274,32 +354,13 @@ def square_sum(rows: Tensor) -> float:
     return sum(float(part.double().square().sum()) for part in rows.split(POSITIONS))
 
 
-def factorise(gram: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Cholesky factor of a damped Gram matrix, in the matrix's own memory.
-
-    Args:
-        gram: ``E[x x^T]``, symmetric ``(n, n)``; used up.
-        damping: Multiple of the mean diagonal that is added to the diagonal.
-
-    Returns:
-        Lower factor of ``gram + shift I``, and ``shift``.
-
-    Raises:
-        UserError: The damped matrix is not positive definite.
-    """
-    shift = damping * float(gram.diagonal().mean()) + torch.finfo(gram.dtype).tiny
-    gram.diagonal().add_(shift)
-    lower = gram.T  # symmetric; LAPACK works in place on column-major memory only
-    try:
-        return torch.linalg.cholesky(lower, out=lower), shift
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise UserError(
-            f"prune.damping={damping:g}: a Gram matrix of the calibration inputs is singular; raise prune.damping"
-        ) from error
+def total_weight(weight: float, reduce: Reduce) -> float:
+    """Sum of the weights of all processes; tiny, not 0, where nothing counts."""
+    return max(float(reduce(torch.tensor([weight], dtype=torch.float64))), torch.finfo(torch.float32).tiny)
 
 
 class Gram:
-    """Sum of ``x x^T`` over counted positions.
+    """Weighted sum of ``x x^T`` over counted positions.
 
     Args:
         size: Width of ``x``.
@@ -308,17 +369,16 @@ class Gram:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.matrix = torch.zeros(size, size, dtype=gram_dtype(size), device=device)
-        self.count = 0
+        self.weight = 0.0
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows ``(positions, size)``."""
-        add_product(self.matrix, rows, rows)
-        self.count += len(rows)
+    def add(self, rows: Tensor, weights: Tensor) -> None:
+        """Add rows ``(positions, size)`` with their weights ``(positions,)``."""
+        add_product(self.matrix, rows, rows, weights)
+        self.weight += float(weights.double().sum())
 
     def mean(self, reduce: Reduce) -> Tensor:
         """Close the sum: ``E[x x^T]`` over the positions of all processes, ``(size, size)``; takes the sum's memory."""
-        count = reduce(torch.tensor([float(self.count)], dtype=torch.float64))
-        return reduce(self.matrix).div_(max(float(count), 1.0))
+        return reduce(self.matrix).div_(total_weight(self.weight, reduce))
 
 
 @dataclass

@@ -102,7 +102,7 @@ def mask(model: nn.Module, recipe: Recipe, policy: Policy, calibration: Calibrat
     for index, layer in enumerate(layers):
         for component, level in zip(layer.components, policy[2 * index : 2 * index + 2], strict=True):
             inputs = recipe.inputs(component)
-            grams, _ = layer_statistics(stream, layer, index, list(hidden), calibration.reduce, inputs)
+            grams = layer_statistics(stream, layer, index, list(hidden), calibration.reduce, inputs)
             made = list(recipe.levels(component, grams))[level]
             if made.removed:
                 recipe.assemble(component, made.tensors)

@@ -183,7 +183,7 @@ def build_table(
     with whole_folder(folder) if rank() == 0 else contextlib.nullcontext() as partial:
         for index, layer in enumerate(layers):
             linears = [linear for component in layer.components for linear in recipe.inputs(component)]
-            grams, _ = layer_statistics(stream, layer, index, hidden, calibration.reduce, linears)
+            grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, linears)
             tensors: dict[str, Tensor] = {}
             genes += _layer_genes(recipe, index, layer, grams, tensors)
             if partial is not None:

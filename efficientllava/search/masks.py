@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import Component
-from ..pruning.statistics import factorise
+from ..pruning.spd import damping_of, factorise
 from ..schema import MASKED
 from .generalization import LinearNorms
 from .recipe import Level, squares
@@ -36,7 +36,7 @@ class Masks:
     Args:
         ratio: Levels are ``ratio - 0.20 ... ratio + 0.20`` in steps of 0.05 within [0, 0.95]; None: level 0 is whole,
             level 1 has zeros in 2 of every 4 neighbouring weights of a row.
-        damping: Multiple of the mean diagonal that is added to Gram matrices, > 0.
+        damping: Share of each channel's own power that is added to Gram matrices, > 0.
         tokens: Positions that count, see `efficientllava.pruning.statistics.counted_positions`.
     """
 
@@ -138,7 +138,7 @@ def sparsify(
         weights: ``(rows, columns)`` each.
         gram: ``E[x x^T]`` of the input, ``(columns, columns)``; used up.
         shares: Share of each layer's weights to set to zero, met up to rounding; ignored with ``two_of_four``.
-        damping: Multiple of the mean diagonal added to ``gram``, > 0.
+        damping: Share of each channel's own power that is added to ``gram``, > 0.
         two_of_four: Exactly 2 zeros in every 4 neighbouring weights of a row; columns beyond the last 4 stay whole.
 
     Returns:
@@ -147,7 +147,7 @@ def sparsify(
     rows = [len(weight) for weight in weights]
     columns, dtype = len(gram), torch.promote_types(weights[0].dtype, torch.float32)
     # H = V V^T with V upper triangular, from the factor of H with both orders reversed; then U = V^-1.
-    lower, _ = factorise(gram.flip(0, 1), damping)
+    lower = factorise(gram.flip(0, 1), damping_of(gram, damping).flip(0), "linear layer")
     unit = torch.eye(columns, dtype=gram.dtype, device=gram.device)
     factor = torch.linalg.solve_triangular(lower.flip(0, 1), unit, upper=True).to(dtype)
     whole = torch.cat([weight.T for weight in weights], 1).to(dtype)

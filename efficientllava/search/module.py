@@ -23,7 +23,7 @@ from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, block_influences
 from ..pruning.scores import Calibration, Tick, open_stream, silent
 from ..pruning.selection import Space, uniform_candidates
-from ..pruning.statistics import CalibrationStream
+from ..pruning.statistics import Beginning, CalibrationStream
 from ..schema import PruneConfig, SearchConfig
 from .cut import cut_policy, plan_of, trial_losses
 from .evaluator import Evaluator
@@ -105,6 +105,8 @@ class SearchModule(LightningModule):
         self.table: Path | None = None
         self._inputs, self._prune, self._config, self._seed = inputs, prune, search, seed
         self._features, self._tick = features or feature_cache(model), tick
+        self._image_token: int = model.config.image_token_id  # pyright: ignore
+        self._beginning = Beginning()
         self._batches: list[dict[str, Any]] = []
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -126,7 +128,8 @@ class SearchModule(LightningModule):
         self._inputs.work.mkdir(parents=True, exist_ok=True)
         count = math.ceil(len(self._inputs.records) / self._inputs.batch_size)
         samples, holdout = self._batches[:count], self._batches[count:]
-        calibration = Calibration(samples, self._features, tick=self._tick)
+        self._beginning = Beginning.of(samples[processes.rank() :: processes.world_size()], self._image_token)
+        calibration = Calibration(samples, self._features, tick=self._tick, beginning=self._beginning)
         stream = open_stream(self.model, calibration, self._prune)
         table = self._table(calibration)
         self.table = table.folder
@@ -286,7 +289,7 @@ class SearchModule(LightningModule):
         ids = tuple(record.id for record in self._inputs.records)
         requested = self._share if self._config.budget.resource == "params" else None
         mine = samples[processes.rank() :: processes.world_size()]
-        calibration = Calibration(mine, self._features, processes.sum_over, tick=self._tick)
+        calibration = Calibration(mine, self._features, processes.sum_over, tick=self._tick, beginning=self._beginning)
         chosen = self._chosen(search, table, calibration)
         self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)
         self.pruned, report = cut_policy(self.model, self.plan, table.recipe, chosen, calibration, self._prune)

@@ -26,7 +26,7 @@ class Structured:
     elimination that also gives the order (`efficientllava.pruning.importance.eliminate`).
 
     Args:
-        damping: Multiple of the mean diagonal that is added to Gram matrices, > 0.
+        damping: Share of each channel's own power that is added to Gram matrices, > 0.
         tokens: Positions that count, see `efficientllava.pruning.statistics.counted_positions`.
         round_to: Kept channels are a multiple of this, or all, >= 1.
         channels: Kept channels of each MLP level below the whole, descending; None: the steps of 5 %.
@@ -81,7 +81,7 @@ class Structured:
             error += float(state.costs.sum())
             if len(units) not in counts:
                 continue
-            columns = state.columns[:, component.columns(units)]
+            columns = state.columns
             yield Level(
                 (component.units - len(units)) * component.unit_parameters,
                 _norms(component, powers, units, columns),

@@ -51,11 +51,6 @@ def install(model: Any, table: Any, policy: Any) -> None:
         setattr(layer, ("self_attn", "mlp")[gene % 2], table.module(gene, level))
 
 
-def matched(gram: torch.Tensor, kept: torch.Tensor) -> float:
-    """`solve` is told its damping in units of the kept inputs' power, the table in units of all inputs' power."""
-    return DAMPING * float(gram.diagonal().mean() / gram.diagonal()[kept].mean())
-
-
 def test_columns_at_every_level_are_the_closed_form_refit_on_the_dense_prefix(model, tmp_path):
     model = model.double()
     table = make_table(model, Structured(DAMPING), tmp_path)
@@ -68,7 +63,7 @@ def test_columns_at_every_level_are_the_closed_form_refit_on_the_dense_prefix(mo
         weight, gram = found[gene].writer.weight.detach(), grams[gene]
         kept = found[gene].columns(table.units(gene, level))
         target = Target(weight @ gram[:, kept], float(torch.trace(weight @ gram @ weight.T)))
-        expected, _, _ = solve(weight, kept, gram[kept][:, kept], target, matched(gram, kept))
+        expected, _, _ = solve(weight, kept, gram[kept][:, kept], target, DAMPING)
         assert torch.allclose(table.tensors(gene, level)["columns"], expected, rtol=1e-6, atol=1e-8)
         checked += 1
     assert checked == sum(gene.levels - 1 for gene in table.genes) >= LAYERS * (3 + 19)
@@ -84,9 +79,8 @@ def test_a_module_equals_surgery_and_refit_of_the_real_model(model, tmp_path):
         units = table.units(gene, level)
         cut = (units, whole[index].channels) if gene % 2 == 0 else (whole[index].groups, units)
         plans = [*whole[:index], LayerPlan(index, *cut), *whole[index + 1 :]]
-        damping = matched(gram_of_inputs(model, [component.writer])[0], component.columns(units))
         real = copy.deepcopy(model)
-        SequentialPruner(CalibrationStream(real, batches), True, "layer", damping).run(plans, True)
+        SequentialPruner(CalibrationStream(real, batches), True, "layer", DAMPING).run(plans, True)
         real = rebuild(real, range(LAYERS))
         policy = [0] * len(table.genes)
         policy[gene] = level
@@ -323,5 +317,5 @@ def test_packed_batches_and_chosen_tokens_are_counted(tmp_path):
     gram = gram_of_inputs(model, [component.writer], "answer")[0]
     weight, kept = component.writer.weight.detach().double(), component.columns(answers.units(3, 4))
     target = Target(weight @ gram[:, kept], 0.0)
-    expected, _, _ = solve(weight, kept, gram[kept][:, kept], target, matched(gram, kept))
+    expected, _, _ = solve(weight, kept, gram[kept][:, kept], target, DAMPING)
     assert torch.allclose(answers.tensors(3, 4)["columns"].double(), expected, rtol=1e-3, atol=1e-4)
