@@ -18,6 +18,7 @@ from torch import nn
 from .card import model_card
 from .errors import UserError
 from .files import whole_folder
+from .finite import require_finite
 from .hub import PROVENANCE, digest, download, local_folder, with_config
 from .models.anatomy import decoder_of
 from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol, with_system
@@ -220,7 +221,8 @@ def load(
         The checkpoint; its model is in eval mode.
 
     Raises:
-        UserError: Missing, unexpected or mismatched tensors, an unsupported model, or an unreadable folder.
+        UserError: Missing, unexpected or mismatched tensors, weights that are not finite, an unsupported model, or an
+            unreadable folder.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -256,6 +258,8 @@ def load(
     if problems:
         listed = "; ".join(f"{name}: {', '.join(keys[:3])} ({len(keys)})" for name, keys in problems.items())
         raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        require_finite(tensor, f"model.path={path}: tensor {name}", "get the complete folder, or another model.dtype")
     provenance = _provenance(folder, path, len(decoder_of(model).layers))
     spoken = system and hashlib.blake2b(system.encode(), digest_size=4).hexdigest()
     content = "-".join(filter(None, [digest(folder), protocol, spoken]))
@@ -316,10 +320,15 @@ def _first_line(error: BaseException) -> str:
 
 @torch.no_grad()
 def round_weights(model: nn.Module, storage: torch.dtype) -> None:
-    """Round all floating weights to the storage type, in place, so that memory equals what is saved."""
-    for parameter in model.parameters():
+    """Round all floating weights to the storage type, in place, so that memory equals what is saved.
+
+    Raises:
+        NotFiniteError: Names a tensor that is not finite, or that the type cannot hold.
+    """
+    for name, parameter in model.named_parameters():
         if parameter.dtype != storage and parameter.is_floating_point():
             parameter.copy_(parameter.to(storage))
+        require_finite(parameter, f"tensor {name}, stored as {str(storage).removeprefix('torch.')}")
 
 
 def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:

@@ -109,6 +109,25 @@ def test_rounding_makes_memory_equal_to_what_is_saved(folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(checkpoint.model.parameters(), again.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, tmp_path, value):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    state = load_file(copy / "model.safetensors")
+    name = next(name for name in state if name.endswith("layers.1.mlp.down_proj.weight"))
+    state[name][-1, -1] = value
+    save_file(state, copy / "model.safetensors", {"format": "pt"})
+    told = rf"^model\.path={copy}: tensor \S*layers\.1\.mlp\.down_proj\.weight: not finite, 1 (NaN|infinite) of "
+    with pytest.raises(UserError, match=told):
+        store.load(copy)
+
+
+def test_weights_that_the_storage_type_cannot_hold_are_refused_by_name(folder):
+    model = store.load(folder).model.float()
+    model.lm_head.weight.data[0, 0] = 1e6
+    with pytest.raises(UserError, match=r"^tensor lm_head\.weight, stored as float16: not finite, 1 infinite"):
+        store.round_weights(model, torch.float16)
+
+
 def test_provenance_composes_over_two_prunings(loaded):
     assert loaded.original_layers == [0, 1]
     assert loaded.base["digest"] == loaded.digest

@@ -12,14 +12,14 @@ from efficientllava.finite import CHUNK, NotFiniteError, require_finite
 def test_one_bad_number_anywhere_is_told(dtype, value):
     tensor = torch.zeros(7, 11, dtype=dtype)
     tensor[6, 10] = value
-    with pytest.raises(NotFiniteError, match="layer 3: the Gram matrix: not finite, 1 (NaN|infinite) of 77; drop it"):
+    with pytest.raises(NotFiniteError, match=r"layer 3: the Gram matrix: not finite, 1 (NaN|infinite) of 77; drop it"):
         require_finite(tensor.T, "layer 3: the Gram matrix", "drop it")
 
 
 def test_kinds_are_counted_over_all_chunks():
     tensor = torch.zeros(CHUNK + 3)
     tensor[0], tensor[1], tensor[-1] = math.nan, math.inf, math.nan
-    with pytest.raises(UserError, match="2 NaN and 1 infinite of 16,777,219$"):
+    with pytest.raises(UserError, match=r"2 NaN and 1 infinite of 16,777,219$"):
         require_finite(tensor, "scores")
 
 

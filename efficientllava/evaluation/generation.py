@@ -8,9 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..data.conversations import Record
+from ..finite import NotFiniteError, require_finite
 from ..models.forward import Batch, decoder_inputs, forward_hidden, supervised_positions
 
 
@@ -80,6 +87,31 @@ class StopTexts(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)
 
 
+class FiniteLogits(LogitsProcessor):
+    """Refuses to choose a token by logits that are not finite.
+
+    Args:
+        ids: Name of each row's record.
+    """
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self._ids = ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The scores as they are.
+
+        Raises:
+            NotFiniteError: Names the first record whose largest logit is NaN or infinite.
+        """
+        bad = ~scores.amax(-1).isfinite()  # single tokens may be ruled out by minus infinity
+        if bad.any():
+            raise NotFiniteError(
+                f"record {self._ids[int(bad.nonzero()[0])]!r}: the model's logits are not finite; evaluate in another "
+                "type with model.dtype, or look at the checkpoint"
+            )
+        return scores
+
+
 @torch.inference_mode()
 def generate(
     model: nn.Module,
@@ -101,11 +133,17 @@ def generate(
 
     Returns:
         Text per row, without special tokens, stripped.
+
+    Raises:
+        NotFiniteError: Names a record for which the logits are not finite.
     """
     config, start = greedy_config(model, tokenizer, max_new_tokens), batch["input_ids"].shape[1]
     criteria = StoppingCriteriaList([StopTexts(tokenizer, stop, start)] if stop else [])
+    checks = LogitsProcessorList([FiniteLogits(batch["ids"])])
     inputs = decoder_inputs(model, batch, features)
-    tokens = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)  # pyright: ignore[reportCallIssue]
+    tokens = model.generate(  # pyright: ignore[reportCallIssue]
+        **inputs, generation_config=config, logits_processor=checks, stopping_criteria=criteria
+    )
     answers = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
     return [_until(answer, stop).strip() for answer in answers]
 
@@ -125,9 +163,14 @@ def reference_losses(model: nn.Module, batch: Batch, features: Tensor | None) ->
 
     Returns:
         Per row the sum over its supervised tokens in nats, and their number.
+
+    Raises:
+        NotFiniteError: Names a record whose loss is not finite.
     """
     mask, targets = supervised_positions(batch["labels"])
     logits = model.lm_head(forward_hidden(model, batch, features)[mask]).float()  # pyright: ignore[reportCallIssue]
     losses = nn.functional.cross_entropy(logits, targets, reduction="none")
     sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0].cpu(), losses.double().cpu())
+    for name, loss in zip(batch["ids"], sums, strict=True):
+        require_finite(loss, f"record {name!r}: the loss of the reference answer")
     return sums.tolist(), mask.sum(1).tolist()

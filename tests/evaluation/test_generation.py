@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from efficientllava.data.collator import Collator, GenerationCollator
+from efficientllava.errors import UserError
 from efficientllava.evaluation.generation import generate, greedy_config, length_batches, reference_losses
 from efficientllava.models.forward import answer_loss, decoder_inputs, to_device, vision_features
 
@@ -63,6 +64,25 @@ def test_decoding_is_greedy_whatever_the_folder_suggests(tiny, questions, monkey
     monkeypatch.setattr(model.generation_config, "do_sample", True)
     monkeypatch.setattr(model.generation_config, "temperature", 5.0)
     assert _answers(model, processor, questions[:6]) == plain
+
+
+def test_logits_and_losses_that_are_not_finite_are_told_by_record(tiny, questions, monkeypatch):
+    model, processor = tiny
+    head = model.lm_head.forward
+
+    def broken(hidden):
+        logits = head(hidden).clone()
+        logits[2] = float("nan")
+        return logits
+
+    monkeypatch.setattr(model.lm_head, "forward", broken)
+    records = questions[:4]
+    with pytest.raises(UserError, match=f"record {records[2].id!r}: the model's logits are not finite"):
+        _answers(model, processor, records)
+    batch = Collator(processor, pack=False)(records)
+    row = int((batch["labels"][:, 1:] != -100).nonzero()[2, 0])  # that of the third supervised position
+    with pytest.raises(UserError, match=f"record {records[row].id!r}: the loss of the reference answer: not finite"):
+        reference_losses(model, batch, _features(model, batch))
 
 
 def test_end_token_of_the_model_wins_over_the_tokenizer(tiny, monkeypatch):
