@@ -19,6 +19,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, load, round_weights, save
 from .checks import require_valid
+from .config import own_length
 from .console import quiet_libraries
 from .data.collator import Collator
 from .data.conversations import Record
@@ -154,7 +155,7 @@ def recover(
     """
     from lightning.pytorch import Trainer
 
-    config = _with(KD_HIDDEN, options, "recover")
+    config = own_length(_with(KD_HIDDEN, options, "recover"), options)
     require_valid(RunConfig(seed=seed, data_frac=data_frac, data=data), "")
     quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:

@@ -204,8 +204,8 @@ def _recovery(recover: RecoverConfig) -> Iterator[str]:
         yield "recover.weights: all are 0, nothing would be learnt; set one above 0 or choose recover=none"
     if (recover.steps is None) == (recover.epochs is None):
         yield (
-            f"recover.steps={recover.steps}, recover.epochs={recover.epochs}: exactly one must be set; "
-            "set the other to null, as in recover.epochs=null recover.steps=100"
+            f"recover.steps={recover.steps}, recover.epochs={recover.epochs}: exactly one must be set; give one of "
+            "them, as in recover.steps=100"
         )
     if recover.teacher.source == "cached" and recover.parity is not None:
         yield (
