@@ -34,6 +34,7 @@ from .pruning.scores import Calibration
 from .recovery.caching import open_teacher
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
+from .recovery.trainable import require_trainable
 from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, RunConfig, WeightsConfig
 
 __all__ = ["load", "plan", "prune", "recover", "save"]
@@ -158,13 +159,15 @@ def recover(
     config = own_length(_with(KD_HIDDEN, options, "recover"), options)
     require_valid(RunConfig(seed=seed, data_frac=data_frac, data=data), "")
     quiet_libraries()
+    recovery = RecoveryData(data, checkpoint.processor, data_frac, seed)
+    require_trainable(recovery.records, config.train)
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         folder, teacher = Path(workdir or scratch), None
         if config.weights.logit or config.weights.hidden:
             teacher = open_teacher(config.teacher, checkpoint.base, "cpu", folder / "targets")
         stats = run_recovery(
             checkpoint.model,
-            RecoveryData(data, checkpoint.processor, data_frac, seed),
+            recovery,
             config,
             lambda **arguments: Trainer(logger=False, enable_model_summary=False, devices=1, **arguments),
             folder,

@@ -97,6 +97,17 @@ def test_a_global_batch_that_cannot_be_divided_is_told_before_the_first_stage(mo
     assert nothing_written(tmp_path)
 
 
+def test_a_projector_is_not_trained_by_text_alone(model, data, tmp_path):
+    records, write = data
+    for record in records:
+        del record["image"]
+        record["conversations"] = [{"from": "human", "value": "which colour ?"}, {"from": "gpt", "value": "red"}]
+    write()
+    error = refused(model, tmp_path)
+    assert str(error).startswith("recover.train=projector: none of the records has an image") and error.exit_code == 2
+    assert nothing_written(tmp_path)
+
+
 def spoil(records, at, **changes):
     records[at] = {**records[at], **changes}
 
