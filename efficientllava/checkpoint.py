@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from .card import model_card
+from .card import about, model_card
 from .errors import UserError
 from .files import whole_folder
 from .finite import require_finite
@@ -42,6 +42,7 @@ class Checkpoint:
         digest: Content digest of the folder.
         provenance: Base checkpoint, original layer indices and history; see `Checkpoint.original_layers`.
         revision: Hub revision as given.
+        about: Name and licence, see `efficientllava.card.about`.
     """
 
     model: Any
@@ -51,6 +52,7 @@ class Checkpoint:
     digest: str
     provenance: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
+    about: dict[str, str] = field(default_factory=dict)
 
     @property
     def original_layers(self) -> list[int]:
@@ -59,7 +61,7 @@ class Checkpoint:
 
     @property
     def base(self) -> dict[str, str]:
-        """Path, digest and revision, where one was given, of the original unpruned checkpoint.
+        """Path, digest, name, licence and revision, where there are, of the original unpruned checkpoint.
 
         This checkpoint's own when it was never pruned.
         """
@@ -68,7 +70,8 @@ class Checkpoint:
         # A folder is found again from wherever the next run is started.
         local = Path(self.path).expanduser()
         path = str(local.resolve()) if local.is_dir() else self.path
-        return {"path": path, "digest": self.digest} | ({"revision": self.revision} if self.revision else {})
+        revision = {"revision": self.revision} if self.revision else {}
+        return {"path": path, "digest": self.digest, **revision, **self.about}
 
     def after(self, model: Any, step: Mapping[str, Any], kept: Sequence[int] | None = None) -> Checkpoint:
         """The checkpoint that a stage makes of this one.
@@ -263,7 +266,8 @@ def load(
     provenance = _provenance(folder, path, len(decoder_of(model).layers))
     spoken = system and hashlib.blake2b(system.encode(), digest_size=4).hexdigest()
     content = "-".join(filter(None, [digest(folder), protocol, spoken]))
-    return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision)
+    told = about(local_folder(path) or folder, path)
+    return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision, told)
 
 
 def _processor(folder: Path, path: str, protocol: str | None) -> Any:

@@ -10,7 +10,7 @@ from efficientllava.bench.rows import peak_memory
 from efficientllava.card import LICENSES, model_card, usage
 from efficientllava.errors import UserError
 
-from .runs import save_tiny
+from .runs import ROOT, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +174,54 @@ def test_the_card_names_base_and_licence(base):
     assert (meta["base_model"], meta["license"]) == (base, LICENSES[base])
     assert usage("<this folder>", True) in card
     assert "import efficientllava" in card
+
+
+def front_of(text):
+    import yaml
+
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+APACHE = "                                 Apache License\n                           Version 2.0, January 2004\n"
+LICENCES = [
+    ({"README.md": "---\nlicense: cc-by-nc-4.0\nmodel_name: Ours 2B\n---\n# Title"}, ("cc-by-nc-4.0", None, "Ours 2B")),
+    ({"README.md": "---\nlicense: other\nlicense_name: qwen\n---\n"}, ("other", "qwen", "mine")),
+    ({"README.md": "no front matter", "LICENSE": APACHE}, ("apache-2.0", None, "mine")),
+    ({"README.md": "---\n[broken: {\n---\n", "LICENSE.txt": "MIT\nPermission is hereby granted, free of\ncharge,"},
+     ("mit", None, "mine")),
+    ({"LICENCE.md": "The Secret Licence\nAsk us."}, ("other", "The Secret Licence", "mine")),
+    ({}, (None, None, "mine")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "told"), LICENCES)
+def test_the_card_carries_the_name_and_the_licence_of_the_base_and_no_path(folder, tmp_path, files, told):
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    for name, text in files.items():
+        (mine / name).write_text(text)
+    loaded = store.load(mine)
+    first = store.save(loaded.after(loaded.model, {"stage": "prune"}, [0, 1]), tmp_path / "first")
+    shutil.rmtree(mine)
+    again = store.load(first)
+    second = store.save(again.after(again.model, {"stage": "prune"}, [0, 1]), tmp_path / "second")
+    for made in (first, second):
+        text = (made / "README.md").read_text()
+        front = front_of(text)
+        assert (front.get("license"), front.get("license_name")) == told[:2]
+        assert f"# A smaller {told[2]}\n" in text and str(tmp_path) not in text and "base_model" not in front
+
+
+def test_a_shipped_model_has_the_licence_of_this_package():
+    card = model_card({"base": store.load("builtin:tiny_llava").base, "original_layers": [0]}, True, {})
+    assert front_of(card)["license"] == "apache-2.0"
+    assert (ROOT / "LICENSE").read_text().split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert "# A smaller tiny_llava\n" in card and "builtin" not in card
+
+
+def test_a_folder_of_the_hub_s_cache_has_its_hub_id():
+    path = "/home/me/.cache/huggingface/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0123abcd"
+    front = front_of(model_card({"base": {"path": path}, "original_layers": [0]}, False, {}))
+    assert (front["base_model"], front["license"]) == ("llava-hf/llava-1.5-7b-hf", "llama2")
 
 
 def test_the_lines_of_the_card_load_the_model(loaded, tmp_path):
