@@ -27,6 +27,7 @@ from .data.datamodule import RecoveryData
 from .data.splits import calibration_records
 from .errors import UserError
 from .models.forward import to_device
+from .processes import environment
 from .pruning.memory import micro_batch
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
@@ -169,7 +170,9 @@ def recover(
             checkpoint.model,
             recovery,
             config,
-            lambda **arguments: Trainer(logger=False, enable_model_summary=False, devices=1, **arguments),
+            lambda **arguments: Trainer(
+                logger=False, enable_model_summary=False, devices=1, plugins=environment(), **arguments
+            ),
             folder,
             batch_size=data.batch_size,
             global_batch_size=data.global_batch_size,
