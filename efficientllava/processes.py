@@ -79,7 +79,7 @@ def environment() -> list[Any]:
 
     Lightning would look for a cluster, and recommend ``srun`` wherever it is installed.
     """
-    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
     return [] if launched() or "SLURM_NTASKS" in os.environ else [LightningEnvironment()]
 
