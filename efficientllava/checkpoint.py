@@ -26,6 +26,8 @@ from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 from .schema import ModelConfig
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD = "4GB"  # of weights per file; a file is copied to the host before it is written
 
@@ -243,6 +245,7 @@ def load(
             model, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 folder,
                 config=config,
+                generation_config=_tokens_alone(folder, path),
                 dtype=compute_dtype(dtype, storage, device),
                 output_loading_info=True,
                 device_map=None if device == "cpu" or host else {"": device},
@@ -281,6 +284,31 @@ def _processor(folder: Path, path: str, protocol: str | None) -> Any:
             "tokenizer and processor files beside the weights"
         ) from error
     return processor if protocol is None else with_protocol(processor, protocol)
+
+
+def _tokens_alone(folder: Path, path: str) -> Any:
+    """The special tokens of a generation_config.json that transformers refuses for what else it says; else None.
+
+    Raises:
+        UserError: These are no token ids.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    tokens = {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k.endswith("_token_id") and v is not None}
+    for name, value in tokens.items():
+        if not all(type(each) is int for each in (value if isinstance(value, list) and value else [value])):
+            raise UserError(
+                f"model.path={path}: {file.name}: {name}={value!r} must be a token's number, or a list; mend it"
+            )
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # ValueError, TypeError and AttributeError of many fields
+        log.warning("model.path=%s: of %s only the special tokens count (%s)", path, file.name, _first_line(error))
+        return GenerationConfig(**tokens)
+    return None
 
 
 def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ from transformers import (
 from ..data.conversations import Record
 from ..finite import NotFiniteError, require_finite
 from ..models.forward import Batch, decoder_inputs, forward_hidden, supervised_positions
+
+# Fields of a generation configuration that change no greedy answer, and special tokens, which are obeyed.
+MEANINGLESS = {
+    *("_from_model_config", "transformers_version", "use_cache", "cache_implementation", "cache_config"),
+    *("max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size", "low_memory"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
 
 def length_batches(records: Sequence[Record], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
@@ -55,7 +64,7 @@ def greedy_config(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Gene
         max_new_tokens: Longest answer.
 
     Returns:
-        The configuration for ``model.generate``.
+        The configuration for ``model.generate``, to be used with `unadvised`.
     """
     end = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
     end = tokenizer.eos_token_id if end is None else end
@@ -65,6 +74,27 @@ def greedy_config(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Gene
     return GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=padding
     )
+
+
+@contextmanager
+def unadvised(model: nn.Module) -> Iterator[None]:
+    """Set what a model's folder suggests for generation aside: ``generate`` fills every field that is not set from it.
+
+    Args:
+        model: Its ``generation_config`` is back in place afterwards.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def set_aside(model: nn.Module) -> dict[str, Any]:
+    """What a model's folder suggests for generation beside its special tokens, and answers are made without."""
+    suggested = model.generation_config.to_diff_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    return {name: value for name, value in suggested.items() if value not in (None, False) and name not in MEANINGLESS}
 
 
 class StopTexts(StoppingCriteria):
@@ -141,9 +171,10 @@ def generate(
     criteria = StoppingCriteriaList([StopTexts(tokenizer, stop, start)] if stop else [])
     checks = LogitsProcessorList([FiniteLogits(batch["ids"])])
     inputs = decoder_inputs(model, batch, features)
-    tokens = model.generate(  # pyright: ignore[reportCallIssue]
-        **inputs, generation_config=config, logits_processor=checks, stopping_criteria=criteria
-    )
+    with unadvised(model):
+        tokens = model.generate(  # pyright: ignore[reportCallIssue]
+            **inputs, generation_config=config, logits_processor=checks, stopping_criteria=criteria
+        )
     answers = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
     return [_until(answer, stop).strip() for answer in answers]
 
