@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from torch import nn
 
 from .card import about, model_card
 from .errors import UserError
-from .files import whole_folder
+from .files import as_umask, whole_folder
 from .finite import require_finite
-from .hub import PROVENANCE, digest, download, local_folder, with_config
+from .hub import PROVENANCE, UNQUANTIZED, digest, download, local_folder, read_json, with_config
 from .models.anatomy import decoder_of
 from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol, with_system
+from .models.convert.shards import shard_files
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 from .schema import ModelConfig
@@ -121,7 +123,18 @@ def resolve(path: str, revision: str | None = None) -> Path:
         raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
     with _of(path, folder):
         require_whole(folder)
+        _require_unquantized(folder)
     return folder
+
+
+def _require_unquantized(folder: Path) -> None:
+    """Refuse weights of a few bits, whose scales the model would be loaded without."""
+    for file in shard_files(folder):
+        with safe_open(file, "pt") as handle:
+            kinds = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 - no mapping
+        found = next((name for name, kind in kinds.items() if kind[:2] in ("F8", "F6", "F4", "I8", "U8")), None)
+        if found is not None:
+            raise UserError(f"{folder}: its weights are quantized ({found}: {kinds[found]}); {UNQUANTIZED}")
 
 
 @contextmanager
@@ -297,7 +310,7 @@ def _tokens_alone(folder: Path, path: str) -> Any:
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
-    tokens = {k: v for k, v in json.loads(file.read_text("utf-8")).items() if k.endswith("_token_id") and v is not None}
+    tokens = {k: v for k, v in read_json(file, path).items() if k.endswith("_token_id") and v is not None}
     for name, value in tokens.items():
         if not all(type(each) is int for each in (value if isinstance(value, list) and value else [value])):
             raise UserError(
@@ -397,6 +410,7 @@ def write(checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None =
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     needs_import = is_per_layer(model.config.get_text_config())
     (folder / "README.md").write_text(model_card(provenance, needs_import, card or {}), encoding="utf-8")
+    as_umask(folder)
 
 
 @contextmanager

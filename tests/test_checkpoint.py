@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -369,3 +370,74 @@ def test_prompts_end_where_the_decoder_or_its_tokenizer_does(broken, said, limit
     file = broken / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": said}))
     assert store.load(str(broken)).processor.tokenizer.model_max_length == limit
+
+
+def change(folder, name="config.json", **fields):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, **fields}))
+
+
+def test_an_adapter_is_no_model(tmp_path, broken):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    fails(adapter, "is an adapter (LoRA of org/base)", "merge_and_unload", "give that folder")
+    (adapter / "adapter_config.json").unlink()
+    fails(adapter, "is an adapter (LoRA), not a whole model")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (broken / name).write_text("{}")
+        fails(broken, f"holds an adapter, {name}, beside full weights", "adapter_*")
+        (broken / name).unlink()
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors"])
+@pytest.mark.parametrize("place", [None, "text_config"])
+def test_quantized_weights_are_refused(broken, method, place):
+    found = {"quantization_config": {"quant_method": method}}
+    content = json.loads((broken / "config.json").read_text())
+    change(broken, **({place: {**content[place], **found}} if place else found))
+    fails(
+        broken,
+        f"its weights are quantized ({method})",
+        "cannot be pruned: give the checkpoint that they were made from",
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_weights_of_a_few_bits_are_refused_whatever_the_configuration_says(broken, kind):
+    state = load_file(broken / "model.safetensors")
+    name = next(name for name in state if name.endswith("layers.0.mlp.up_proj.weight"))
+    save_file({**state, name: state[name].to(kind)}, broken / "model.safetensors", {"format": "pt"})
+    fails(broken, f"its weights are quantized ({name}: ", "cannot be pruned")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xef\xbb\xbf{}", "byte-order mark; save it as UTF-8 without one"),
+        (b"{} {}", "Extra data"),
+        (b"[]", "list instead of an object"),
+        (b'{"a": ' + b"[" * 100_000, "recursion"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
+        (b"\xff\xfe{", "can't decode"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_a_json_file_that_cannot_be_read_is_named(broken, name, content, told):
+    (broken / name).write_bytes(content)
+    fails(broken, f"{name} cannot be read", told, "mend it")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_exports_follow_the_umask(loaded, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = store.save(loaded, tmp_path / "copy")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {oct(0o666 & ~umask)}
+    assert not (folder / ".umask").exists()

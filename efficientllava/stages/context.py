@@ -201,6 +201,8 @@ class Context:
         self.seconds[stage] = entry.record["seconds"]
         processes.barrier()
         checkpoint = self.load(self.folder / name, self.settings.model.dtype)
+        if checkpoint.base["digest"] == self.base.base["digest"]:
+            checkpoint.provenance["base"] = self.base.base  # the cache may name a copy that another run had
         if not self.settings.evaluate.efficiency:
             self.models.clear()  # nothing will be measured side by side
         self.models[name] = checkpoint.model
