@@ -6,6 +6,11 @@ import os
 import sys
 import tempfile
 
+if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
+    # Python would read the names of folders in the terminal's encoding, and no file of ours could hold them.
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf

@@ -19,6 +19,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint, load, round_weights, save
 from .checks import require_valid
+from .config import own_length
 from .console import quiet_libraries
 from .data.collator import Collator
 from .data.conversations import Record
@@ -26,6 +27,7 @@ from .data.datamodule import RecoveryData
 from .data.splits import calibration_records
 from .errors import UserError
 from .models.forward import to_device
+from .processes import environment
 from .pruning.memory import micro_batch
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
@@ -33,6 +35,7 @@ from .pruning.scores import Calibration
 from .recovery.caching import open_teacher
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
+from .recovery.trainable import require_trainable
 from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, RunConfig, WeightsConfig
 
 __all__ = ["load", "plan", "prune", "recover", "save"]
@@ -154,18 +157,22 @@ def recover(
     """
     from lightning.pytorch import Trainer
 
-    config = _with(KD_HIDDEN, options, "recover")
+    config = own_length(_with(KD_HIDDEN, options, "recover"), options)
     require_valid(RunConfig(seed=seed, data_frac=data_frac, data=data), "")
     quiet_libraries()
+    recovery = RecoveryData(data, checkpoint.processor, data_frac, seed)
+    require_trainable(recovery.records, config.train)
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         folder, teacher = Path(workdir or scratch), None
         if config.weights.logit or config.weights.hidden:
             teacher = open_teacher(config.teacher, checkpoint.base, "cpu", folder / "targets")
         stats = run_recovery(
             checkpoint.model,
-            RecoveryData(data, checkpoint.processor, data_frac, seed),
+            recovery,
             config,
-            lambda **arguments: Trainer(logger=False, enable_model_summary=False, devices=1, **arguments),
+            lambda **arguments: Trainer(
+                logger=False, enable_model_summary=False, devices=1, plugins=environment(), **arguments
+            ),
             folder,
             batch_size=data.batch_size,
             global_batch_size=data.global_batch_size,

@@ -13,17 +13,22 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
 from torch import nn
 
-from .card import model_card
+from .card import about, model_card
 from .errors import UserError
-from .files import whole_folder
-from .hub import PROVENANCE, digest, download, local_folder, with_config
+from .files import as_umask, whole_folder
+from .finite import require_finite
+from .hub import PROVENANCE, UNQUANTIZED, digest, download, local_folder, read_json, with_config
 from .models.anatomy import decoder_of
 from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol, with_system
+from .models.convert.shards import shard_files
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
 from .schema import ModelConfig
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD = "4GB"  # of weights per file; a file is copied to the host before it is written
@@ -41,6 +46,7 @@ class Checkpoint:
         digest: Content digest of the folder.
         provenance: Base checkpoint, original layer indices and history; see `Checkpoint.original_layers`.
         revision: Hub revision as given.
+        about: Name and licence, see `efficientllava.card.about`.
     """
 
     model: Any
@@ -50,6 +56,7 @@ class Checkpoint:
     digest: str
     provenance: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
+    about: dict[str, str] = field(default_factory=dict)
 
     @property
     def original_layers(self) -> list[int]:
@@ -58,7 +65,7 @@ class Checkpoint:
 
     @property
     def base(self) -> dict[str, str]:
-        """Path, digest and revision, where one was given, of the original unpruned checkpoint.
+        """Path, digest, name, licence and revision, where there are, of the original unpruned checkpoint.
 
         This checkpoint's own when it was never pruned.
         """
@@ -67,7 +74,8 @@ class Checkpoint:
         # A folder is found again from wherever the next run is started.
         local = Path(self.path).expanduser()
         path = str(local.resolve()) if local.is_dir() else self.path
-        return {"path": path, "digest": self.digest} | ({"revision": self.revision} if self.revision else {})
+        revision = {"revision": self.revision} if self.revision else {}
+        return {"path": path, "digest": self.digest, **revision, **self.about}
 
     def after(self, model: Any, step: Mapping[str, Any], kept: Sequence[int] | None = None) -> Checkpoint:
         """The checkpoint that a stage makes of this one.
@@ -115,7 +123,18 @@ def resolve(path: str, revision: str | None = None) -> Path:
         raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
     with _of(path, folder):
         require_whole(folder)
+        _require_unquantized(folder)
     return folder
+
+
+def _require_unquantized(folder: Path) -> None:
+    """Refuse weights of a few bits, whose scales the model would be loaded without."""
+    for file in shard_files(folder):
+        with safe_open(file, "pt") as handle:
+            kinds = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 - no mapping
+        found = next((name for name, kind in kinds.items() if kind[:2] in ("F8", "F6", "F4", "I8", "U8")), None)
+        if found is not None:
+            raise UserError(f"{folder}: its weights are quantized ({found}: {kinds[found]}); {UNQUANTIZED}")
 
 
 @contextmanager
@@ -220,7 +239,8 @@ def load(
         The checkpoint; its model is in eval mode.
 
     Raises:
-        UserError: Missing, unexpected or mismatched tensors, an unsupported model, or an unreadable folder.
+        UserError: Missing, unexpected or mismatched tensors, weights that are not finite, an unsupported model, or an
+            unreadable folder.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -238,6 +258,7 @@ def load(
             model, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 folder,
                 config=config,
+                generation_config=_tokens_alone(folder, path),
                 dtype=compute_dtype(dtype, storage, device),
                 output_loading_info=True,
                 device_map=None if device == "cpu" or host else {"": device},
@@ -256,10 +277,13 @@ def load(
     if problems:
         listed = "; ".join(f"{name}: {', '.join(keys[:3])} ({len(keys)})" for name, keys in problems.items())
         raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        require_finite(tensor, f"model.path={path}: tensor {name}", "get the complete folder, or another model.dtype")
     provenance = _provenance(folder, path, len(decoder_of(model).layers))
     spoken = system and hashlib.blake2b(system.encode(), digest_size=4).hexdigest()
     content = "-".join(filter(None, [digest(folder), protocol, spoken]))
-    return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision)
+    told = about(local_folder(path) or folder, path)
+    return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision, told)
 
 
 def _processor(folder: Path, path: str, protocol: str | None) -> Any:
@@ -273,6 +297,31 @@ def _processor(folder: Path, path: str, protocol: str | None) -> Any:
             "tokenizer and processor files beside the weights"
         ) from error
     return processor if protocol is None else with_protocol(processor, protocol)
+
+
+def _tokens_alone(folder: Path, path: str) -> Any:
+    """The special tokens of a generation_config.json that transformers refuses for what else it says; else None.
+
+    Raises:
+        UserError: These are no token ids.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    tokens = {k: v for k, v in read_json(file, path).items() if k.endswith("_token_id") and v is not None}
+    for name, value in tokens.items():
+        if not all(type(each) is int for each in (value if isinstance(value, list) and value else [value])):
+            raise UserError(
+                f"model.path={path}: {file.name}: {name}={value!r} must be a token's number, or a list; mend it"
+            )
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # ValueError, TypeError and AttributeError of many fields
+        log.warning("model.path=%s: of %s only the special tokens count (%s)", path, file.name, _first_line(error))
+        return GenerationConfig(**tokens)
+    return None
 
 
 def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:
@@ -316,10 +365,15 @@ def _first_line(error: BaseException) -> str:
 
 @torch.no_grad()
 def round_weights(model: nn.Module, storage: torch.dtype) -> None:
-    """Round all floating weights to the storage type, in place, so that memory equals what is saved."""
-    for parameter in model.parameters():
+    """Round all floating weights to the storage type, in place, so that memory equals what is saved.
+
+    Raises:
+        NotFiniteError: Names a tensor that is not finite, or that the type cannot hold.
+    """
+    for name, parameter in model.named_parameters():
         if parameter.dtype != storage and parameter.is_floating_point():
             parameter.copy_(parameter.to(storage))
+        require_finite(parameter, f"tensor {name}, stored as {str(storage).removeprefix('torch.')}")
 
 
 def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
@@ -356,6 +410,7 @@ def write(checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None =
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     needs_import = is_per_layer(model.config.get_text_config())
     (folder / "README.md").write_text(model_card(provenance, needs_import, card or {}), encoding="utf-8")
+    as_umask(folder)
 
 
 @contextmanager

@@ -204,8 +204,8 @@ def _recovery(recover: RecoverConfig) -> Iterator[str]:
         yield "recover.weights: all are 0, nothing would be learnt; set one above 0 or choose recover=none"
     if (recover.steps is None) == (recover.epochs is None):
         yield (
-            f"recover.steps={recover.steps}, recover.epochs={recover.epochs}: exactly one must be set; "
-            "set the other to null, as in recover.epochs=null recover.steps=100"
+            f"recover.steps={recover.steps}, recover.epochs={recover.epochs}: exactly one must be set; give one of "
+            "them, as in recover.steps=100"
         )
     if recover.teacher.source == "cached" and recover.parity is not None:
         yield (
@@ -236,7 +236,7 @@ def _paths(config: RunConfig) -> Iterator[str]:
     if config.pretrain:
         return
     calibrates = config.prune.method != "none" and config.calibration.path is None
-    needs_data = not config.dry_run and (config.recover.name != "none" or calibrates)
+    needs_data = config.recover.name != "none" or calibrates
     data = config.data
     if data.name != "digits_vqa" and data.path is None and needs_data:
         yield "data.path: not set; give a LLaVA-style JSON or JSONL file as data.path=…"
@@ -244,7 +244,8 @@ def _paths(config: RunConfig) -> Iterator[str]:
         value = _value(config, key)
         if value is not None and not is_elsewhere(value) and not Path(value).expanduser().exists():
             yield f"{key}={value}: no such file; give a LLaVA-style JSON or JSONL file"
-    if data.name in IMAGE_FOLDERS and needs_data and data.image_root is None and is_elsewhere(data.path or ""):
+    elsewhere = data.name in IMAGE_FOLDERS and needs_data and not config.dry_run  # which is also for other machines
+    if elsewhere and data.image_root is None and is_elsewhere(data.path or ""):
         yield f"data.image_root: not set; give the folder that holds the images: {IMAGE_FOLDERS[data.name]}"
     folders = {key: "image paths start from" for key in ("data.image_root", "calibration.image_root")}
     folders |= {

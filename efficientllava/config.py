@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -15,7 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, UserError
 from .presets import register_presets
-from .schema import RunConfig, WandbConfig
+from .schema import RecoverConfig, RunConfig, WandbConfig
+
+LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
 
 
 def register_schema() -> None:
@@ -56,8 +58,12 @@ def instantiate(node: Any, **overrides: Any) -> Any:
         raise UserError(f"{node.get('_target_')}: cannot be built: {'; '.join(lines)}") from error
 
 
-def typed(config: DictConfig) -> RunConfig:
+def typed(config: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
     """Turn the composed configuration into dataclasses.
+
+    Args:
+        config: The composed configuration.
+        overrides: What the user typed; see `own_length`.
 
     Raises:
         ConfigError: A value is missing, of the wrong type, or an interpolation leads nowhere.
@@ -71,7 +77,21 @@ def typed(config: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError([" ".join(str(error).split())]) from error
     assert isinstance(result, RunConfig)
+    result.recover = own_length(result.recover, {key_of(one).removeprefix("recover.") for one in overrides})
     return result
+
+
+def own_length(recover: RecoverConfig, told: Collection[str]) -> RecoverConfig:
+    """Let the user's steps take the place of a preset's epochs, and the other way round.
+
+    Args:
+        recover: The node, in which both may be set.
+        told: Fields that the user has set; where both are, they stay.
+    """
+    for name, other in (LENGTH, LENGTH[::-1]):
+        if name in told and other not in told and getattr(recover, name) is not None:
+            return dataclasses.replace(recover, **{other: None})
+    return recover
 
 
 def _unknown(config: DictConfig) -> Iterator[str]:

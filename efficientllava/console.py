@@ -109,9 +109,6 @@ def quiet_libraries() -> None:
     for name in [*logging.root.manager.loggerDict, "lightning.pytorch", "lightning.fabric"]:
         if name.startswith(("lightning", "httpx")):
             logging.getLogger(name).setLevel(logging.WARNING)
-    # transformers' own validation reads the sizes of per-layer configurations and warns about itself.
-    heterogeneity = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
-    heterogeneity.addFilter(_is_no_validation)
     # Deprecations inside the libraries, Lightning's views on loader workers and short epochs, and predictions that are
     # returned on another way.
     for message in (
@@ -123,7 +120,3 @@ def quiet_libraries() -> None:
         ".*gradient_checkpointing.* is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def _is_no_validation(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("Reading global config value")

@@ -13,18 +13,26 @@ import torch
 from rich import box
 from rich.table import Table
 
+from .config import digest
 from .console import quiet_libraries, say
 from .cost import ANSWER, REACHED, Device, Job, Work, device_of, disk_of, distinct, schedule, tokens_of, works
-from .data.splits import record_count
+from .data.checks import usable
+from .data.conversations import Record
+from .data.sources import BUILTIN, is_remote
+from .data.splits import calibration_records, draw, load_split, record_count
 from .disk import made
+from .errors import UserError
+from .evaluation import tasks
 from .evaluation.efficiency import sizes
 from .files import whole_file
 from .forecast import Forecast, forecast, shape_of, weight_bytes
 from .memory import StageMemory, describe, stage_memory
 from .recovery.objective import describe as describe_loss
+from .recovery.trainable import require_trainable
 from .report.tables import percent, quantity, tabulate
 from .schema import MASKED, RunConfig
 
+_looked: set[str] = set()  # data that are there, by a digest of where
 _planned: list[tuple[Forecast, Job, dict[str, StageMemory]]] = []  # jobs of a sweep in this process
 
 
@@ -39,9 +47,10 @@ def dry_run(settings: RunConfig, folder: Path) -> dict[str, Any]:
         What was written.
 
     Raises:
-        UserError: What the run itself would refuse for its sizes.
+        UserError: What the run itself would refuse for its sizes, or data that are not there.
     """
     quiet_libraries()
+    _require_data(settings)
     plan = forecast(settings)
     job = Job(tuple(works(plan)), settings.keep, finished=False)
     result = {**report(plan), "cost": cost([job], device_of(plan.device, plan.dtype))}
@@ -62,14 +71,49 @@ def plan_job(settings: RunConfig, folder: Path) -> None:
         folder: Named by the job's number.
 
     Raises:
-        UserError: What the run itself would refuse for its sizes.
+        UserError: What the run itself would refuse for its sizes, or data that are not there.
     """
     from .identity import finished
 
     quiet_libraries()
+    _require_data(settings)
     plan = forecast(settings)
     done = finished(settings, Path(settings.paths.output_dir) / "sweeps" / settings.sweep.name / folder.name, dry=True)
     _planned.append((plan, Job(tuple(works(plan)), settings.keep, done), stage_memory(plan)))
+
+
+class _ImageFiles:
+    """Stands for a collator that looks for the images of a record and opens none."""
+
+    def check(self, record: Record) -> None:
+        """Refuse a record without them."""
+        gone = next((image for image in record.images if isinstance(image, Path) and not image.is_file()), None)
+        if gone is not None:
+            raise UserError(f"record {record.id!r}: image {str(gone)!r} does not exist; restore it or drop the record")
+
+
+def _require_data(settings: RunConfig) -> None:
+    """Look for the records and images that a run would read, as far as they are on this machine; nothing is fetched."""
+    data, own, evaluate = settings.data, settings.calibration, settings.evaluate
+    calibrates, trains = settings.prune.method != "none", settings.recover.name != "none"
+    key = digest([asdict(each) for each in (data, own, settings.recover, evaluate)])
+    key = digest([key, calibrates, trains, settings.data_frac, settings.seed])
+    if key in _looked:
+        return
+    if calibrates and _is_here(*((own.path, own.image_root) if own.path else (data.path, data.image_root))):
+        calibration_records(own, data, settings.seed, _ImageFiles())
+    if trains and _is_here(data.path, data.image_root):
+        records = draw(load_split(data, "train"), settings.data_frac, settings.seed)
+        require_trainable(usable(records, _ImageFiles(), data), settings.recover.train)
+    if evaluate.root is not None:
+        for name in evaluate.tasks:
+            tasks.load(name, data, evaluate).records()
+    _looked.add(key)
+
+
+def _is_here(path: str | None, image_root: str | None) -> bool:
+    """Whether records are on this machine; those of a list that comes with this package are where the images are."""
+    return path is not None and not is_remote(path) and (image_root is not None or not path.startswith(BUILTIN))
 
 
 def tell_sweep(folder: Path, name: str) -> None:

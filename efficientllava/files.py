@@ -67,6 +67,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def as_umask(folder: Path) -> None:
+    """Give the files of a folder the permissions that a new file gets here; safetensors keeps its own from others."""
+    probe = folder / ".umask"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
 def discard(folder: Path) -> None:
     """Remove a folder so that a kill leaves no half of it under its name."""
     gone = folder.with_name(f".{folder.name}.gone.partial")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from .data.sources import BUILTIN
 from .errors import UserError, disk_full
@@ -15,6 +18,16 @@ FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", 
 # Suffixes of what decides how a checkpoint computes, those of original layouts included.
 CONTENT = (".json", ".safetensors", ".bin", ".jinja", ".model", ".py")
 PROVENANCE = "efficientllava.json"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+# What describes a checkpoint; tokenizer.json is left to its reader.
+DESCRIBING = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "model.safetensors.index.json"),
+)
+QUANTIZED = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ
+UNQUANTIZED = (
+    "quantized weights cannot be pruned: give the checkpoint that they were made from, in float32, float16 or bfloat16"
+)
 SAMPLED = 64  # blocks of 1 MiB that the digest of a large weight file reads
 REFUSALS = {
     "GatedRepoError": "its owners ask for consent; accept their terms at https://huggingface.co/{name}, then log in "
@@ -53,10 +66,63 @@ def local_folder(path: str) -> Path | None:
 
 
 def with_config(folder: Path, path: str) -> Path:
-    """The folder itself, if it holds a ``config.json``; `path` is what the user typed."""
+    """The folder itself, if it holds one whole model that can be pruned, as far as its JSON says.
+
+    Args:
+        folder: The folder.
+        path: What the user typed.
+
+    Raises:
+        UserError: There is no config.json or it cannot be read, or the folder holds an adapter or quantized weights.
+    """
+    adapter = next((name for name in ADAPTERS if (folder / name).is_file()), None)
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained")
+        if adapter is None:
+            raise UserError(
+                f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained"
+            )
+        described = folder / ADAPTERS[0]
+        base = read_json(described, path).get("base_model_name_or_path") if described.is_file() else None
+        raise UserError(
+            f"model.path={path}: is an adapter (LoRA{f' of {base}' if base else ''}), not a whole model; merge it into "
+            "its base, peft.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder), and "
+            "give that folder"
+        )
+    if adapter:
+        raise UserError(
+            f"model.path={path}: holds an adapter, {adapter}, beside full weights; merge it into them, or move the "
+            "files named adapter_* elsewhere"
+        )
+    read = {name: read_json(folder / name, path) for name in DESCRIBING if (folder / name).is_file()}
+    config = read["config.json"]
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if found or any((folder / name).is_file() for name in QUANTIZED):
+        kind = found.get("quant_method") if isinstance(found, dict) else None
+        raise UserError(f"model.path={path}: its weights are quantized{f' ({kind})' if kind else ''}; {UNQUANTIZED}")
     return folder
+
+
+def read_json(file: Path, path: str) -> dict[str, Any]:
+    """What a JSON file of a checkpoint says.
+
+    Args:
+        file: The file.
+        path: What the user has given as ``model.path``.
+
+    Raises:
+        UserError: It is no JSON object.
+    """
+    try:
+        content = file.read_bytes()
+        if content.startswith(codecs.BOM_UTF8):
+            raise ValueError("it begins with a byte-order mark; save it as UTF-8 without one")
+        found = json.loads(content)
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__} instead of an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"model.path={path}: {file.name} cannot be read: {error}; mend it") from error
+    return found
 
 
 def download(name: str, revision: str | None = None, files: list[str] | None = None) -> Path:

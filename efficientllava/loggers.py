@@ -38,6 +38,8 @@ def make_trainer(
         node["devices"] = processes.world_size() // int(node.get("num_nodes", 1))
     options = {"default_root_dir": str(folder), "enable_checkpointing": False}
     options |= {"use_distributed_sampler": False, **overrides}
+    if not node.get("plugins"):
+        options["plugins"] = processes.environment()
     configured = [dict(c) for c in (settings.callbacks or {}).values() if c.get("_target_")]
     if quiet:
         configured, options = [], {"logger": False, "enable_progress_bar": False, **options}

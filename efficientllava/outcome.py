@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -13,12 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from difflib import get_close_matches
 
+from hydra.errors import OverrideParseException
+
 from . import schema
 from .errors import UserError, disk_full, memory_full
 
 DEBUG = "HYDRA_FULL_ERROR"
 TRACEBACKS = "EFFICIENTLLAVA_TRACEBACKS"  # what the user has set `DEBUG` to, for the processes of a run
 # Lines of Hydra's that mislead: an added key would be refused by the schema.
+QUOTES = "\"'"
 HINTS = (
     "To append to your config use",
     "Config search path",
@@ -99,6 +104,9 @@ def exit_code(main: Callable[[], object]) -> int:
     _failure.clear()
     debug = os.environ.get(DEBUG) == "1"
     # Hydra would print its own shortened traceback and exit with 1.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of letters that the terminal does not know
     os.environ |= {DEBUG: "1", TRACEBACKS: str(int(debug))}
     try:
         with terminable():
@@ -156,6 +164,8 @@ def _lines(error: BaseException) -> Iterator[str]:
     """What to tell about an error, one line per problem."""
     if isinstance(error, UserError):
         yield from str(error).splitlines()
+    elif typed := next((each.override for each in _causes(error) if isinstance(each, OverrideParseException)), None):
+        yield _unreadable(typed)
     elif of_hydra(error):
         cause = f"\n{error.__cause__}" if error.__cause__ and of_hydra(error.__cause__) else ""
         yield f"{_one_line(f'{error}{cause}')}{_meant(str(error.__cause__))}; --help and --cfg job show what there is"
@@ -168,6 +178,15 @@ def _lines(error: BaseException) -> Iterator[str]:
         )
     else:
         yield f"{type(error).__name__}: {_one_line(str(error))} (details: {_keep(error)})"
+
+
+def _unreadable(typed: str) -> str:
+    """What to do about an argument that Hydra's grammar does not take."""
+    key, separator, value = typed.partition("=")
+    if not separator:
+        return f"{typed}: is no key=value; --help shows the keys"
+    quoted = shlex.quote(f'{key}="{value.strip(QUOTES).replace(chr(34), chr(92) + chr(34))}"')
+    return f"{typed}: cannot be read: signs such as = [ ( {{ ~ and letters beyond ASCII need quotes; type {quoted}"
 
 
 def _meant(text: str) -> str:

@@ -43,7 +43,7 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = (), in_s
     Raises:
         UserError: A fault that the user can mend.
     """
-    settings = typed(config)
+    settings = typed(config, overrides)
     check(settings, () if in_sweep else overrides)
     folder = Path(output_dir)
     if settings.pretrain:

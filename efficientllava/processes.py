@@ -74,6 +74,16 @@ def launched() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+def environment() -> list[Any]:
+    """Plugins of a Trainer that runs in this process alone, or in one that was launched.
+
+    Lightning would look for a cluster, and recommend ``srun`` wherever it is installed.
+    """
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+    return [] if launched() or "SLURM_NTASKS" in os.environ else [LightningEnvironment()]
+
+
 def relaunch(processes: int, overrides: Sequence[str], output_dir: str) -> int:
     """Start the same run in several processes, set up as torchrun does, and wait for them.
 

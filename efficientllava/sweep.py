@@ -36,7 +36,7 @@ class ReportSweep(Callback):
         from .disk import at_work
 
         try:
-            check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job])))
+            check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job]), job))
         except UserError as error:
             raise SweepRefused(error) from error
         held = ExitStack()

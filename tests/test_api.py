@@ -4,7 +4,7 @@ import pytest
 
 import efficientllava as ev
 from efficientllava.errors import UserError
-from efficientllava.schema import DataConfig
+from efficientllava.schema import DataConfig, WeightsConfig
 
 from .runs import save_tiny
 
@@ -56,6 +56,13 @@ def test_a_plan_is_made_and_another_model_s_is_refused(checkpoint, tmp_path):
 def test_a_recovery_is_not_made_of_values_that_mean_nothing(checkpoint, options, told):
     with pytest.raises(UserError, match=told):
         ev.recover(checkpoint, **{"data": DataConfig("digits_vqa", images=4), "steps": 1, **options})
+
+
+def test_epochs_take_the_place_of_the_default_steps(checkpoint):
+    data = DataConfig("digits_vqa", images=8, batch_size=2)
+    assert ev.recover(checkpoint, data, epochs=0.5, train="projector", weights=WeightsConfig(sft=1)).steps == 2
+    with pytest.raises(UserError, match=r"recover\.steps=1, recover\.epochs=1: exactly one"):
+        ev.recover(checkpoint, data, epochs=1, steps=1)
 
 
 def test_a_checkpoint_is_not_saved_over_a_file(checkpoint, tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from efficientllava import pipeline
 from efficientllava.errors import UserError
@@ -93,6 +94,17 @@ def test_a_global_batch_that_cannot_be_divided_is_told_before_the_first_stage(mo
     data[1]()
     error = refused(model, tmp_path, "data.global_batch_size=3")
     assert str(error).startswith("data.global_batch_size=3: must be a multiple") and error.exit_code == 2
+    assert nothing_written(tmp_path)
+
+
+def test_a_projector_is_not_trained_by_text_alone(model, data, tmp_path):
+    records, write = data
+    for record in records:
+        del record["image"]
+        record["conversations"] = [{"from": "human", "value": "which colour ?"}, {"from": "gpt", "value": "red"}]
+    write()
+    error = refused(model, tmp_path)
+    assert str(error).startswith("recover.train=projector: none of the records has an image") and error.exit_code == 2
     assert nothing_written(tmp_path)
 
 
@@ -195,6 +207,19 @@ def test_a_bad_model_folder_ends_the_run_before_it_begins(data, tmp_path):
     error = refused(tmp_path / "nowhere", tmp_path)
     assert error.exit_code == 2
     assert "no such folder" in str(error)
+    assert nothing_written(tmp_path)
+
+
+def test_weights_that_are_not_finite_end_the_run_before_the_first_stage(data, tmp_path):
+    data[1]()
+    folder = save_tiny(tmp_path / "broken", layers=2)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("layers.1.self_attn.o_proj.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    error = refused(folder, tmp_path)
+    assert error.exit_code == 2
+    assert "layers.1.self_attn.o_proj.weight: not finite, 1 NaN" in str(error) and "\n" not in str(error)
     assert nothing_written(tmp_path)
 
 

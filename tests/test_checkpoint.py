@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from efficientllava.bench.rows import peak_memory
 from efficientllava.card import LICENSES, model_card, usage
 from efficientllava.errors import UserError
 
-from .runs import save_tiny
+from .runs import ROOT, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,25 @@ def test_rounding_makes_memory_equal_to_what_is_saved(folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(checkpoint.model.parameters(), again.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, tmp_path, value):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    state = load_file(copy / "model.safetensors")
+    name = next(name for name in state if name.endswith("layers.1.mlp.down_proj.weight"))
+    state[name][-1, -1] = value
+    save_file(state, copy / "model.safetensors", {"format": "pt"})
+    told = rf"^model\.path={copy}: tensor \S*layers\.1\.mlp\.down_proj\.weight: not finite, 1 (NaN|infinite) of "
+    with pytest.raises(UserError, match=told):
+        store.load(copy)
+
+
+def test_weights_that_the_storage_type_cannot_hold_are_refused_by_name(folder):
+    model = store.load(folder).model.float()
+    model.lm_head.weight.data[0, 0] = 1e6
+    with pytest.raises(UserError, match=r"^tensor lm_head\.weight, stored as float16: not finite, 1 infinite"):
+        store.round_weights(model, torch.float16)
+
+
 def test_provenance_composes_over_two_prunings(loaded):
     assert loaded.original_layers == [0, 1]
     assert loaded.base["digest"] == loaded.digest
@@ -155,6 +175,54 @@ def test_the_card_names_base_and_licence(base):
     assert (meta["base_model"], meta["license"]) == (base, LICENSES[base])
     assert usage("<this folder>", True) in card
     assert "import efficientllava" in card
+
+
+def front_of(text):
+    import yaml
+
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+APACHE = "                                 Apache License\n                           Version 2.0, January 2004\n"
+LICENCES = [
+    ({"README.md": "---\nlicense: cc-by-nc-4.0\nmodel_name: Ours 2B\n---\n# Title"}, ("cc-by-nc-4.0", None, "Ours 2B")),
+    ({"README.md": "---\nlicense: other\nlicense_name: qwen\n---\n"}, ("other", "qwen", "mine")),
+    ({"README.md": "no front matter", "LICENSE": APACHE}, ("apache-2.0", None, "mine")),
+    ({"README.md": "---\n[broken: {\n---\n", "LICENSE.txt": "MIT\nPermission is hereby granted, free of\ncharge,"},
+     ("mit", None, "mine")),
+    ({"LICENCE.md": "The Secret Licence\nAsk us."}, ("other", "The Secret Licence", "mine")),
+    ({}, (None, None, "mine")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "told"), LICENCES)
+def test_the_card_carries_the_name_and_the_licence_of_the_base_and_no_path(folder, tmp_path, files, told):
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    for name, text in files.items():
+        (mine / name).write_text(text)
+    loaded = store.load(mine)
+    first = store.save(loaded.after(loaded.model, {"stage": "prune"}, [0, 1]), tmp_path / "first")
+    shutil.rmtree(mine)
+    again = store.load(first)
+    second = store.save(again.after(again.model, {"stage": "prune"}, [0, 1]), tmp_path / "second")
+    for made in (first, second):
+        text = (made / "README.md").read_text()
+        front = front_of(text)
+        assert (front.get("license"), front.get("license_name")) == told[:2]
+        assert f"# A smaller {told[2]}\n" in text and str(tmp_path) not in text and "base_model" not in front
+
+
+def test_a_shipped_model_has_the_licence_of_this_package():
+    card = model_card({"base": store.load("builtin:tiny_llava").base, "original_layers": [0]}, True, {})
+    assert front_of(card)["license"] == "apache-2.0"
+    assert (ROOT / "LICENSE").read_text().split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert "# A smaller tiny_llava\n" in card and "builtin" not in card
+
+
+def test_a_folder_of_the_hub_s_cache_has_its_hub_id():
+    path = "/home/me/.cache/huggingface/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0123abcd"
+    front = front_of(model_card({"base": {"path": path}, "original_layers": [0]}, False, {}))
+    assert (front["base_model"], front["license"]) == ("llava-hf/llava-1.5-7b-hf", "llama2")
 
 
 def test_the_lines_of_the_card_load_the_model(loaded, tmp_path):
@@ -302,3 +370,74 @@ def test_prompts_end_where_the_decoder_or_its_tokenizer_does(broken, said, limit
     file = broken / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": said}))
     assert store.load(str(broken)).processor.tokenizer.model_max_length == limit
+
+
+def change(folder, name="config.json", **fields):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, **fields}))
+
+
+def test_an_adapter_is_no_model(tmp_path, broken):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    fails(adapter, "is an adapter (LoRA of org/base)", "merge_and_unload", "give that folder")
+    (adapter / "adapter_config.json").unlink()
+    fails(adapter, "is an adapter (LoRA), not a whole model")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (broken / name).write_text("{}")
+        fails(broken, f"holds an adapter, {name}, beside full weights", "adapter_*")
+        (broken / name).unlink()
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors"])
+@pytest.mark.parametrize("place", [None, "text_config"])
+def test_quantized_weights_are_refused(broken, method, place):
+    found = {"quantization_config": {"quant_method": method}}
+    content = json.loads((broken / "config.json").read_text())
+    change(broken, **({place: {**content[place], **found}} if place else found))
+    fails(
+        broken,
+        f"its weights are quantized ({method})",
+        "cannot be pruned: give the checkpoint that they were made from",
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_weights_of_a_few_bits_are_refused_whatever_the_configuration_says(broken, kind):
+    state = load_file(broken / "model.safetensors")
+    name = next(name for name in state if name.endswith("layers.0.mlp.up_proj.weight"))
+    save_file({**state, name: state[name].to(kind)}, broken / "model.safetensors", {"format": "pt"})
+    fails(broken, f"its weights are quantized ({name}: ", "cannot be pruned")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"\xef\xbb\xbf{}", "byte-order mark; save it as UTF-8 without one"),
+        (b"{} {}", "Extra data"),
+        (b"[]", "list instead of an object"),
+        (b'{"a": ' + b"[" * 100_000, "recursion"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "digits"),
+        (b"\xff\xfe{", "can't decode"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_a_json_file_that_cannot_be_read_is_named(broken, name, content, told):
+    (broken / name).write_bytes(content)
+    fails(broken, f"{name} cannot be read", told, "mend it")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_exports_follow_the_umask(loaded, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        folder = store.save(loaded, tmp_path / "copy")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {oct(0o666 & ~umask)}
+    assert not (folder / ".umask").exists()

@@ -13,7 +13,7 @@ from .runs import composed
 
 def problems(*overrides):
     try:
-        check(typed(composed(*overrides)), overrides)
+        check(typed(composed(*overrides), overrides), overrides)
     except ConfigError as error:
         return list(error.problems)
     return []
@@ -188,6 +188,17 @@ def test_steps_and_epochs_exclude_each_other():
     (line,) = problems("recover.epochs=2", "recover.steps=5")
     assert "exactly one" in line
     assert problems("recover.epochs=2", "recover.steps=null") == []
+    assert problems("recover.epochs=2", "++recover.steps=5")
+
+
+@pytest.mark.parametrize(("model", "preset"), [("tiny_llava", "steps"), ("llava_1_5_7b", "epochs")])
+@pytest.mark.parametrize(("told", "value"), [("steps", 7), ("epochs", 0.5), ("epochs", None)])
+def test_the_length_of_a_recovery_that_is_typed_wins_over_the_preset_s(model, preset, told, value):
+    overrides = [f"model={model}", f"recover.{told}={'null' if value is None else value}"]
+    recover = typed(composed(*overrides), overrides).recover
+    left = {name for name in ("steps", "epochs") if getattr(recover, name) is not None}
+    assert left == ({told} if value is not None else {preset} - {told})
+    assert getattr(recover, told) == value
 
 
 def test_losses_without_weight_are_an_error():
@@ -292,7 +303,7 @@ def test_what_is_typed_for_a_sweep_has_an_effect_in_one_of_its_jobs():
 
     def sweep(*jobs):
         made.clear()
-        check_sweep(jobs, lambda job: made.append(job) or typed(composed(*job)))
+        check_sweep(jobs, lambda job: made.append(job) or typed(composed(*job), job))
 
     none, sft = ["recover=none", "data_frac=0.1"], ["recover=sft", "data_frac=0.1"]
     sweep(none, sft, sft)

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 
@@ -68,6 +69,28 @@ def test_a_fault_in_the_configuration_is_one_line_and_exit_2(cli, args, told):
         assert part in errors(text)[0]
     assert "Traceback" not in text
     assert "+prune.foo=3" not in errors(text)[0]
+
+
+@pytest.mark.parametrize("path", ["/x/a=b", "/x/a[1]", "/x/a(b)", "~/x", "/x/ü", "/a{b}", '/x/a"b', "/x/a'b", "/x/#y"])
+def test_a_path_that_needs_quotes_is_told_with_them(cli, path):
+    code, text = cli("seed=1", f"model.path={path}", "dry_run=true")
+    (line,) = errors(text)
+    assert code == 2 and line.startswith(f"model.path={path}: cannot be read: ")
+    (typed,) = shlex.split(line.rpartition("; type ")[2])  # as a shell takes it
+    code, text = cli("seed=1", typed, "dry_run=true")
+    told = f"model.path={path}: no such folder; give a Hugging Face folder or a hub id such as org/name"
+    assert (code, errors(text)) == (2, [told])
+
+
+def test_letters_that_the_terminal_does_not_know_cost_no_run(tmp_path):
+    folder = save_tiny(tmp_path / "mödel ≥ ½")
+    plain = [*small(folder, tmp_path / "öut", "prune=none", "recover=none", "evaluate=none"), "dry_run=true"]
+    pairs = [override.partition("=") for override in plain]
+    typed = [f'{key}="{value}"' if not value.isascii() else f"{key}={value}" for key, _, value in pairs]
+    for own in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}):
+        done = subprocess.run([*RUN, *typed], env={**os.environ, **own}, cwd=tmp_path, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        assert b"tiny" in done.stdout and b"Error" not in done.stderr
 
 
 def test_all_problems_are_listed_at_once(cli):

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from efficientllava import pipeline
@@ -153,6 +154,55 @@ def test_a_full_size_family_needs_no_weights_no_data_and_no_hub(tmp_path, monkey
 def test_what_is_named_must_be_there(tmp_path, key):
     with pytest.raises(UserError, match=rf"^{key}={tmp_path}/gone: no such f") as told:
         dry(tmp_path, ["model=llava_1_5_7b", f"{key}={tmp_path}/gone", f"paths.output_dir={tmp_path}"])
+    assert told.value.exit_code == 2
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Writes records, of which those named have an image, one that may be missing."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "there.png")
+
+    def write(name, image=None, count=20):
+        said = [{"from": "human", "value": "which colour ?"}, {"from": "gpt", "value": "red"}]
+        rows = [{"id": f"r{i}", "conversations": said} | ({"image": image} if image else {}) for i in range(count)]
+        (tmp_path / name).write_text(json.dumps(rows))
+        return tmp_path / name
+
+    return write
+
+
+def with_data(folder, tmp_path, path, *more):
+    options = ["data=conversations", f"data.path={path}", f"data.image_root={tmp_path}/images"]
+    options += [] if "prune=none" in more else ["calibration.samples=2"]
+    return small(folder, tmp_path / "out", *options, "evaluate=none", *more)
+
+
+def test_images_that_a_run_would_miss_are_missed(folder, tmp_path, records):
+    good, bad = records("good.json", "there.png"), records("bad.json", "gone.png")
+    dry(tmp_path, with_data(folder, tmp_path, good))
+    own = (f"calibration.path={bad}", f"calibration.image_root={tmp_path}/images")
+    for path, *more in ((bad, "prune=none"), (bad, "recover=none"), (good, *own)):
+        with pytest.raises(UserError, match=r"r[0-9]+': image '.*gone\.png' does not exist") as told:
+            dry(tmp_path, with_data(folder, tmp_path, path, *more))
+        assert told.value.exit_code == 2 and "\n" not in str(told.value)
+    torn = tmp_path / "torn.json"
+    torn.write_text(good.read_text()[:-30])
+    with pytest.raises(UserError, match=r"torn\.json' is not JSON"):
+        dry(tmp_path, with_data(folder, tmp_path, torn))
+
+
+def test_data_that_are_not_set_are_asked_for(folder, tmp_path):
+    overrides = small(folder, tmp_path / "out", "data=conversations", "evaluate=none")
+    with pytest.raises(UserError, match=r"^data\.path: not set"):
+        dry(tmp_path, overrides)
+
+
+def test_a_projector_is_not_trained_by_text_alone(folder, tmp_path, records):
+    plain = records("text.json")
+    dry(tmp_path, with_data(folder, tmp_path, plain, "recover=sft"))
+    with pytest.raises(UserError, match=r"^recover\.train=projector: none of the records has an image") as told:
+        dry(tmp_path, with_data(folder, tmp_path, plain, "recover=projector"))
     assert told.value.exit_code == 2
 
 

@@ -114,6 +114,10 @@ def test_the_same_seed_gives_the_same_run_without_the_cache(first):
         assert all(torch.equal(old[name], new[name]) for name in old)
 
 
+def test_the_record_says_how_answers_were_made(first):
+    assert first[2]["generation"] == {"decoding": "greedy", "set_aside": {}}
+
+
 def test_another_seed_is_another_run(first):
     place, typed, record = first
     again = run(place / "seed", [*typed, "seed=1"])

@@ -30,7 +30,7 @@ def evaluation_row(checkpoint: Any, questions: int = 64) -> Row:
 def generation_row(checkpoint: Any, questions: int = 192, size: int = 48) -> Row:
     """An evaluation from records to scores against a loop by hand over the same batches: tower, generate, decode."""
     from ..data.collator import GenerationCollator
-    from ..evaluation.generation import greedy_config, length_batches
+    from ..evaluation.generation import greedy_config, length_batches, unadvised
     from ..evaluation.module import evaluate
     from ..evaluation.tasks.digits_vqa import DigitsVQA
 
@@ -44,7 +44,8 @@ def generation_row(checkpoint: Any, questions: int = 192, size: int = 48) -> Row
         for indices in length_batches(records, size):
             batch = collate([records[index] for index in indices])
             inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
-            tokens = model.generate(**inputs, generation_config=config)
+            with unadvised(model):
+                tokens = model.generate(**inputs, generation_config=config)
             tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def ours() -> None:

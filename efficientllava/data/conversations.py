@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import UserError, memory_full
+from .pixels import rgb
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,18 @@ def image_key(image: AnyImage) -> str:
 
 
 def _opened(image: AnyImage, name: str) -> Image.Image:
-    if isinstance(image, Image.Image):
+    if isinstance(image, Image.Image) and image.mode == "RGB":
         return image
+    shown = f"image {str(image)!r}" if isinstance(image, Path) else "its image"
     try:
+        if isinstance(image, Image.Image):
+            return rgb(image)
         with Image.open(BytesIO(image.read()) if isinstance(image, StoredImage) else image) as file:
-            return file.convert("RGB")
+            return rgb(file)
     except FileNotFoundError as error:
-        raise UserError(
-            f"record {name!r}: image {str(image)!r} does not exist; restore it or drop the record"
-        ) from error
-    # Pillow's decoders raise SyntaxError and ValueError on broken files as well.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        shown = f"image {str(image)!r}" if isinstance(image, Path) else "its image"
-        raise UserError(f"record {name!r}: {shown} cannot be read ({error}); repair it or drop the record") from error
+        raise UserError(f"record {name!r}: {shown} does not exist; restore it or drop the record") from error
+    except Exception as error:  # a decoder may raise anything, Pillow's own SyntaxError and those of plugins others
+        if memory_full(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"record {name!r}: {shown} cannot be read ({reason}); repair it or drop the record") from error

@@ -57,9 +57,14 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
     # Blanks are counted much faster than words are made.
     words = sum(text.count(" ") for text in said) + len(said)
     folder, _, file = images[0].lstrip("/").partition("/") if images else ("text", "", "text")
+    origin = str(source or raw.get("source") or (folder if file else "images"))
+    try:
+        "".join((name, origin, root, *images, *said)).encode()
+    except UnicodeEncodeError as error:
+        raise BadRecordError(f"record {name!r}: holds half of a surrogate pair, or bytes that are no UTF-8") from error
     return {
         "id": name,
-        "source": str(source or raw.get("source") or (folder if file else "images")),
+        "source": origin,
         "images": [root + image for image in images],
         "turns": [
             {"question": question, "answer": answer, "images_at": places}
@@ -81,7 +86,7 @@ def _said(raw: Row, name: str) -> tuple[list[str], list[Any]]:
         if not isinstance(message, dict):
             raise BadRecordError(f"record {name!r}: a turn is a {type(message).__name__} instead of an object")
         role = message.get("from", message.get("role"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadRecordError(f"record {name!r}: role {role!r} is not one of {', '.join(ROLES)}")
         content = message.get("value", message.get("content"))
         roles.append(ROLES[role])

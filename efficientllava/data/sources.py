@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..errors import UserError
 from .rows import BadRecordError
@@ -20,7 +21,9 @@ FORMATS = (
     "give a JSON list of records, JSONL with the suffix .jsonl, parquet, or a JSON object of "
     "{name: {root, annotation, repeat_time}}"
 )
-BETWEEN = re.compile(r"[\s,]*")
+SPACE = re.compile(r"\s*")
+TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)
+DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -111,17 +114,26 @@ def locate(path: str, key: str = "data.path") -> Path:
 def _begins(file: Path, key: str) -> str:
     """First character of a text file that is no white space."""
     try:
-        with file.open(encoding="utf-8") as text:
+        with open_text(file) as text:
             return next((line.lstrip()[0] for line in text if line.strip()), "")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{key}: {str(file)!r} cannot be read ({error}); {FORMATS}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice in it, one value would be lost."""
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
+    return dict(pairs)
 
 
 def _listed(file: Path, base: Path, key: str) -> list[Part]:
     """The files of an InternVL list (``meta`` in its repository); a ``repeat_time`` below 1 takes a prefix."""
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except json.JSONDecodeError as error:
+        with open_text(file) as text:
+            content = json.loads(text.read(), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{key}: {str(file)!r} is not JSON ({error}); {FORMATS}") from error
     parts = []
     for name, entry in content.items():
@@ -145,15 +157,17 @@ def _listed(file: Path, base: Path, key: str) -> list[Part]:
 
 
 def raw_records(file: Path, key: str = "data.path") -> Iterator[Any]:
-    """The decoded records of a JSON or JSONL file, one at a time; a line that is no JSON comes as a `BadRecordError`.
+    """The decoded records of a JSON or JSONL file, one at a time; what is none comes as a `BadRecordError`.
+
+    A list is read to its end or not at all: whoever takes its records must be prepared for the error behind the last.
 
     Raises:
         UserError: The file cannot be read, or is no JSON list.
     """
     try:
-        with file.open(encoding="utf-8") as text:
+        with open_text(file) as text:
             yield from _lines(text) if file.suffix == ".jsonl" else _elements(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(f"{key}: {str(file)!r} cannot be read ({error}); {FORMATS}") from error
     except json.JSONDecodeError as error:
         raise UserError(
@@ -161,31 +175,115 @@ def raw_records(file: Path, key: str = "data.path") -> Iterator[Any]:
         ) from error
 
 
-def _lines(text: Any) -> Iterator[Any]:
+def open_text(file: Path) -> IO[str]:
+    """Open a text of UTF-8, with or without a byte-order mark; bytes that are none become lone surrogates."""
+    return file.open(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def decoded(text: str) -> Any:
+    """Decode JSON.
+
+    Raises:
+        BadRecordError: It is none, or more than Python decodes.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "too many brackets inside each other"
+    return f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else "a number of too many digits"
+
+
+def _lines(text: IO[str]) -> Iterator[Any]:
     for number, line in enumerate(text, 1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                yield BadRecordError(f"line {number}: not JSON ({error})")
+                yield decoded(line)
+            except BadRecordError as error:
+                yield BadRecordError(f"line {number}: {error}")
 
 
-def _elements(text: Any) -> Iterator[Any]:
+def _elements(text: IO[str]) -> Iterator[Any]:
     """The elements of a JSON list, without holding all of it."""
-    decoder, buffer, at = json.JSONDecoder(), text.read(CHUNK).lstrip(), 1
-    if not buffer.startswith("["):
-        raise json.JSONDecodeError("it does not begin with [", buffer, 0)
-    while True:
-        at = BETWEEN.match(buffer, at).end()  # pyright: ignore[reportOptionalMemberAccess]
-        if buffer.startswith("]", at):
-            return
-        try:
-            element, at = decoder.raw_decode(buffer, at)
-        except json.JSONDecodeError:
-            # Doubling keeps the cost of a record that is longer than a chunk linear.
-            more = text.read(max(CHUNK, len(buffer) - at))
-            if not more:
-                raise
-            buffer, at = buffer[at:] + more, 0
-            continue
-        yield element
+    window, number = _Window(text), 0
+    if window.peek() != "[":
+        raise _no_json("it does not begin with [")
+    window.at += 1
+    follows = window.peek()
+    while follows != "]":
+        yield window.element(number)
+        follows, number = window.peek(), number + 1
+        if follows == ",":
+            window.at += 1
+            if window.peek() == "]":
+                raise _no_json(f"nothing follows the comma behind record {number - 1}")
+        elif follows != "]":
+            raise _no_json(f"no comma and no closing bracket behind record {number - 1}")
+    window.at += 1
+    if window.peek():
+        raise _no_json("something follows the closing bracket, such as a second list; make one list of them")
+
+
+def _no_json(reason: str) -> json.JSONDecodeError:
+    return json.JSONDecodeError(reason, "", 0)
+
+
+class _Window:
+    """The part of a text that is being looked at.
+
+    Args:
+        text: Read on as far as needed.
+    """
+
+    def __init__(self, text: IO[str]) -> None:
+        self._text, self._buffer, self.at = text, "", 0
+
+    def _more(self) -> bool:
+        # Doubling keeps the cost of a record that is longer than a chunk linear.
+        more = self._text.read(max(CHUNK, len(self._buffer) - self.at))
+        self._buffer, self.at = self._buffer[self.at :] + more, 0
+        return bool(more)
+
+    def peek(self) -> str:
+        """Go to the next character that is no white space, and return it; empty at the end."""
+        while True:
+            self.at = SPACE.match(self._buffer, self.at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if self.at < len(self._buffer):
+                return self._buffer[self.at]
+            if not self._more():
+                return ""
+
+    def element(self, number: int) -> Any:
+        """Decode the next element and go behind it; one that Python does not decode comes as a `BadRecordError`."""
+        while True:
+            try:
+                found, end = DECODER.raw_decode(self._buffer, self.at)
+            except json.JSONDecodeError:
+                if not self._more():
+                    raise
+                continue
+            except (ValueError, RecursionError) as error:
+                found, end = BadRecordError(f"record {number}: {_reason(error)}"), self._end()
+            if end < len(self._buffer) or not self._more():  # a number may go on behind the window
+                self.at = end
+                return found
+
+    def _end(self) -> int:
+        """Where the next element ends, by its brackets and strings alone."""
+        while True:
+            depth = 0
+            for token in TOKEN.finditer(self._buffer, self.at):
+                sign = token[0]
+                if sign == '"':
+                    break  # a string that goes on behind the window
+                depth += (sign in ("[", "{")) - (sign in ("]", "}"))
+                if depth < 0 or (sign == "," and not depth):
+                    return token.start()
+                if not depth and sign in ("]", "}"):
+                    return token.end()
+            if not self._more():
+                raise _no_json("it ends too early")

@@ -67,3 +67,9 @@ def conversations_of(records: Sequence[Record]) -> tuple[Conversations | None, n
     while isinstance(records, Subset):
         indices, records = records.indices[indices], records.records
     return (records if hasattr(records, "image_files") else None), indices  # pyright: ignore[reportReturnType]
+
+
+def show_images(records: Sequence[Record]) -> bool:
+    """Whether any record has an image; none is made or opened."""
+    table, _ = conversations_of(records)
+    return table is None or bool((column(records, "length") > 0).any())

@@ -27,7 +27,7 @@ from .sources import Part, locate, parts_of, raw_records
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the columns and of how they are made; part of the cache's key
+VERSION = 4  # of the columns and of how they are made; part of the cache's key
 # Files below this size are read anew in every run instead of being kept as Arrow.
 SMALL = 16 << 20
 BATCH = 1000  # rows per Arrow batch
@@ -176,8 +176,9 @@ def _row(raw: Any, number: int, part: Part) -> dict[str, Any]:
     try:
         row = row_of(raw, number, part.root, part.source)
         return row if part.source is None else row | {"id": f"{part.source}/{row['id']}"}
-    except BadRecordError as error:
-        return {"id": str(number), "problem": str(error)}
+    except (BadRecordError, RecursionError) as error:
+        # What is no text in UTF-8 cannot be kept, and not be printed either.
+        return {"id": str(number), "problem": str(error).encode(errors="backslashreplace").decode()}
 
 
 def _unique(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

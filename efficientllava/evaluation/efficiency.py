@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..checks import require_valid
 from ..errors import UserError
 from ..models.anatomy import language_parameters
-from ..models.forward import Batch, decoder_inputs, stock_inputs, to_device
+from ..models.forward import Batch, decoder_inputs, going_on, stock_inputs, to_device
 from ..schema import EvaluateConfig
 
 WARM_UP = 2  # rounds that are run and not counted
@@ -105,7 +105,7 @@ def _round(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tupl
     token: Tensor = output.logits[:, -1:].argmax(-1)
     first = _now(device)
     for _ in range(new_tokens - 1):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, **going_on(output), use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
     return 1e3 * (first - start), 1e3 * (_now(device) - first) / (new_tokens - 1)
 

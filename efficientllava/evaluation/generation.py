@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ..data.conversations import Record
+from ..finite import NotFiniteError, require_finite
 from ..models.forward import Batch, decoder_inputs, forward_hidden, supervised_positions
+
+# Fields of a generation configuration that change no greedy answer, and special tokens, which are obeyed.
+MEANINGLESS = {
+    *("_from_model_config", "transformers_version", "use_cache", "cache_implementation", "cache_config"),
+    *("max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size", "low_memory"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
 
 
 def length_batches(records: Sequence[Record], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
@@ -48,7 +64,7 @@ def greedy_config(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Gene
         max_new_tokens: Longest answer.
 
     Returns:
-        The configuration for ``model.generate``.
+        The configuration for ``model.generate``, to be used with `unadvised`.
     """
     end = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
     end = tokenizer.eos_token_id if end is None else end
@@ -58,6 +74,27 @@ def greedy_config(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Gene
     return GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=padding
     )
+
+
+@contextmanager
+def unadvised(model: nn.Module) -> Iterator[None]:
+    """Set what a model's folder suggests for generation aside: ``generate`` fills every field that is not set from it.
+
+    Args:
+        model: Its ``generation_config`` is back in place afterwards.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def set_aside(model: nn.Module) -> dict[str, Any]:
+    """What a model's folder suggests for generation beside its special tokens, and answers are made without."""
+    suggested = model.generation_config.to_diff_dict()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    return {name: value for name, value in suggested.items() if value not in (None, False) and name not in MEANINGLESS}
 
 
 class StopTexts(StoppingCriteria):
@@ -78,6 +115,31 @@ class StopTexts(StoppingCriteria):
         tails = self._tokenizer.batch_decode(input_ids[:, self._start :][:, -self._window :])
         ended = [any(mark in tail for mark in self._stop) for tail in tails]
         return torch.tensor(ended, device=input_ids.device)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuses to choose a token by logits that are not finite.
+
+    Args:
+        ids: Name of each row's record.
+    """
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self._ids = ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The scores as they are.
+
+        Raises:
+            NotFiniteError: Names the first record whose largest logit is NaN or infinite.
+        """
+        bad = ~scores.amax(-1).isfinite()  # single tokens may be ruled out by minus infinity
+        if bad.any():
+            raise NotFiniteError(
+                f"record {self._ids[int(bad.nonzero()[0])]!r}: the model's logits are not finite; evaluate in another "
+                "type with model.dtype, or look at the checkpoint"
+            )
+        return scores
 
 
 @torch.inference_mode()
@@ -101,11 +163,18 @@ def generate(
 
     Returns:
         Text per row, without special tokens, stripped.
+
+    Raises:
+        NotFiniteError: Names a record for which the logits are not finite.
     """
     config, start = greedy_config(model, tokenizer, max_new_tokens), batch["input_ids"].shape[1]
     criteria = StoppingCriteriaList([StopTexts(tokenizer, stop, start)] if stop else [])
+    checks = LogitsProcessorList([FiniteLogits(batch["ids"])])
     inputs = decoder_inputs(model, batch, features)
-    tokens = model.generate(**inputs, generation_config=config, stopping_criteria=criteria)  # pyright: ignore[reportCallIssue]
+    with unadvised(model):
+        tokens = model.generate(  # pyright: ignore[reportCallIssue]
+            **inputs, generation_config=config, logits_processor=checks, stopping_criteria=criteria
+        )
     answers = tokenizer.batch_decode(tokens[:, start:], skip_special_tokens=True)
     return [_until(answer, stop).strip() for answer in answers]
 
@@ -125,9 +194,14 @@ def reference_losses(model: nn.Module, batch: Batch, features: Tensor | None) ->
 
     Returns:
         Per row the sum over its supervised tokens in nats, and their number.
+
+    Raises:
+        NotFiniteError: Names a record whose loss is not finite.
     """
     mask, targets = supervised_positions(batch["labels"])
     logits = model.lm_head(forward_hidden(model, batch, features)[mask]).float()  # pyright: ignore[reportCallIssue]
     losses = nn.functional.cross_entropy(logits, targets, reduction="none")
     sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0].cpu(), losses.double().cpu())
+    for name, loss in zip(batch["ids"], sums, strict=True):
+        require_finite(loss, f"record {name!r}: the loss of the reference answer")
     return sums.tolist(), mask.sum(1).tolist()

@@ -83,7 +83,7 @@ def read(path: Path, aliases: Mapping[str, Sequence[str]] = ALIASES) -> list[dic
         UserError: If the file cannot be read, is no JSON, is empty, or holds something without an id.
     """
     try:
-        content = _parse(path, path.read_text(encoding="utf-8"))
+        content = _parse(path, path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}); give a JSON or JSON-lines file") from error
@@ -102,12 +102,12 @@ def read(path: Path, aliases: Mapping[str, Sequence[str]] = ALIASES) -> list[dic
 def _parse(path: Path, content: str) -> Any:
     try:
         return json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         items = []
     for number, text in enumerate(content.split("\n"), 1):
         try:
             items += [json.loads(text)] if text.strip() else []
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is no JSON ({error})") from error
     return items
 

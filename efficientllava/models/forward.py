@@ -124,6 +124,12 @@ def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = Non
     return inputs
 
 
+def going_on(output: Any) -> dict[str, Any]:
+    """The keys and values that a forward pass has returned, under the name by which the next one takes them."""
+    name = "cache" if "cache" in output else "past_key_values"  # as transformers called them once
+    return {name: output[name]}
+
+
 def forward_hidden(model: nn.Module, batch: Batch, features: Tensor | None = None) -> Tensor:
     """Run the decoder without the head.
 

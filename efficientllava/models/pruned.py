@@ -123,12 +123,17 @@ def per_layer_classes(host: str) -> tuple[Any, Any]:
         """Check the rotary embedding by the common rules; Phi-3's own take hidden size / heads for the head's width."""
         super(base, self).validate_rope()
 
+    def __iter__(self: Any) -> Any:
+        """Names of the fields that all layers share; who walks over all of them does not look at the others."""
+        return (name for name in super(base, self).__iter__() if name not in (self.per_layer_attributes or ()))
+
     namespace = {
         "__doc__": f"Text configuration of a pruned {host} decoder whose layers differ in size.",
         "__module__": __name__,
         "model_type": PER_LAYER_PREFIX + host,
         "validate_architecture": validate_architecture,
         "validate_rope": validate_rope,
+        "__iter__": __iter__,
     }
     config_class = type(f"Pruned{base.__name__}", (base,), namespace)
     return config_class, _model_class(host, config_class)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..finite import NotFiniteError
 from ..models.anatomy import decoder_of, projector_of
 from ..models.forward import FeatureCache, feature_cache, forward_hidden
 from .alignment import Match, captured
@@ -87,7 +88,7 @@ class RecoveryModule(L.LightningModule):
         self._groups = parameter_groups(student, cfg.lr, cfg.projector_lr, cfg.weight_decay)
         self._seed = seed
         self._features = features or feature_cache(student)
-        self._group = torch.zeros(2)
+        self._group = torch.zeros(1 + len(self.terms))  # of an optimiser step: tokens, and the sum of every loss
         self._started = 0.0
 
     # Loss
@@ -110,7 +111,7 @@ class RecoveryModule(L.LightningModule):
         total = (weights * (sums if self.cfg.parity is None else values)).sum()
         tokens = (batch["labels"][:, 1:] != -100).sum()
         self.tokens += int(tokens)
-        self._group = self._group.to(total.device) + torch.stack([tokens.float(), total.detach()])
+        self._group = self._group.to(total.device) + torch.cat([tokens.float()[None], sums.detach()])
         self._log(values.detach(), weights)
         return total
 
@@ -162,13 +163,10 @@ class RecoveryModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over all tokens of the global batch."""
-        tokens, loss = self.trainer.strategy.reduce(self._group, reduce_op="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        tokens, *sums = self.trainer.strategy.reduce(self._group, reduce_op="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         self._group = torch.zeros_like(self._group)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"recover.lr={self.cfg.lr}: the loss is {loss} at step {self.global_step}; "
-                "lower it, or set trainer.precision to bf16-mixed or 32-true"
-            )
+        for (_, loss), value in zip(self.terms, sums, strict=True):
+            self._require(value, f"the loss {loss.name}, {loss},")
         self.log("recover/lr", optimizer.param_groups[-1]["lr"], batch_size=1)
         if self.cfg.parity is not None:
             return
@@ -178,13 +176,22 @@ class RecoveryModule(L.LightningModule):
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
 
+    def _require(self, value: float, what: str) -> None:
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"recover: {what} is {value} at step {self.global_step}; lower recover.lr={self.cfg.lr:g}, or set "
+                "trainer.precision to bf16-mixed or 32-true"
+            )
+
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip by the norm over all parameters, ``recover.max_grad_norm``."""
         sharded = getattr(self.trainer.model, "clip_grad_norm_", None)  # FSDP knows the norm over all shards
         if sharded is not None:
-            sharded(self.cfg.max_grad_norm)
+            norm = sharded(self.cfg.max_grad_norm)
         else:
-            nn.utils.clip_grad_norm_(list(trainable(self.student)), self.cfg.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(list(trainable(self.student)), self.cfg.max_grad_norm)
+        if self.trainer.precision != "16-mixed":  # whose scaler leaves such a step out
+            self._require(float(norm), "the gradient's norm")
 
     # State
 

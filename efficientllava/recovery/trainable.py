@@ -8,12 +8,15 @@ back to their storage type at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..data.conversations import Record
+from ..data.subset import show_images
+from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
 
 _DROPOUT_RATES = ("attention_dropout", "dropout", "drop_prob", "drop_path_rate")
@@ -31,6 +34,23 @@ def silence_dropout(model: nn.Module) -> None:
         for name in _DROPOUT_RATES:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
+
+
+def require_trainable(records: Sequence[Record], train: str) -> None:
+    """Refuse records from which nothing would be learnt; none of them is opened.
+
+    Args:
+        records: What a recovery trains on.
+        train: ``recover.train``.
+
+    Raises:
+        UserError: Only the projector trains, and no record shows it an image.
+    """
+    if train == "projector" and not show_images(records):
+        raise UserError(
+            "recover.train=projector: none of the records has an image, so nothing would train; give data with images, "
+            "or set recover.train=lora or recover.train=full"
+        )
 
 
 def prepare(model: nn.Module, cfg: Any, seed: int = 0, train_head: bool = True) -> Callable[[], None]:

@@ -82,7 +82,10 @@ def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterato
 
 
 def _speed_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    yield from _row("FLOPs per image-question", stages, ["flops", "prefill"], quantity)
+    plain = any(stage["setup"]["image_size"] == [] for stage in stages if stage.get("setup"))
+    yield from _row(
+        f"FLOPs per {'text-only question' if plain else 'image-question'}", stages, ["flops", "prefill"], quantity
+    )
     yield from _row("  in the language model", stages, ["flops", "prefill_language"], quantity, "dim")
     for label, name in (("prefill latency, ms", "prefill"), ("per-token latency, ms", "decode")):
         yield from _row(label, stages, ["latency_ms", name], _milliseconds)
@@ -216,6 +219,8 @@ def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | Non
     """The conditions of the speed measurement and what was not measured anew in this run."""
     conditions = _conditions(stages)
     lines = [conditions] if conditions else []
+    if any("flops" in stage for stage in stages):
+        lines.append("FLOPs: products of the prefill of that prompt, a multiply-add is two")
     protocols = {facts["protocol"] for facts in results.get("benchmarks", {}).values() if "protocol" in facts}
     lines += [f"benchmarks: prompts and parsing of {', '.join(sorted(protocols))}"] if protocols else []
     if results.get("reused"):

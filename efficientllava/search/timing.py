@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import layers_of
-from ..models.forward import IMAGE_INPUTS, Batch, stock_inputs, to_device
+from ..models.forward import IMAGE_INPUTS, Batch, going_on, stock_inputs, to_device
 from .projector import assembled
 from .space import Gene, Policy
 
@@ -122,7 +122,7 @@ def _decode(model: Any, prompt: dict[str, Tensor]) -> float:
     output = model(**prompt, use_cache=True, logits_to_keep=1)
     for _ in range(NEW_TOKENS - 1):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, **going_on(output), use_cache=True)
     return _seconds(start, _mark(device))
 
 

@@ -100,6 +100,7 @@ class Context:
         from ..models.forward import feature_cache
         from ..recovery.caching import require_teacher
         from ..recovery.recover import accumulation
+        from ..recovery.trainable import require_trainable
 
         settings, processor = self.settings, self.base.processor
         self.features = feature_cache(self.base.model)
@@ -115,6 +116,7 @@ class Context:
             require_teacher(settings.recover, self.base.base, self.base.model)
             accumulation(settings.data.batch_size, settings.data.global_batch_size, processes.world_size())
             self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
+            require_trainable(self.recovery.records, settings.recover.train)
         drawn = len(self.recovery.records) if self.recovery else 0
         self.samples = {"calibration": len(self.calibration), "recovery": drawn}
 
@@ -199,6 +201,8 @@ class Context:
         self.seconds[stage] = entry.record["seconds"]
         processes.barrier()
         checkpoint = self.load(self.folder / name, self.settings.model.dtype)
+        if checkpoint.base["digest"] == self.base.base["digest"]:
+            checkpoint.provenance["base"] = self.base.base  # the cache may name a copy that another run had
         if not self.settings.evaluate.efficiency:
             self.models.clear()  # nothing will be measured side by side
         self.models[name] = checkpoint.model

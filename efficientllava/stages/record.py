@@ -23,6 +23,7 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
         keys: Digests that a finished run is recognised by.
     """
     from ..card import usage
+    from ..evaluation.generation import set_aside
     from ..models.pruned import is_per_layer
     from ..pruning.plan import PruningPlan
     from ..report.samples import draw_samples
@@ -51,6 +52,7 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
         name=context.settings.name,
         model=context.base.path,
         benchmarks={task.name: {**task.facts, "headline": task.headline} for task in context.tasks},
+        generation={"decoding": "greedy", "set_aside": set_aside(context.base.model)},
         judges=evaluation.judged,
         reports={name: entry.record for name, entry in context.entries.items() if name in ("prune", "recover")},
     )

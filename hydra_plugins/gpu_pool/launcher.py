@@ -129,11 +129,11 @@ def _is_finished(job: Job, config: DictConfig) -> bool:
     from efficientllava.errors import UserError
     from efficientllava.identity import nothing_to_do
 
-    task = copy.deepcopy(config)
+    task, overrides = copy.deepcopy(config), list(config.hydra.overrides.task)
     with open_dict(task):
         del task["hydra"]  # as Hydra does for the job itself
     try:
-        settings = typed(task)
+        settings = typed(task, overrides)
         check(settings)
         return nothing_to_do(settings, job.folder)
     except UserError:

@@ -245,3 +245,101 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "data.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"data\.parquet' is no parquet file"):
         read_conversations(tmp_path / "data.parquet")
+
+
+# ---- half-read files ------------------------------------------------------------------------------------------------
+
+
+def records_text(count: int = 6) -> str:
+    return json.dumps([{"id": f"r{i}", "conversations": said(f'{i}? [ ] \\" }}')} for i in range(count)])
+
+
+def record_text(**changes: Any) -> str:
+    return json.dumps({"id": "x", "conversations": said(), **changes})
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 24])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (records_text() + "\n" + records_text(), "something follows the closing bracket, such as a second list"),
+        (records_text() + " and more", "something follows the closing bracket"),
+        (records_text() + "]", "something follows the closing bracket"),
+        (records_text().replace('}, {"id": "r3"', '} {"id": "r3"'), "no comma and no closing bracket behind record 2"),
+        (records_text().replace('"}]}, {"id": "r3"', '"}] {"id": "r3"'), "Expecting ',' delimiter"),
+        (records_text()[:-1] + ",]", "nothing follows the comma behind record 5"),
+        (records_text()[:-1], "no comma and no closing bracket behind record 5"),
+        ("[,]", "Expecting value"),
+        (records_text().replace("[{", "[,{", 1), "Expecting value"),
+    ],
+)
+def test_no_list_is_half_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, content: str, told: str):
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    (tmp_path / "mix.json").write_text(content)
+    with pytest.raises(UserError, match=rf"^data\.path: '.*mix\.json' is not JSON \({told}.*\); give a JSON list"):
+        read_conversations(tmp_path / "mix.json", max_bad_fraction=0.9)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 24])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        ('{"id": ' + "9" * 5000 + "}", "a number of too many digits"),
+        ('{"id": "r2", "more": ' + "[" * 100_000 + '"]"' + "]" * 100_000 + "}", "too many brackets inside each other"),
+        (record_text(id="\ud800"), "surrogate"),
+        (record_text(source="\ud800"), "surrogate"),
+        (record_text(conversations=said(answer="\udfff")), "surrogate"),
+        (record_text(conversations=said("\ud800?")), "surrogate"),
+        (record_text(image="\ud800.png"), "surrogate"),
+        (record_text(conversations=[{"from": ["human"], "value": "a"}]), "role"),
+        (record_text(id="\ud800", conversations=3), "neither 'conversations' nor"),
+    ],
+)  # fmt: skip
+def test_a_record_that_nothing_can_be_made_of_is_named_and_counted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    chunk: int,
+    suffix: str,
+    bad: str,
+    told: str,
+) -> None:
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    good = [json.dumps(record) for record in json.loads(records_text())]
+    lines = [*good[:2], bad, *good[2:]]
+    file = tmp_path / f"mix.{suffix}"
+    file.write_text("[" + ",\n".join(lines) + "]" if suffix == "json" else "\n".join(lines))
+    with pytest.raises(
+        UserError, match=rf"1 of 7 records are corrupt, the first: (record 2|line 3|record '.*'): .*{told}"
+    ):
+        read_conversations(file)
+    records = read_conversations(file, max_bad_fraction=0.2)
+    assert [record.id for record in records] == [f"r{i}" for i in range(6)]
+    assert "1 of 7 records are corrupt" in caplog.text
+
+
+def test_bytes_that_are_no_utf8_cost_their_record(tmp_path: Path) -> None:
+    file = tmp_path / "mix.json"
+    file.write_bytes(records_text().encode().replace(b"3? ", b"3?\xe9"))
+    with pytest.raises(
+        UserError, match=r"1 of 6 records are corrupt, the first: record 'r3': .* bytes that are no UTF-8"
+    ):
+        read_conversations(file)
+    assert len(read_conversations(file, max_bad_fraction=0.2)) == 5
+
+
+@pytest.mark.parametrize("name", ["mix.json", "mix.jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, name: str) -> None:
+    records = json.loads(records_text())
+    content = json.dumps(records) if name == "mix.json" else "\n".join(map(json.dumps, records))
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert len(read_conversations(tmp_path / name)) == 6
+
+
+def test_a_name_that_stands_twice_in_a_list_of_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("")
+    entry = '"a": {"annotation": "a.jsonl"}'
+    (tmp_path / "list.json").write_text(f"{{{entry}, {entry}}}")
+    with pytest.raises(UserError, match="the key 'a' stands twice"):
+        read_conversations(tmp_path / "list.json")

@@ -1,10 +1,23 @@
+import copy
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from efficientllava.checkpoint import load
 from efficientllava.data.collator import Collator, GenerationCollator
-from efficientllava.evaluation.generation import generate, greedy_config, length_batches, reference_losses
+from efficientllava.errors import UserError
+from efficientllava.evaluation.generation import (
+    MEANINGLESS,
+    generate,
+    greedy_config,
+    length_batches,
+    reference_losses,
+    set_aside,
+)
+from efficientllava.hub import local_folder
 from efficientllava.models.forward import answer_loss, decoder_inputs, to_device, vision_features
 
 
@@ -57,12 +70,68 @@ def test_generation_equals_full_forward_without_cache(family, questions):
     assert torch.equal(ids, cached)
 
 
+# Fields of generation_config.json, each with a value that would change answers or fail.
+ADVICE = {
+    "do_sample": True, "temperature": 5.0, "top_k": 2, "top_p": 0.1, "num_beams": 3, "repetition_penalty": 3.0,
+    "min_length": 40, "min_new_tokens": 5, "max_length": 3, "max_time": 1e-9, "no_repeat_ngram_size": 1,
+    "encoder_repetition_penalty": 2.0, "encoder_no_repeat_ngram_size": 1, "bad_words_ids": [[5]],
+    "suppress_tokens": [*range(3, 40)], "begin_suppress_tokens": [*range(3, 40)], "sequence_bias": [[[5], 50.0]],
+    "forced_bos_token_id": 5, "forced_eos_token_id": 5, "exponential_decay_length_penalty": [1, 9.0],
+    "stop_strings": ["e"], "token_healing": True, "guidance_scale": 3.0, "renormalize_logits": True, "min_p": 0.9,
+    "typical_p": 0.3, "epsilon_cutoff": 0.2, "eta_cutoff": 0.2, "num_return_sequences": 2, "length_penalty": 9.0,
+    "return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_attentions": True,
+    "cache_implementation": "static", "prompt_lookup_num_tokens": 2, "penalty_alpha": 0.5, "dola_layers": "low",
+    "num_beam_groups": 2, "constraints": [1], "force_words_ids": [[5]], "use_cache": False, "prefill_chunk_size": 2,
+    "assistant_early_exit": 1, "is_assistant": True, "use_mtp": True, "watermarking_config": {"bias": 5.0},
+    "remove_invalid_values": True, "of_nobody": 3,
+}  # fmt: skip
+
+
 def test_decoding_is_greedy_whatever_the_folder_suggests(tiny, questions, monkeypatch):
     model, processor = tiny
-    plain = _answers(model, processor, questions[:6])
-    monkeypatch.setattr(model.generation_config, "do_sample", True)
-    monkeypatch.setattr(model.generation_config, "temperature", 5.0)
-    assert _answers(model, processor, questions[:6]) == plain
+    plain, own = _answers(model, processor, questions[:6]), model.generation_config
+    for name, value in ADVICE.items():
+        advised = copy.deepcopy(own)
+        setattr(advised, name, value)
+        monkeypatch.setattr(model, "generation_config", advised)
+        assert _answers(model, processor, questions[:6]) == plain, name
+        told = {} if name in MEANINGLESS or not value else {name: value}
+        assert model.generation_config is advised and set_aside(model) == told, name
+    monkeypatch.setattr(model, "generation_config", own)
+    assert set_aside(model) == {}
+
+
+@pytest.mark.parametrize("advice", [{"num_return_sequences": 2}, {"compile_config": {"mode": "default"}}])
+def test_advice_that_the_library_refuses_keeps_no_model_from_loading(tmp_path, caplog, advice):
+    folder = shutil.copytree(local_folder("builtin:tiny_llava"), tmp_path / "advised")
+    file = folder / "generation_config.json"
+    tokens = json.loads(file.read_text())
+    file.write_text(json.dumps({**tokens, **advice}))
+    loaded = load(folder).model
+    assert loaded.generation_config.eos_token_id == tokens["eos_token_id"] and set_aside(loaded) == {}
+    assert "only the special tokens count" in caplog.text
+    file.write_text(json.dumps({**tokens, "eos_token_id": "end"}))
+    with pytest.raises(UserError, match="eos_token_id='end' must be a token's number"):
+        load(folder)
+
+
+def test_logits_and_losses_that_are_not_finite_are_told_by_record(tiny, questions, monkeypatch):
+    model, processor = tiny
+    head = model.lm_head.forward
+
+    def broken(hidden):
+        logits = head(hidden).clone()
+        logits[2] = float("nan")
+        return logits
+
+    monkeypatch.setattr(model.lm_head, "forward", broken)
+    records = questions[:4]
+    with pytest.raises(UserError, match=f"record {records[2].id!r}: the model's logits are not finite"):
+        _answers(model, processor, records)
+    batch = Collator(processor, pack=False)(records)
+    row = int((batch["labels"][:, 1:] != -100).nonzero()[2, 0])  # that of the third supervised position
+    with pytest.raises(UserError, match=f"record {records[row].id!r}: the loss of the reference answer: not finite"):
+        reference_losses(model, batch, _features(model, batch))
 
 
 def test_end_token_of_the_model_wins_over_the_tokenizer(tiny, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from efficientllava.errors import UserError
+from efficientllava.finite import NotFiniteError
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import answer_loss
 from efficientllava.recovery.recover import accumulation, optimiser_steps, recover
@@ -158,11 +159,34 @@ def test_a_student_with_dropped_layers_learns_from_the_whole_teacher(tmp_path):
         run(student, tmp_path / "c", teacher)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+@pytest.mark.parametrize(
+    ("place", "weights", "told"),
+    [
+        ("lm_head.weight", {"sft": 1.0, "hidden": 0.0}, "loss sft, CE, is nan at step 0"),
+        # The norm's gain is the student's alone: cross-entropy of a teacher that is fine stays fine.
+        (
+            "model.language_model.norm.weight",
+            {"sft": 0.0, "hidden": 1.0},
+            r"loss hidden, L2\(hidden\), is nan at step 0",
+        ),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, place, weights, told):
+    teacher = make_model()
+    student = perturb(teacher)
+    student.get_parameter(place).data.view(-1)[0] = float("nan")
+    with pytest.raises(NotFiniteError, match=told):
+        run(student, tmp_path, teacher, **weights)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_even_in_the_last_step(tmp_path):
     student = make_model()
-    student.lm_head.weight.data[0, 0] = float("nan")
-    with pytest.raises(UserError, match=r"recover\.lr=.*nan at step 0"):
-        run(student, tmp_path, sft=1.0, hidden=0.0)
+    weight = student.lm_head.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = weight.detach().clone()
+    with pytest.raises(NotFiniteError, match=r"the gradient's norm is (nan|inf) at step 0"):
+        run(student, tmp_path, sft=1.0, hidden=0.0, steps=1)
+    assert torch.equal(weight, before)
 
 
 def test_distillation_without_a_teacher_is_refused(tmp_path):

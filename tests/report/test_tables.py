@@ -72,6 +72,16 @@ def row(text, label):
     return re.split(r"\s{2,}", line.strip())[1:]
 
 
+def test_the_row_of_flops_says_what_was_counted():
+    results = make()
+    assert row(printed(results), "FLOPs per image-question") and "FLOPs: products of the prefill" in printed(results)
+    for each in results["stages"].values():
+        each["setup"] = {**SETUP, "image_size": []}
+    text = printed(results)
+    assert row(text, "FLOPs per text-only question")[0] == "49.7 M" and "image-question" not in text
+    assert "image none" in " ".join(text.split())
+
+
 def test_table_holds_every_number_of_the_main_job():
     text = printed(make())
     assert row(text, "parameters") == ["1.08 M", "670 k", "670 k"]

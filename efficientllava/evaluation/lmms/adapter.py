@@ -17,6 +17,7 @@ from torch import nn
 from ...checkpoint import load
 from ...data.collator import GenerationCollator
 from ...data.conversations import Record, Turn
+from ...data.pixels import rgb
 from ...data.rows import in_place
 from ...errors import UserError
 from ...models.forward import FeatureCache, feature_cache, to_device
@@ -131,7 +132,7 @@ class EfficientLLaVA(lmms):
         if not all(isinstance(image, Image.Image) for image in images):
             kinds = ", ".join(sorted({type(image).__name__ for image in images}))
             raise UserError(f"lmms-eval: task {task} shows {kinds}; only images are supported")
-        shown = [image.convert("RGB") for image in images]
+        shown = [rgb(image) for image in images]
         question, places = in_place(str(text))
         # Of one image, and where the tags do not fit the images, the template decides: all stand before the question.
         placed = 1 < len(shown) == len(places)
