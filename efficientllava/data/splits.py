@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import UserError
 from ..schema import CalibrationConfig, DataConfig, RunConfig
 from .checks import usable_first
-from .conversations import Record
+from .conversations import Record, image_key
 from .digits import SPLITS, Digits
 from .subset import Subset, column
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 PURPOSES = ("train", "calibration", "minival", "test")
 # A file of conversations lends a tenth of its records, but no more than this, to calibration and to minival each.
 HELD_OUT = 1000
+COMPARED = 0.25  # share of the calibration records that candidates are compared on
+LEAST_FITTED, LEAST_COMPARED = 2, 2  # groups that are fitted to, and records that are compared on
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:
@@ -167,6 +169,32 @@ def calibration_records(
         return [records[index] for index in range(calibration.samples)]
     where = str(calibration.path or data.path or data.name)
     return usable_first(records, calibration.samples, collate, data, where)
+
+
+def split_roles(records: Sequence[Record], share: float = COMPARED) -> tuple[list[Record], list[Record]]:
+    """Part calibration records into those that candidates are fitted to, and those that they are compared on.
+
+    Records that show one image, or are of one document (what stands before the last "/" of their ids), stay together.
+
+    Args:
+        records: Calibration records, in their order.
+        share: Share that is compared on, (0, 1).
+
+    Returns:
+        Records to fit and records to compare, both in their order; the latter is empty where there are too few.
+    """
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        document = record.id.rpartition("/")[0] or record.id
+        groups[image_key(record.image) if record.image is not None else document].append(record)
+    compared: list[Record] = []
+    for group in reversed(list(groups.values())[LEAST_FITTED:]):
+        if len(compared) + len(group) <= share * len(records):
+            compared += group
+    if len(compared) < LEAST_COMPARED:
+        return list(records), []
+    chosen = {id(record) for record in compared}
+    return [r for r in records if id(r) not in chosen], [r for r in records if id(r) in chosen]
 
 
 def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Record]:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..data.splits import split_roles
 from ..models.forward import FeatureCache
 from ..models.offload import Offload
 from ..processes import sum_over
@@ -66,11 +67,15 @@ class PruningModule(LightningModule):
         self._batch_size = micro_batch(config, batch_size)
         self._seed, self._features, self._tick = seed, features, tick
         self._batches: list[dict[str, Any]] = []
+        self._compared: set[str] = set()
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This process's share of the calibration batches."""
-        starts = range(0, len(self._records), self._batch_size)[self.trainer.global_rank :: self.trainer.world_size]
-        chunks = [list(self._records[start : start + self._batch_size]) for start in starts]
+        chooses = self._config.method == "widthwise" and self._config.selection == "shape"
+        fit, compared = split_roles(self._records) if chooses else (self._records, [])
+        size, mine = self._batch_size, slice(self.trainer.global_rank, None, self.trainer.world_size)
+        chunks = [list(part[i : i + size]) for part in (fit, compared) for i in range(0, len(part), size)][mine]
+        self._compared = {record.id for record in compared}
         # Lightning calls no hook on a process without batches, but all must take part in the sums.
         return DataLoader(chunks or [[]], batch_size=None, collate_fn=lambda chunk: chunk and self._collate(chunk))  # pyright: ignore[reportArgumentType]
 
@@ -89,7 +94,8 @@ class PruningModule(LightningModule):
         batches, config = self._batches, self._config
         beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
         storage, offload = self._storage(model), self._offload
-        calibration = Calibration(batches, self._features, sum_over, storage, offload, self._tick, beginning)
+        compared = [i for i, batch in enumerate(batches) if self._compared.issuperset(batch["ids"])]
+        calibration = Calibration(batches, self._features, sum_over, storage, offload, self._tick, beginning, compared)
         plan, scored = make_plan(model, calibration, config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
         self.pruned, applied = apply_plan(model, self.plan, calibration, config)

@@ -7,16 +7,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..models.anatomy import decoder_of, final_norm_of, language_parameters, layers_of, pinned_layers
+from ..processes import gather
 from ..schema import PruneConfig
+from .comparison import Comparison, Verdict, simplest
 from .outline import blocks_to_drop, candidate_shapes, prune_space
 from .plan import LayerPlan, PruningPlan
 from .refit import LayerError, SequentialPruner
 from .scores import Calibration, open_stream, rank_units
-from .selection import global_counts, ranked_plan
+from .selection import global_counts, imbalance, ranked_plan
 from .statistics import BlockInfluence, CalibrationStream, Reduce
 from .surgery import achieved_ratio, check_plan, cut, rebuild
 
@@ -33,13 +35,18 @@ class PruneReport:
         loss_pruned: The same after cut and refit.
         errors: Relative output error of every refitted writer, before and after the refit.
         block_influence: Score of every block (layerwise).
-        candidates: Tried shapes with their calibration loss (selection ``shape``).
-        damping: Damping of Gram matrices, in units of their mean diagonal.
+        loss_compared: Answer loss of the chosen candidate on the records that candidates were compared on, fitted to
+            the others; None where nothing was chosen.
+        loss_compared_dense: The same of the dense model.
+        candidates: Tried shapes with their divergence from the dense model and their answer loss on these records.
+        damping: Damping of Gram matrices, as a share of each channel's power.
     """
 
     loss_dense: float | None = None
     loss_searched: float | None = None
     loss_pruned: float | None = None
+    loss_compared: float | None = None
+    loss_compared_dense: float | None = None
     errors: list[LayerError] = field(default_factory=list)
     block_influence: list[float] = field(default_factory=list)
     candidates: list[dict[str, float]] = field(default_factory=list)
@@ -167,11 +174,11 @@ def apply_plan(
     return smaller, report
 
 
-def _dense_loss(stream: CalibrationStream, reduce: Reduce) -> float:
+def _dense_outputs(stream: CalibrationStream) -> list[Tensor]:
     hidden = stream.start()
     for index, layer in enumerate(decoder_of(stream.model).layers):
         stream.advance(layer, index, hidden)
-    return stream.answer_loss(hidden, reduce)
+    return hidden
 
 
 @torch.no_grad()
@@ -208,7 +215,7 @@ def _layerwise(
     whole = whole_layers(model)
     count = blocks_to_drop(model, config)
     stream = open_stream(model, calibration, config)
-    report.loss_dense = _dense_loss(stream, calibration.reduce)
+    report.loss_dense = stream.answer_loss(_dense_outputs(stream), calibration.reduce)
     kept = list(range(len(whole)))
     scores = block_influences(stream, kept, config, calibration.reduce)
     report.block_influence = scores
@@ -227,24 +234,37 @@ def _widthwise(
 ) -> tuple[LayerPlan, ...]:
     space = prune_space(model, config)
     shapes = candidate_shapes(space, layers_of(model)[0], config)
-    scores, stream = rank_units(model, calibration, config, seed)
-    report.loss_dense = _dense_loss(stream, calibration.reduce)
+    scores, stream, dense = rank_units(model, calibration, config, seed)
+    dense = dense or _dense_outputs(stream)
+    report.loss_dense = stream.answer_loss(dense, calibration.reduce)
     rankings = [s.pair for s in scores]
     if not shapes:
         costs = [(attention.costs, mlp.costs) for attention, mlp in rankings]
         return ranked_plan(global_counts(space, config.ratio or 0.0, costs), rankings)
-    if len(shapes) == 1:
-        return ranked_plan(space.counts(*shapes[0]), rankings)
-    pruner = SequentialPruner(stream, config.refit, config.refit_target, config.damping, calibration.reduce)
+    best = min(range(len(shapes)), key=lambda i: imbalance(space, shapes[i]))
+    if len(shapes) > 1 and any(gather(len(calibration.compared))):
+        comparison = Comparison(stream, calibration.compared, dense)
+        del dense
+        pruner = SequentialPruner(
+            stream, config.refit, config.refit_target, config.damping, calibration.reduce, calibration.fitted
+        )
+        verdicts: dict[tuple[int, int], Verdict] = {}
 
-    def loss(shape: tuple[int, int]) -> float:
-        value = pruner.run(ranked_plan(space.counts(*shape), rankings), commit=False).loss
-        report.candidates.append({"groups": shape[0], "channels": shape[1], "loss": value})
-        calibration.tick("choose heads against channels", len(report.candidates), search_length(len(shapes)))
-        return value
+        def divergence(shape: tuple[int, int]) -> float:
+            found = pruner.run(ranked_plan(space.counts(*shape), rankings), commit=False)
+            verdicts[shape] = comparison(found.hidden)
+            calibration.tick("choose heads against channels", len(verdicts), search_length(len(shapes)))
+            return verdicts[shape].mean
 
-    best = lowest(shapes, loss)
-    return ranked_plan(space.counts(*best), rankings)
+        lowest(shapes, divergence)
+        tried = sorted(verdicts, key=shapes.index)
+        best = shapes.index(tried[simplest([verdicts[s] for s in tried], [imbalance(space, s) for s in tried])])
+        report.candidates = [
+            {"groups": g, "channels": c, "kl": verdicts[g, c].mean, "loss": verdicts[g, c].loss} for g, c in tried
+        ]
+        report.loss_compared = verdicts[shapes[best]].loss
+        report.loss_compared_dense = comparison.dense_loss
+    return ranked_plan(space.counts(*shapes[best]), rankings)
 
 
 def lowest(candidates: Sequence[tuple[int, int]], loss: Callable[[tuple[int, int]], float]) -> tuple[int, int]:

@@ -8,13 +8,18 @@ columns minimise ``E ||y - W* x_S||^2 + ||(W* - W_S) Lambda^(1/2)||^2``:
 For the target ``y = W x`` this is ``W_S + W_P H_PS (H_SS + Lambda)^-1`` with ``P`` the pruned columns, the optimal
 compensation of OBS (Hassibi and Stork 1993; per-column form in arXiv 2203.07259 and 2403.12983). The damping pulls
 towards the plain slice, so that the error on the calibration data can never exceed the plain slice's.
+
+A layer may also repair what earlier layers lost, ``y = W x + alpha (r - W x)`` with ``r`` what it would have to write
+for the residual stream to be the dense model's; how far that generalises differs from writer to writer (arXiv
+2504.02692, 2504.09629). ``alpha`` and ``lambda`` are what is best on records that the columns were not fitted to.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,13 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..finite import require_finite
 from ..models.anatomy import Component, decoder_of, describe_layer, names_of
+from ..processes import gather
 from .plan import LayerPlan
 from .spd import damping_of, divide, factorise
 from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, no_reduce, total_weight
 from .surgery import cut_component
 
-TARGETS = ("layer", "residual")
+TARGETS = {"layer": 0.0, "residual": 1.0, "adaptive": None}  # how far earlier losses are repaired; None: as validated
+DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # among these the validated one is chosen
+DAMPING = 0.3  # where there are no records to validate on
 Write = Callable[[Tensor], Tensor]
 
 
@@ -41,12 +50,16 @@ class LayerError:
         component: ``attention`` or ``mlp``.
         before: Error of the plain slice.
         after: Error of the refitted columns; never above ``before``.
+        damping: Damping of the Gram matrix, as a share of each channel's power; infinite where the slice stayed plain.
+        repair: How far the target repairs what earlier layers lost, [0, 1].
     """
 
     layer: int
     component: str
     before: float
     after: float
+    damping: float = 0.0
+    repair: float = 0.0
 
 
 @dataclass
@@ -60,6 +73,88 @@ class Target:
 
     cross: Tensor
     power: float
+
+
+@dataclass
+class Moments:
+    """Mean moments of a writer's kept inputs ``x_S``, its own output ``y = W x``, and what repairs the stream, ``r``.
+
+    Args:
+        gram: ``E[x_S x_S^T]``.
+        own: ``E[y x_S^T]``, ``(out_features, kept)``.
+        repaired: ``E[r x_S^T]``; None where the residual stream is not looked at.
+        powers: ``E ||y||^2``, ``E <y, r>``, ``E ||r||^2``.
+        weight: Sum of the weights of the positions.
+    """
+
+    gram: Tensor
+    own: Tensor
+    repaired: Tensor | None
+    powers: tuple[float, float, float]
+    weight: float
+
+    def add(self, other: Moments) -> None:
+        """Become the moments of both; ``other`` is used up."""
+        mine, theirs = (each.weight / (self.weight + other.weight) for each in (self, other))
+        for name in ("gram", "own", "repaired"):
+            if (matrix := getattr(self, name)) is not None:
+                matrix.mul_(mine).add_(getattr(other, name).mul_(theirs))
+        self.powers = tuple(mine * a + theirs * b for a, b in zip(self.powers, other.powers, strict=True))  # pyright: ignore
+        self.weight += other.weight
+
+    def target(self, repair: float) -> Target:
+        """Moments of ``y + repair (r - y)``; takes the memory of these."""
+        own, both, wanted = self.powers
+        power = (1 - repair) ** 2 * own + 2 * repair * (1 - repair) * both + repair**2 * wanted
+        return Target(self.own if self.repaired is None else self.own.lerp_(self.repaired, repair), power)
+
+
+def validate(
+    weight: Tensor, kept: Tensor, fitted: Moments, held: Moments, damping: float | None, repair: float | None, what: str
+) -> tuple[float, float]:
+    """Choose damping and repair by the error on records that the columns are not fitted to.
+
+    The solution is linear in ``repair``, so that its best value is known in closed form for each damping.
+
+    Args:
+        weight: The whole writer, ``(out_features, in_features)``.
+        kept: Indices of the kept columns.
+        fitted: Moments that columns are solved from.
+        held: Moments of other records.
+        damping: Fixed, or None.
+        repair: Fixed, or None.
+        what: Layer and component, for errors.
+
+    Returns:
+        Damping, infinite where no solution beats the plain slice, and repair.
+    """
+    wanted = held.own if held.repaired is None else held.repaired
+    best, chosen = 0.0, (math.inf, repair or 0.0)
+    for candidate in DAMPINGS if damping is None else (damping,):
+        lower = factorise(fitted.gram.clone(), damping_of(fitted.gram, candidate), what)
+        # With D the change at repair 0, V its slope, W_S the slice and R = E[r x^T] - W_S H, all of held records:
+        #   error(a) - error of the slice = -2 <D + a V, R> + ||(D + a V) H^(1/2)||^2
+        flat = slope = both = curve = 0.0
+        for rows in range(0, len(weight), STRIP * 4):
+            part = slice(rows, rows + STRIP * 4)
+            plain = weight[part, kept].to(lower.dtype)
+            change = fitted.own[part] - plain @ fitted.gram
+            divide(change, lower, what)
+            rest = wanted[part] - plain @ held.gram
+            seen = change @ held.gram
+            flat += _inner(change, seen) - 2 * _inner(change, rest)
+            if fitted.repaired is not None and repair != 0:
+                more = fitted.repaired[part] - fitted.own[part]
+                divide(more, lower, what)
+                slope += _inner(more, rest)
+                both += _inner(more, seen)
+                curve += _inner(more, more @ held.gram)
+        step = min(max((slope - both) / curve, 0.0), 1.0) if curve > 0 else 0.0
+        step = step if repair is None else repair
+        error = flat - 2 * step * (slope - both) + step**2 * curve
+        if error < best or damping is not None:
+            best, chosen = error, (candidate, step)
+    return chosen
 
 
 def solve(
@@ -84,18 +179,22 @@ def solve(
     # With W the plain slice, D the change and R = E[y x^T] - W H:
     #   E||y - W x||^2     = E||y||^2 - <W, E[y x^T]> - <W, R>
     #   E||y - (W+D) x||^2 = the same - <D, R> - <D, D Lambda>,    Lambda the damping, D = R (H + Lambda)^-1
-    step, before = target.cross, target.power
-    strips = list(zip(step.split(STRIP), weight.split(STRIP), strict=True))
-    for rows, whole in strips:
-        plain = whole[:, kept].to(gram.dtype)
-        before -= _inner(plain, rows) + _inner(plain, rows.addmm_(plain, gram, alpha=-1))
+    step, before = target.cross, plain_error(weight, kept, gram, target)
     shift = damping_of(gram, damping)
     gain = divide(step, factorise(gram, shift, what), what)
     gain += float((step.square().sum(0) * shift).sum())
-    before = max(before, 0.0)
-    for rows, whole in strips:
+    for rows, whole in zip(step.split(STRIP), weight.split(STRIP), strict=True):
         rows.add_(whole[:, kept])
     return step, before, max(before - gain, 0.0)
+
+
+def plain_error(weight: Tensor, kept: Tensor, gram: Tensor, target: Target) -> float:
+    """Mean square error of the plain slice; leaves ``R = E[y x_S^T] - W_S H_SS`` in the memory of ``target.cross``."""
+    error = target.power
+    for rows, whole in zip(target.cross.split(STRIP), weight.split(STRIP), strict=True):
+        plain = whole[:, kept].to(gram.dtype)
+        error -= _inner(plain, rows) + _inner(plain, rows.addmm_(plain, gram, alpha=-1))
+    return max(error, 0.0)
 
 
 def _inner(left: Tensor, right: Tensor) -> float:
@@ -109,10 +208,12 @@ class RefitResult:
     Args:
         loss: Answer loss on the calibration batches after the cut, in nats per token.
         errors: Error of every refitted writer.
+        hidden: Outputs of the last layer, by batch.
     """
 
     loss: float
     errors: list[LayerError] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -140,25 +241,34 @@ class SequentialPruner:
         stream: The calibration stream.
         refit: Whether writers are refitted.
         target: ``layer``: the layer's own output on the pruned prefix. ``residual``: the dense model's residual
-            stream behind the component, so that a layer also repairs what earlier layers lost.
-        damping: See `solve`.
+            stream behind the component, so that a layer also repairs what earlier layers lost. ``adaptive``: between
+            the two, see `validate`.
+        damping: See `solve`; None: see `validate`.
         reduce: Sums over processes.
+        fitted: Batches that are fitted to; None: all.
+        held: Batches that damping and repair are chosen on before all of both are fitted to. Those that are in neither
+            pass through only.
     """
 
     def __init__(
         self,
         stream: CalibrationStream,
         refit: bool = True,
-        target: str = "residual",
-        damping: float = 0.01,
+        target: str = "adaptive",
+        damping: float | None = None,
         reduce: Reduce = no_reduce,
+        fitted: Collection[int] | None = None,
+        held: Collection[int] = (),
     ) -> None:
         if target not in TARGETS:
-            raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
+            raise ValueError(f"target must be one of {tuple(TARGETS)}, got {target!r}")
         self._stream, self._refit, self._damping, self._reduce = stream, refit, damping, reduce
+        self._held, self._validated = held, any(gather(len(held)))
+        self._repair = TARGETS[target] if self._validated or target != "adaptive" else 0.0
         # A norm after the writer hides the residual stream from it; the layer's own output is the target then.
-        self._to_residual = refit and target == "residual" and not names_of(stream.model).post_norms
+        self._to_residual = refit and self._repair != 0 and not names_of(stream.model).post_norms
         self._config = decoder_of(stream.model).config
+        self._fitted = set(range(len(stream.batches))) - set(held) if fitted is None else fitted
 
     @torch.no_grad()
     def run(
@@ -192,6 +302,7 @@ class SequentialPruner:
             if on_layer:
                 on_layer(index)
         result.loss = self._stream.answer_loss(flow.pruned, self._reduce)
+        result.hidden = flow.pruned
         return result
 
     def _cut_layer(
@@ -218,14 +329,32 @@ class SequentialPruner:
             else:
                 flow.pruned = list(flow.dense)
 
-    def _moments(self, component: Component, units: Sequence[int], touched: bool) -> _Moments | None:
+    def _moments(self, component: Component, units: Sequence[int], touched: bool) -> tuple[_Sums, _Sums] | None:
+        """Sums of what is fitted and of what is held back; None where there is nothing to solve."""
         whole = len(units) == component.units
         if not self._refit or (whole and not (touched and self._to_residual)):
             return None
-        return _Moments(component.writer, component.columns(units))
+        columns = component.columns(units)
+        fitted, held = (_Sums(component.writer, columns, self._to_residual) for _ in range(2))
+        return fitted, held
+
+    def _add(
+        self,
+        moments: tuple[_Sums, _Sums],
+        batch: int,
+        rows: Tensor,
+        own: Tensor,
+        wanted: Tensor | None,
+        residual: Tensor,
+    ) -> None:
+        """Add a batch to the sums that it belongs to: all of ``(batch, seq, width)``."""
+        if batch in self._fitted or batch in self._held:
+            counted = self._stream.counted[batch]
+            parts = (rows[counted], own[counted], None if wanted is None else wanted[counted])
+            moments[batch in self._held].add(*parts, self._stream.weights(batch, residual))
 
     def _run_attention(
-        self, layer: nn.Module, plan: LayerPlan, attention: Component, flow: _Flow, moments: _Moments | None
+        self, layer: nn.Module, plan: LayerPlan, attention: Component, flow: _Flow, moments: tuple[_Sums, _Sums] | None
     ) -> list[Tensor]:
         """Move the dense stream through the layer, which is still whole; return what the kept heads write from."""
         stream, result = self._stream, []
@@ -244,40 +373,55 @@ class SequentialPruner:
                 with _captured(attention.writer, seen, stop=True):
                     stream.call(layer, plan.index, batch, inputs)
             if moments is not None:
-                counted, weights = stream.counted[batch], stream.weights(batch, inputs + seen.output)
-                moments.add(seen.inputs[counted], (seen.output if wanted is None else wanted)[counted], weights)
+                self._add(moments, batch, seen.inputs, seen.output, wanted, inputs + seen.output)
             result.append(stream.store(seen.inputs[..., kept]))
         return result
 
-    def _run_mlp(self, layer: nn.Module, index: int, mlp: Component, flow: _Flow, moments: _Moments) -> None:
+    def _run_mlp(self, layer: nn.Module, index: int, mlp: Component, flow: _Flow, moments: tuple[_Sums, _Sums]) -> None:
         stream = self._stream
         for batch, stored in enumerate(flow.pruned):
             seen = _Seen()
             with _captured(mlp.writer, seen):
                 output = stream.call(layer, index, batch, stream.load(stored))
-            wanted = seen.output
+            wanted = None
             if flow.dense is not None:
                 wanted = stream.load(flow.dense[batch]) - (output - seen.output)
-            counted = stream.counted[batch]
-            moments.add(seen.inputs[counted], wanted[counted], stream.weights(batch, output))
+            self._add(moments, batch, seen.inputs, seen.output, wanted, output)
+
+    def _solve(
+        self, component: Component, index: int, fitted: _Sums, held: _Sums, errors: list[LayerError]
+    ) -> Tensor | None:
+        """The refitted columns of a writer; None where no solution beats the plain slice on what is held back."""
+        what, weight, kept = f"layer {index}, {component.kind}", component.writer.weight.detach(), fitted.kept
+        moments, damping, repair = fitted.close(self._reduce), self._damping or DAMPING, self._repair or 0.0
+        if self._validated:
+            other = held.close(self._reduce)
+            damping, repair = validate(weight, kept, moments, other, self._damping, self._repair, what)
+            moments.add(other)
+        target = moments.target(repair)
+        require_finite(target.cross, f"{what}: statistics of the calibration records")
+        scale = max(target.power, torch.finfo(torch.float32).tiny)
+        if math.isinf(damping):
+            error = plain_error(weight, kept, moments.gram, target) / scale
+            errors.append(LayerError(index, component.kind, error, error, damping, 0.0))
+            return None
+        columns, before, after = solve(weight, kept, moments.gram, target, damping, what)
+        errors.append(LayerError(index, component.kind, before / scale, after / scale, damping, repair))
+        return columns
 
     def _write(
         self,
         component: Component,
         units: Sequence[int],
         index: int,
-        moments: _Moments | None,
+        moments: tuple[_Sums, _Sums] | None,
         errors: list[LayerError],
         commit: bool,
     ) -> Write:
         """Refit and cut a component; return how it writes from its kept inputs."""
         weight, writer = None, component.writer
         if moments is not None:
-            gram, target = moments.means(self._reduce)
-            what = f"layer {index}, {component.kind}"
-            weight, before, after = solve(writer.weight.detach(), moments.kept, gram, target, self._damping, what)
-            scale = max(target.power, torch.finfo(torch.float32).tiny)
-            errors.append(LayerError(index, component.kind, before / scale, after / scale))
+            weight = self._solve(component, index, *moments, errors)
         if commit:
             if weight is not None or len(units) < component.units:
                 cut_component(component, units, weight)
@@ -287,30 +431,35 @@ class SequentialPruner:
         return partial(nn.functional.linear, weight=weight.to(writer.weight.dtype), bias=writer.bias)
 
 
-class _Moments:
-    """Weighted sums over counted positions: Gram matrix of a writer's kept inputs, and their moments with its target."""
+class _Sums:
+    """Weighted sums over counted positions, which `close` turns into `Moments`."""
 
-    def __init__(self, writer: nn.Linear, kept: Tensor) -> None:
+    def __init__(self, writer: nn.Linear, kept: Tensor, repairs: bool) -> None:
         device = writer.weight.device
         self.kept = kept.to(device)
         self._gram = Gram(len(kept), device)
         self._bias = writer.bias
-        self._cross = torch.zeros(writer.out_features, len(kept), dtype=self._gram.matrix.dtype, device=device)
-        self._power = torch.zeros(1, dtype=torch.float64)
+        shape, dtype = (writer.out_features, len(kept)), self._gram.matrix.dtype
+        self._crosses = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(1 + repairs)]
+        self._powers = torch.zeros(3, dtype=torch.float64)
 
-    def add(self, rows: Tensor, wanted: Tensor, weights: Tensor) -> None:
-        """Add a writer's whole inputs, ``(positions, in_features)``, what it should write, and the positions' weights."""
+    def add(self, rows: Tensor, own: Tensor, wanted: Tensor | None, weights: Tensor) -> None:
+        """Add a writer's inputs, ``(positions, in_features)``, what it writes and should write, and the weights."""
         rows = rows[:, self.kept]
-        wanted = wanted if self._bias is None else wanted - self._bias
+        targets = [target if self._bias is None else target - self._bias for target in (own, wanted) if target is not None]
         self._gram.add(rows, weights)
-        add_product(self._cross, wanted, rows, weights)
-        self._power += float(wanted.double().square().sum(1) @ weights.double())
+        for cross, target in zip(self._crosses, targets, strict=True):
+            add_product(cross, target, rows, weights)
+        first, last = targets[0].double(), targets[-1].double()
+        pairs = ((first, first), (first, last), (last, last))
+        self._powers += torch.stack([(a * b).sum(1) @ weights.double() for a, b in pairs]).cpu()
 
-    def means(self, reduce: Reduce) -> tuple[Tensor, Target]:
-        """Close the sums over all processes."""
+    def close(self, reduce: Reduce) -> Moments:
+        """Close the sums over all processes; takes their memory."""
         weight = total_weight(self._gram.weight, reduce)
-        target = Target(reduce(self._cross).div_(weight), float(reduce(self._power)) / weight)
-        return self._gram.mean(reduce), target
+        own, *repaired = (reduce(cross).div_(weight) for cross in self._crosses)
+        powers = (reduce(self._powers) / weight).tolist()
+        return Moments(self._gram.mean(reduce), own, repaired[0] if repaired else None, tuple(powers), weight)
 
 
 class _Reached(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -37,6 +37,8 @@ class Calibration:
         offload: Brings weights to the device where they stay in host memory; None: the model computes where it is.
         tick: Progress.
         beginning: What all records begin with; it counts once.
+        compared: Indices of the batches that candidates are compared on; while one is, it is fitted to the others.
+        shares: What a position of each batch counts for; None: 1.
     """
 
     batches: Sequence[Batch]
@@ -46,6 +48,13 @@ class Calibration:
     offload: Offload | None = None
     tick: Tick = silent
     beginning: Beginning = ALONE
+    compared: Sequence[int] = ()
+    shares: Sequence[float] | None = None
+
+    @property
+    def fitted(self) -> list[int]:
+        """Indices of the batches that a candidate is fitted to."""
+        return [batch for batch in range(len(self.batches)) if batch not in self.compared]
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -81,6 +90,7 @@ def open_stream(model: nn.Module, calibration: Calibration, config: Counting) ->
         calibration.storage,
         calibration.offload,
         calibration.beginning,
+        calibration.shares,
     )
     stream.require_counted(config.tokens, calibration.reduce)
     return stream
@@ -88,7 +98,7 @@ def open_stream(model: nn.Module, calibration: Calibration, config: Counting) ->
 
 @dataclass
 class LayerScores:
-    """Removal orders of one layer, with costs relative to the power of the residual stream where a cost is an error."""
+    """Removal orders of one layer; a cost of `obs` is an error relative to the power of the residual stream."""
 
     attention: Ranking
     mlp: Ranking
@@ -101,7 +111,7 @@ class LayerScores:
 
 def rank_units(
     model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int = 0
-) -> tuple[list[LayerScores], CalibrationStream]:
+) -> tuple[list[LayerScores], CalibrationStream, list[Tensor]]:
     """Score every KV group and channel of every layer on the dense prefix.
 
     Args:
@@ -111,13 +121,14 @@ def rank_units(
         seed: Seed of random importance.
 
     Returns:
-        Rankings of all layers, and the calibration stream for reuse.
+        Rankings of all layers, the calibration stream for reuse, and the dense model's outputs of the last layer by
+        batch where the scores needed them (else empty).
     """
     layers = layers_of(model)
     stream = open_stream(model, calibration, config)
     if config.importance in TAYLOR:
         scores = TaylorScores(stream, config.importance, config.taylor_mean).run(calibration.reduce)
-        return [LayerScores(Ranking.from_scores(a), Ranking.from_scores(m)) for a, m in scores], stream
+        return [LayerScores(Ranking.from_scores(a), Ranking.from_scores(m)) for a, m in scores], stream, []
     looks = config.importance not in ("magnitude", "random")
     generator = torch.Generator().manual_seed(seed)
     ranked, hidden = [], stream.start() if looks else []
@@ -125,7 +136,9 @@ def rank_units(
         with stream.on_device(layer.module):
             if looks:
                 weighted = config.importance == "obs"
-                grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, weighted=weighted)
+                grams = layer_statistics(
+                    stream, layer, index, hidden, calibration.reduce, None, weighted, calibration.fitted
+                )
                 ranked.append(LayerScores(*(_rank(index, c, grams.pop(0), config) for c in layer.components)))
             else:
                 simple = (
@@ -135,7 +148,7 @@ def rank_units(
                 )
                 ranked.append(LayerScores(*(_levelled(c, simple(c)) for c in layer.components)))
         calibration.tick("score units", index + 1, len(layers))
-    return ranked, stream
+    return ranked, stream, hidden
 
 
 @torch.no_grad()
@@ -147,6 +160,7 @@ def layer_statistics(
     reduce: Reduce = no_reduce,
     linears: Sequence[nn.Linear] | None = None,
     weighted: bool = True,
+    fitted: Collection[int] | None = None,
 ) -> list[Tensor]:
     """Look at what the linear layers of a whole layer read on the dense prefix.
 
@@ -159,6 +173,7 @@ def layer_statistics(
         linears: Linear layers whose inputs are looked at; None: the writers of attention and MLP.
         weighted: Whether positions weigh as `CalibrationStream.weights` says, for the residual stream behind the
             component; else all counted ones weigh 1, as in published scores.
+        fitted: Batches that enter the statistics; the others pass through only. None: all.
 
     Returns:
         Gram matrices ``E[x x^T]`` of the inputs.
@@ -174,6 +189,8 @@ def layer_statistics(
     handles = [linear.register_forward_hook(note) for linear in {*linears, layer.attention.writer}]
     try:
         for batch, inputs, outputs in stream.run(layer.module, index, hidden):
+            if fitted is not None and batch not in fitted:
+                continue
             counted, (_, written) = stream.counted[batch], captured[layer.attention.writer]
             if weighted:
                 weights = [stream.weights(batch, inputs + written), stream.weights(batch, outputs)]

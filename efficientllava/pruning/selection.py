@@ -199,17 +199,17 @@ def local_shape(space: Space, ratio: float) -> tuple[int, int]:
     Returns:
         Kept ``(groups, channels)`` of every unprotected layer.
     """
-    return min(uniform_candidates(space, ratio), key=lambda shape: _imbalance(space, shape))
+    return min(uniform_candidates(space, ratio), key=lambda shape: imbalance(space, shape))
 
 
 def typical_shape(space: Space, ratio: float) -> tuple[int, int]:
     """A shape that removes about as much as a ratio asks for: `local_shape`, also where none meets the ratio."""
     shapes = _shapes(space, ratio)
     missed = [max(_miss(space, ratio, shape), TOLERANCE) for shape in shapes]
-    return min(zip(missed, shapes, strict=True), key=lambda pair: (pair[0], _imbalance(space, pair[1])))[1]
+    return min(zip(missed, shapes, strict=True), key=lambda pair: (pair[0], imbalance(space, pair[1])))[1]
 
 
-def _imbalance(space: Space, shape: tuple[int, int]) -> float:
+def imbalance(space: Space, shape: tuple[int, int]) -> float:
     """Distance between the kept shares of groups and of channels."""
     return abs(shape[0] / max(space.groups) - shape[1] / max(space.channels))
 

@@ -156,6 +156,7 @@ class CalibrationStream:
         storage: Device that keeps hidden states, masks and the like between layers; None keeps them where they are.
         offload: Brings weights to the device where they stay in host memory; activations are then stored there too.
         beginning: What all records begin with; it counts once.
+        shares: What a position of each batch counts for; None: 1.
 
     Attributes:
         counted: Positions that count, by batch.
@@ -171,6 +172,7 @@ class CalibrationStream:
         storage: torch.device | str | None = None,
         offload: Offload | None = None,
         beginning: Beginning = ALONE,
+        shares: Sequence[float] | None = None,
     ) -> None:
         self.model = model
         self.batches = batches
@@ -179,7 +181,8 @@ class CalibrationStream:
         self.depth = len(decoder.layers)
         image_token_id = model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.counted = [counted_positions(b, tokens, image_token_id).to(self.device) for b in batches]  # pyright: ignore[reportArgumentType]
-        self._shares = [position_weights(b, c, beginning) for b, c in zip(batches, self.counted, strict=True)]
+        found = (position_weights(b, c, beginning) for b, c in zip(batches, self.counted, strict=True))
+        self._shares = [w * s for w, s in zip(found, [1.0] * len(batches) if shares is None else shares, strict=True)]
         self._kwargs: list[list[dict[str, Any]]] = []
         self._added: list[list[Tensor | None]] = []
         self._features = features or feature_cache(model)

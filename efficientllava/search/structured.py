@@ -32,7 +32,7 @@ class Structured:
         channels: Kept channels of each MLP level below the whole, descending; None: the steps of 5 %.
     """
 
-    damping: float = 0.01
+    damping: float = 0.3
     tokens: str = "all"
     round_to: int = 1
     channels: tuple[int, ...] | None = None
