@@ -69,7 +69,7 @@ RULES: dict[str, Rule] = {
     "prune.ratio": SHARE,
     "prune.importance": _one_of(*IMPORTANCES),
     "prune.selection": _one_of("shape", "local", "global"),
-    "prune.refit_target": _one_of("layer", "residual"),
+    "prune.refit_target": _one_of("adaptive", "layer", "residual"),
     "prune.damping": POSITIVE,
     "prune.round_to": AT_LEAST_1,
     "prune.tokens": _one_of("all", "image", "text", "answer"),

@@ -68,8 +68,12 @@ class PruneConfig:
     importance: str = "obs"  # widthwise: see schema.IMPORTANCES
     selection: str = "shape"  # widthwise: shape | local | global
     refit: bool = False  # least-squares refit of o_proj and down_proj on the kept set
-    refit_target: str = "layer"  # layer: the layer's own dense output; residual: the dense model's residual stream
-    damping: float = 0.3  # added to Gram matrices, as a share of each channel's own power, > 0
+    # layer: the layer's own output; residual: the dense model's residual stream; adaptive: between the two, writer by
+    # writer, as is best on calibration records that the writer was not fitted to
+    refit_target: str = "adaptive"
+    damping: float | None = (
+        None  # added to Gram matrices, as a share of each channel's own power, > 0; None: as validated
+    )
     round_to: int = 1  # kept MLP channels are a multiple of this, >= 1
     tokens: str = "all"  # which positions count: all | image | text | answer
     iterative: bool = False  # layerwise: score again after each removed block

@@ -67,15 +67,16 @@ class PruningModule(LightningModule):
         self._batch_size = micro_batch(config, batch_size)
         self._seed, self._features, self._tick = seed, features, tick
         self._batches: list[dict[str, Any]] = []
-        self._compared: set[str] = set()
+        self._compared: Sequence[Any] = ()
+        self._held: Sequence[Any] = ()
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This process's share of the calibration batches."""
-        chooses = self._config.method == "widthwise" and self._config.selection == "shape"
-        fit, compared = split_roles(self._records) if chooses else (self._records, [])
         size, mine = self._batch_size, slice(self.trainer.global_rank, None, self.trainer.world_size)
-        chunks = [list(part[i : i + size]) for part in (fit, compared) for i in range(0, len(part), size)][mine]
-        self._compared = {record.id for record in compared}
+        rest, self._compared = split_roles(self._records)
+        fitted, self._held = split_roles(rest, len(self._compared) / len(rest)) if self._compared else (rest, [])
+        parts = (fitted, self._held, self._compared)
+        chunks = [list(part[i : i + size]) for part in parts for i in range(0, len(part), size)][mine]
         # Lightning calls no hook on a process without batches, but all must take part in the sums.
         return DataLoader(chunks or [[]], batch_size=None, collate_fn=lambda chunk: chunk and self._collate(chunk))  # pyright: ignore[reportArgumentType]
 
@@ -94,15 +95,18 @@ class PruningModule(LightningModule):
         batches, config = self._batches, self._config
         beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
         storage, offload = self._storage(model), self._offload
-        compared = [i for i, batch in enumerate(batches) if self._compared.issuperset(batch["ids"])]
-        calibration = Calibration(batches, self._features, sum_over, storage, offload, self._tick, beginning, compared)
+        roles = [
+            [i for i, batch in enumerate(batches) if {record.id for record in part}.issuperset(batch["ids"])]
+            for part in (self._compared, self._held)
+        ]
+        calibration = Calibration(batches, self._features, sum_over, storage, offload, self._tick, beginning, *roles)
         plan, scored = make_plan(model, calibration, config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
         self.pruned, applied = apply_plan(model, self.plan, calibration, config)
         if config.reinitialise:
             reinitialise(self.pruned, self._seed)
         self._owned = self.pruned
-        self.report = replace(scored, loss_pruned=applied.loss_pruned, errors=applied.errors, damping=applied.damping)
+        self.report = replace(scored, loss_pruned=applied.loss_pruned, errors=applied.errors)
         self._batches = []
 
     def _storage(self, model: nn.Module) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -39,7 +39,6 @@ class PruneReport:
             the others; None where nothing was chosen.
         loss_compared_dense: The same of the dense model.
         candidates: Tried shapes with their divergence from the dense model and their answer loss on these records.
-        damping: Damping of Gram matrices, as a share of each channel's power.
     """
 
     loss_dense: float | None = None
@@ -50,7 +49,6 @@ class PruneReport:
     errors: list[LayerError] = field(default_factory=list)
     block_influence: list[float] = field(default_factory=list)
     candidates: list[dict[str, float]] = field(default_factory=list)
-    damping: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -154,14 +152,14 @@ def apply_plan(
         ValueError: The plan was made for other sizes.
     """
     check_plan(model, plan)
-    report = PruneReport(damping=config.damping if config.refit else None)
+    report = PruneReport()
     before = language_parameters(model)
     if calibration is None:
         if config.refit:
             raise UserError("prune.refit=true needs calibration batches; pass some, or set prune.refit=false")
         return cut(model, plan), report
     stream = open_stream(model, calibration, config)
-    pruner = SequentialPruner(stream, config.refit, config.refit_target, config.damping, calibration.reduce)
+    pruner = sequential_pruner(stream, calibration, config, None, calibration.compared)
     depth = plan.source_layers
     what = "refit and cut" if config.refit else "cut"
     outcome = pruner.run(plan.layers, True, lambda layer: calibration.tick(what, layer + 1, depth))
@@ -172,6 +170,18 @@ def apply_plan(
             f"plan says {plan.achieved:.6f} removed, the model says {achieved_ratio(before, smaller):.6f}"
         )
     return smaller, report
+
+
+def sequential_pruner(
+    stream: CalibrationStream,
+    calibration: Calibration,
+    config: PruneConfig,
+    fitted: Collection[int] | None,
+    held: Collection[int],
+) -> SequentialPruner:
+    """A pruner with the refit that a configuration asks for; see the class for ``fitted`` and ``held``."""
+    how = (config.refit, config.refit_target, config.damping, calibration.reduce)
+    return SequentialPruner(stream, *how, fitted, held)
 
 
 def _dense_outputs(stream: CalibrationStream) -> list[Tensor]:
@@ -234,7 +244,8 @@ def _widthwise(
 ) -> tuple[LayerPlan, ...]:
     space = prune_space(model, config)
     shapes = candidate_shapes(space, layers_of(model)[0], config)
-    scores, stream, dense = rank_units(model, calibration, config, seed)
+    chooses = len(shapes) > 1 and any(gather(len(calibration.compared)))
+    scores, stream, dense = rank_units(model, calibration, config, seed, calibration.compared if chooses else ())
     dense = dense or _dense_outputs(stream)
     report.loss_dense = stream.answer_loss(dense, calibration.reduce)
     rankings = [s.pair for s in scores]
@@ -242,12 +253,12 @@ def _widthwise(
         costs = [(attention.costs, mlp.costs) for attention, mlp in rankings]
         return ranked_plan(global_counts(space, config.ratio or 0.0, costs), rankings)
     best = min(range(len(shapes)), key=lambda i: imbalance(space, shapes[i]))
-    if len(shapes) > 1 and any(gather(len(calibration.compared))):
+    if chooses:
         comparison = Comparison(stream, calibration.compared, dense)
         del dense
-        pruner = SequentialPruner(
-            stream, config.refit, config.refit_target, config.damping, calibration.reduce, calibration.fitted
-        )
+        outside = {*calibration.compared, *calibration.held}
+        fitted = [batch for batch in range(len(calibration.batches)) if batch not in outside]
+        pruner = sequential_pruner(stream, calibration, config, fitted, calibration.held)
         verdicts: dict[tuple[int, int], Verdict] = {}
 
         def divergence(shape: tuple[int, int]) -> float:

@@ -31,13 +31,12 @@ from ..finite import require_finite
 from ..models.anatomy import Component, decoder_of, describe_layer, names_of
 from ..processes import gather
 from .plan import LayerPlan
-from .spd import damping_of, divide, factorise
+from .spd import DAMPING, damping_of, divide, factorise
 from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, no_reduce, total_weight
 from .surgery import cut_component
 
 TARGETS = {"layer": 0.0, "residual": 1.0, "adaptive": None}  # how far earlier losses are repaired; None: as validated
-DAMPINGS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # among these the validated one is chosen
-DAMPING = 0.3  # where there are no records to validate on
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # among these the validated one is chosen
 Write = Callable[[Tensor], Tensor]
 
 
@@ -446,7 +445,9 @@ class _Sums:
     def add(self, rows: Tensor, own: Tensor, wanted: Tensor | None, weights: Tensor) -> None:
         """Add a writer's inputs, ``(positions, in_features)``, what it writes and should write, and the weights."""
         rows = rows[:, self.kept]
-        targets = [target if self._bias is None else target - self._bias for target in (own, wanted) if target is not None]
+        targets = [
+            target if self._bias is None else target - self._bias for target in (own, wanted) if target is not None
+        ]
         self._gram.add(rows, weights)
         for cross, target in zip(self._crosses, targets, strict=True):
             add_product(cross, target, rows, weights)

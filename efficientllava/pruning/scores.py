@@ -15,6 +15,7 @@ from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
 from ..schema import TAYLOR, PruneConfig
 from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
+from .spd import DAMPING
 from .statistics import ALONE, Beginning, CalibrationStream, Gram, Reduce, no_reduce
 from .taylor import TaylorScores
 
@@ -37,7 +38,9 @@ class Calibration:
         offload: Brings weights to the device where they stay in host memory; None: the model computes where it is.
         tick: Progress.
         beginning: What all records begin with; it counts once.
-        compared: Indices of the batches that candidates are compared on; while one is, it is fitted to the others.
+        compared: Indices of the batches that candidates are compared on; each candidate is fitted to the others. Once
+            the choice is made, the refit's own choices are made on them, before it takes all.
+        held: Indices of the batches that a candidate's refit makes its own choices on.
         shares: What a position of each batch counts for; None: 1.
     """
 
@@ -49,12 +52,8 @@ class Calibration:
     tick: Tick = silent
     beginning: Beginning = ALONE
     compared: Sequence[int] = ()
+    held: Sequence[int] = ()
     shares: Sequence[float] | None = None
-
-    @property
-    def fitted(self) -> list[int]:
-        """Indices of the batches that a candidate is fitted to."""
-        return [batch for batch in range(len(self.batches)) if batch not in self.compared]
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -110,7 +109,7 @@ class LayerScores:
 
 
 def rank_units(
-    model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int = 0
+    model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int = 0, without: Collection[int] = ()
 ) -> tuple[list[LayerScores], CalibrationStream, list[Tensor]]:
     """Score every KV group and channel of every layer on the dense prefix.
 
@@ -119,6 +118,7 @@ def rank_units(
         calibration: Batches and how to run them.
         config: ``importance``, ``damping``, ``tokens``, ``taylor_mean``.
         seed: Seed of random importance.
+        without: Batches that stay outside the statistics.
 
     Returns:
         Rankings of all layers, the calibration stream for reuse, and the dense model's outputs of the last layer by
@@ -136,9 +136,7 @@ def rank_units(
         with stream.on_device(layer.module):
             if looks:
                 weighted = config.importance == "obs"
-                grams = layer_statistics(
-                    stream, layer, index, hidden, calibration.reduce, None, weighted, calibration.fitted
-                )
+                grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, None, weighted, without)
                 ranked.append(LayerScores(*(_rank(index, c, grams.pop(0), config) for c in layer.components)))
             else:
                 simple = (
@@ -160,7 +158,7 @@ def layer_statistics(
     reduce: Reduce = no_reduce,
     linears: Sequence[nn.Linear] | None = None,
     weighted: bool = True,
-    fitted: Collection[int] | None = None,
+    without: Collection[int] = (),
 ) -> list[Tensor]:
     """Look at what the linear layers of a whole layer read on the dense prefix.
 
@@ -173,7 +171,7 @@ def layer_statistics(
         linears: Linear layers whose inputs are looked at; None: the writers of attention and MLP.
         weighted: Whether positions weigh as `CalibrationStream.weights` says, for the residual stream behind the
             component; else all counted ones weigh 1, as in published scores.
-        fitted: Batches that enter the statistics; the others pass through only. None: all.
+        without: Batches that pass through only.
 
     Returns:
         Gram matrices ``E[x x^T]`` of the inputs.
@@ -189,7 +187,7 @@ def layer_statistics(
     handles = [linear.register_forward_hook(note) for linear in {*linears, layer.attention.writer}]
     try:
         for batch, inputs, outputs in stream.run(layer.module, index, hidden):
-            if fitted is not None and batch not in fitted:
+            if batch in without:
                 continue
             counted, (_, written) = stream.counted[batch], captured[layer.attention.writer]
             if weighted:
@@ -207,7 +205,7 @@ def layer_statistics(
 def _rank(index: int, component: Component, gram: Tensor, config: PruneConfig) -> Ranking:
     if config.importance == "obs":
         what = f"layer {index}, {component.kind}"
-        return obs_ranking(component.writer.weight, gram, component.width, config.damping, what=what)
+        return obs_ranking(component.writer.weight, gram, component.width, config.damping or DAMPING, what=what)
     scores = activation_scores if config.importance == "activation" else wanda_scores
     return _levelled(component, scores(component, gram))
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from ..models.anatomy import layers_of
 from ..pruning.plan import PruningPlan
-from ..pruning.pruner import PruneReport, apply_plan, plan_for, whole_layers
-from ..pruning.refit import SequentialPruner
+from ..pruning.pruner import PruneReport, apply_plan, plan_for, sequential_pruner, whole_layers
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from ..schema import PruneConfig
 from .levels import LevelTable
@@ -54,7 +53,7 @@ def trial_losses(
         Nats per token, one per policy.
     """
     stream = open_stream(model, calibration, config)
-    pruner = SequentialPruner(stream, config.refit, config.refit_target, config.damping, calibration.reduce)
+    pruner = sequential_pruner(stream, calibration, config, None, calibration.compared)
     losses = []
     for policy in policies:
         losses.append(pruner.run(table.plan(policy), commit=False).loss)
@@ -80,7 +79,7 @@ def cut_policy(
     """
     if recipe.granularity == "structured":
         return apply_plan(model, plan, calibration, config)
-    return model, PruneReport(loss_pruned=mask(model, recipe, policy, calibration, config), damping=config.damping)
+    return model, PruneReport(loss_pruned=mask(model, recipe, policy, calibration, config))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, block_influences
 from ..pruning.scores import Calibration, Tick, open_stream, silent
 from ..pruning.selection import Space, uniform_candidates
+from ..pruning.spd import DAMPING
 from ..pruning.statistics import Beginning, CalibrationStream
 from ..schema import PruneConfig, SearchConfig
 from .cut import cut_policy, plan_of, trial_losses
@@ -147,12 +148,12 @@ class SearchModule(LightningModule):
 
     def _table(self, calibration: Calibration) -> LevelTable:
         prune, granularity = self._prune, self._config.granularity
-        recipe = Structured(prune.damping, prune.tokens, prune.round_to)
+        recipe = Structured(prune.damping or DAMPING, prune.tokens, prune.round_to)
         if self._config.uniform:
             channels = {channels for _, channels in self._shapes()}
             recipe = replace(recipe, channels=tuple(sorted(channels, reverse=True)))
         if granularity != "structured":
-            recipe = Masks(None if granularity == "2:4" else self._share, prune.damping, prune.tokens)
+            recipe = Masks(None if granularity == "2:4" else self._share, prune.damping or DAMPING, prune.tokens)
         return open_table(self.model, recipe, calibration, self._inputs.tables, self._inputs.identity)
 
     def _shapes(self) -> list[tuple[int, int]]:
