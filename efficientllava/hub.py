@@ -22,7 +22,7 @@ ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 # What describes a checkpoint; tokenizer.json is left to its reader.
 DESCRIBING = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.json", "model.safetensors.index.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.json"),
 )
 QUANTIZED = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ
 UNQUANTIZED = (
