@@ -1,6 +1,6 @@
 """Text that the dense model writes itself: more statistics where the calibration records are few, without any data.
 
-Source: self-calibration (arXiv 2410.17170), with prompts as in Magpie (arXiv 2406.08464): the model starts from what its
+Sources: self-calibration (arXiv 2410.17170), prompts as in Magpie (arXiv 2406.08464). The model starts from what its
 chat template puts before a question, writes the question, and after what the template puts next, the answer.
 """
 
@@ -257,7 +257,7 @@ def _sample(logits: Tensor, draws: Tensor) -> list[int]:
 
 
 def _working_copy(model: nn.Module) -> tuple[Any, Any]:
-    """Decoder and head in eval mode over the model's own weights, or bf16 copies where a CPU multiplies these faster."""
+    """Decoder and head in eval mode over the model's own weights, or bf16 copies where a CPU is faster with these."""
     parts = [decoder_of(model), model.lm_head]
     weights = {id(tensor): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
     parameters = [tensor for tensor in weights.values() if isinstance(tensor, nn.Parameter)]
