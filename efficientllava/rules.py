@@ -57,6 +57,9 @@ RULES: dict[str, Rule] = {
     "model.system": (lambda text: bool(text.strip()), "a sentence"),
     "calibration.samples": AT_LEAST_1,
     "calibration.batch_size": AT_LEAST_1,
+    "calibration.generate": _number(0, None),
+    "calibration.generate_length": _number(2, None),
+    "calibration.generate_share": _number(0, 1, open_low=True),
     "data.name": _one_of("digits_vqa", "conversations", *IMAGE_FOLDERS),
     "data.images": AT_LEAST_1,
     "data.test_questions": AT_LEAST_1,
@@ -196,6 +199,15 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         "calibration.batch_size",
         lambda c: c.prune.method != "widthwise" or c.prune.importance not in TAYLOR,
         "Taylor scores take one record at a time",
+    ),
+    (
+        "calibration.generate",
+        lambda c: _solves(c),
+        "only a refit and its scores use written text; set prune.refit=true or prune.importance=obs",
+    ),
+    *(
+        (f"calibration.generate_{key}", lambda c: c.calibration.generate > 0, "set calibration.generate above 0")
+        for key in ("length", "share")
     ),
     ("prune.", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
     (
@@ -350,6 +362,12 @@ def bypassed(config: RunConfig) -> bool:
 
 def _cuts(config: RunConfig) -> bool:
     return config.prune.method != "auto" or config.search.granularity == "structured"
+
+
+def _solves(config: RunConfig) -> bool:
+    """Whether Gram matrices decide: an importance or a refit of whole components."""
+    prune = config.prune
+    return prune.method == "auto" or (prune.method == "widthwise" and (prune.refit or prune.importance == "obs"))
 
 
 def _on_gpu(config: RunConfig) -> bool:

@@ -39,6 +39,9 @@ class CalibrationConfig:
     path: str | None = None  # the user's own records (LLaVA-style JSON); None: the data's calibration split
     image_root: str | None = None  # folder that relative image paths of `path` start from
     batch_size: int = 8  # records per forward pass, >= 1; Taylor scores take one at a time
+    generate: int = 0  # sequences that the dense model writes itself for the statistics, >= 0
+    generate_length: int = 128  # tokens of each, those of the chat template included, >= 2
+    generate_share: float = 0.3  # share of the statistics that the written text decides, (0, 1)
 
 
 @dataclass

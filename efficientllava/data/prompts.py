@@ -126,7 +126,7 @@ class Prompts:
             offsets.pop()
         return ids, offsets
 
-    def _text(self, turns: Sequence[Turn], images: int) -> tuple[str, list[tuple[int, int]]]:
+    def text(self, turns: Sequence[Turn], images: int) -> tuple[str, list[tuple[int, int]]]:
         """The whole conversation and the character spans of answers with their closing tokens."""
         text, spans, before = "", [], ""
         for index, turn in enumerate(turns):
@@ -170,7 +170,7 @@ class Prompts:
         key = (images, *((turn.question, turn.answer, turn.images_at) for turn in turns))
         if (known := self._encoded.get(key)) is not None:
             return known
-        text, spans = self._text(self.arranged(turns, images), images)
+        text, spans = self.text(self.arranged(turns, images), images)
         ids, offsets = self.tokenize(text)
         labels, ends = [IGNORE] * len(ids), []
         for start, end in spans:

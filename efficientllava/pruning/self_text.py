@@ -1,0 +1,272 @@
+"""Text that the dense model writes itself: more statistics where the calibration records are few, without any data.
+
+Sources: self-calibration (arXiv 2410.17170), prompts as in Magpie (arXiv 2406.08464). The model starts from what its
+chat template puts before a question, writes the question, and after what the template puts next, the answer.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ..data.conversations import Turn
+from ..data.prompts import IGNORE, Prompts
+from ..errors import UserError
+from ..models.anatomy import decoder_of, layers_of
+from ..models.forward import Batch
+from .scores import Tick, silent
+
+MEMORY = 1 << 31  # bytes that keys, values and probabilities of the rows written at once may take
+HALF_FROM = 20_000_000  # decoder parameters from which a copy in bf16 saves more than it costs
+_MARKS = ("qzxuser", "qzxanswer", "qzxnext", "qzxlast")  # no mark is part of another or of a chat template
+
+
+@dataclass(frozen=True)
+class _Speaker:
+    """Who writes a turn, and what the template puts behind it.
+
+    Args:
+        answers: Whether it is the assistant.
+        after: Token ids up to the next turn's content.
+        sign: How many of them say that the turn is over; the model writes them, the rest is put in.
+    """
+
+    answers: bool
+    after: tuple[int, ...]
+    sign: int
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A chat template taken apart; without speakers the model runs free.
+
+    Args:
+        opening: Token ids before the first question.
+        speakers: User and assistant.
+        ends: Token ids that end a turn.
+    """
+
+    opening: tuple[int, ...]
+    speakers: tuple[_Speaker, ...]
+    ends: frozenset[int]
+
+    @classmethod
+    def of(cls, model: Any, processor: Any) -> _Chat:
+        prompts = Prompts(processor)
+        tokenizer, special = prompts.tokenizer, _specials(prompts.tokenizer)
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+        text, _ = prompts.text([Turn(_MARKS[0], _MARKS[1]), Turn(_MARKS[2], _MARKS[3])], 0)
+        if any(text.count(mark) != 1 for mark in _MARKS):
+            return cls(_start(tokenizer, ends), (), frozenset(ends))
+        ids, offsets = prompts.tokenize(text)
+        # A blank before the content belongs to the content's first token.
+        found = [(at := text.index(mark), at + len(mark)) for mark in _MARKS[:3]]
+        whole = [(token, start, end) for token, (start, end) in zip(ids, offsets, strict=True)]
+        opening, asked, answered = (
+            tuple(token for token, start, end in whole if low <= start and end <= high)
+            for low, high in ((0, found[0][0]), (found[0][1], found[1][0]), (found[1][1], found[2][0]))
+        )
+        if not asked or not answered:
+            return cls(opening or _start(tokenizer, ends), (), frozenset(ends))
+        speakers = []
+        for answers, after in ((False, asked), (True, answered)):
+            first = next((i for i, token in enumerate(after) if token in special), None)
+            ends |= set() if first is None else {after[first]}
+            speakers.append(_Speaker(answers, after, len(after) if first is None else first + 1))
+        return cls(opening or _start(tokenizer, ends), tuple(speakers), frozenset(ends))
+
+
+def _start(tokenizer: Any, ends: set[int]) -> tuple[int, ...]:
+    """A token to write on from where the template gives none."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else min(ends, default=None)
+    if first is None:
+        raise UserError(
+            "calibration.generate: the tokenizer has no begin or end token to write on from; set calibration.generate=0"
+        )
+    return (first,)
+
+
+def _specials(tokenizer: Any) -> set[int]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids, *added}
+
+
+def _unwritten(model: Any, processor: Any) -> set[int]:
+    """Special tokens, and those that stand for images and the like whether or not the tokenizer calls them special."""
+    named = model.config.to_dict().items()
+    placeholders = {token for name, token in named if name.endswith(("_token_id", "_token_index")) and token}
+    return {*_specials(processor.tokenizer), processor.image_token_id, *placeholders}
+
+
+class _Row:
+    """A sequence as it is written.
+
+    Args:
+        chat: The chat template's parts.
+    """
+
+    def __init__(self, chat: _Chat) -> None:
+        self.ids = list(chat.opening)
+        self.labels = [IGNORE] * len(self.ids)
+        self._chat, self._turn, self._begin = chat, 0, len(self.ids)
+        self._due: list[tuple[int, int]] = []  # (token, label) of what the template puts in
+
+    def add(self, sampled: int) -> None:
+        """Append the sampled token, or what the template has in its place."""
+        written = (sampled, sampled)
+        if self._chat.speakers and not self._due:
+            speaker = self._chat.speakers[self._turn % 2]
+            written = (sampled, sampled if speaker.answers else IGNORE)
+            sign = speaker.after[: speaker.sign]
+            said = (*self.ids[self._begin :], sampled)[-len(sign) :] == sign
+            if said or sampled in self._chat.ends:
+                supervised = speaker.sign if speaker.answers else 0
+                due = [(t, t if i < supervised else IGNORE) for i, t in enumerate(speaker.after)]
+                # An end that is not the template's gives way to the template's.
+                self._due = [written, *due[speaker.sign :]] if said else due
+                self._turn += 1
+                self._begin = len(self.ids) + len(self._due)
+        token, label = self._due.pop(0) if self._due else written
+        self.ids.append(token)
+        self.labels.append(label)
+
+
+class _Slots(DynamicLayer):
+    """Keys and values of one layer, written into memory that is taken once.
+
+    Args:
+        rows: Sequences; while one is given, it stands for all of them.
+        length: Most tokens.
+    """
+
+    def __init__(self, rows: int, length: int) -> None:
+        super().__init__()
+        self._rows, self._length, self._filled = rows, length, 0
+        self._memory: tuple[Tensor, ...] = ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append the new positions and return all, ``(rows, heads, seq, head_dim)``."""
+        new = (key_states, value_states)
+        if not self._memory:
+            self._memory = tuple(s.new_empty(self._rows, s.shape[1], self._length, s.shape[3]) for s in new)
+            self.is_initialized = True
+        start, self._filled = self._filled, self._filled + key_states.shape[2]
+        for memory, states in zip(self._memory, new, strict=True):
+            memory[:, :, start : self._filled] = states
+        keys, values = (memory[: len(key_states), :, : self._filled] for memory in self._memory)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """Positions so far."""
+        return self._filled
+
+
+def write_text(
+    model: nn.Module,
+    processor: Any,
+    count: int,
+    length: int,
+    seed: int,
+    batch_size: int = 8,
+    tick: Tick = silent,
+) -> list[Batch]:
+    """Have the dense model write conversations, sampled at temperature 1 from the whole vocabulary.
+
+    The random numbers belong to sequence and position, so that a sequence does not depend on how many others there are.
+
+    Args:
+        model: An image-text-to-text model in eval mode; stays as it is.
+        processor: Its processor, whose chat template and special tokens count.
+        count: Number of sequences, >= 1.
+        length: Tokens of each, those of the template included.
+        seed: Seed.
+        batch_size: Rows per returned batch.
+        tick: Progress.
+
+    Returns:
+        Batches as of `efficientllava.data.collator.Collator`, without padding and images; what the model wrote as the
+        assistant is supervised.
+
+    Raises:
+        UserError: ``length`` leaves nothing to write or exceeds the context, or the model's logits are not finite.
+    """
+    chat = _Chat.of(model, processor)
+    longest = int(processor.tokenizer.model_max_length)
+    if not len(chat.opening) < length <= longest:
+        raise UserError(
+            f"calibration.generate_length={length}: must be in ({len(chat.opening)}, {longest}], more than what the "
+            "chat template puts before a question and within the model's context"
+        )
+    decoder, head = _working_copy(model)
+    weight = head.weight
+    barred = (_unwritten(model, processor) | set(range(len(processor.tokenizer), len(weight)))) - chat.ends
+    bar = torch.zeros(len(weight), device=weight.device)
+    bar[[token for token in barred if token < len(weight)]] = -torch.inf
+    draws = torch.rand(count, length, generator=torch.Generator().manual_seed(seed)).to(weight.device)
+    width = sum(2 * layer.attention.units * layer.head_dim for layer in layers_of(model))
+    at_once = max(1, MEMORY // (width * length * weight.element_size() + 16 * len(weight)))
+    rows: list[_Row] = []
+    for some in draws.split(at_once):
+        rows += _write(decoder, head, chat, some, bar)
+        tick("write text", len(rows), count)
+    batches: list[Batch] = []
+    for start in range(0, count, batch_size):
+        part = rows[start : start + batch_size]
+        ids = torch.tensor([row.ids for row in part])
+        labels = torch.tensor([row.labels for row in part])
+        names = [f"self/{start + index}" for index in range(len(part))]
+        batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "ids": names})
+    return batches
+
+
+@torch.inference_mode()
+def _write(decoder: Any, head: nn.Module, chat: _Chat, draws: Tensor, bar: Tensor) -> list[_Row]:
+    """Write the sequences of all rows of ``draws`` ``(rows, length)``; ``bar`` ``(vocabulary,)`` is added to logits."""
+    count, length = draws.shape
+    cache = Cache(layers=[_Slots(count, length) for _ in decoder.layers])
+    rows = [_Row(chat) for _ in range(count)]
+    ids = torch.tensor([chat.opening], device=draws.device)  # once for all
+    for position in range(len(chat.opening), length):
+        # By position: what the cache is called depends on the version of transformers.
+        state = decoder(ids, None, None, cache, use_cache=True).last_hidden_state[:, -1]
+        sampled = _sample(head(state).float() + bar, draws[:, position])
+        for row, token in zip(rows, sampled, strict=True):
+            row.add(token)
+        ids = torch.tensor([row.ids[-1:] for row in rows], device=draws.device)
+    return rows
+
+
+def _sample(logits: Tensor, draws: Tensor) -> list[int]:
+    """Tokens by inverse CDF: ``logits`` ``(rows or 1, vocabulary)``, ``draws`` ``(rows,)`` in [0, 1)."""
+    cdf = logits.softmax(-1).cumsum(-1).expand(len(draws), -1).contiguous()
+    total = cdf[:, -1:]
+    if not total.isfinite().all():
+        raise UserError(
+            "calibration.generate: the dense model's logits are not finite; check its weights, or set "
+            "calibration.generate=0"
+        )
+    # Below the total also where the product rounds up; a token of probability 0 is never the first above it.
+    wanted = torch.minimum(draws.unsqueeze(1) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cdf, wanted, right=True).squeeze(1).tolist()
+
+
+def _working_copy(model: nn.Module) -> tuple[Any, Any]:
+    """Decoder and head in eval mode over the model's own weights, or bf16 copies where a CPU is faster with these."""
+    parts = [decoder_of(model), model.lm_head]
+    weights = {id(tensor): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
+    parameters = [tensor for tensor in weights.values() if isinstance(tensor, nn.Parameter)]
+    large = sum(parameter.numel() for parameter in parts[0].parameters()) > HALF_FROM
+    if large and _bf16_is_fast() and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters):
+        weights |= {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in parameters}
+    decoder, head = copy.deepcopy(parts, dict(weights))
+    return decoder.eval(), head.eval()
+
+
+def _bf16_is_fast() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
