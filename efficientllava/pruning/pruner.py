@@ -14,14 +14,16 @@ from ..models.anatomy import decoder_of, final_norm_of, language_parameters, lay
 from ..processes import gather
 from ..schema import PruneConfig
 from .comparison import Comparison, Verdict, simplest
+from .importance import Ranking
 from .outline import blocks_to_drop, candidate_shapes, prune_space
 from .plan import LayerPlan, PruningPlan
 from .refit import LayerError, SequentialPruner
 from .scores import Calibration, open_stream, rank_units
-from .selection import global_counts, imbalance, ranked_plan
+from .selection import Space, global_counts, imbalance, ranked_plan
 from .statistics import BlockInfluence, CalibrationStream, Reduce
 from .surgery import achieved_ratio, check_plan, cut, rebuild
 
+WORTH = 3.0  # a shape whose units cost more than this times the cheapest one's is not tried
 COARSE = 6  # splits between heads and channels that are tried before the best one's neighbours
 
 
@@ -252,8 +254,10 @@ def _widthwise(
     if not shapes:
         costs = [(attention.costs, mlp.costs) for attention, mlp in rankings]
         return ranked_plan(global_counts(space, config.ratio or 0.0, costs), rankings)
+    if config.importance == "obs":
+        shapes = promising(shapes, space, rankings)
     best = min(range(len(shapes)), key=lambda i: imbalance(space, shapes[i]))
-    if chooses:
+    if chooses and len(shapes) > 1:
         comparison = Comparison(stream, calibration.compared, dense)
         del dense
         outside = {*calibration.compared, *calibration.held}
@@ -276,6 +280,25 @@ def _widthwise(
         report.loss_compared = verdicts[shapes[best]].loss
         report.loss_compared_dense = comparison.dense_loss
     return ranked_plan(space.counts(*shapes[best]), rankings)
+
+
+def promising(
+    shapes: Sequence[tuple[int, int]], space: Space, rankings: Sequence[tuple[Ranking, Ranking]]
+) -> list[tuple[int, int]]:
+    """Shapes worth a trial: those whose units cost at most `WORTH` times as much, all together, as the cheapest shape's.
+
+    Args:
+        shapes: Kept groups and channels of every unprotected layer.
+        space: What can be removed.
+        rankings: Removal orders, with costs in one unit.
+    """
+
+    def cost(shape: tuple[int, int]) -> float:
+        pairs = zip(space.counts(*shape), rankings, strict=True)
+        return sum(sum(r.costs[: len(r.costs) - n]) for kept, pair in pairs for n, r in zip(kept, pair, strict=True))
+
+    bound = WORTH * min(map(cost, shapes))
+    return [shape for shape in shapes if cost(shape) <= bound]
 
 
 def lowest(candidates: Sequence[tuple[int, int]], loss: Callable[[tuple[int, int]], float]) -> tuple[int, int]:

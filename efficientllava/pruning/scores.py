@@ -15,10 +15,12 @@ from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
 from ..schema import TAYLOR, PruneConfig
 from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
+from .sensitivity import Sensitivity, sensitivity
 from .spd import DAMPING
 from .statistics import ALONE, Beginning, CalibrationStream, Gram, Reduce, no_reduce
 from .taylor import TaylorScores
 
+Weigh = Callable[[int], Sequence[Tensor]]  # weights of a batch's counted positions, of attention and MLP
 Tick = Callable[[str, int, int], None]  # (what is being done, steps done, steps in all)
 
 
@@ -130,14 +132,19 @@ def rank_units(
         scores = TaylorScores(stream, config.importance, config.taylor_mean).run(calibration.reduce)
         return [LayerScores(Ranking.from_scores(a), Ranking.from_scores(m)) for a, m in scores], stream, []
     looks = config.importance not in ("magnitude", "random")
+    felt = None
+    if config.importance == "obs" and config.method == "widthwise" and config.selection == "global":
+        felt = sensitivity(stream, seed, calibration.reduce, calibration.tick)
     generator = torch.Generator().manual_seed(seed)
     ranked, hidden = [], stream.start() if looks else []
     for index, layer in enumerate(layers):
         with stream.on_device(layer.module):
             if looks:
-                weighted = config.importance == "obs"
-                grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, None, weighted, without)
-                ranked.append(LayerScores(*(_rank(index, c, grams.pop(0), config) for c in layer.components)))
+                weigh = _weigher(stream, index, felt, config)
+                grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, None, weigh, without)
+                outputs = felt.outputs[index] if felt else (None, None)
+                pairs = zip(layer.components, outputs, strict=True)
+                ranked.append(LayerScores(*(_rank(index, c, grams.pop(0), config, out) for c, out in pairs)))
             else:
                 simple = (
                     magnitude_scores
@@ -157,7 +164,7 @@ def layer_statistics(
     hidden: list[Tensor],
     reduce: Reduce = no_reduce,
     linears: Sequence[nn.Linear] | None = None,
-    weighted: bool = True,
+    weigh: Weigh | None = None,
     without: Collection[int] = (),
 ) -> list[Tensor]:
     """Look at what the linear layers of a whole layer read on the dense prefix.
@@ -169,8 +176,8 @@ def layer_statistics(
         hidden: Layer inputs by batch; become the layer's outputs.
         reduce: Sums over processes.
         linears: Linear layers whose inputs are looked at; None: the writers of attention and MLP.
-        weighted: Whether positions weigh as `CalibrationStream.weights` says, for the residual stream behind the
-            component; else all counted ones weigh 1, as in published scores.
+        weigh: What the counted positions of a batch weigh; None: as `CalibrationStream.weights` says for the residual
+            stream behind attention and MLP.
         without: Batches that pass through only.
 
     Returns:
@@ -190,10 +197,8 @@ def layer_statistics(
             if batch in without:
                 continue
             counted, (_, written) = stream.counted[batch], captured[layer.attention.writer]
-            if weighted:
-                weights = [stream.weights(batch, inputs + written), stream.weights(batch, outputs)]
-            else:
-                weights = [torch.ones(int(counted.sum()), device=counted.device)] * 2
+            residuals = (inputs + written, outputs)
+            weights = weigh(batch) if weigh else [stream.weights(batch, residual) for residual in residuals]
             for linear, gram in zip(linears, grams, strict=True):
                 gram.add(captured[linear][0][counted], weights[linear not in attention])
     finally:
@@ -202,10 +207,23 @@ def layer_statistics(
     return [gram.mean(reduce) for gram in grams]
 
 
-def _rank(index: int, component: Component, gram: Tensor, config: PruneConfig) -> Ranking:
+def _weigher(stream: CalibrationStream, index: int, felt: Sensitivity | None, config: PruneConfig) -> Weigh | None:
+    """How positions weigh in a layer's statistics: as errors are felt, alike for published scores, or by default."""
+    if felt is not None:
+        return lambda batch: [stream.shares(batch) * by_batch[batch] for by_batch in felt.positions[index]]
+    if config.importance != "obs":
+        return lambda batch: [torch.ones(int(stream.counted[batch].sum()), device=stream.device)] * 2
+    return None
+
+
+def _rank(index: int, component: Component, gram: Tensor, config: PruneConfig, outputs: Tensor | None) -> Ranking:
     if config.importance == "obs":
-        what = f"layer {index}, {component.kind}"
-        return obs_ranking(component.writer.weight, gram, component.width, config.damping or DAMPING, what=what)
+        weight = component.writer.weight.detach()
+        if outputs is not None:
+            weight = weight.to(gram.dtype) * outputs.to(gram).sqrt().unsqueeze(1)
+        return obs_ranking(
+            weight, gram, component.width, config.damping or DAMPING, what=f"layer {index}, {component.kind}"
+        )
     scores = activation_scores if config.importance == "activation" else wanda_scores
     return _levelled(component, scores(component, gram))
 

@@ -262,6 +262,10 @@ class CalibrationStream:
                 hidden[batch] = self.store(output)
                 yield batch, inputs, output
 
+    def shares(self, batch: int) -> Tensor:
+        """What the counted positions of a batch count for beside each other, ``(counted,)``."""
+        return self._shares[batch][self.counted[batch]]
+
     def weights(self, batch: int, residual: Tensor) -> Tensor:
         """What the counted positions of a batch weigh in a Gram matrix: as the next norm sees an error there.
 
@@ -275,9 +279,8 @@ class CalibrationStream:
         Returns:
             ``(counted,)``, > 0.
         """
-        counted = self.counted[batch]
-        power = residual[counted].float().square().mean(-1)
-        return self._shares[batch][counted] / power.clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+        power = residual[self.counted[batch]].float().square().mean(-1)
+        return self.shares(batch) / power.clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
 
     def advance(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> None:
         """Replace the layer's inputs by its outputs, for all batches."""
