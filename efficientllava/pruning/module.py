@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.splits import split_roles
-from ..models.forward import FeatureCache
+from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
 from ..processes import sum_over
 from ..schema import PruneConfig
@@ -41,6 +41,8 @@ class PruningModule(LightningModule):
         features: Vision features by image.
         tick: Progress.
         device: Where layers compute with ``config.offload``, while the model stays in host memory.
+        write: Has the dense model write text that enters the statistics, as of `efficientllava.pruning.self_text`.
+        written_share: Share of the statistics that this text decides, (0, 1).
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class PruningModule(LightningModule):
         features: FeatureCache | None = None,
         tick: Tick = silent,
         device: torch.device | str = "cpu",
+        write: Callable[[nn.Module], list[Batch]] | None = None,
+        written_share: float = 0.3,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -66,6 +70,7 @@ class PruningModule(LightningModule):
         self._records, self._collate, self._config = records, collate, config
         self._batch_size = micro_batch(config, batch_size)
         self._seed, self._features, self._tick = seed, features, tick
+        self._write, self._written_share = write, written_share
         self._batches: list[dict[str, Any]] = []
         self._compared: Sequence[Any] = ()
         self._held: Sequence[Any] = ()
@@ -95,11 +100,27 @@ class PruningModule(LightningModule):
         batches, config = self._batches, self._config
         beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
         storage, offload = self._storage(model), self._offload
-        roles = [
+        held, compared = (
             [i for i, batch in enumerate(batches) if {record.id for record in part}.issuperset(batch["ids"])]
-            for part in (self._compared, self._held)
-        ]
-        calibration = Calibration(batches, self._features, sum_over, storage, offload, self._tick, beginning, *roles)
+            for part in (self._held, self._compared)
+        )
+        written, shares = self._written(model, batches)
+        batches = batches + written
+        # Choices of the refit are made on both kinds of text, but only where there are records to make them on.
+        last = range(len(batches) - len(written) // 4, len(batches)) if self._compared else ()
+        calibration = Calibration(
+            batches,
+            self._features,
+            sum_over,
+            storage,
+            offload,
+            self._tick,
+            beginning,
+            compared,
+            [*held, *last],
+            [*compared, *last],
+            shares,
+        )
         plan, scored = make_plan(model, calibration, config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
         self.pruned, applied = apply_plan(model, self.plan, calibration, config)
@@ -108,6 +129,17 @@ class PruningModule(LightningModule):
         self._owned = self.pruned
         self.report = replace(scored, loss_pruned=applied.loss_pruned, errors=applied.errors)
         self._batches = []
+
+    def _written(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Batch], list[float]]:
+        """This process's part of the text that the model writes, and what a position counts for, batch by batch."""
+        if self._write is None:
+            return [], [1.0] * len(batches)
+        text = self._write(model)
+        read, count = (sum(int(b["attention_mask"].sum()) for b in part) for part in (batches, text))
+        read = float(sum_over(torch.tensor([float(read)], dtype=torch.float64)))
+        text = text[self.trainer.global_rank :: self.trainer.world_size]
+        share = self._written_share / (1 - self._written_share) * read / count
+        return text, [1.0] * len(batches) + [share] * len(text)
 
     def _storage(self, model: nn.Module) -> str | None:
         """Host memory, where hidden states would take too much of a GPU's."""

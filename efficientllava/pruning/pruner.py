@@ -161,7 +161,7 @@ def apply_plan(
             raise UserError("prune.refit=true needs calibration batches; pass some, or set prune.refit=false")
         return cut(model, plan), report
     stream = open_stream(model, calibration, config)
-    pruner = sequential_pruner(stream, calibration, config, None, calibration.compared)
+    pruner = sequential_pruner(stream, calibration, config, None, calibration.validated)
     depth = plan.source_layers
     what = "refit and cut" if config.refit else "cut"
     outcome = pruner.run(plan.layers, True, lambda layer: calibration.tick(what, layer + 1, depth))
@@ -285,7 +285,7 @@ def _widthwise(
 def promising(
     shapes: Sequence[tuple[int, int]], space: Space, rankings: Sequence[tuple[Ranking, Ranking]]
 ) -> list[tuple[int, int]]:
-    """Shapes worth a trial: those whose units cost at most `WORTH` times as much, all together, as the cheapest shape's.
+    """Shapes worth a trial: those whose units cost, all together, at most `WORTH` times the cheapest shape's.
 
     Args:
         shapes: Kept groups and channels of every unprotected layer.

@@ -40,9 +40,9 @@ class Calibration:
         offload: Brings weights to the device where they stay in host memory; None: the model computes where it is.
         tick: Progress.
         beginning: What all records begin with; it counts once.
-        compared: Indices of the batches that candidates are compared on; each candidate is fitted to the others. Once
-            the choice is made, the refit's own choices are made on them, before it takes all.
-        held: Indices of the batches that a candidate's refit makes its own choices on.
+        compared: Indices of the batches that candidates are compared on.
+        held: Indices of the batches that a candidate's refit makes its own choices on; it is fitted to the remaining.
+        validated: Indices of the batches that the last refit makes its own choices on, before it is fitted to all.
         shares: What a position of each batch counts for; None: 1.
     """
 
@@ -55,6 +55,7 @@ class Calibration:
     beginning: Beginning = ALONE
     compared: Sequence[int] = ()
     held: Sequence[int] = ()
+    validated: Sequence[int] = ()
     shares: Sequence[float] | None = None
 
     @property

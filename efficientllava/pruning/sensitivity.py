@@ -35,9 +35,9 @@ class Sensitivity:
 @torch.no_grad()
 def sensitivity(
     stream: CalibrationStream,
-    seed: int = 0,
-    reduce: Reduce = no_reduce,
-    tick: Callable[[str, int, int], None] | None = None,
+    seed: int,
+    reduce: Reduce,
+    tick: Callable[[str, int, int], None],
 ) -> Sensitivity:
     """Run every batch forwards and backwards once; the graph of one layer exists at a time.
 

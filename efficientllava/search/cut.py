@@ -53,7 +53,7 @@ def trial_losses(
         Nats per token, one per policy.
     """
     stream = open_stream(model, calibration, config)
-    pruner = sequential_pruner(stream, calibration, config, None, calibration.compared)
+    pruner = sequential_pruner(stream, calibration, config, None, calibration.validated)
     losses = []
     for policy in policies:
         losses.append(pruner.run(table.plan(policy), commit=False).loss)

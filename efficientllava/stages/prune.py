@@ -70,8 +70,13 @@ def prune(context: Context) -> Any:
 
 def _pruner(context: Context, tick: Tick) -> Any:
     from ..pruning.module import PruningModule
+    from ..pruning.self_text import write_text
 
     settings, model = context.settings, context.models.pop("base")
+    config, write = settings.calibration, None
+    if config.generate:
+        how = (config.generate, config.generate_length, settings.seed, config.batch_size, tick)
+        write = lambda dense: write_text(dense, context.base.processor, *how)  # noqa: E731
     return PruningModule(
         model,
         context.calibration,
@@ -82,6 +87,8 @@ def _pruner(context: Context, tick: Tick) -> Any:
         context.features,
         tick,
         context.device,
+        write,
+        config.generate_share,
     )
 
 
