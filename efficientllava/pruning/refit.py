@@ -212,7 +212,7 @@ class RefitResult:
 
     loss: float
     errors: list[LayerError] = field(default_factory=list)
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from efficientllava.data.splits import split_roles
 from efficientllava.processes import sum_over
 from efficientllava.pruning.module import PruningModule
 from efficientllava.pruning.pruner import apply_plan, make_plan
@@ -29,11 +30,19 @@ def collate(records: list[Any]) -> dict[str, Any]:
     return {**tensors, "ids": [record.id for record in records]}
 
 
-RECORDS = [SimpleNamespace(id=str(i)) for i in range(12)]
+RECORDS = [SimpleNamespace(id=str(i), image=None) for i in range(12)]
 
 
 def module(prune: PruneConfig = CONFIG, **options: Any) -> PruningModule:
     return PruningModule(make_model("llama_gqa"), RECORDS, collate, prune, batch_size=5, **options)
+
+
+def parts() -> tuple[list[Any], list[Any], list[Any]]:
+    """Records to fit to, to make the refit's choices on while shapes are compared, and to compare shapes on."""
+    rest, compared = split_roles(RECORDS)
+    fitted, held = split_roles(rest, len(compared) / len(rest))
+    assert len(fitted) > len(compared) == len(held) == 3
+    return fitted, held, compared
 
 
 def test_the_module_is_plan_and_apply():
@@ -49,7 +58,10 @@ def test_the_module_is_plan_and_apply():
     )
     pruner = module()
     trainer.predict(pruner, return_predictions=False)
-    calibration = Calibration([collate([record]) for record in RECORDS])  # gradients are taken record by record
+    fitted, held, compared = parts()
+    batches = [collate([record]) for record in (*fitted, *held, *compared)]  # gradients are taken record by record
+    last = range(len(fitted) + len(held), len(RECORDS))
+    calibration = Calibration(batches, compared=last, held=range(len(fitted), last.start), validated=last)
     model = make_model("llama_gqa")
     plan, report = make_plan(model, calibration, CONFIG)
     smaller, applied = apply_plan(model, plan, calibration, CONFIG)
@@ -88,8 +100,9 @@ def test_batches_are_the_same_for_any_number_of_processes(world, importance, siz
         for position, batch in enumerate(pruner.predict_dataloader()):
             if batch:  # a process without a share gets one empty batch
                 found[rank + position * world] = batch["ids"]
+    roles = [[record.id for record in part] for part in parts()]
     assert [found[i] for i in range(len(found))] == [
-        [str(i) for i in range(start, min(start + size, 12))] for start in range(0, 12, size)
+        ids[start : start + size] for ids in roles for start in range(0, len(ids), size)
     ]
 
 

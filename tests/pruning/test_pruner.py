@@ -17,7 +17,6 @@ from efficientllava.pruning.pruner import (
     apply_plan,
     make_plan,
     plan_ratio,
-    search_length,
     whole_layers,
 )
 from efficientllava.pruning.scores import Calibration, rank_units
@@ -44,7 +43,7 @@ def test_the_achieved_ratio_is_the_requested_one(family, selection, ratio):
     model = make_model(family)
     before = language_parameters(model)
     config = widthwise(selection=selection, ratio=ratio, protect_attention=[0] if selection == "global" else [])
-    plan, scored = make_plan(model, calibration(), config)
+    plan, _ = make_plan(model, calibration(), config)
     assert plan.achieved == pytest.approx(ratio, abs=TOLERANCE)
     assert plan.requested == ratio
     assert plan.uniform == (selection != "global")
@@ -57,11 +56,6 @@ def test_the_achieved_ratio_is_the_requested_one(family, selection, ratio):
     total = sum(float(answer_loss(smaller, b, reduction="sum").detach()) for b in batches)
     count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     assert report.loss_pruned == pytest.approx(total / count, rel=1e-5)
-    if selection == "shape":
-        assert 1 < len(scored.candidates) <= search_length(layers_of(make_model(family))[0].attention.units)
-        best = min(scored.candidates, key=lambda c: c["loss"])
-        assert plan.layers[0].shape == (best["groups"], best["channels"])
-        assert best["loss"] == pytest.approx(report.loss_pruned, rel=1e-6)
 
 
 @pytest.mark.parametrize("config", [widthwise(ratio=0.0), layerwise(ratio=0.0), layerwise(ratio=0.0, refit=True)])
@@ -84,7 +78,10 @@ def test_every_importance_is_deterministic_and_meets_the_ratio(importance):
         assert plan == again
         assert plan.achieved == pytest.approx(0.3, abs=TOLERANCE)
     other, _ = make_plan(make_model("phi"), calibration(), config, seed=5)
-    assert (other.layers != plan.layers) == (importance == "random")
+    if importance == "random":
+        assert other.layers != plan.layers
+    elif importance != "obs":  # whose global costs sample answers
+        assert other.layers == plan.layers
 
 
 def test_global_selection_takes_heads_and_channels_for_every_importance():
@@ -99,7 +96,7 @@ def test_global_selection_takes_heads_and_channels_for_every_importance():
 
 def test_raw_scores_would_remove_no_head():
     model = make_model("llama")
-    scores, _ = rank_units(model, calibration(), widthwise(importance="param_first"))
+    scores, _, _ = rank_units(model, calibration(), widthwise(importance="param_first"))
     raw = sorted(
         (cost, kind)
         for layer in scores
@@ -125,13 +122,37 @@ def test_protected_layers_stay_whole():
 def test_refit_beats_the_plain_cut():
     plan, _ = make_plan(make_model(), calibration(), widthwise(selection="local"))
     losses = {}
-    for name, config in {"plain": widthwise(refit=False), "refit": widthwise()}.items():
+    for name, config in {
+        "plain": widthwise(refit=False),
+        "refit": widthwise(damping=0.01, refit_target="residual"),
+    }.items():
         model = make_model()
         dense = [logits_of(model, b) for b in make_batches()]
         smaller, _ = apply_plan(model, plan, calibration(), config)
         gaps = [logits_of(smaller, b) - d for b, d in zip(make_batches(), dense, strict=True)]
         losses[name] = float(torch.cat(gaps).square().mean())
     assert losses["refit"] < 0.7 * losses["plain"]
+
+
+def test_a_shape_is_chosen_on_batches_that_no_candidate_was_fitted_to(monkeypatch):
+    monkeypatch.setattr("efficientllava.pruning.pruner.WORTH", 1e9)
+    batches = calibration(compared=(2,), held=(1,), validated=(2,))
+    plan, report = make_plan(make_model(), batches, widthwise(selection="shape", ratio=0.3))
+    assert len(report.candidates) > 1
+    best = min(report.candidates, key=lambda candidate: candidate["kl"])
+    kept = next(c for c in report.candidates if (c["groups"], c["channels"]) == plan.layers[0].shape)
+    assert kept["kl"] >= best["kl"]
+    alone = Calibration([make_batches()[2]])
+    assert report.loss_compared_dense == pytest.approx(make_plan(make_model(), alone, widthwise())[1].loss_dense)
+    # What is compared on enters neither statistics nor fits: other answers there leave every candidate's weights alone.
+    changed = [*make_batches()[:2], {**make_batches()[2], "input_ids": make_batches()[2]["input_ids"].flip(0)}]
+    other, _ = make_plan(
+        make_model(), Calibration(changed, compared=(2,), held=(1,)), widthwise(selection="shape", ratio=0.3)
+    )
+    assert {layer.shape for layer in other.layers} == {other.layers[0].shape}
+    sets = (make_batches(), changed)
+    ranked = [rank_units(make_model(), Calibration(found), widthwise(), without=(2,))[0] for found in sets]
+    assert ranked[0] == ranked[1]
 
 
 def test_the_dense_loss_is_reported():
@@ -229,8 +250,8 @@ def test_a_refit_without_data_is_refused():
 
 def test_progress_never_passes_its_total():
     seen: list[tuple[str, int, int]] = []
-    batches = calibration(tick=lambda *args: seen.append(args))
-    model, config = make_model(), widthwise()
+    batches = calibration(tick=lambda *args: seen.append(args), compared=(2,), held=(1,), validated=(2,))
+    model, config = make_model(), widthwise(importance="wanda")
     plan, _ = make_plan(model, batches, config)
     apply_plan(model, plan, batches, config)
     make_plan(make_model(), batches, layerwise())

@@ -86,10 +86,23 @@ def test_refit_is_the_least_squares_solution(name, target):
                 y = y if component.writer.bias is None else y - component.writer.bias
             else:
                 y = layer_target(dense, before, plan, after, kind, kwargs, pruned_hidden, masks)
-            expected = damped_least_squares(x, y, weight[:, kept], damping)
-            assert torch.allclose(component.writer.weight, expected, atol=1e-9, rtol=1e-7)
+            residual = uncut_residual(dense, before, after, kind, kwargs, pruned_hidden)
+            weights = 1 / stack(residual, masks).float().square().mean(1).double()
+            expected = damped_least_squares(x, y, weight[:, kept], damping, weights / weights.sum())
+            assert torch.allclose(component.writer.weight, expected, atol=1e-6, rtol=1e-6)
         pruned_hidden = dense_writes(pruned, after.module, after.mlp, kwargs, pruned_hidden)[1]
         dense_hidden = dense_outputs
+
+
+def uncut_residual(dense: Any, before: Any, after: Any, kind: int, kwargs: Any, hidden: Any) -> list[torch.Tensor]:
+    """The residual stream behind a whole component on the pruned prefix: errors count relative to its power."""
+    module = before.module
+    if kind == 1:
+        module = copy.deepcopy(module)
+        module.self_attn = after.module.self_attn
+    component = describe_layer(module, dense.get_decoder().config).components[kind]
+    rows, outputs = dense_writes(dense, module, component, kwargs, hidden)
+    return outputs if kind == 1 else [h + written for h, (_, written) in zip(hidden, rows, strict=True)]
 
 
 def pairs(layer: Any, plan: LayerPlan) -> list[tuple[Component, tuple[int, ...]]]:
@@ -112,8 +125,12 @@ def layer_target(dense: Any, before: Any, plan: LayerPlan, after: Any, kind: int
     return stack([out - bias for _, out in rows], masks)
 
 
-def damped_least_squares(x: torch.Tensor, y: torch.Tensor, start: torch.Tensor, damping: float) -> torch.Tensor:
-    """Solve ``min mean ||y - W x||^2 + lambda sum_j mean x_j^2 ||W_j - start_j||^2`` by stacking the penalty as rows."""
+def damped_least_squares(
+    x: torch.Tensor, y: torch.Tensor, start: torch.Tensor, damping: float, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Solve ``min mean ||y - W x||^2 + lambda sum_j mean x_j^2 ||W_j - start_j||^2``, the penalty stacked as rows."""
+    if weights is not None:
+        x, y = x * weights.sqrt()[:, None], y * weights.sqrt()[:, None]
     left = torch.cat([x, (damping * x.square().sum(0)).sqrt().diag()])
     right = torch.cat([y - x @ start.T, torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)])
     return start + torch.linalg.lstsq(left, right, driver="gelsd").solution.T

@@ -46,7 +46,7 @@ def test_padding_moves_nothing_that_counts():
         hidden, influence, gram = stream.start(), BlockInfluence(), Gram(48, torch.device("cpu"))
         for b, before, after in stream.run(model.get_decoder().layers[0], 0, hidden):
             influence.add(before, after, stream.counted[b])
-            gram.add(after[stream.counted[b]])
+            gram.add(after[stream.counted[b]], stream.weights(b, after))
         results.append((influence.value("mean"), influence.value("sum"), gram.mean(lambda t: t)))
     assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-5)
     assert torch.allclose(results[0][2], results[1][2], rtol=1e-4, atol=1e-6)
@@ -117,15 +117,17 @@ def test_gram_is_the_mean_outer_product(dtype):
     rows = [torch.randn(n, 5, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (3, 0, 8)]
     gram = Gram(5, torch.device("cpu"))
     for part in rows:
-        gram.add(part)
+        gram.add(part, torch.arange(1.0, len(part) + 1))
     joined = torch.cat(rows).double()
-    assert torch.allclose(gram.mean(lambda t: t), joined.T @ joined / 11, rtol=1e-6)
+    weights = torch.tensor([1.0, 2, 3, *range(1, 9)], dtype=torch.float64)
+    expected = (joined * weights[:, None]).T @ joined / weights.sum()
+    assert torch.allclose(gram.mean(lambda t: t), expected, rtol=1e-6)
 
 
 def test_gram_of_a_wide_writer_is_kept_in_single_precision():
-    gram = Gram(2049, torch.device("cpu"))
-    rows = torch.randn(3, 2049)
-    gram.add(rows)
+    gram = Gram(4097, torch.device("cpu"))
+    rows = torch.randn(3, 4097)
+    gram.add(rows, torch.ones(3))
     assert gram.matrix.dtype == torch.float32
     assert torch.allclose(gram.mean(lambda t: t), rows.T @ rows / 3, atol=1e-6)
 
@@ -133,9 +135,9 @@ def test_gram_of_a_wide_writer_is_kept_in_single_precision():
 def test_statistics_of_two_processes_add_up():
     rows = torch.randn(10, 4, dtype=torch.float64)
     whole, parts = Gram(4, torch.device("cpu")), [Gram(4, torch.device("cpu")) for _ in range(2)]
-    whole.add(rows)
+    whole.add(rows, torch.ones(10))
     for part, some in zip(parts, (rows[:3], rows[3:]), strict=True):
-        part.add(some)
+        part.add(some, torch.ones(len(some)))
     sums = {1: torch.tensor([10.0], dtype=torch.float64), 2: parts[0].matrix + parts[1].matrix}
     assert torch.allclose(parts[0].mean(lambda t: sums[t.ndim].clone()), whole.mean(lambda t: t))
 
