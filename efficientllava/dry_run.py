@@ -18,11 +18,11 @@ from .cost import ANSWER, REACHED, Device, Job, Work, device_of, disk_of, distin
 from .data.splits import record_count
 from .disk import made
 from .evaluation.efficiency import sizes
-from .files import whole_file
 from .forecast import Forecast, forecast, shape_of, weight_bytes
 from .memory import StageMemory, describe, stage_memory
 from .recovery.objective import describe as describe_loss
 from .report.tables import percent, quantity, tabulate
+from .runtime.files import whole_file
 from .schema import MASKED, RunConfig
 
 _planned: list[tuple[Forecast, Job, dict[str, StageMemory]]] = []  # jobs of a sweep in this process

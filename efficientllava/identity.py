@@ -5,15 +5,16 @@ torch is not imported: a sweep whose jobs are finished ends in the time that the
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from . import disk
-from .cache import library_versions, source_digest
-from .config import digest
+from .runtime.content import MEMO, Memo, digest
+from .runtime.store import library_versions, source_digest
 from .schema import RunConfig
+from .stages.inputs import inputs_of, numbers, taught
 
-# What says where and how a run is done and what stays of it, and decides no number.
+# What says where a run is done and what stays of it, and decides no number.
 NOT_OF_THE_RUN = ("paths", "sweep", "keep", "reuse", "dry_run", "optimized_metric")
 
 
@@ -23,21 +24,41 @@ def run_key(settings: RunConfig) -> str:
     Args:
         settings: The checked configuration.
     """
-    from .data.splits import sources_digest
+    from .data.splits import calibration_records, data_digest, draw, load_split
+    from .data.stamps import image_stamps
     from .hub import digest as digest_of
     from .hub import source_folder
 
-    files = sources_digest(settings)
-    models = [digest_of(source_folder(settings.model.path, settings.model.revision))]
-    teacher = settings.recover.teacher
-    if settings.recover.name != "none" and teacher.path:
-        models.append(digest_of(source_folder(teacher.path, teacher.revision)))
-    return digest([settings_key(settings), files, models])
+    memo = Memo(Path(settings.paths.cache_dir) / MEMO)
+    model, teacher, data = settings.model, settings.recover.teacher, settings.data
+    base = digest_of(source_folder(model.path, model.revision), memo)
+    stages: list[dict[str, Any]] = [inputs_of("evaluate", settings, model=base, images=_shown(settings))]
+    if settings.prune.method != "none":
+        files = data_digest(data, settings.calibration)
+        images = image_stamps(calibration_records(settings.calibration, data, settings.seed)) if files else None
+        stages.append(inputs_of("prune", settings, model=base, files=files, images=images))
+    if settings.recover.name != "none":
+        own = taught(settings) and teacher.path
+        taught_by = digest_of(source_folder(str(own), teacher.revision), memo) if own else None
+        files = data_digest(data)
+        drawn = draw(load_split(data, "train"), settings.data_frac, settings.seed) if files else []
+        images = digest(image_stamps(drawn))
+        stages.append(inputs_of("recover", settings, model=base, teacher=taught_by, files=files, images=images))
+    return digest([settings_key(settings), stages])
+
+
+def _shown(settings: RunConfig) -> list[str]:
+    """Stamps of the images of benchmarks whose files are the user's own."""
+    from .data.stamps import image_stamps
+    from .evaluation.tasks import load
+
+    tasks = settings.evaluate.tasks if settings.evaluate.root else []
+    return [digest(image_stamps(load(name, settings.data, settings.evaluate).records())) for name in tasks]
 
 
 def settings_key(settings: RunConfig) -> str:
     """The part of `run_key` that is known without a look at model and data."""
-    plain = {**asdict(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
+    plain = {**numbers(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
     return digest([plain, source_digest("."), library_versions()])
 
 

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 import pytest
+from efficientllava.cache import RECORD, StageCache, link, source_digest
 
 from efficientllava import cache as module
-from efficientllava.cache import RECORD, StageCache, link, source_digest
 from efficientllava.errors import UserError
 
 
