@@ -51,7 +51,7 @@ class TargetCache:
     config: Any
     dtype: torch.dtype
     load: Callable[[], nn.Module]
-    memo: Memo
+    memo: Memo | None = None
 
 
 def open_teacher(
@@ -75,7 +75,7 @@ def open_teacher(
     described, storage = read_config(resolve(path, revision), path)
     dtype = compute_dtype(config.dtype, storage, device)
     ask = lambda: load(path, config.dtype, device, revision).model  # noqa: E731
-    return TargetCache(folder, described, dtype, ask, memo or Memo())
+    return TargetCache(folder, described, dtype, ask, memo)
 
 
 def require_teacher(config: RecoverConfig, base: Mapping[str, str], student: nn.Module) -> None:
@@ -154,7 +154,7 @@ def cached_teacher(
     stamps: dict[str, str] = from_first(
         dict(zip(names, image_stamps(loader.dataset, list(names.values())), strict=True)) if rank() == 0 else None  # pyright: ignore[reportArgumentType]
     )
-    with growing(folder, cache.memo):
+    with growing(folder, cache.memo or Memo()):
         lacks: dict[str, list[str]] = from_first(_lacking(folder, wanted, stamps) if rank() == 0 else None)
         todo = sorted({names[name] for lacking in lacks.values() for name in lacking})
         if todo:

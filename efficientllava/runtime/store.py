@@ -156,6 +156,7 @@ class Store:
         """Whether the entry can be taken; if not, nothing that is left of an earlier one can be mistaken for it."""
         if self._reuse and folder.is_dir():
             if not (fault := self._fault(folder)):
+                shutil.rmtree(work, ignore_errors=True)  # of who was killed after the last step
                 return True
             _warn(folder, fault)
             set_aside(folder)

@@ -50,13 +50,26 @@ def test_large_files_are_read_once_and_mapped(tmp_path: Path, monkeypatch: pytes
     large = read_conversations(file, max_bad_fraction=0.5)
     assert list(large) == list(small)
     assert [record.id for record in large] == [*map(str, range(9)), "3#2"]
-    (arrow,) = (tmp_path / "cache" / "efficientllava").glob("*.arrow")
+    (arrow,) = (tmp_path / "cache" / "efficientllava" / "tables").glob("*/*.arrow")
     assert large._rows.cache_files == [{"filename": str(arrow)}]
     monkeypatch.setattr(table, "raw_records", None)
     again = read_conversations(file, max_bad_fraction=0.5)
     assert list(again) == list(large)
     assert again.key == large.key
     assert len(again.problems) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_damaged_table_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, kept: int) -> None:
+    monkeypatch.setattr(table, "SMALL", 0)
+    file = tmp_path / "mix.json"
+    file.write_text(json.dumps([{"id": str(i), "conversations": said(f"{i}?")} for i in range(9)]))
+    whole = list(read_conversations(file))
+    (arrow,) = (tmp_path / "cache").rglob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:kept])
+    assert list(read_conversations(file)) == whole
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "rows.arrow is damaged; set aside and computed again" in told
 
 
 def test_a_list_that_ends_too_early_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

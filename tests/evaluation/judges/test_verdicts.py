@@ -4,9 +4,9 @@ import json
 import multiprocessing
 
 import pytest
-from efficientllava.evaluation.judges.asking import Verdicts
 
 from efficientllava.errors import UserError
+from efficientllava.evaluation.judges.asking import Verdicts
 
 
 def test_verdicts_outlive_the_process(tmp_path):
