@@ -392,6 +392,7 @@ def write(
     _declare_dtype(folder / "config.json", storage)
     checkpoint.processor.save_pretrained(folder)
     provenance = {**checkpoint.provenance, "base": checkpoint.base, "original_layers": checkpoint.original_layers}
+    provenance.pop("weights", None)  # those of the checkpoint that this one was made of
     if memo is not None:
         weights = sorted(folder.glob("*.safetensors"))
         provenance["weights"] = dict(zip((file.name for file in weights), memo.digests(weights), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from .data.sources import BUILTIN
@@ -111,6 +112,15 @@ def own_root() -> Path:
 def content_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that decide how it computes."""
     return sorted(p for p in folder.iterdir() if p.suffix in CONTENT and p.name != PROVENANCE and p.is_file())
+
+
+def origin_of(folder: Path) -> tuple[str, str | None] | None:
+    """Folder, and no revision, of the checkpoint that one of ours was pruned from; None where there is none here."""
+    try:
+        place = str(json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["base"]["path"])
+        return (place, None) if local_folder(place) else None
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None  # whoever loads it says what is wrong
 
 
 def digest(folder: Path, memo: Memo | None = None) -> str:

@@ -5,14 +5,19 @@ torch is not imported: a sweep whose jobs are finished ends in the time that the
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from . import disk
+from .errors import UserError
 from .runtime.content import MEMO, Memo, digest
+from .runtime.files import set_aside
 from .runtime.store import library_versions, source_digest
 from .schema import RunConfig
 from .stages.inputs import inputs_of, numbers, taught
+
+log = logging.getLogger(__name__)
 
 # What says where a run is done and what stays of it, and decides no number.
 NOT_OF_THE_RUN = ("paths", "sweep", "keep", "reuse", "dry_run", "optimized_metric")
@@ -27,19 +32,21 @@ def run_key(settings: RunConfig) -> str:
     from .data.splits import calibration_records, data_digest, draw, load_split
     from .data.stamps import image_stamps
     from .hub import digest as digest_of
-    from .hub import source_folder
+    from .hub import origin_of, source_folder
 
     memo = Memo(Path(settings.paths.cache_dir) / MEMO)
     model, teacher, data = settings.model, settings.recover.teacher, settings.data
-    base = digest_of(source_folder(model.path, model.revision), memo)
+    folder = source_folder(model.path, model.revision)
+    base = digest_of(folder, memo)
     stages: list[dict[str, Any]] = [inputs_of("evaluate", settings, model=base, images=_shown(settings))]
     if settings.prune.method != "none":
         files = data_digest(data, settings.calibration)
         images = image_stamps(calibration_records(settings.calibration, data, settings.seed)) if files else None
         stages.append(inputs_of("prune", settings, model=base, files=files, images=images))
     if settings.recover.name != "none":
-        own = taught(settings) and teacher.path
-        taught_by = digest_of(source_folder(str(own), teacher.revision), memo) if own else None
+        taught_by = None
+        if taught(settings) and (place := (teacher.path, teacher.revision) if teacher.path else origin_of(folder)):
+            taught_by = digest_of(source_folder(*place), memo)
         files = data_digest(data)
         drawn = draw(load_split(data, "train"), settings.data_frac, settings.seed) if files else []
         images = digest(image_stamps(drawn))
@@ -75,7 +82,13 @@ def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:
     file = folder / "results.json"
     if not file.exists() or not all((folder / name).is_dir() for name in disk.staying(settings)):
         return False
-    results = read(file)
+    try:
+        results = read(file)
+    except UserError:
+        if not dry:
+            log.warning("%s: is damaged; set aside, the run is done again", file)
+            set_aside(file)
+        return False
     # Model and data, which are many files, are looked at where all else agrees.
     same = results.get("settings_key") == settings_key(settings)
     return same and (dry or results.get("run_key") == run_key(settings))

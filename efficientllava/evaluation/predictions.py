@@ -120,7 +120,7 @@ def write(lines: Sequence[Line], path: Path) -> None:
 
 def keep(lines: Sequence[Line], folder: Path, rank: int) -> None:
     """Keep what a process has answered for `resume`; it is on file when this returns."""
-    Lines(folder / f"answers-{rank}.jsonl").append(lines)
+    Lines(folder / f"answers-{rank}.jsonl", shared=False).append(lines)
 
 
 def resume(folder: Path) -> list[Line]:
@@ -133,4 +133,4 @@ def resume(folder: Path) -> list[Line]:
         The finished lines; one that was being written is not among them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    return [line for path in sorted(folder.glob("answers-*.jsonl")) for line in Lines(path).new()]
+    return [line for path in sorted(folder.glob("answers-*.jsonl")) for line in Lines(path, shared=False).new()]

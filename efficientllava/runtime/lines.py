@@ -28,26 +28,29 @@ class Lines:
 
     Args:
         path: The file; it and its folder are made with the first line.
+        shared: Whether other processes may add to it too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: bool = True) -> None:
         self.path = path
         self._inode, self._offset = 0, 0
         self._mutex = threading.RLock()
-        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
+        self._lock = FileLock(path.with_name(f".{path.name}.lock")) if shared else None
 
     def __enter__(self) -> None:
         """Hold the file: nobody else adds a line until the block ends."""
         self._mutex.acquire()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            if self._lock:
+                self._lock.acquire()
         except OSError as error:
             self._mutex.release()
             raise self._refused(error) from error
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
+        if self._lock:
+            self._lock.release()
         self._mutex.release()
 
     def new(self) -> list[dict[str, Any]]:

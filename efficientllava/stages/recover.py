@@ -75,10 +75,9 @@ def _teacher_digest(context: Context, student: Any) -> str:
     from ..checkpoint import resolve
     from ..hub import digest as digest_of
 
-    config = context.settings.recover.teacher
-    if not config.path:
-        return student.base["digest"]
-    return digest_of(resolve(config.path, config.revision), context.store.memo)
+    config, base = context.settings.recover.teacher, student.base
+    place = (config.path, config.revision) if config.path else (base["path"], base.get("revision"))
+    return digest_of(resolve(*place), context.store.memo)
 
 
 def _teacher(context: Context, student: Any, content: str) -> Any:

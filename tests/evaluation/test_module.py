@@ -181,3 +181,11 @@ def test_skipped_questions_have_an_empty_answer(tiny, questions):
     task = SimpleNamespace(records=lambda: records, answer_loss=False, stop=(), max_new_tokens=4)
     lines = answer(model, processor, task, _trainer(), CFG)
     assert [item["text"] == "" for item in lines] == [False, True] * 3
+
+
+def test_an_answer_that_was_damaged_is_asked_for_again(tmp_path, caplog):
+    keep([{"answer_id": "1", "text": "three"}, {"answer_id": "2", "text": "four"}], tmp_path, 0)
+    file = tmp_path / "answers-0.jsonl"
+    file.write_text(file.read_text().replace("three", "threw"))
+    assert [item["answer_id"] for item in resume(tmp_path)] == ["2"]
+    assert len(caplog.records) == 1
