@@ -15,6 +15,7 @@ from .runtime.content import MEMO, Memo
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "conversation.py"]
 # Suffixes of what decides how a checkpoint computes, those of original layouts included.
 CONTENT = (".json", ".safetensors", ".bin", ".jinja", ".model", ".py")
+WORDS = ("merges.txt", "vocab.txt")  # of tokenizers
 PROVENANCE = "efficientllava.json"
 REFUSALS = {
     "GatedRepoError": "its owners ask for consent; accept their terms at https://huggingface.co/{name}, then log in "
@@ -111,7 +112,8 @@ def own_root() -> Path:
 
 def content_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that decide how it computes."""
-    return sorted(p for p in folder.iterdir() if p.suffix in CONTENT and p.name != PROVENANCE and p.is_file())
+    known = (p for p in folder.iterdir() if p.suffix in CONTENT or p.name in WORDS)
+    return sorted(p for p in known if p.name != PROVENANCE and p.is_file())
 
 
 def origin_of(folder: Path) -> tuple[str, str | None] | None:

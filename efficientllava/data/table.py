@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from ..runtime.content import digest
+from ..runtime.content import digest, stamp
 from ..runtime.store import Store, source_digest
 from .conversations import AnyImage, Record, StoredImage, Turn
 from .faults import report_bad
@@ -208,7 +208,9 @@ def _raw(part: Part, key: str) -> Iterator[Any]:
 @lru_cache(maxsize=64)
 def _parquet(file: Path) -> datasets.Dataset:
     try:
-        return datasets.load_dataset("parquet", data_files=str(file), split="train")  # pyright: ignore[reportReturnType]
+        # `datasets` keeps its rows by path and mtime, which a file of other content may share; by name, it looks again.
+        name = digest(stamp(file))
+        return datasets.load_dataset("parquet", name, data_files=str(file), split="train")  # pyright: ignore[reportReturnType]
     except Exception as error:  # pyarrow and datasets raise different kinds for a broken file
         reason = " ".join(str(error).split())
         raise UserError(f"data.path: {str(file)!r} is no parquet file ({reason}); get the file again") from error

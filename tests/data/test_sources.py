@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,19 @@ def test_images_inside_parquet_are_read_when_opened(tmp_path: Path, plural: bool
     assert sizes == [[(3, 2), (4, 2)][:first], [], [(5, 2)]]
     assert [record.turns[0].question for record in records] == ["a?", "b?", "c?"]
     assert [record.source for record in records] == ["images", "text", "images"]
+
+
+def test_rows_of_parquet_are_those_of_the_file_that_is_there_now(tmp_path: Path) -> None:
+    file, seen = tmp_path / "x.parquet", []
+    for answer in ("one", "two"):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        datasets.Dataset.from_list([{"messages": messages}] * 3).to_parquet(file)
+        os.utime(file, ns=(10**18, 10**18))
+        table._parquet.cache_clear()
+        table._stored_images.cache_clear()
+        rows = read_conversations(file)
+        seen.append((rows.key, rows[0].turns[0].answer))
+    assert [answer for _, answer in seen] == ["one", "two"] and seen[0][0] != seen[1][0]
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:

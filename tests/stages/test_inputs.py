@@ -17,14 +17,14 @@ from PIL import Image
 from efficientllava import identity
 from efficientllava.config import typed
 from efficientllava.data import splits
-from efficientllava.data.splits import load_split
+from efficientllava.data.splits import draw, load_split
 from efficientllava.data.stamps import image_contents, image_stamps
 from efficientllava.runtime import store
 from efficientllava.runtime.content import Memo, digest
 from efficientllava.schema import RunConfig
 from efficientllava.stages import inputs
 from efficientllava.stages.inputs import asked, inputs_of, numbers, places
-from tests.runs import composed, save_tiny
+from tests.runs import composed, run, save_tiny, small
 
 STAGES = ("evaluate", "prune", "search", "recover", "targets")
 EVERYWHERE = {"model.dtype", "threads", "trainer.precision", "trainer.deterministic", "trainer._target_"}
@@ -175,6 +175,13 @@ def replace(file: Path) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+def repaint(file: Path) -> None:
+    """A picture that can be opened, of the same name and time."""
+    times = file.stat()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)).save(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 def test_images_that_were_replaced_under_their_names_are_seen(data: Path) -> None:
     config = typed(composed("data=conversations", f"data.path={data}/data.json", f"data.image_root={data}")).data
     records = load_split(config, "train")
@@ -206,3 +213,55 @@ def test_a_run_is_another_one_when_an_image_that_it_uses_was_replaced(data: Path
     replace(weights)
     keys.append(identity.run_key(config))
     assert len({*keys}) == 3
+
+
+@pytest.mark.usefixtures("without_fresh_processes")
+def test_a_stage_is_computed_again_when_an_image_that_it_uses_was_replaced(data: Path) -> None:
+    model = save_tiny(data / "model", layers=1)
+    rows = [
+        {
+            "question_id": str(i),
+            "question": "is there a cat?",
+            "answer": "yes",
+            "image": f"{i}.png",
+            "category": "random",
+        }
+        for i in range(40, 44)
+    ]
+    for row in rows:
+        Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(data / row["image"])
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = (f"data.path={data}/data.json", f"data.image_root={data}", "data=conversations")
+    asked = ("evaluate=pope", f"evaluate.root={data}/test.jsonl", "evaluate.max_new_tokens=2")
+    typed_ = small(model, data / "out", *files, *asked, "recover=kd_hidden", "recover.teacher.source=cached")
+    typed_ += [
+        "evaluate.efficiency=false",
+        "prune.selection=local",
+        "calibration.samples=2",
+        "data_frac=0.2",
+        "recover.steps=4",
+    ]
+    typed_ = [
+        each for each in typed_ if not each.startswith(("evaluate.repeats", "evaluate.new_tokens", "evaluate.speed"))
+    ]
+    config = typed(composed(*typed_)).data
+    answers = {f"evaluate/{stage}/pope" for stage in ("base", "pruned", "recovered")}
+    calibration, train = load_split(config, "calibration", 0)[0], draw(load_split(config, "train"), 0.2, 0)[0]
+    asked_about = []
+    for number, (image, reused) in enumerate(
+        [
+            (None, set()),
+            (None, {"prune", "recover", *answers}),
+            (data / "41.png", {"prune", "recover"}),
+            (train.image, {"prune", "evaluate/base/pope", "evaluate/pruned/pope"}),
+            (calibration.image, {"evaluate/base/pope"}),
+        ]
+    ):
+        if image is not None:
+            repaint(Path(str(image)))
+        splits._conversations.cache_clear()
+        record = run(data / str(number), typed_)
+        assert {*record["reused"]} == reused, number
+        targets = record["reports"]["recover"]["stats"]["targets"]
+        asked_about.append(targets["computed"] if "recover" not in record["reused"] else None)
+    assert asked_about[1:3] == [None, None] and asked_about[3] == 1 and asked_about[4] == 0
