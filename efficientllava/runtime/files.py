@@ -131,8 +131,11 @@ def sha256(path: Path) -> str:
 
 def seal(folder: Path, sums: Mapping[str, str]) -> None:
     """Note digests of files of a folder, by name, in its file `SUMS`; several processes may do so at once."""
-    with (folder / SUMS).open("ab", buffering=0) as handle:
-        handle.write("".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    with (folder / SUMS).open("ab+", buffering=0) as handle:
+        handle.seek(max(0, handle.seek(0, 2) - 1))
+        torn = handle.read(1) not in (b"", b"\n")  # what a power cut has left must not spoil the next line
+        handle.write(("\n" * torn + lines).encode())
         os.fsync(handle.fileno())
 
 

@@ -36,6 +36,8 @@ NEUTRAL = (
 MACHINE = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
 # Callbacks that watch.
 WATCHERS = ("LearningRateMonitor", "ProgressBar", "ModelSummary", "DeviceStatsMonitor")
+# What is the same in however many processes: each has all of it, or shares whole records out.
+UNDIVIDED = ("search", "targets")
 # Our own code that makes a stage's result.
 SOURCES = {
     "evaluate": ("evaluation/generation.py", "evaluation/module.py", "evaluation/predictions.py"),
@@ -64,7 +66,8 @@ def inputs_of(stage: str, settings: RunConfig, **content: Any) -> dict[str, Any]
         "trainer": _trainer(settings, training=stage == "recover"),
     }
     known = {"model": None, "device": None, "processes": None}
-    return {"stage": stage, **shared, **known, **_STAGES[stage](settings), **content}
+    found = {"stage": stage, **shared, **known, **_STAGES[stage](settings), **content}
+    return found | ({"processes": None} if stage in UNDIVIDED else {})
 
 
 def _module(stage: str) -> str:

@@ -88,8 +88,7 @@ def _teacher(context: Context, student: Any, content: str) -> Any:
     settings, config = context.settings, context.settings.recover.teacher
     # The student's base prepares the images, and its tower may be the teacher's.
     known = {"model": context.base.digest, "teacher": content, "files": data_digest(settings.data)}
-    # Its processes share the records, whose answers do not depend on that.
-    folder = context.store.place("targets", {**context.inputs("targets", **known), "processes": None})
+    folder = context.store.place("targets", context.inputs("targets", **known))
     if config.source == "cached":
         folder.mkdir(parents=True, exist_ok=True)
         context.mark(folder)

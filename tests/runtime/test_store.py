@@ -303,6 +303,8 @@ def test_a_kill_between_the_list_and_the_file_costs_nothing(tmp_path, caplog):
     def die(folder, work):
         with whole_file(work / "last.ckpt") as file:
             file.write_text("point")
+        with (work / SUMS).open("a") as handle:
+            handle.write("half a li")
         seal(work, {"last.ckpt": "0" * 64})
         raise KeyboardInterrupt
 

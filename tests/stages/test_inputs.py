@@ -51,9 +51,9 @@ NOT = {
 CONTENT = {
     "evaluate": ("model", "device", "processes", "task", "questions", "images", "lmms"),
     "prune": ("model", "device", "processes", "records", "files", "images"),
-    "search": ("model", "device", "processes", "records", "files", "images"),
+    "search": ("model", "device", "records", "files", "images"),
     "recover": ("model", "device", "processes", "original_layers", "teacher", "files", "images"),
-    "targets": ("model", "device", "processes", "teacher", "files"),
+    "targets": ("model", "device", "teacher", "files"),
 }
 
 
@@ -109,6 +109,12 @@ def test_each_content_alone_gives_a_new_key(stage: str, name: str) -> None:
     content = dict.fromkeys(CONTENT[stage], "as it was")
     one, other = (digest(inputs_of(stage, settings(), **{**content, name: value})) for value in ("as it was", "new"))
     assert one != other
+
+
+def test_what_does_not_depend_on_the_number_of_processes_is_shared() -> None:
+    for stage in STAGES:
+        one, two = (digest(inputs_of(stage, settings(), processes=count)) for count in (1, 2))
+        assert (one == two) == (stage in ("search", "targets"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
