@@ -113,7 +113,7 @@ def layer_target(dense: Any, before: Any, plan: LayerPlan, after: Any, kind: int
 
 
 def damped_least_squares(x: torch.Tensor, y: torch.Tensor, start: torch.Tensor, damping: float) -> torch.Tensor:
-    """Solve ``min mean ||y - W x||^2 + lambda sum_j mean x_j^2 ||W_j - start_j||^2`` by stacking the penalty as rows."""
+    """Solve ``min mean ||y - W x||^2 + lambda sum_j mean x_j^2 ||W_j - start_j||^2`` with the penalty as rows."""
     left = torch.cat([x, (damping * x.square().sum(0)).sqrt().diag()])
     right = torch.cat([y - x @ start.T, torch.zeros(x.shape[1], y.shape[1], dtype=x.dtype)])
     return start + torch.linalg.lstsq(left, right, driver="gelsd").solution.T

@@ -75,7 +75,7 @@ def test_a_module_equals_surgery_and_refit_of_the_real_model(model, tmp_path):
     batches = make_batches(dtype=torch.float64)
     whole = list(whole_layers(model))
     for gene, level in ((0, 1), (1, 7), (4, 2), (5, 19)):
-        component, index = components(model)[gene], gene // 2
+        index = gene // 2
         units = table.units(gene, level)
         cut = (units, whole[index].channels) if gene % 2 == 0 else (whole[index].groups, units)
         plans = [*whole[:index], LayerPlan(index, *cut), *whole[index + 1 :]]
@@ -233,6 +233,20 @@ def test_a_table_is_made_once_for_what_it_depends_on(recipe, tmp_path):
     for identity in (IDENTITY, IDENTITY, {**IDENTITY, "model": "other"}):
         open_table(model, recipe, calibration, tmp_path / "tables", identity)
     assert done == [("level table", i + 1, LAYERS) for i in range(LAYERS)] * 2
+
+
+@pytest.mark.parametrize("name", ["table.json", "layer_001.safetensors"])
+def test_a_damaged_table_is_made_again(tmp_path, caplog, name):
+    model, calibration = make_model(), Calibration(make_batches())
+    made = open_table(model, Structured(), calibration, tmp_path / "tables", IDENTITY)
+    expected = made.tensors(3, 2)
+    file = made.folder / name
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    again = open_table(model, Structured(), calibration, tmp_path / "tables", IDENTITY)
+    assert same(again.tensors(3, 2), expected)
+    assert [record.getMessage().endswith("set aside and computed again") for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize(
