@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,14 +18,15 @@ from torch import nn
 
 from .card import about, model_card
 from .errors import UserError
-from .files import as_umask, whole_folder
-from .finite import require_finite
 from .hub import PROVENANCE, UNQUANTIZED, digest, download, local_folder, read_json, with_config
 from .models.anatomy import decoder_of
 from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol, with_system
 from .models.convert.shards import shard_files
 from .models.processors import load_processor
 from .models.pruned import is_per_layer, require_supported
+from .runtime.content import Memo
+from .runtime.files import as_umask, whole_folder
+from .runtime.finite import require_finite
 from .schema import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class Checkpoint:
         processor: Its processor.
         path: Folder or hub id as given.
         storage: Type the weights are stored in; exports keep it.
-        digest: Content digest of the folder.
+        content: Content digest of the folder, or what finds it out when it is first asked for.
         provenance: Base checkpoint, original layer indices and history; see `Checkpoint.original_layers`.
         revision: Hub revision as given.
         about: Name and licence, see `efficientllava.card.about`.
@@ -53,10 +54,17 @@ class Checkpoint:
     processor: Any
     path: str
     storage: torch.dtype
-    digest: str
+    content: str | Callable[[], str]
     provenance: dict[str, Any] = field(default_factory=dict)
     revision: str | None = None
     about: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Content digest of the folder."""
+        if callable(self.content):
+            self.content = self.content()
+        return self.content
 
     @property
     def original_layers(self) -> list[int]:
@@ -92,7 +100,7 @@ class Checkpoint:
             "original_layers": original if kept is None else [original[index] for index in kept],
             "history": [*self.provenance.get("history", []), dict(step)],
         }
-        return replace(self, model=model, digest="", provenance=provenance)
+        return replace(self, model=model, content="", provenance=provenance)
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -223,6 +231,7 @@ def load(
     protocol: str | None = None,
     system: str | None = None,
     host: bool = False,
+    memo: Memo | None = None,
 ) -> Checkpoint:
     """Load a checkpoint, strictly: every tensor of the model is in the folder, and the other way round.
 
@@ -234,6 +243,7 @@ def load(
         protocol: ``vicuna_v1`` gives a LLaVA-1.5 its own preprocessing and prompt; None leaves them as the folder says.
         system: System sentence of every prompt, written into the processor; None leaves the chat template's.
         host: Leave the weights in host memory, in the type that the device computes in.
+        memo: See `efficientllava.hub.digest`.
 
     Returns:
         The checkpoint; its model is in eval mode.
@@ -281,7 +291,11 @@ def load(
         require_finite(tensor, f"model.path={path}: tensor {name}", "get the complete folder, or another model.dtype")
     provenance = _provenance(folder, path, len(decoder_of(model).layers))
     spoken = system and hashlib.blake2b(system.encode(), digest_size=4).hexdigest()
-    content = "-".join(filter(None, [digest(folder), protocol, spoken]))
+
+    def content() -> str:
+        _tell_changed(folder, path, provenance, memo or Memo())
+        return "-".join(filter(None, [digest(folder, memo), protocol, spoken]))
+
     told = about(local_folder(path) or folder, path)
     return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision, told)
 
@@ -336,6 +350,20 @@ def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {_first_line(error)}"
     raise UserError(f"model.path={path}: {PROVENANCE} does not fit ({reason}); restore it, or remove it")
+
+
+def _tell_changed(folder: Path, path: str, provenance: Mapping[str, Any], memo: Memo) -> None:
+    """Warn of weights of ours that are not what was written: large ones may be links that others share."""
+    written = {folder / name: known for name, known in provenance.get("weights", {}).items()}
+    files = [file for file in written if file.is_file()]
+    changed = [file.name for file, found in zip(files, memo.digests(files), strict=True) if found != written[file]]
+    if changed:
+        log.warning(
+            "model.path=%s: %s has changed since it was written; if that was not you, something has written through a "
+            "link from another run's folder: make this one anew",
+            path,
+            changed[0],
+        )
 
 
 @contextmanager
@@ -399,18 +427,31 @@ def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | N
     return folder
 
 
-def write(checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None = None) -> None:
-    """Write all files of a checkpoint into an existing folder; see `save`."""
+def write(
+    checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None = None, memo: Memo | None = None
+) -> None:
+    """Write all files of a checkpoint into an existing folder; see `save`.
+
+    Args:
+        checkpoint: As in `save`.
+        folder: The folder.
+        card: As in `save`.
+        memo: Where given, the provenance says what the weights were, and whoever loads them later is told of a change.
+    """
     model, storage = checkpoint.model, checkpoint.storage
     with _stored_as(model, storage):
         model.save_pretrained(folder, max_shard_size=SHARD)
     _declare_dtype(folder / "config.json", storage)
     checkpoint.processor.save_pretrained(folder)
+    as_umask(folder)  # before the weights are digested: a change of permissions counts as one
     provenance = {**checkpoint.provenance, "base": checkpoint.base, "original_layers": checkpoint.original_layers}
+    provenance.pop("weights", None)  # those of the checkpoint that this one was made of
+    if memo is not None:
+        weights = sorted(folder.glob("*.safetensors"))
+        provenance["weights"] = dict(zip((file.name for file in weights), memo.digests(weights), strict=True))
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
     needs_import = is_per_layer(model.config.get_text_config())
     (folder / "README.md").write_text(model_card(provenance, needs_import, card or {}), encoding="utf-8")
-    as_umask(folder)
 
 
 @contextmanager

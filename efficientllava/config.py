@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -15,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import ConfigError, UserError
 from .presets import register_presets
+from .runtime.content import digest
 from .schema import RecoverConfig, RunConfig, WandbConfig
 
 LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
@@ -113,10 +112,3 @@ def _unknown(config: DictConfig) -> Iterator[str]:
 def key_of(override: str) -> str:
     """The key that an override sets, adds or removes, such as ``prune.ratio`` of ``prune.ratio=0.3``."""
     return override.lstrip("+~").partition("=")[0]
-
-
-def digest(value: Any) -> str:
-    """Digest of plain data, 16 hexadecimal digits; the same on every machine."""
-    plain = dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-    text = json.dumps(plain, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

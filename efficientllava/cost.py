@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import digest
 from .data.splits import record_count
 from .disk import chosen
 from .evaluation.tasks import load
@@ -26,7 +25,9 @@ from .pruning.memory import patches_of
 from .pruning.pruner import search_length
 from .recovery.recover import accumulation, optimiser_steps
 from .results import STAGES
-from .schema import TAYLOR, RunConfig
+from .runtime.content import digest
+from .schema import TAYLOR
+from .stages.inputs import asked, checkpoint, inputs_of, places, taught
 
 TEXT = 256  # tokens of a record beside those of its image
 ANSWER = 8  # generated tokens of an answer
@@ -112,41 +113,35 @@ def works(plan: Forecast) -> list[Work]:
         plan: What the run makes.
     """
     settings, made = plan.settings, []
-    key = digest([_facts(settings.model), settings.trainer])
-    asked = digest([_facts(settings.evaluate), settings.data.test_questions])
+
+    def key_of(stage: str, model: Any, **content: Any) -> str:
+        where = {"device": plan.device, "processes": plan.processes}
+        return digest(inputs_of(stage, settings, model=model, **where, **content))
 
     def evaluate(stage: str, model: nn.Module) -> None:
         if settings.evaluate.tasks:
-            made.append(Work(f"evaluate {stage}", digest([key, asked]), _answering(plan, model)))
+            work = key_of("evaluate", key, task=asked(settings))
+            made.append(Work(f"evaluate {stage}", work, _answering(plan, model)))
 
+    base = key = digest(checkpoint(settings))
     evaluate(STAGES[0], plan.base)
     if settings.prune.method != "none":
-        prune, search = _facts(settings.prune), _facts(settings.search) if settings.prune.method == "auto" else None
-        data = [settings.data.name, settings.data.path, settings.data.max_length]
-        key = digest([key, prune, search, asdict(settings.calibration), data, settings.seed])
+        key = key_of("prune", key, **places(settings, "prune"))
         made.append(Work("prune", key, _pruning(plan), weight_bytes(plan.pruned, plan.storage)))
         evaluate(STAGES[1], plan.pruned)
     if settings.recover.name != "none":
-        drawn = [asdict(settings.data), settings.data_frac, settings.seed]
         trained = _records(plan)
-        if _taught(settings) and settings.recover.teacher.source == "cached":
-            asked_once = digest([_facts(settings.model), asdict(settings.recover.teacher), drawn])
+        if taught(settings) and settings.recover.teacher.source == "cached":
+            # Recoveries share the answers about records that both draw.
+            drawn = [settings.data_frac, settings.seed, settings.data.images]
+            asked_once = digest([key_of("targets", base, **places(settings, "targets")), drawn])
             flops = None if trained is None else trained[0] * _forward(plan, plan.base)
             made.append(Work("teacher targets", asked_once, flops))
-        key = digest([key, _facts(settings.recover), drawn])
+        key = key_of("recover", key, **places(settings, "recover"))
         flops = None if trained is None else trained[1] * _training(plan)
         made.append(Work("recover", key, flops, weight_bytes(plan.pruned, plan.storage)))
         evaluate(STAGES[2], plan.pruned)
     return made
-
-
-def _facts(node: Any) -> dict[str, Any]:
-    """A node without the name of its option, which decides nothing."""
-    return asdict(replace(node, name="")) if hasattr(node, "name") else asdict(node)
-
-
-def _taught(settings: RunConfig) -> bool:
-    return settings.recover.weights.logit > 0 or settings.recover.weights.hidden > 0
 
 
 def tokens_of(plan: Forecast) -> int:
@@ -261,7 +256,7 @@ def _training(plan: Forecast) -> float:
     per_token = token * (3 if config.gradient_checkpointing else 2)
     if config.train == "full":
         per_token += token
-    if _taught(plan.settings) and config.teacher.source == "live":
+    if taught(plan.settings) and config.teacher.source == "live":
         per_token += _token(plan.base)
     return _image(plan.base) + tokens_of(plan) * per_token
 

@@ -2,7 +2,7 @@
 
 In a run's folder ``keep=all | recovered | none`` decides at once. The cache is shared: what a run with ``keep=all`` has
 used stays there. The rest (checkpoints, teacher targets, level tables) goes when the last run or sweep at work ends
-well, unless a run's folder links to it; a recovered checkpoint, which others rarely ask for, goes with its run. A sweep
+well, unless a run's folder has it too; a recovered checkpoint, which others rarely ask for, goes with its run. A sweep
 with failed jobs leaves all of it, so that the same command fills the gaps. Answers and verdicts are small and stay.
 """
 
@@ -17,7 +17,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .errors import UserError
-from .files import discard
+from .runtime.files import discard
+from .runtime.store import TAKEN
 from .schema import RunConfig
 
 KEPT = "kept"  # marks an entry of the cache that a run with keep=all has used
@@ -87,15 +88,22 @@ def mark(entry: Path) -> None:
 
 
 def drop(entry: Path) -> None:
-    """Remove an entry of the cache that nobody is at work on, no run's folder links to, and none has marked."""
+    """Remove an entry of the cache that nobody is at work on, no run's folder has too, and none has marked."""
     if not entry.is_dir() or (entry / KEPT).exists():
         return
     try:
         with FileLock(entry.with_name(f"{entry.name}.lock"), timeout=0):
-            if not any(file.stat().st_nlink > 1 for file in entry.rglob("*.safetensors")):
+            if not _in_use(entry):
                 discard(entry)
     except Timeout:
         return  # somebody waits for it
+
+
+def _in_use(entry: Path) -> bool:
+    """Whether a run's folder links to an entry, or holds the copy that it has taken."""
+    taken = (entry / TAKEN).read_text(encoding="utf-8").splitlines() if (entry / TAKEN).is_file() else []
+    linked = any(file.stat().st_nlink > 1 for file in entry.rglob("*.safetensors"))
+    return linked or any(Path(place).exists() for place in taken)
 
 
 @contextlib.contextmanager
@@ -137,3 +145,5 @@ def at_work(cache: Path, clean: bool) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for entry in (path for name in LARGE for path in (cache / name).glob("[!.]*") if path.suffix != ".work"):
                 drop(entry)
+            for aside in (path for name in LARGE for path in (cache / name).glob(".*.damaged")):
+                shutil.rmtree(aside)

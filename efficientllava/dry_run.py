@@ -24,12 +24,12 @@ from .disk import made
 from .errors import UserError
 from .evaluation import tasks
 from .evaluation.efficiency import sizes
-from .files import whole_file
 from .forecast import Forecast, forecast, shape_of, weight_bytes
 from .memory import StageMemory, describe, stage_memory
 from .recovery.objective import describe as describe_loss
 from .recovery.trainable import require_trainable
 from .report.tables import percent, quantity, tabulate
+from .runtime.files import whole_file
 from .schema import MASKED, RunConfig
 
 _looked: set[str] = set()  # data that are there, by a digest of where

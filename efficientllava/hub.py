@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import functools
 import hashlib
 import json
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 
 from .data.sources import BUILTIN
 from .errors import UserError, disk_full
+from .runtime.content import MEMO, Memo
 
 # What a checkpoint consists of; never weights in other formats. The prompt of InternVL stands in a Python file, which
 # is read and not run.
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "conversation.py"]
 # Suffixes of what decides how a checkpoint computes, those of original layouts included.
 CONTENT = (".json", ".safetensors", ".bin", ".jinja", ".model", ".py")
+WORDS = ("merges.txt", "vocab.txt")  # of tokenizers
 PROVENANCE = "efficientllava.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # What describes a checkpoint; tokenizer.json is left to its reader.
@@ -28,7 +29,6 @@ QUANTIZED = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ
 UNQUANTIZED = (
     "quantized weights cannot be pruned: give the checkpoint that they were made from, in float32, float16 or bfloat16"
 )
-SAMPLED = 64  # blocks of 1 MiB that the digest of a large weight file reads
 REFUSALS = {
     "GatedRepoError": "its owners ask for consent; accept their terms at https://huggingface.co/{name}, then log in "
     "with hf auth login",
@@ -168,27 +168,39 @@ def source_folder(path: str, revision: str | None = None) -> Path:
     return local_folder(path) or download(path, revision)
 
 
-def digest(folder: Path) -> str:
-    """Content digest of a checkpoint folder; computed once per process for files that stay as they are.
+def own_root() -> Path:
+    """Where the store of converted checkpoints is: beside the hub client's own cache, which ``HF_HOME`` moves."""
+    from huggingface_hub import constants
 
-    Small files are read whole. Of a weight file above `SAMPLED` MiB the size, the header and evenly spread blocks are.
+    return Path(constants.HF_HOME) / "efficientllava"
+
+
+def content_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that decide how it computes."""
+    known = (p for p in folder.iterdir() if p.suffix in CONTENT or p.name in WORDS)
+    return sorted(p for p in known if p.name != PROVENANCE and p.is_file())
+
+
+def origin_of(folder: Path) -> tuple[str, str | None] | None:
+    """Folder, and no revision, of the checkpoint that one of ours was pruned from; None where there is none here."""
+    try:
+        place = str(json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))["base"]["path"])
+        return (place, None) if local_folder(place) else None
+    except (OSError, ValueError, KeyError, TypeError, UserError):
+        return None  # whoever loads it says what is wrong
+
+
+def digest(folder: Path, memo: Memo | None = None) -> str:
+    """Digest of the whole content of a checkpoint folder.
+
+    Args:
+        folder: The folder.
+        memo: Remembers what has been read; by default one of the user's own.
 
     Returns:
         32 hexadecimal digits.
     """
-    files = sorted(p for p in folder.iterdir() if p.suffix in CONTENT)
-    stats = [(file, file.stat()) for file in files if file.name != PROVENANCE]
-    return _digest(tuple((file, stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats))
-
-
-@functools.lru_cache(maxsize=16)
-def _digest(files: tuple[tuple[Path, int, int, int], ...]) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for file, size, *_ in files:
-        total.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as handle:
-            block = 1 << 20
-            for start in range(0, size, block if size <= SAMPLED * block else size // SAMPLED):
-                handle.seek(start)
-                total.update(handle.read(block))
-    return total.hexdigest()
+    files = content_files(folder)
+    sums = (memo or Memo(own_root() / MEMO)).digests(files)
+    listed = "".join(f"{known}  {file.name}\n" for file, known in zip(files, sums, strict=True))
+    return hashlib.blake2b(listed.encode(), digest_size=16).hexdigest()

@@ -5,15 +5,21 @@ torch is not imported: a sweep whose jobs are finished ends in the time that the
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import logging
 from pathlib import Path
+from typing import Any
 
 from . import disk
-from .cache import library_versions, source_digest
-from .config import digest
+from .errors import UserError
+from .runtime.content import MEMO, Memo, digest
+from .runtime.files import set_aside
+from .runtime.store import library_versions, source_digest
 from .schema import RunConfig
+from .stages.inputs import inputs_of, numbers, taught
 
-# What says where and how a run is done and what stays of it, and decides no number.
+log = logging.getLogger(__name__)
+
+# What says where a run is done and what stays of it, and decides no number.
 NOT_OF_THE_RUN = ("paths", "sweep", "keep", "reuse", "dry_run", "optimized_metric")
 
 
@@ -23,21 +29,43 @@ def run_key(settings: RunConfig) -> str:
     Args:
         settings: The checked configuration.
     """
-    from .data.splits import sources_digest
+    from .data.splits import calibration_records, data_digest, draw, load_split
+    from .data.stamps import image_stamps
     from .hub import digest as digest_of
-    from .hub import source_folder
+    from .hub import origin_of, source_folder
 
-    files = sources_digest(settings)
-    models = [digest_of(source_folder(settings.model.path, settings.model.revision))]
-    teacher = settings.recover.teacher
-    if settings.recover.name != "none" and teacher.path:
-        models.append(digest_of(source_folder(teacher.path, teacher.revision)))
-    return digest([settings_key(settings), files, models])
+    memo = Memo(Path(settings.paths.cache_dir) / MEMO)
+    model, teacher, data = settings.model, settings.recover.teacher, settings.data
+    folder = source_folder(model.path, model.revision)
+    base = digest_of(folder, memo)
+    stages: list[dict[str, Any]] = [inputs_of("evaluate", settings, model=base, images=_shown(settings))]
+    if settings.prune.method != "none":
+        files = data_digest(data, settings.calibration)
+        images = image_stamps(calibration_records(settings.calibration, data, settings.seed)) if files else None
+        stages.append(inputs_of("prune", settings, model=base, files=files, images=images))
+    if settings.recover.name != "none":
+        taught_by = None
+        if taught(settings) and (place := (teacher.path, teacher.revision) if teacher.path else origin_of(folder)):
+            taught_by = digest_of(source_folder(*place), memo)
+        files = data_digest(data)
+        drawn = draw(load_split(data, "train"), settings.data_frac, settings.seed) if files else []
+        images = digest(image_stamps(drawn))
+        stages.append(inputs_of("recover", settings, model=base, teacher=taught_by, files=files, images=images))
+    return digest([settings_key(settings), stages])
+
+
+def _shown(settings: RunConfig) -> list[str]:
+    """Stamps of the images of benchmarks whose files are the user's own."""
+    from .data.stamps import image_stamps
+    from .evaluation.tasks import load
+
+    tasks = settings.evaluate.tasks if settings.evaluate.root else []
+    return [digest(image_stamps(load(name, settings.data, settings.evaluate).records())) for name in tasks]
 
 
 def settings_key(settings: RunConfig) -> str:
     """The part of `run_key` that is known without a look at model and data."""
-    plain = {**asdict(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
+    plain = {**numbers(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
     return digest([plain, source_digest("."), library_versions()])
 
 
@@ -54,7 +82,13 @@ def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:
     file = folder / "results.json"
     if not file.exists() or not all((folder / name).is_dir() for name in disk.staying(settings)):
         return False
-    results = read(file)
+    try:
+        results = read(file)
+    except UserError:
+        if not dry:
+            log.warning("%s: is damaged; set aside, the run is done again", file)
+            set_aside(file)
+        return False
     # Model and data, which are many files, are looked at where all else agrees.
     same = results.get("settings_key") == settings_key(settings)
     return same and (dry or results.get("run_key") == run_key(settings))

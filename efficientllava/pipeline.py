@@ -1,7 +1,7 @@
 """The stages in order; the only module that knows them all.
 
 A run loads a checkpoint, prunes it, recovers it, evaluates base, pruned and recovered alike, and writes
-``results.json``. Every stage goes through the content cache, so a killed or repeated run continues where it can.
+``results.json``. Every stage goes through the store, so a killed or repeated run continues where it can.
 """
 
 from __future__ import annotations
@@ -135,6 +135,8 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     from .tracking import Tracking, track
 
     context = Context(settings, folder)
+    # As it is now: whoever replaces a file while the run is at work has another run.
+    keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)} if processes.rank() == 0 else {}
     evaluate = Evaluation(context)
     seed_everything(settings.seed, verbose=False)
     say(f"[bold]{settings.name}[/bold]  {context.base.path}  on {context.device}, seed {settings.seed}")
@@ -154,7 +156,6 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
                 tracking.curve(read_curve(folder))
             evaluate("recovered", current)
         if processes.rank() == 0:
-            keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)}
             write_record(context, evaluate, overrides, keys)
             tracking.results(folder)
             disk.tidy(folder, settings.keep)

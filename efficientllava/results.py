@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import whole_file
+from .runtime.files import whole_file
 
 STAGES = ("base", "pruned", "recovered")
 PACKAGES = ("torch", "transformers", "lightning", "peft", "efficientllava")

@@ -22,9 +22,9 @@ from lightning.pytorch.loggers import Logger
 from . import processes
 from .console import say
 from .errors import UserError
-from .files import whole_file
 from .report.maps import shares
 from .results import STAGES, last_stage, read, scores
+from .runtime.files import whole_file
 from .schema import RunConfig, WandbConfig
 
 AXES = {"search": "generation", "prune": "layer", "recover": "step"}  # x-axis of every stage that has curves

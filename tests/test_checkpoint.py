@@ -10,6 +10,7 @@ from efficientllava import checkpoint as store
 from efficientllava.bench.rows import peak_memory
 from efficientllava.card import LICENSES, model_card, usage
 from efficientllava.errors import UserError
+from efficientllava.runtime.content import Memo
 
 from .runs import ROOT, save_tiny
 
@@ -91,14 +92,16 @@ def test_digest_follows_content_and_not_place(folder, tmp_path):
     assert store.digest(copy) != store.digest(folder)
 
 
-def test_digest_of_a_large_file_reads_its_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("efficientllava.hub.SAMPLED", 1)
-    (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
-    before = store.digest(tmp_path)
-    with (tmp_path / "model.safetensors").open("r+b") as handle:
-        handle.seek(100)
-        handle.write(b"x")
-    assert store.digest(tmp_path) != before
+def test_whoever_loads_weights_that_were_changed_behind_their_provenance_is_told(loaded, tmp_path, caplog):
+    (tmp_path / "copy").mkdir()
+    store.write(loaded, tmp_path / "copy", memo=Memo())
+    assert store.load(tmp_path / "copy").digest and not caplog.records
+    file = tmp_path / "copy" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert store.load(tmp_path / "copy").digest
+    assert "model.safetensors has changed since it was written" in caplog.text and len(caplog.records) == 1
 
 
 def test_rounding_makes_memory_equal_to_what_is_saved(folder, tmp_path):

@@ -69,6 +69,23 @@ def test_a_killed_recovery_ends_with_the_weights_of_an_uninterrupted_one(model, 
     assert not [p for p in out.rglob("*") if p.suffix in (".partial", ".work")]
 
 
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:-5000] + b"X" + b[-4999:]])
+def test_a_damaged_resume_point_is_set_aside_and_training_starts_over(model, tmp_path, monkeypatch, caplog, damage):
+    whole = run(tmp_path / "whole", command(model, tmp_path / "undisturbed"))
+    out = tmp_path / "out"
+    typed = command(model, out)
+    kill_when(lambda: list(out.glob("cache/recover/*.work/last.ckpt")), typed, tmp_path)
+    (point,) = out.glob("cache/recover/*.work/last.ckpt")
+    point.write_bytes(damage(point.read_bytes()))
+    monkeypatch.setattr(RecoveryModule, "on_load_checkpoint", lambda *_: pytest.fail("it goes on from damage"))
+    record = run(tmp_path / "run", typed)
+    assert "prune" in record["reused"] and record["stages"].keys() == whole["stages"].keys()
+    left, right = weights(tmp_path / "whole"), weights(tmp_path / "run")
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING" and r.name.startswith("efficientllava")]
+    assert len(told) == 1 and "last.ckpt is damaged; set aside and computed again" in told[0]
+
+
 def cached(out):
     """The finished stages and when they were finished."""
     return {file.parent.name: file.stat().st_mtime_ns for file in (out / "cache").glob("*/[!.]*/stage.json")}

@@ -70,15 +70,6 @@ def _sources(config: RunConfig) -> list[Conversations | None]:
     return calibration + ([_source(config.data)] if config.recover.name != "none" else [])
 
 
-def sources_digest(config: RunConfig) -> list[str]:
-    """Digests as of `data_digest` of the files that the stages of a run read.
-
-    Args:
-        config: The whole configuration.
-    """
-    return [_digest(table) for table in _sources(config)]
-
-
 def data_digest(data: DataConfig, calibration: CalibrationConfig | None = None) -> str:
     """Digest of the file behind a configuration and of where its images are; empty for the embedded data.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,10 +14,10 @@ import datasets
 import datasets.config
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
 from ..errors import UserError
-from ..files import whole_file
+from ..runtime.content import digest, stamp
+from ..runtime.store import Store, source_digest
 from .conversations import AnyImage, Record, StoredImage, Turn
 from .faults import report_bad
 from .rows import BadRecordError, row_of
@@ -27,7 +25,7 @@ from .sources import Part, locate, parts_of, raw_records
 
 log = logging.getLogger(__name__)
 
-VERSION = 4  # of the columns and of how they are made; part of the cache's key
+ARROW = "rows.arrow"
 # Files below this size are read anew in every run instead of being kept as Arrow.
 SMALL = 16 << 20
 BATCH = 1000  # rows per Arrow batch
@@ -121,42 +119,40 @@ def read_conversations(
             f"{key.replace('path', 'image_root')}: {str(root)!r} is not a folder; give the folder that holds the images"
         )
     try:
-        facts = [(_content(p.file, p.file.stat().st_mtime_ns), p.root, p.source, p.share, p.repeats) for p in parts]
+        store = _store()
+        contents = store.memo.digests([part.file for part in parts])
         small = sum(part.file.stat().st_size for part in parts) < SMALL
     except OSError as error:
         raise UserError(f"{key}: {str(path)!r} cannot be read ({error}); give an existing file") from error
-    digest = hashlib.blake2b(json.dumps([VERSION, facts]).encode(), digest_size=8).hexdigest()
+    facts = [(content, p.root, p.source, p.share, p.repeats) for content, p in zip(contents, parts, strict=True)]
+    # How rows are made of them, in `_batches`.
+    inputs = [facts, source_digest(*(f"data/{name}.py" for name in ("rows", "sources", "table")))]
     if small:
         rows = datasets.Dataset(pa.Table.from_batches(_batches(parts, key), COLUMNS))
     else:
-        rows = datasets.Dataset.from_file(str(_arrow(parts, key, digest)))
-    records = Conversations(rows, parts, root, digest)
+        rows = datasets.Dataset.from_file(str(_arrow(store, parts, key, inputs)))
+    records = Conversations(rows, parts, root, digest(inputs))
     report_bad(str(path), records.problems, len(records) + len(records.problems), max_bad_fraction)
     return records
 
 
-@lru_cache(maxsize=64)
-def _content(file: Path, _changed: int) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "blake2b").hexdigest()[:16]
+def _store() -> Store:
+    root = Path(datasets.config.HF_DATASETS_CACHE) / "efficientllava"
+    return Store(root, together=False, fix="set HF_HOME to a folder of yours")
 
 
-def _arrow(parts: Sequence[Part], key: str, digest: str) -> Path:
+def _arrow(store: Store, parts: Sequence[Part], key: str, inputs: Any) -> Path:
     """The Arrow file of some parts, written where it does not exist yet."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "efficientllava"
-    target = folder / f"{parts[0].file.stem}-{digest}.arrow"
-    fix = "free the disk or set HF_HOME to a folder of yours"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); {fix}") from error
-    with FileLock(f"{target}.lock"):
-        if not target.is_file():
-            log.info("reading %s into %s", ", ".join(str(part.file) for part in parts), target)
-            with whole_file(target, fix) as partial_file, pa.ipc.new_stream(str(partial_file), COLUMNS) as writer:
-                for batch in _batches(parts, key):
-                    writer.write_batch(batch)
-    return target
+
+    def compute(folder: Path, _work: Path) -> dict[str, Any]:
+        files = [str(part.file) for part in parts]
+        log.info("reading %s into %s", ", ".join(files), store.root)
+        with pa.ipc.new_stream(str(folder / ARROW), COLUMNS) as writer:
+            for batch in _batches(parts, key):
+                writer.write_batch(batch)
+        return {"of": files}
+
+    return store.entry("tables", inputs, compute).folder / ARROW
 
 
 def _batches(parts: Sequence[Part], key: str) -> Iterator[pa.RecordBatch]:
@@ -213,7 +209,9 @@ def _raw(part: Part, key: str) -> Iterator[Any]:
 @lru_cache(maxsize=64)
 def _parquet(file: Path) -> datasets.Dataset:
     try:
-        return datasets.load_dataset("parquet", data_files=str(file), split="train")  # pyright: ignore[reportReturnType]
+        # `datasets` keeps its rows by path and mtime, which a file of other content may share; by name, it looks again.
+        name = digest(stamp(file))
+        return datasets.load_dataset("parquet", name, data_files=str(file), split="train")  # pyright: ignore[reportReturnType]
     except Exception as error:  # pyarrow and datasets raise different kinds for a broken file
         reason = " ".join(str(error).split())
         raise UserError(f"data.path: {str(file)!r} is no parquet file ({reason}); get the file again") from error

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from ..data.conversations import Record
-from ..finite import NotFiniteError, require_finite
 from ..models.forward import Batch, decoder_inputs, forward_hidden, supervised_positions
+from ..runtime.finite import NotFiniteError, require_finite
 
 # Fields of a generation configuration that change no greedy answer, and special tokens, which are obeyed.
 MEANINGLESS = {

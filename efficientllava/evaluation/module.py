@@ -19,7 +19,7 @@ from ..data.conversations import Record
 from ..models.forward import FeatureCache, feature_cache
 from ..schema import EvaluateConfig
 from .generation import generate, length_batches, reference_losses
-from .predictions import Line, as_record, line, resume, write
+from .predictions import Line, as_record, keep, line, resume
 from .scorers import Scores
 from .tasks import Task
 
@@ -170,9 +170,9 @@ def answer(
     asked = [record for record in records if not _skipped(record) and record.id not in done]
     partial = False
     if asked:
-        keep = (lambda found: write(found, work / f"answers-{rank}.jsonl", "a")) if work else (lambda found: None)
+        kept = (lambda found: keep(found, work, rank)) if work else (lambda found: None)
         cache = cache or feature_cache(model)
-        module = EvaluationModule(model, processor, task, asked, cfg, cache, model_id, keep)
+        module = EvaluationModule(model, processor, task, asked, cfg, cache, model_id, kept)
         trainer.predict(module, return_predictions=False)
         lines += [item for part in processes.gather(module.lines) for item in part]
         # An integer is a number of batches, a float a share of them.

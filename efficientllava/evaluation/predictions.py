@@ -7,13 +7,13 @@ holds the reference and whatever else a scorer wants. Files of other tools, in t
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.conversations import Record
 from ..errors import UserError
+from ..runtime.lines import Lines
 
 # What others call our keys; the first that is there counts.
 ALIASES = {
@@ -112,28 +112,25 @@ def _parse(path: Path, content: str) -> Any:
     return items
 
 
-def write(lines: Sequence[Line], path: Path, mode: str = "w") -> None:
-    """Write lines, or append them with ``mode="a"``; they are in the file when this returns."""
-    with path.open(mode, encoding="utf-8") as file:
+def write(lines: Sequence[Line], path: Path) -> None:
+    """Write lines."""
+    with path.open("w", encoding="utf-8") as file:
         file.write("".join(json.dumps(item) + "\n" for item in lines))
+
+
+def keep(lines: Sequence[Line], folder: Path, rank: int) -> None:
+    """Keep what a process has answered for `resume`; it is on file when this returns."""
+    Lines(folder / f"answers-{rank}.jsonl", shared=False).append(lines)
 
 
 def resume(folder: Path) -> list[Line]:
     """What an interrupted evaluation has answered.
 
     Args:
-        folder: Where its processes wrote ``answers-<rank>.jsonl``; made if it is not there. A line that was being
-            written is cut off.
+        folder: Where its processes called `keep`; made if it is not there.
 
     Returns:
-        The finished lines.
+        The finished lines; one that was being written is not among them.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lines: list[Line] = []
-    for path in sorted(folder.glob("answers-*.jsonl")):
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            os.truncate(path, len(whole))
-        lines += [json.loads(text) for text in whole.splitlines()]
-    return lines
+    return [line for path in sorted(folder.glob("answers-*.jsonl")) for line in Lines(path, shared=False).new()]

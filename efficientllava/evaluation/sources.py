@@ -20,6 +20,7 @@ from typing import Any
 
 from ..data.conversations import StoredImage
 from ..errors import UserError
+from ..runtime.content import digest, stamp
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
@@ -143,7 +144,9 @@ def _read(files: Sequence[Path], source: Source) -> Any:
 
     try:
         with _quiet():
-            return load_dataset(FORMATS[files[0].suffix], data_files=[str(file) for file in files], split="train")
+            # As in `efficientllava.data.table`: a name that follows the files, or other content may pass for theirs.
+            name = digest([stamp(file) for file in files])
+            return load_dataset(FORMATS[files[0].suffix], name, data_files=[str(file) for file in files], split="train")
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"{source.where}: {files[0]} cannot be read ({reason}); repair or replace it") from error

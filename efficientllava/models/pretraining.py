@@ -25,8 +25,8 @@ from ..data.digits import Digits
 from ..data.questions import NOTHING
 from ..data.scenes import COLOURS, PLACES, WORDS
 from ..errors import UserError
-from ..files import whole_file
 from ..results import commit
+from ..runtime.files import whole_file
 from ..schema import PretrainConfig
 from .anatomy import decoder_of, projector_of
 from .forward import answer_loss

@@ -23,7 +23,7 @@ from ..models.anatomy import Layer, decoder_of, final_norm_of, layers_of
 from ..models.forward import Batch
 from ..schema import TAYLOR, PruneConfig
 from .importance import OBS_ROUNDS
-from .statistics import ANSWERS, POSITIONS, gram_dtype
+from .statistics import ANSWERS, POSITIONS, STRIP, gram_dtype
 
 MARGIN = 1.25  # pruning on one device needs at most this many times the weights
 
@@ -128,7 +128,7 @@ def pruning_memory(
         phases["scores"] = block + (terms.obs if config.importance == "obs" else 0) + kept["one"]
     else:
         phases["scores"] = block + terms.activations + kept["one"]
-    phases["refit and cut" if config.refit else "cut"] = block + terms.cut(config.refit) + kept["cut"]
+    phases["refit and cut" if config.refit else "cut"] = block + terms.cut(config) + kept["cut"]
     phases["loss"] = head + terms.loss + kept["one"]
     host = (whole if config.offload else 0) + (max(streams.values()) + terms.calls * terms.batches if stored else 0)
     return PruningMemory(whole, phases, host)
@@ -141,7 +141,7 @@ def store_on_host(model: nn.Module, config: PruneConfig, size: CalibrationSize) 
 
 def _streams(terms: _Terms, config: PruneConfig) -> dict[str, int]:
     """Hidden states kept between layers: of one pass, of the cut (pruned, dense, and inputs of a writer), of Taylor."""
-    residual = config.refit and config.refit_target == "residual"
+    residual = config.refit and config.refit_target != "layer"
     group = terms.positions if config.taylor_mean == "batch" else terms.micro
     return {
         "one": terms.hidden * terms.positions,
@@ -179,25 +179,32 @@ class _Terms:
 
     @property
     def obs(self) -> int:
-        """A Gram matrix and its inverse, the writer in its type, and one round's rows; the other matrix waits."""
+        """A Gram matrix, its inverse before and after a round, the writer likewise; the other Gram matrix waits."""
         sizes = []
         for component, width in zip(self._layer.components, self._widths, strict=True):
             g = gram_dtype(width).itemsize
             gone = component.width if component.width > 1 else max(1, width // OBS_ROUNDS)
             blocks = 3 * self._out * width if component.width > 1 else 0
-            sizes.append(g * (2 * width * width + self._out * width + max(3 * gone * width, blocks)))
+            sizes.append(g * (3 * width * width + 2 * self._out * width + max(3 * gone * width, blocks)))
         first = self._widths[1] ** 2 * gram_dtype(self._widths[1]).itemsize
         return max(sizes[0] + first, sizes[1])
 
-    def cut(self, refit: bool) -> int:
-        """One component's moments with a forward pass, or its solution; and the largest matrix once more."""
+    def cut(self, config: PruneConfig) -> int:
+        """One component's moments, of what is fitted and of what is held back, with a forward pass or the solution.
+
+        The solution takes another Gram matrix for its factor and some rows of the writer; and the largest matrix is
+        there once more.
+        """
         width = max(self._widths)
         again = max(p.nbytes for p in self._layer.module.parameters())
-        if not refit:
+        if not config.refit:
             return self.activations + again
-        moments = gram_dtype(width).itemsize * (width * width + self._out * width)
-        wide = min(self.micro, POSITIONS) * (width + self._out) * 4
-        return moments + max(self.activations + wide + self.micro * self._mlp, moments) + again
+        crosses = 1 if config.refit_target == "layer" else 2
+        square = gram_dtype(width).itemsize * width * width
+        moments = 2 * (square + crosses * gram_dtype(width).itemsize * self._out * width)
+        wide = min(self.micro, POSITIONS) * (width + crosses * 2 * self._out) * 8
+        rows = 5 * 4 * STRIP * gram_dtype(width).itemsize * width
+        return moments + max(self.activations + wide + self.micro * self._mlp, square + rows) + again
 
     def taylor(self, config: PruneConfig) -> int:
         """The graph of one layer, its gradients, and what is kept of them in fp32."""

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..finite import require_finite
 from ..models.anatomy import Component, decoder_of, describe_layer, names_of
 from ..processes import gather
+from ..runtime.finite import require_finite
 from .plan import LayerPlan
 from .spd import DAMPING, damping_of, divide, factorise
 from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, no_reduce, total_weight

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +12,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..checkpoint import compute_dtype, load, read_config, resolve
 from ..console import progress, say
+from ..data.stamps import image_stamps
 from ..data.subset import record_id
 from ..disk import require_space
 from ..errors import UserError
 from ..models.forward import FeatureCache, supervised_positions, to_device
 from ..processes import barrier, from_first, rank, world_size
+from ..runtime.content import Memo
+from ..runtime.store import growing
 from ..schema import RecoverConfig, TeacherConfig
 from .losses import top_k
 from .targets import FINAL, CachedTeacher, TargetStore, Wanted, layer_part, rows_of, write_shard
@@ -43,15 +44,19 @@ class TargetCache:
         config: The teacher's configuration.
         dtype: Type that the teacher computes in.
         load: Loads the teacher.
+        memo: Digests of files.
     """
 
     folder: Path
     config: Any
     dtype: torch.dtype
     load: Callable[[], nn.Module]
+    memo: Memo | None = None
 
 
-def open_teacher(config: Any, base: Mapping[str, str], device: str, folder: Path) -> nn.Module | TargetCache:
+def open_teacher(
+    config: Any, base: Mapping[str, str], device: str, folder: Path, memo: Memo | None = None
+) -> nn.Module | TargetCache:
     """The teacher that a configuration asks for.
 
     Args:
@@ -59,6 +64,7 @@ def open_teacher(config: Any, base: Mapping[str, str], device: str, folder: Path
         base: The original checkpoint, which teaches where none is named; see `efficientllava.checkpoint.Checkpoint`.
         device: Where it runs.
         folder: The store of its answers, where they are cached.
+        memo: Digests of files.
 
     Raises:
         UserError: It cannot be loaded.
@@ -68,7 +74,8 @@ def open_teacher(config: Any, base: Mapping[str, str], device: str, folder: Path
         return load(path, config.dtype, device, revision, host=config.offload).model
     described, storage = read_config(resolve(path, revision), path)
     dtype = compute_dtype(config.dtype, storage, device)
-    return TargetCache(folder, described, dtype, lambda: load(path, config.dtype, device, revision).model)
+    ask = lambda: load(path, config.dtype, device, revision).model  # noqa: E731
+    return TargetCache(folder, described, dtype, ask, memo)
 
 
 def require_teacher(config: RecoverConfig, base: Mapping[str, str], student: nn.Module) -> None:
@@ -144,38 +151,29 @@ def cached_teacher(
     """
     started, folder = time.perf_counter(), cache.folder
     names = {record_id(loader.dataset, index): index for index in used}  # pyright: ignore[reportArgumentType]
-    with _lock(folder):
-        lacks: dict[str, list[str]] = from_first(_lacking(folder, wanted, list(names)) if rank() == 0 else None)
+    stamps: dict[str, str] = from_first(
+        dict(zip(names, image_stamps(loader.dataset, list(names.values())), strict=True)) if rank() == 0 else None  # pyright: ignore[reportArgumentType]
+    )
+    with growing(folder, cache.memo or Memo()):
+        lacks: dict[str, list[str]] = from_first(_lacking(folder, wanted, stamps) if rank() == 0 else None)
         todo = sorted({names[name] for lacking in lacks.values() for name in lacking})
         if todo:
             _announce(cache, wanted, loader, todo)
             teacher = Teacher(cache.load(), student).to(trainer.strategy.root_device)
-            shards = _Shards(folder, {part: set(lacking) for part, lacking in lacks.items()})
+            shards = _Shards(folder, {part: set(lacking) for part, lacking in lacks.items()}, stamps)
             with trainer.precision_plugin.forward_context():
                 _ask(teacher, wanted, _batches(loader, todo, batch_size), features, shards, len(todo))
             barrier()
-    store = TargetStore(folder, wanted.parts)
+    store = TargetStore(folder, wanted.parts, stamps)
     stats = TargetStats(len(names), len(todo), *store.size(list(names)), time.perf_counter() - started)
     done = f"{stats.computed} asked in {stats.seconds:.1f} s" if todo else "(from cache)"
     say(f"teacher targets: {stats.records:,} records, {stats.tokens:,} tokens, {stats.bytes:,} bytes, {done}")
     return CachedTeacher(store, wanted), stats
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    if rank():
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")):
-        for left in folder.glob(".*.part"):  # of a killed pass; the lock says that nobody else is at work
-            left.unlink()
-        yield
-
-
-def _lacking(folder: Path, wanted: Wanted, names: Sequence[str]) -> dict[str, list[str]]:
-    store = TargetStore(folder, wanted.parts)
-    return {part: store.missing(part, names) for part in wanted.parts}
+def _lacking(folder: Path, wanted: Wanted, stamps: Mapping[str, str]) -> dict[str, list[str]]:
+    store = TargetStore(folder, wanted.parts, stamps)
+    return {part: store.missing(part, list(stamps)) for part in wanted.parts}
 
 
 def _announce(cache: TargetCache, wanted: Wanted, loader: DataLoader, todo: Sequence[int]) -> None:
@@ -208,10 +206,11 @@ class _Shards:
     Args:
         folder: The store.
         lacks: For each part, the records that it lacks; other answers are dropped.
+        stamps: As for `TargetStore`.
     """
 
-    def __init__(self, folder: Path, lacks: Mapping[str, set[str]]) -> None:
-        self._folder, self._lacks = folder, lacks
+    def __init__(self, folder: Path, lacks: Mapping[str, set[str]], stamps: Mapping[str, str]) -> None:
+        self._folder, self._lacks, self._stamps = folder, lacks, stamps
         self._rows: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
         self._tensors: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
         self._bytes: dict[str, int] = defaultdict(int)
@@ -230,7 +229,7 @@ class _Shards:
     def write(self, part: str) -> None:
         """Write what is there of a part."""
         if rows := self._rows.pop(part, []):
-            write_shard(self._folder, part, rows, self._tensors.pop(part))
+            write_shard(self._folder, part, rows, self._tensors.pop(part), self._stamps)
             self._bytes[part] = 0
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..finite import NotFiniteError
 from ..models.anatomy import decoder_of, projector_of
 from ..models.forward import FeatureCache, feature_cache, forward_hidden
+from ..runtime.finite import NotFiniteError
 from .alignment import Match, captured
 from .objective import build_terms, divisors, positions, term_sums
 from .teacher import TeacherSource

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from ..processes import gather
+from ..runtime.files import put
 
 RESUME_POINT = "last.ckpt"
 
@@ -98,10 +97,8 @@ class ResumePoint(L.Callback):
         if step == self._saved or step == 0 or step % self._every:
             return
         self._saved = step
-        part = self._path.with_name(f"{RESUME_POINT}.part")
+        part = self._path.with_name(f".{RESUME_POINT}.part")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
-            if self._path.is_dir():  # sharded strategies write folders, which a rename does not replace
-                shutil.rmtree(self._path)
-            os.replace(part, self._path)
+            put(part, self._path)  # sharded strategies write folders
         trainer.strategy.barrier("resume point")

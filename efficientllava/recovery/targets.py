@@ -3,8 +3,8 @@
 A store is a folder that belongs to one teacher and one data set. It holds *parts*: the states after the final norm, the
 states of one layer, the most likely tokens at one temperature. Each part has shards of its own, safetensors files that
 are written whole or not at all and name their records in the header; so a recovery that wants more than another one
-adds what is missing, and one that draws fewer records finds all of them. A record is found by its id; its tokens must
-be those that the teacher has seen.
+adds what is missing, and one that draws fewer records finds all of them. A record is found by its id and by the stamp
+of its image files; its tokens must be those that the teacher has seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import whole_file
+from ..runtime.files import whole_file
 from .losses import TopK
 from .teacher import Taught, record_keys
 
@@ -88,20 +88,23 @@ class TargetStore:
     Args:
         folder: The store; may not exist yet.
         parts: Which parts to open.
+        stamps: See `efficientllava.data.stamps.image_stamps`, by id of a record; what the teacher has said about other
+            images is passed over.
 
     Attributes:
         folder: As given.
     """
 
-    def __init__(self, folder: Path, parts: Sequence[str]) -> None:
+    def __init__(self, folder: Path, parts: Sequence[str], stamps: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self._open: dict[Path, Any] = {}
         self._places: dict[str, dict[str, Place]] = {part: {} for part in parts}
         for part, places in self._places.items():
             for file in sorted(folder.glob(f"{part}-*{SUFFIX}")):
                 start = 0
-                for name, key, count in json.loads(self._shard(file).metadata()["records"]):
-                    places[name] = Place(file, start, count, key)
+                for name, key, count, stamp in json.loads(self._shard(file).metadata()["records"]):
+                    if (stamps or {}).get(name, "") == stamp:
+                        places[name] = Place(file, start, count, key)
                     start += count
 
     def missing(self, part: str, names: Sequence[str]) -> list[str]:
@@ -145,7 +148,11 @@ class TargetStore:
 
 
 def write_shard(
-    folder: Path, part: str, rows: Sequence[tuple[str, str, int]], tensors: Mapping[str, Sequence[Tensor]]
+    folder: Path,
+    part: str,
+    rows: Sequence[tuple[str, str, int]],
+    tensors: Mapping[str, Sequence[Tensor]],
+    stamps: Mapping[str, str] | None = None,
 ) -> None:
     """Add records to a part of a store.
 
@@ -154,14 +161,16 @@ def write_shard(
         part: Name of the part.
         rows: Id, key and number of supervised tokens of each record.
         tensors: For each field, the rows of each record.
+        stamps: As for `TargetStore`.
 
     Raises:
         UserError: The disk is full.
     """
-    name = blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
+    records = json.dumps([(*row, (stamps or {}).get(row[0], "")) for row in rows])
+    name = blake2b(records.encode(), digest_size=8).hexdigest()
     whole = {field: torch.cat(list(values)).cpu().contiguous() for field, values in tensors.items()}
     with whole_file(folder / f"{part}-{name}{SUFFIX}") as partial:
-        save_file(whole, partial, {"records": json.dumps(rows)})
+        save_file(whole, partial, {"records": records})
 
 
 def rows_of(batch: Mapping[str, Any], mask: Tensor) -> list[tuple[str, str, int]]:

@@ -9,8 +9,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..files import whole_file
 from ..results import STAGES, metric_keys, scores
+from ..runtime.files import whole_file
 from .plots import Plot
 from .runs import Arm, Run, counted, in_units, score_scale, sweep_command, unfinished
 from .tables import mean_spread

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.conversations import Record, open_image
-from ..files import whole_file
+from ..runtime.files import whole_file
 
 Answer = tuple[str, float | None]
 SHOWN = 8

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
-from ..files import whole_file
 from ..models.anatomy import Component, language_parameters, layers_of
 from ..models.forward import Batch
 from ..pruning.statistics import CalibrationStream
+from ..runtime.files import whole_file
 from ..schema import PruneConfig, SearchConfig
 from .generalization import LinearNorms
 from .space import Budget

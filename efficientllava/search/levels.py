@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import digest
 from ..errors import UserError
-from ..files import whole_folder
 from ..models.anatomy import Layer, layers_of
-from ..processes import barrier, from_first, rank
+from ..processes import barrier, rank
 from ..pruning.plan import LayerPlan
 from ..pruning.scores import Calibration, layer_statistics, open_stream
+from ..runtime.files import whole_folder
+from ..runtime.store import Store
 from .generalization import LinearNorms
 from .recipe import Recipe
 from .space import Gene, Policy
@@ -178,22 +177,29 @@ def build_table(
     if folder.exists():
         raise UserError(f"{folder}: exists; delete it to make the level table anew, or choose another folder")
     barrier()  # none may create the folder before all have looked
-    stream = open_stream(model, calibration, recipe)
-    layers, hidden, genes = layers_of(model), stream.start(), []
-    with whole_folder(folder) if rank() == 0 else contextlib.nullcontext() as partial:
-        for index, layer in enumerate(layers):
-            linears = [linear for component in layer.components for linear in recipe.inputs(component)]
-            grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, linears)
-            tensors: dict[str, Tensor] = {}
-            genes += _layer_genes(recipe, index, layer, grams, tensors)
-            if partial is not None:
-                save_file(tensors, _layer_file(partial, index))
-            calibration.tick("level table", index + 1, len(layers))
-        if partial is not None:
-            record = {"key": table_key(model, recipe, identity), "genes": genes}
-            (partial / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with whole_folder(folder) if rank() == 0 else contextlib.nullcontext(folder) as partial:
+        _fill(model, recipe, calibration, partial, identity)
     barrier()
     return load_table(model, recipe, folder, identity, limit_bytes)
+
+
+def _fill(
+    model: nn.Module, recipe: Recipe, calibration: Calibration, folder: Path, identity: Mapping[str, str]
+) -> None:
+    """Compute a table on all processes; the first one writes it into a folder."""
+    stream = open_stream(model, calibration, recipe)
+    layers, hidden, genes = layers_of(model), stream.start(), []
+    for index, layer in enumerate(layers):
+        linears = [linear for component in layer.components for linear in recipe.inputs(component)]
+        grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, linears)
+        tensors: dict[str, Tensor] = {}
+        genes += _layer_genes(recipe, index, layer, grams, tensors)
+        if rank() == 0:
+            save_file(tensors, _layer_file(folder, index))
+        calibration.tick("level table", index + 1, len(layers))
+    if rank() == 0:
+        record = {"key": table_key(model, recipe, identity), "genes": genes}
+        (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def _layer_genes(
@@ -260,22 +266,24 @@ def open_table(
     identity: Mapping[str, str],
     limit_bytes: int = 4 << 30,
 ) -> LevelTable:
-    """Take a table from a folder of tables, or make it there; searches that want the same one wait for the first.
+    """Take a table from the store, or make it; searches that want the same one wait for the first.
 
     Args:
         model: The dense model in eval mode.
         recipe: What a level is.
         calibration: Batches and how to run them.
-        root: The folder of tables; each has a subfolder named by its content.
+        root: The folder of tables in a store; each has a subfolder named by its content.
         identity: See `table_key`.
         limit_bytes: See `LevelTable`.
 
     Raises:
         UserError: See `build_table`.
     """
-    folder = Path(root) / digest(table_key(model, recipe, identity))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".lock")) if rank() == 0 else contextlib.nullcontext():
-        if not from_first(folder.exists()):
-            return build_table(model, recipe, calibration, folder, identity, limit_bytes)
-    return load_table(model, recipe, folder, identity, limit_bytes)
+
+    def compute(folder: Path, _work: Path) -> dict[str, Any]:
+        _fill(model, recipe, calibration, folder, identity)
+        return {}
+
+    root = Path(root)
+    entry = Store(root.parent).entry(root.name, table_key(model, recipe, identity), compute)
+    return load_table(model, recipe, entry.folder, identity, limit_bytes)

@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import processes
-from ..files import whole_file
 from ..models.anatomy import layers_of, projector_of
 from ..models.forward import FeatureCache, feature_cache
 from ..pruning.control import reinitialise
@@ -25,6 +24,7 @@ from ..pruning.scores import Calibration, Tick, open_stream, silent
 from ..pruning.selection import Space, uniform_candidates
 from ..pruning.spd import DAMPING
 from ..pruning.statistics import Beginning, CalibrationStream
+from ..runtime.files import whole_file
 from ..schema import PruneConfig, SearchConfig
 from .cut import cut_policy, plan_of, trial_losses
 from .evaluator import Evaluator

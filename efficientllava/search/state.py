@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import digest
 from ..errors import UserError
-from ..files import whole_file
+from ..runtime.content import digest
+from ..runtime.files import whole_file
 from ..schema import SearchConfig
 from .objective import Objective
 from .space import Policy, SearchSpace

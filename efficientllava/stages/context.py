@@ -1,4 +1,4 @@
-"""What the stages of a run share: where things are, what was opened, the cache, and how checkpoints are exchanged."""
+"""What the stages of a run share: where things are, what was opened, the store, and how checkpoints are exchanged."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import disk, processes
-from ..cache import Entry, StageCache, link, source_digest
 from ..console import quiet_libraries
 from ..curves import CURVE
 from ..errors import ConfigError, UserError
+from ..runtime.store import Entry, Store
 from ..schema import RunConfig
+from .inputs import inputs_of
 
 # What a run's folder gets of a stage.
 TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png", CURVE)
@@ -26,7 +27,7 @@ class Context:
         folder: The run's folder.
 
     Attributes:
-        cache: Finished stages by content.
+        store: Finished stages by content.
         forecast: Sizes of what the run will make.
         device: Where models run.
         home: Where whole models are between stages: with offload, one that is too large for the GPU is on the host.
@@ -62,12 +63,13 @@ class Context:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.settings, self.folder = settings, folder
-        self.cache = StageCache(Path(settings.paths.cache_dir), settings.reuse)
+        self.store = Store(Path(settings.paths.cache_dir), settings.reuse)
         self.device = f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
         # Where whole models are between stages: with offload, a model that is too large for the GPU is on the host.
         self.home = "cpu" if settings.prune.offload else self.device
         host = settings.prune.offload
-        self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest, host=host)
+        memo = self.store.memo
+        self.load = lambda path, dtype, *rest: load(str(path), dtype, self.device, *rest, host=host, memo=memo)
         self.trainer = partial(make_trainer, settings, folder)
         self.forecast = forecast(settings)
         require_memory(self.forecast, self.device)
@@ -83,7 +85,7 @@ class Context:
         if problems:
             raise ConfigError(list(dict.fromkeys(problems)))
         model = settings.model
-        self.base = self.load(model.path, model.dtype, model.revision, model.protocol, model.system)
+        self.base = _digested(self.load(model.path, model.dtype, model.revision, model.protocol, model.system))
         self.models: dict[str, Any] = {"base": self.base.model}
         self.sizes = {"base": sizes(self.base.model)}
         self.entries: dict[str, Entry] = {}
@@ -120,28 +122,26 @@ class Context:
         drawn = len(self.recovery.records) if self.recovery else 0
         self.samples = {"calibration": len(self.calibration), "recovery": drawn}
 
-    def stage(self, name: str, compute: Callable[[Path, Path], dict[str, Any]], **inputs: Any) -> Entry:
-        """A stage's result through the cache; ``inputs`` is what it depends on beside what all stages do.
+    def inputs(self, stage: str, **content: Any) -> dict[str, Any]:
+        """What a stage depends on, see `efficientllava.stages.inputs.inputs_of`; where it runs is added here."""
+        where = {"device": self.device.partition(":")[0], "processes": processes.world_size()}
+        return inputs_of(stage, self.settings, **where, **content)
 
-        Its checkpoint and plan are linked into the run's folder.
+    def stage(self, name: str, compute: Callable[[Path, Path], dict[str, Any]], **content: Any) -> Entry:
+        """A stage's result through the store; its checkpoint and plan are put into the run's folder.
+
+        Args:
+            name: ``evaluate``, ``prune`` or ``recover``.
+            compute: See `efficientllava.runtime.store.Store.entry`.
+            **content: See `efficientllava.stages.inputs.inputs_of`.
         """
-        answering = tuple(f"evaluation/{part}.py" for part in ("generation", "module", "predictions"))
-        sources = {"evaluate": answering, "prune": ("pruning",), "recover": ("recovery",)}[name]
-        shared = {
-            "source": source_digest(*sources, "models", "data", "checkpoint.py"),
-            "dtype": self.settings.model.dtype,
-            "device": self.device.partition(":")[0],
-            "processes": processes.world_size(),
-            "precision": self.settings.trainer.get("precision"),
-            "threads": self.settings.threads,
-        }
-        return self.cache.stage(name, {**shared, **inputs}, compute, self._take)
+        return self.store.entry(name, self.inputs(name, **content), compute, self._take)
 
     def _take(self, entry: Path) -> None:
         self.mark(entry)
         for name in TAKEN:
             if (entry / name).exists():
-                link(entry / name, self.folder / name)
+                self.store.share(entry / name, self.folder / name)
 
     def mark(self, entry: Path) -> None:
         """Say that an entry of the cache stays, if this run keeps its checkpoints."""
@@ -175,7 +175,7 @@ class Context:
         round_weights(model.to(self.home), source.storage)
         if processes.rank() == 0:
             folder.mkdir()
-            write(source.after(model, step, kept), folder)
+            write(source.after(model, step, kept), folder, memo=self.store.memo)
             reload_gate(folder, model, self.probe())
 
     def probe(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Context:
         self.entries[stage] = entry
         self.seconds[stage] = entry.record["seconds"]
         processes.barrier()
-        checkpoint = self.load(self.folder / name, self.settings.model.dtype)
+        checkpoint = _digested(self.load(self.folder / name, self.settings.model.dtype))
         if checkpoint.base["digest"] == self.base.base["digest"]:
             checkpoint.provenance["base"] = self.base.base  # the cache may name a copy that another run had
         if not self.settings.evaluate.efficiency:
@@ -208,3 +208,9 @@ class Context:
         self.models[name] = checkpoint.model
         self.sizes[name] = sizes(checkpoint.model)
         return checkpoint
+
+
+def _digested(checkpoint: Any) -> Any:
+    """The same checkpoint with the digest of its content, which the first process finds out for all."""
+    checkpoint.content = processes.from_first(checkpoint.digest if processes.rank() == 0 else None)
+    return checkpoint

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import processes
-from ..cache import Entry, link, source_digest
-from ..config import digest
 from ..console import say
 from ..errors import UserError
 from ..results import STAGES
+from ..runtime.content import digest
+from ..runtime.store import Entry, source_digest
 from ..schema import JUDGED
 from .context import Context
 
@@ -65,11 +65,12 @@ class Evaluation:
             from ..evaluation.quantization import quantized
 
             made_by = f"{kind}-torchao-{metadata.version('torchao')}-{source_digest('evaluation/quantization.py')}"
-            twin = {"model": quantized(checkpoint.model, kind), "digest": f"{checkpoint.digest}-{made_by}"}
+            twin = {"model": quantized(checkpoint.model, kind), "content": f"{checkpoint.digest}-{made_by}"}
             self(f"{stage}_{kind}", replace(checkpoint, **twin))
 
     def _answer(self, stage: str, checkpoint: Any, task: Any) -> Entry:
         """A model's answers to a benchmark, as a file in the cache; an interrupted call goes on where it was."""
+        from ..data.stamps import image_stamps
         from ..evaluation.module import answer
 
         config = self._context.settings.evaluate
@@ -85,19 +86,21 @@ class Evaluation:
                 write(lines, folder / "predictions.jsonl")
             return {"n": len(lines)}
 
-        questions = [[r.id, r.turns[0].question, dict(r.details)] for r in task.records()]
+        records = task.records()
+        questions = [[r.id, r.turns[0].question, dict(r.details)] for r in records]
+        stamps = image_stamps(records) if processes.rank() == 0 else None
         entry = self._context.entries[f"evaluate/{stage}/{task.name}"] = self._context.stage(
             "evaluate",
             compute,
             model=checkpoint.digest,
             task=[task.name, task.facts, task.max_new_tokens, task.stop],
-            evaluate=[config.limit, config.max_new_tokens, config.batch_size],
             questions=digest(questions),
+            images=processes.from_first(stamps and digest(stamps)),
         )
         return entry
 
     def _score(self, stage: str, task: Any, entry: Entry) -> dict[str, float]:
-        """Metrics of a benchmark's answers, which are linked into the run; on the first process only."""
+        """Metrics of a benchmark's answers, which are put into the run's folder; on the first process only."""
         from ..evaluation import judges
         from ..evaluation.predictions import read
 
@@ -105,7 +108,7 @@ class Evaluation:
         config, cache = context.settings.evaluate, Path(context.settings.paths.cache_dir) / "verdicts"
         file = context.folder / "predictions" / stage / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        link(entry.folder / "predictions.jsonl", file)
+        context.store.share(entry.folder / "predictions.jsonl", file)
         records = read(file)
         scores: Any = None
         if task.name in JUDGED:
@@ -142,14 +145,13 @@ class Evaluation:
             compute,
             model=checkpoint.digest,
             lmms=[*lmms.facts(config), source_digest("evaluation/lmms")],
-            evaluate=[config.limit, config.batch_size],
         )
         self._context.entries[f"evaluate/{stage}/lmms_eval"] = entry
         for task, metrics in entry.record["metrics"].items():
             if processes.rank() == 0:
                 file = self._context.folder / "predictions" / stage / "lmms_eval" / f"{task}.jsonl"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                link(entry.folder / file.name, file)
+                self._context.store.share(entry.folder / file.name, file)
             self.metrics[stage][f"lmms_eval/{task}"] = metrics
             shown = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
             say(f"{stage:<10} lmms_eval/{task}: {shown}" + ("  (from cache)" if entry.reused else ""))

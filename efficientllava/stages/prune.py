@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from .. import processes
-from ..cache import source_digest
-from ..config import digest
 from ..console import Tick, progress
+from ..runtime.content import digest
 from .context import Context
 
 
@@ -24,8 +22,6 @@ def prune(context: Context) -> Any:
     Returns:
         The pruned checkpoint, loaded from the run's folder.
     """
-    from ..data.splits import data_digest
-
     settings = context.settings
     searches = settings.prune.method == "auto"
 
@@ -49,23 +45,27 @@ def prune(context: Context) -> Any:
                 draw_search(module.record, folder / "search.png")
         return {"seconds": time.perf_counter() - started, "report": report.to_dict()}
 
-    entry = context.stage(
-        "prune",
-        compute,
-        model=context.base.digest,
-        prune=asdict(replace(settings.prune, name="", offload=False)),
-        search=[asdict(replace(settings.search, name="")), source_digest("search")] if searches else None,
-        calibration=[asdict(settings.calibration), digest([r.id for r in context.calibration])],
-        files=data_digest(settings.data, settings.calibration),
-        max_length=settings.data.max_length,
-        seed=settings.seed,
-    )
+    entry = context.stage("prune", compute, model=context.base.digest, **_samples(context))
     pruned = context.adopt("prune", "pruned", entry)
     # The pruned model takes the base's place; of the base only shapes are still looked at.
     context.features.follow(pruned.model)
     context.models.pop("base", None)
     context.base.model = context.base.model.to("meta")
     return pruned
+
+
+def _samples(context: Context) -> dict[str, Any]:
+    """The calibration records as inputs."""
+    from ..data.splits import data_digest
+    from ..data.stamps import image_contents
+
+    settings, records = context.settings, context.calibration
+    first = processes.rank() == 0
+    return {
+        "records": digest([record.id for record in records]),
+        "files": data_digest(settings.data, settings.calibration),
+        "images": processes.from_first(image_contents(records, context.store.memo) if first else None),
+    }
 
 
 def _pruner(context: Context, tick: Tick) -> Any:
@@ -93,12 +93,10 @@ def _pruner(context: Context, tick: Tick) -> Any:
 
 
 def _searcher(context: Context, work: Path, tick: Tick) -> Any:
-    from ..data.splits import data_digest, load_split
-    from ..data.splits import digest as digest_of
+    from ..data.splits import load_split
     from ..search.module import SearchInputs, SearchModule
 
-    settings = context.settings
-    files = data_digest(settings.data, settings.calibration)
+    settings, model = context.settings, context.base.digest
     # Only the embedded data have held-out samples of their own; no training corpus is opened for a plot.
     holdout = load_split(settings.data, "minival") if settings.data.name == "digits_vqa" else []
     inputs = SearchInputs(
@@ -106,9 +104,9 @@ def _searcher(context: Context, work: Path, tick: Tick) -> Any:
         [holdout[index] for index in range(min(len(context.calibration), len(holdout)))],
         context.collate,
         settings.calibration.batch_size,
-        {"model": context.base.digest, "samples": digest([digest_of(context.calibration), files])},
+        {"model": model, "samples": digest(context.inputs("search", model=model, **_samples(context)))},
         Path(settings.paths.cache_dir) / "levels",
         work,
     )
-    model = context.models.pop("base")
-    return SearchModule(model, inputs, settings.prune, settings.search, settings.seed, context.features, tick)
+    dense = context.models.pop("base")
+    return SearchModule(dense, inputs, settings.prune, settings.search, settings.seed, context.features, tick)

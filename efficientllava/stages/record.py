@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import digest
 from ..console import say
 from ..disk import staying
 from ..results import STAGES
+from ..runtime.content import digest
 from .context import Context
 from .evaluate import Evaluation
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import processes
-from ..cache import library_versions, source_digest
-from ..config import digest
 from ..console import say
 from ..curves import CURVE, read_curve, write_curve
+from ..runtime.content import digest
 from .context import Context
-
-TARGET_SOURCES = ("alignment", "caching", "losses", "targets", "teacher")  # what cached targets depend on
+from .inputs import taught
 
 
 def recover(context: Context, student: Any) -> Any:
@@ -28,6 +26,7 @@ def recover(context: Context, student: Any) -> Any:
         The recovered checkpoint, loaded from the run's folder.
     """
     from ..data.splits import data_digest
+    from ..data.stamps import image_stamps
     from ..forecast import resume_bytes
     from ..recovery.objective import describe
     from ..recovery.recover import recover as train
@@ -37,8 +36,6 @@ def recover(context: Context, student: Any) -> Any:
         f"recovery minimises [bold]{describe(config)}[/bold], trains {config.train}, "
         f"{context.samples['recovery']} samples (data_frac {context.settings.data_frac:g})"
     )
-
-    taught = config.weights.logit or config.weights.hidden
 
     def compute(folder: Path, work: Path) -> dict[str, Any]:
         context.require_space(folder, resume_bytes(context.forecast))
@@ -50,7 +47,7 @@ def recover(context: Context, student: Any) -> Any:
             work,
             batch_size=data.batch_size,
             global_batch_size=data.global_batch_size,
-            teacher=_teacher(context, student) if taught else None,
+            teacher=_teacher(context, student, teacher) if teacher else None,
             original_layers=student.original_layers,
             seed=seed,
         )
@@ -60,15 +57,16 @@ def recover(context: Context, student: Any) -> Any:
             write_curve(read_curve(context.folder), folder / CURVE)
         return {"seconds": stats.seconds, "stats": asdict(stats)}
 
+    first = processes.rank() == 0
+    teacher = processes.from_first(_teacher_digest(context, student) if first and taught(context.settings) else None)
     entry = context.stage(
         "recover",
         compute,
         model=student.digest,
         original_layers=student.original_layers,
-        teacher=_teacher_digest(context, student),
-        recover=asdict(replace(config, name="")),
-        data=[asdict(data), context.settings.data_frac, data_digest(data)],
-        seed=seed,
+        teacher=teacher,
+        files=data_digest(data),
+        images=processes.from_first(digest(image_stamps(context.recovery.records)) if first else None),
     )
     return context.adopt("recover", "recovered", entry)
 
@@ -77,26 +75,21 @@ def _teacher_digest(context: Context, student: Any) -> str:
     from ..checkpoint import resolve
     from ..hub import digest as digest_of
 
-    config = context.settings.recover.teacher
-    return digest_of(resolve(config.path, config.revision)) if config.path else student.base["digest"]
+    config, base = context.settings.recover.teacher, student.base
+    place = (config.path, config.revision) if config.path else (base["path"], base.get("revision"))
+    return digest_of(resolve(*place), context.store.memo)
 
 
-def _teacher(context: Context, student: Any) -> Any:
+def _teacher(context: Context, student: Any, content: str) -> Any:
     """The teacher's model, or where its answers are kept."""
     from ..data.splits import data_digest
     from ..recovery.caching import open_teacher
 
-    settings, config, data = context.settings, context.settings.recover.teacher, context.settings.data
-    content = {
-        "teacher": [_teacher_digest(context, student), config.dtype],
-        "student": [context.base.digest, settings.model.dtype],  # how images are prepared, and the tower's type
-        "data": [data.name, data_digest(data), data.max_length],
-        "source": source_digest("models", "data", *(f"recovery/{name}.py" for name in TARGET_SOURCES)),
-        "libraries": library_versions(),
-        "device": [context.device.partition(":")[0], settings.trainer.get("precision")],
-    }
-    folder = Path(settings.paths.cache_dir) / "targets" / digest(content)
+    settings, config = context.settings, context.settings.recover.teacher
+    # The student's base prepares the images, and its tower may be the teacher's.
+    known = {"model": context.base.digest, "teacher": content, "files": data_digest(settings.data)}
+    folder = context.store.place("targets", context.inputs("targets", **known))
     if config.source == "cached":
         folder.mkdir(parents=True, exist_ok=True)
         context.mark(folder)
-    return open_teacher(config, student.base, context.device, folder)
+    return open_teacher(config, student.base, context.device, folder, context.store.memo)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,26 @@ def test_large_files_are_read_once_and_mapped(tmp_path: Path, monkeypatch: pytes
     large = read_conversations(file, max_bad_fraction=0.5)
     assert list(large) == list(small)
     assert [record.id for record in large] == [*map(str, range(9)), "3#2"]
-    (arrow,) = (tmp_path / "cache" / "efficientllava").glob("*.arrow")
+    (arrow,) = (tmp_path / "cache" / "efficientllava" / "tables").glob("*/*.arrow")
     assert large._rows.cache_files == [{"filename": str(arrow)}]
     monkeypatch.setattr(table, "raw_records", None)
     again = read_conversations(file, max_bad_fraction=0.5)
     assert list(again) == list(large)
     assert again.key == large.key
     assert len(again.problems) == 1
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_a_damaged_table_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, kept: int) -> None:
+    monkeypatch.setattr(table, "SMALL", 0)
+    file = tmp_path / "mix.json"
+    file.write_text(json.dumps([{"id": str(i), "conversations": said(f"{i}?")} for i in range(9)]))
+    whole = list(read_conversations(file))
+    (arrow,) = (tmp_path / "cache").rglob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:kept])
+    assert list(read_conversations(file)) == whole
+    (told,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "rows.arrow is damaged; set aside and computed again" in told
 
 
 def test_a_list_that_ends_too_early_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +253,19 @@ def test_images_inside_parquet_are_read_when_opened(tmp_path: Path, plural: bool
     assert sizes == [[(3, 2), (4, 2)][:first], [], [(5, 2)]]
     assert [record.turns[0].question for record in records] == ["a?", "b?", "c?"]
     assert [record.source for record in records] == ["images", "text", "images"]
+
+
+def test_rows_of_parquet_are_those_of_the_file_that_is_there_now(tmp_path: Path) -> None:
+    file, seen = tmp_path / "x.parquet", []
+    for answer in ("one", "two"):
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        datasets.Dataset.from_list([{"messages": messages}] * 3).to_parquet(file)
+        os.utime(file, ns=(10**18, 10**18))
+        table._parquet.cache_clear()
+        table._stored_images.cache_clear()
+        rows = read_conversations(file)
+        seen.append((rows.key, rows[0].turns[0].answer))
+    assert [answer for _, answer in seen] == ["one", "two"] and seen[0][0] != seen[1][0]
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 from efficientllava.data.collator import GenerationCollator
 from efficientllava.evaluation.module import EvaluationModule, answer, evaluate, in_order
-from efficientllava.evaluation.predictions import as_record, resume, write
+from efficientllava.evaluation.predictions import as_record, keep, resume
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import feature_cache
@@ -148,12 +148,12 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny, questions, tmp_path, mon
 
 def test_what_every_process_has_written_is_found_and_half_a_line_cut_off(tmp_path):
     assert resume(tmp_path / "new") == [] and (tmp_path / "new").is_dir()
-    write([{"a": 1}, {"a": "\u2028é"}], tmp_path / "answers-0.jsonl", "a")
-    write([{"a": 3}], tmp_path / "answers-1.jsonl", "a")
+    keep([{"a": 1}, {"a": "\u2028é"}], tmp_path, 0)
+    keep([{"a": 3}], tmp_path, 1)
     with (tmp_path / "answers-1.jsonl").open("a") as file:
         file.write('{"a": 4')
     assert [item["a"] for item in resume(tmp_path)] == [1, "\u2028é", 3]
-    write([{"a": 5}], tmp_path / "answers-1.jsonl", "a")
+    keep([{"a": 5}], tmp_path, 1)
     assert [item["a"] for item in resume(tmp_path)] == [1, "\u2028é", 3, 5]
 
 
@@ -181,3 +181,11 @@ def test_skipped_questions_have_an_empty_answer(tiny, questions):
     task = SimpleNamespace(records=lambda: records, answer_loss=False, stop=(), max_new_tokens=4)
     lines = answer(model, processor, task, _trainer(), CFG)
     assert [item["text"] == "" for item in lines] == [False, True] * 3
+
+
+def test_an_answer_that_was_damaged_is_asked_for_again(tmp_path, caplog):
+    keep([{"answer_id": "1", "text": "three"}, {"answer_id": "2", "text": "four"}], tmp_path, 0)
+    file = tmp_path / "answers-0.jsonl"
+    file.write_text(file.read_text().replace("three", "threw"))
+    assert [item["answer_id"] for item in resume(tmp_path)] == ["2"]
+    assert len(caplog.records) == 1

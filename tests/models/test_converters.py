@@ -177,13 +177,28 @@ def test_an_original_folder_is_a_checkpoint_like_any_other(tmp_path, kind):
 
 def test_a_folder_is_converted_once(bunny, home, caplog):
     folder = convert.stock_folder(bunny)
-    assert folder.parent == home / "efficientllava"
+    assert folder.parent == home / "efficientllava" / "converted"
     assert "in its original layout" in caplog.text
     caplog.clear()
     assert convert.stock_folder(bunny) == folder
     assert not caplog.text
     os.utime(bunny / "config.json", ns=(1, 1))
+    assert convert.stock_folder(bunny) == folder
+    (bunny / "config.json").write_text((bunny / "config.json").read_text() + " ")
     assert convert.stock_folder(bunny) != folder
+
+
+def test_a_damaged_copy_is_converted_again(bunny, caplog):
+    folder = convert.stock_folder(bunny)
+    before = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    caplog.clear()
+    assert convert.stock_folder(bunny) == folder
+    assert [r.getMessage().endswith("set aside and computed again") for r in caplog.records] == [True, False]
+    after = load_file(folder / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_stock_folders_pass_through(bunny):
@@ -195,7 +210,7 @@ def test_a_failed_conversion_leaves_nothing(bunny, home, monkeypatch):
     monkeypatch.setattr(shards.ShardWriter, "finish", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert.stock_folder(bunny)
-    assert [path for path in (home / "efficientllava").iterdir() if path.is_dir()] == []
+    assert [path for path in (home / "efficientllava" / "converted").iterdir() if path.is_dir()] == []
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------

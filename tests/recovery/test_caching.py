@@ -37,6 +37,10 @@ class Asked:
         return copy.deepcopy(teacher)
 
 
+def shards(asked: Asked) -> list[Path]:
+    return list(asked.cache.folder.glob("*.safetensors"))
+
+
 @pytest.fixture
 def teacher() -> Any:
     return make_model()
@@ -89,7 +93,7 @@ def test_dropped_layers_are_matched_as_with_the_live_teacher(teacher, asked, tmp
     live, _ = train(student, teacher, tmp_path / "live", **options)
     cached, _ = train(student, asked.cache, tmp_path / "cached", **options)
     same(cached, live, 1e-5)
-    assert sorted({p.name.partition("-")[0] for p in asked.cache.folder.iterdir()}) == ["final", "layer_1", "layer_2"]
+    assert sorted({p.name.partition("-")[0] for p in shards(asked)}) == ["final", "layer_1", "layer_2"]
 
 
 def test_fewer_tokens_give_another_loss(teacher, asked, tmp_path):
@@ -108,11 +112,11 @@ def test_a_sweep_asks_once(teacher, asked, tmp_path):
         assert stats.targets.computed == 0 and stats.targets.bytes == first.targets.bytes
     assert stats.steps == 15 and stats.samples == 60
     assert asked.loads == 1 and sorted(asked.records) == sorted(map(str, range(24)))
-    before = {path: path.stat().st_mtime_ns for path in asked.cache.folder.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in shards(asked)}
     _, stats = train(student, asked.cache, tmp_path / "e", logit=0.5)
     assert asked.loads == 2 and stats.targets.computed == 24
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert {p.name.partition("-")[0] for p in asked.cache.folder.iterdir()} == {"final", f"top_{VOCAB}_at_2"}
+    assert {p.name.partition("-")[0] for p in shards(asked)} == {"final", f"top_{VOCAB}_at_2"}
 
 
 def test_only_records_that_are_used_and_new_are_asked_about(teacher, asked, tmp_path):
@@ -146,6 +150,33 @@ def test_a_killed_pass_goes_on_after_its_finished_shards(teacher, asked, tmp_pat
     assert not list(asked.cache.folder.glob(".*.part"))
     live, _ = train(student, teacher, tmp_path / "live")
     same(cached, live, 1e-5)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-8], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]])
+def test_damaged_answers_are_asked_for_again(teacher, asked, tmp_path, monkeypatch, caplog, damage):
+    student = perturb(teacher)
+    monkeypatch.setattr(caching, "SHARD_BYTES", 1)  # a shard per batch
+    expected, first = train(student, asked.cache, tmp_path / "a")
+    shard = sorted(shards(asked))[0]
+    shard.write_bytes(damage(shard.read_bytes()))
+    asked.records.clear()
+    again, stats = train(student, asked.cache, tmp_path / "b")
+    assert 0 < stats.targets.computed == len(asked.records) < 24 == first.targets.computed
+    same(again, expected, 0)
+    assert f"{shard.name} is damaged" in caplog.text
+    assert train(student, asked.cache, tmp_path / "c")[1].targets.computed == 0
+
+
+def test_answers_about_another_image_of_the_same_name_do_not_count(teacher, asked, tmp_path, monkeypatch):
+    student, stamps = perturb(teacher), [""] * 24
+    monkeypatch.setattr(caching, "image_stamps", lambda _, indices: [stamps[index] for index in indices])
+    train(student, asked.cache, tmp_path / "a")
+    asked.records.clear()
+    stamps[5] = "replaced"
+    for computed in (1, 0):
+        _, stats = train(student, asked.cache, tmp_path / str(computed))
+        assert stats.targets.computed == computed
+    assert asked.records == ["5"]
 
 
 def test_the_teacher_is_gone_while_the_student_trains(teacher, asked, tmp_path, monkeypatch):

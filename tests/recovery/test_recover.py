@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from efficientllava.errors import UserError
-from efficientllava.finite import NotFiniteError
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import answer_loss
 from efficientllava.recovery.recover import accumulation, optimiser_steps, recover
 from efficientllava.recovery.stream import RESUME_POINT
+from efficientllava.runtime.finite import NotFiniteError
 from efficientllava.schema import LoraConfig
 
 from .conftest import VOCAB, Data, drop_layers, make_batch, make_cfg, make_factory, make_model, perturb

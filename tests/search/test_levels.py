@@ -235,6 +235,20 @@ def test_a_table_is_made_once_for_what_it_depends_on(recipe, tmp_path):
     assert done == [("level table", i + 1, LAYERS) for i in range(LAYERS)] * 2
 
 
+@pytest.mark.parametrize("name", ["table.json", "layer_001.safetensors"])
+def test_a_damaged_table_is_made_again(tmp_path, caplog, name):
+    model, calibration = make_model(), Calibration(make_batches())
+    made = open_table(model, Structured(), calibration, tmp_path / "tables", IDENTITY)
+    expected = made.tensors(3, 2)
+    file = made.folder / name
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+    again = open_table(model, Structured(), calibration, tmp_path / "tables", IDENTITY)
+    assert same(again.tensors(3, 2), expected)
+    assert [record.getMessage().endswith("set aside and computed again") for record in caplog.records] == [True]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from ...config import digest
 from ...errors import UserError
+from ...runtime.content import digest
+from ...runtime.lines import Lines
 from ...schema import JudgeConfig
 from ..scorers.judged import FAILED, llava_bench_pair, mmvet_grade
 from . import prompts
 from .client import Client, Fault
 from .request import Request
-from .verdicts import Verdict, VerdictCache
 
+Verdict = Mapping[str, Any]
 FAULTS_IN_A_ROW = 5  # requests without an answer, one after the other, after which the rest is not tried
 
 
@@ -43,7 +44,7 @@ def judge(
     Raises:
         UserError: With an endpoint: requests without an answer, named by their records' ids.
     """
-    worker = _Worker(task, config, VerdictCache(cache / f"{task}.jsonl"), wait)
+    worker = _Worker(task, config, Verdicts(cache / f"{task}.jsonl"), wait)
     found: list[Verdict | None] = [None] * len(asked)
     failed: dict[int, Fault] = {}
     with ThreadPoolExecutor(config.concurrency) as pool:
@@ -79,12 +80,50 @@ def _unanswered(task: str, asked: Sequence[Request], failed: dict[int, Fault]) -
     return UserError(f"{task}: the judge has not answered about {shown} ({reasons}); run again, nothing is asked twice")
 
 
+class Verdicts:
+    """Verdicts by the content of their request, on disk; the first one for a request counts, whoever asked.
+
+    Args:
+        path: The file; made when the first verdict comes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lines, self._known = Lines(path), dict[str, Verdict]()
+        self._read_new()
+
+    def get(self, key: str) -> Verdict | None:
+        """The verdict on a request, if there is one."""
+        return self._known.get(key)
+
+    def add(self, key: str, verdict: Verdict) -> Verdict:
+        """Keep a verdict.
+
+        Args:
+            key: Digest of the request.
+            verdict: Plain data.
+
+        Returns:
+            The verdict that counts: another process's, if that was earlier.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        with self._lines:
+            self._read_new()
+            if key not in self._known:
+                self._lines.append([{"key": key, **verdict}])
+                self._read_new()
+        return self._known[key]
+
+    def _read_new(self) -> None:
+        for verdict in self._lines.new():
+            self._known.setdefault(verdict["key"], verdict)
+
+
 class _Worker:
     """Gets one verdict: from the cache, else from the endpoint, asking again while it cannot be read."""
 
-    def __init__(
-        self, task: str, config: JudgeConfig, cache: VerdictCache, wait: Callable[[float], bool] | None
-    ) -> None:
+    def __init__(self, task: str, config: JudgeConfig, cache: Verdicts, wait: Callable[[float], bool] | None) -> None:
         self._task, self._config, self._cache = task, config, cache
         self._client = Client(config, wait) if config.base_url else None
         self._lock, self.sent, self._row = threading.Lock(), 0, 0

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...config import digest
 from ...errors import UserError
+from ...runtime.content import digest
 from ..scorers import Record, predicted, value
 
 # The official files' content, by the name under which it is expected in the folder.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from ...files import whole_file
+from ...runtime.files import whole_file
 from ...schema import JudgeConfig
 from ..scorers import Record
 from ..scorers.text import mathvista_extract

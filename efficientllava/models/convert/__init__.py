@@ -1,12 +1,11 @@
 """Checkpoints in a published layout become stock ones: Bunny (SigLIP + Phi) and Mini-InternVL-Chat (InternViT + Phi-3).
 
-A folder is converted once, into a cache beside that of the hub client; nothing in it is executed, and no more than one
+A folder is converted once, into a store beside the hub client's cache; nothing in it is executed, and no more than one
 shard is in memory. To support another layout, add an entry to `efficientllava.models.convert.layouts.LAYOUTS`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...disk import require_space
 from ...errors import UserError
-from ...files import whole_folder
+from ...hub import digest, own_root
+from ...runtime.store import Store, library_versions, source_digest
 from .layouts import LAYOUTS, Layout
 from .processing import published_system, with_protocol, with_system
 from .shards import ShardWriter, open_shard, require_whole, shard_files
@@ -33,17 +32,9 @@ __all__ = ["convert", "layout_config", "layout_of", "require_whole", "stock_fold
 DERIVED = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "rope_parameters")
 
 log = logging.getLogger(__name__)
-VERSION = 3  # of the conversion; part of the cache's key
 # A vocabulary that grows ends at a multiple of this, which matrix kernels like.
 ROWS = 8
 VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
-
-
-def cache_root() -> Path:
-    """Folder of converted checkpoints: beside the hub client's own cache, which ``HF_HOME`` moves."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HOME) / "efficientllava"
 
 
 def layout_of(folder: Path) -> Layout | None:
@@ -89,24 +80,22 @@ def stock_folder(folder: Path) -> Path:
     if layout is None:
         return folder
     raw = json.loads((folder / "config.json").read_text("utf-8"))
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.blake2b(repr((VERSION, str(folder.resolve()), facts)).encode(), digest_size=8).hexdigest()
-    target = cache_root() / f"{raw['model_type']}-{key}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"{target.parent}: cannot be made ({error.strerror}); set HF_HOME to a folder of yours"
-        ) from error
-    with FileLock(target.with_name(target.name + ".lock")):
-        if not target.is_dir():
-            log.warning("%s is in its original layout; converting it once into %s", folder, target)
-            needed = sum(size for _, size, _ in facts)
-            require_space(target, needed, "the converted copy", "free some space or set HF_HOME elsewhere")
-            with whole_folder(target) as partial:
-                convert(folder, partial, layout, raw)
-    return target
+    store = Store(own_root(), together=False, fix="set HF_HOME to a folder of yours")
+    inputs = {
+        "checkpoint": digest(folder, store.memo),
+        "source": source_digest("models/convert"),
+        "libraries": library_versions(),
+    }
+    target = store.place("converted", inputs)
+
+    def compute(partial: Path, _work: Path) -> dict[str, Any]:
+        log.warning("%s is in its original layout; converting it once into %s", folder, target)
+        needed = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        require_space(target, needed, "the converted copy", "free some space or set HF_HOME elsewhere")
+        convert(folder, partial, layout, raw)
+        return {"of": str(folder)}
+
+    return store.entry("converted", inputs, compute).folder
 
 
 def convert(source: Path, target: Path, layout: Layout, raw: Mapping[str, Any]) -> None:

@@ -6,19 +6,19 @@ import multiprocessing
 import pytest
 
 from efficientllava.errors import UserError
-from efficientllava.evaluation.judges.verdicts import VerdictCache
+from efficientllava.evaluation.judges.asking import Verdicts
 
 
 def test_verdicts_outlive_the_process(tmp_path):
     path = tmp_path / "new" / "mmvet.jsonl"
-    VerdictCache(path).add("a", {"verdict": "1.0", "id": "ü"})
-    found = VerdictCache(path).get("a")
+    Verdicts(path).add("a", {"verdict": "1.0", "id": "ü"})
+    found = Verdicts(path).get("a")
     assert found is not None and found["verdict"] == "1.0" and found["id"] == "ü"
-    assert VerdictCache(path).get("b") is None
+    assert Verdicts(path).get("b") is None
 
 
 def test_the_first_verdict_counts_whoever_asked(tmp_path):
-    one, other = VerdictCache(tmp_path / "v.jsonl"), VerdictCache(tmp_path / "v.jsonl")
+    one, other = Verdicts(tmp_path / "v.jsonl"), Verdicts(tmp_path / "v.jsonl")
     one.add("a", {"verdict": "first"})
     assert other.add("a", {"verdict": "second"})["verdict"] == "first"
     assert len((tmp_path / "v.jsonl").read_text().splitlines()) == 1
@@ -26,18 +26,18 @@ def test_the_first_verdict_counts_whoever_asked(tmp_path):
 
 def test_a_torn_line_costs_only_itself(tmp_path):
     path = tmp_path / "v.jsonl"
-    VerdictCache(path).add("a", {"verdict": "1"})
+    Verdicts(path).add("a", {"verdict": "1"})
     with path.open("a") as handle:
         handle.write('not json\n[1]\n{"verdict": "no key"}\n{"key": "b", "verd')
-    cache = VerdictCache(path)
+    cache = Verdicts(path)
     cache.add("c", {"verdict": "3"})
-    again = VerdictCache(path)
+    again = Verdicts(path)
     assert [bool(again.get(key)) for key in "abc"] == [True, False, True]
     assert cache.add("b", {"verdict": "2"})["verdict"] == "2"
 
 
 def _write(path, name):
-    cache = VerdictCache(path)
+    cache = Verdicts(path)
     for number in range(60):
         cache.add(str(number), {"verdict": name * 2000})
 
@@ -60,4 +60,4 @@ def test_a_file_that_cannot_be_written(tmp_path):
     (tmp_path / "v.jsonl").mkdir(parents=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        VerdictCache(tmp_path / "file" / "v.jsonl").add("a", {"verdict": "1"})
+        Verdicts(tmp_path / "file" / "v.jsonl").add("a", {"verdict": "1"})

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from efficientllava.errors import UserError
-from efficientllava.finite import CHUNK, NotFiniteError, require_finite
+from efficientllava.runtime.finite import CHUNK, NotFiniteError, require_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

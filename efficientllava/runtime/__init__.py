@@ -1,0 +1,1 @@
+"""The lowest floor: what everything else stands on, and what knows nothing of models."""

@@ -1,0 +1,161 @@
+"""Files and folders that are written whole or not at all: a kill, a power cut or a full disk leaves what was there.
+
+A folder that holds a file `SUMS` is sealed: what `put` brings into it is noted there before it gets its name, in the
+format of ``sha256sum``. Of a name that is written again, the last two lines count: a kill may fall between the line and
+the renaming.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import UserError, disk_full
+
+SUMS = "SHA256SUMS"
+
+
+@contextmanager
+def whole_file(path: Path, fix: str = "free the disk or set paths.output_dir") -> Iterator[Path]:
+    """Write a file under a temporary name and rename it when the block ends well.
+
+    Args:
+        path: Final name; an existing file is replaced.
+        fix: What a user can do where it cannot be written.
+
+    Yields:
+        The file to write, in the same folder.
+
+    Raises:
+        UserError: The file cannot be written (full disk, no permission).
+    """
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        partial.unlink(missing_ok=True)
+        yield partial
+        put(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {fix}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path, fix: str = "set paths.output_dir elsewhere") -> Iterator[Path]:
+    """Write a folder under a temporary name and rename it when the block ends well.
+
+    Args:
+        folder: Final name; an existing folder is replaced.
+        fix: What a user can do where the disk is full, beside making room.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        put(partial, folder)
+    except Exception as error:
+        if disk_full(error):
+            raise UserError(f"{folder}: the disk is full; free some space or {fix}") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put(part: Path, path: Path) -> None:
+    """Give a finished file or folder its name, once all of it is on the disk.
+
+    Args:
+        part: What was written, on the same file system.
+        path: Its name; what stands there is replaced.
+    """
+    for each in (part, *part.rglob("*")) if part.is_dir() else (part,):
+        _sync(each)
+    if (path.parent / SUMS).is_file():
+        seal(path.parent, {path.name: sha256(part)})
+    if path.is_dir():
+        discard(path)  # a rename replaces no folder
+    part.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that know no sync of folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def as_umask(folder: Path) -> None:
+    """Give the files of a folder the permissions that a new file gets here; safetensors keeps its own from others."""
+    probe = folder / ".umask"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file() and file.stat().st_mode & 0o777 != mode:
+            file.chmod(mode)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder so that a kill leaves no half of it under its name."""
+    gone = folder.with_name(f".{folder.name}.gone.partial")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder, so that it is in nobody's way; returns its new name."""
+    aside = path.with_name(f".{path.name}.damaged")
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    path.replace(aside)
+    return aside
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file's content, or of the names and contents of a folder's files."""
+    if not path.is_dir():
+        with path.open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = "".join(f"{sha256(file)}  {file.relative_to(path)}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def seal(folder: Path, sums: Mapping[str, str]) -> None:
+    """Note digests of files of a folder, by name, in its file `SUMS`; several processes may do so at once."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
+    with (folder / SUMS).open("ab+", buffering=0) as handle:
+        handle.seek(max(0, handle.seek(0, 2) - 1))
+        torn = handle.read(1) not in (b"", b"\n")  # what a power cut has left must not spoil the next line
+        handle.write(("\n" * torn + lines).encode())
+        os.fsync(handle.fileno())
+
+
+def sealed(folder: Path) -> dict[str, list[str]]:
+    """The digests that count, by name; none where there is no file `SUMS`, and none of a line that is no such line."""
+    found: dict[str, list[str]] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            digest, _, name = line.partition("  ")
+            if len(digest) == 64 and name:
+                found[name] = [*found.get(name, [])[-1:], digest]
+    return found

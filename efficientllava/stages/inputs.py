@@ -1,0 +1,239 @@
+"""What the result of a stage depends on: the one place that cache, identity of a run, and dry run read.
+
+`inputs_of` has two halves. The settings are known from the configuration alone: whole nodes, without what is named here
+as deciding nothing, so that a new field counts until somebody says otherwise. What they lead to (weights, records,
+images) is content, which only a look at files tells. The cache fills in all of it, a run's identity what is found
+without torch, and a dry run, which looks at nothing, the places where it lies (`asked` and `places`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ..runtime.store import library_versions, source_digest
+from ..schema import RunConfig
+
+# Settings that decide no number of any stage: how fast, how often saved, where weights wait, what an option is called.
+NEUTRAL = (
+    "data.num_workers",
+    "evaluate.num_workers",
+    "prune.offload",
+    "recover.save_every",
+    "recover.teacher.offload",
+    "evaluate.judge.concurrency",
+    "evaluate.judge.key_env",
+    "evaluate.judge.retries",
+    "evaluate.judge.timeout",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+    "trainer.num_sanity_val_steps",
+)
+# Of the trainer, what says where and in how many processes; that is `device` and `processes`.
+MACHINE = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
+# Callbacks that watch.
+WATCHERS = ("LearningRateMonitor", "ProgressBar", "ModelSummary", "DeviceStatsMonitor")
+# What is the same in however many processes: each has all of it, or shares whole records out.
+UNDIVIDED = ("search", "targets")
+# Our own code that makes a stage's result.
+SOURCES = {
+    "evaluate": ("evaluation/generation.py", "evaluation/module.py", "evaluation/predictions.py"),
+    "prune": ("pruning",),
+    "search": ("search", "pruning"),
+    "recover": ("recovery",),
+    "targets": tuple(f"recovery/{name}.py" for name in ("alignment", "caching", "losses", "targets", "teacher")),
+}
+
+
+def inputs_of(stage: str, settings: RunConfig, **content: Any) -> dict[str, Any]:
+    """Everything that decides the result of a stage; plain values.
+
+    Args:
+        stage: ``evaluate``, ``prune``, ``search`` (its level tables), ``recover`` or ``targets`` (a teacher's answers).
+        settings: The checked configuration.
+        **content: What the stage's function says, and for all stages:
+            ``model``, the content of the checkpoint that it starts from;
+            ``device`` (``cpu`` or ``cuda``) and ``processes``, which decide the order of sums.
+    """
+    shared = {
+        "source": source_digest(*SOURCES[stage], f"stages/{_module(stage)}.py", "models", "data", "checkpoint.py"),
+        "libraries": library_versions(),
+        "dtype": settings.model.dtype,
+        "threads": settings.threads,
+        "trainer": _trainer(settings, training=stage == "recover"),
+    }
+    known = {"model": None, "device": None, "processes": None}
+    found = {"stage": stage, **shared, **known, **_STAGES[stage](settings), **content}
+    return found | ({"processes": None} if stage in UNDIVIDED else {})
+
+
+def _module(stage: str) -> str:
+    return {"search": "prune", "targets": "recover"}.get(stage, stage)
+
+
+def _evaluate(settings: RunConfig) -> dict[str, Any]:
+    """Answers of a model to a benchmark.
+
+    How many are asked at once (the padding of a batch decides rounding), how many in all, how long an answer may be.
+    Content: ``task``, the benchmark with its protocol and stop texts; ``questions``, their ids, texts and details;
+    ``images``, the stamps of their files.
+    """
+    config = settings.evaluate
+    return {
+        "evaluate": {"limit": config.limit, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size},
+        "callbacks": _callbacks(settings),
+        "task": None,
+        "questions": None,
+        "images": None,
+    }
+
+
+def _prune(settings: RunConfig) -> dict[str, Any]:
+    """The plan and the pruned checkpoint.
+
+    The nodes of pruning, of the search where there is one, and of the calibration; the longest record; the seed; the
+    data's kind, which says whether a search has held-out samples to plot. Content: ``records``, the ids of the
+    calibration records in their order; ``files``, the data that they come from; ``images``, their whole content.
+    """
+    searches = settings.prune.method == "auto"
+    calibration = settings.calibration
+    return {
+        "prune": _node(settings, "prune"),
+        "search": [_node(settings, "search"), source_digest(*SOURCES["search"])] if searches else None,
+        "calibration": {"samples": calibration.samples, "batch_size": calibration.batch_size},
+        "data": {"name": settings.data.name, "max_length": settings.data.max_length},
+        "seed": settings.seed,
+        "records": None,
+        "files": None,
+        "images": None,
+    }
+
+
+def _search(settings: RunConfig) -> dict[str, Any]:
+    """Level tables: batches of calibration records through the dense model. A table's recipe is added by the search.
+
+    Content as of ``prune``.
+    """
+    return {
+        "batch_size": settings.calibration.batch_size,
+        "max_length": settings.data.max_length,
+        "records": None,
+        "files": None,
+        "images": None,
+    }
+
+
+def _recover(settings: RunConfig) -> dict[str, Any]:
+    """The recovered checkpoint.
+
+    The node of the recovery; what is drawn of the data, in which batches and order, and how long a record may be; the
+    seed; callbacks that do more than watch. Where a loss needs no teacher, nothing of the teacher. Content:
+    ``original_layers``, which of its layers teach; ``teacher``, its checkpoint; ``files``, the data; ``images``, the
+    stamps of the files of all drawn records.
+    """
+    recover, data = _node(settings, "recover"), settings.data
+    teacher = recover.pop("teacher")
+    if taught(settings):
+        # Its place is content; it is of one type with the model unless somebody says otherwise.
+        recover["teacher"] = {key: teacher[key] for key in ("dtype", "source", "top_k")}
+    drawn = {key: getattr(data, key) for key in ("name", "max_length", "group_by_modality_length")}
+    drawn |= {"batch_size": data.batch_size, "global_batch_size": data.global_batch_size}
+    drawn |= {"images": data.images} if data.name == "digits_vqa" else {}
+    return {
+        "recover": recover,
+        "data": drawn,
+        "data_frac": settings.data_frac,
+        "seed": settings.seed,
+        "callbacks": _callbacks(settings),
+        "original_layers": None,
+        "teacher": None,
+        "files": None,
+        "images": None,
+    }
+
+
+def _targets(settings: RunConfig) -> dict[str, Any]:
+    """What a teacher says about records; recoveries that draw other records, or want more of it, share them.
+
+    Content: ``model``, the base checkpoint of the student, which prepares images; ``teacher``; ``files``, the data. The
+    stamps of a record's images are kept with its answer.
+    """
+    return {
+        "teacher_dtype": settings.recover.teacher.dtype,
+        "data": {"name": settings.data.name, "max_length": settings.data.max_length},
+        "teacher": None,
+        "files": None,
+    }
+
+
+_STAGES: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
+    "evaluate": _evaluate,
+    "prune": _prune,
+    "search": _search,
+    "recover": _recover,
+    "targets": _targets,
+}
+
+
+def taught(settings: RunConfig) -> bool:
+    """Whether a loss of the recovery needs a teacher."""
+    return settings.recover.weights.logit > 0 or settings.recover.weights.hidden > 0
+
+
+def asked(settings: RunConfig) -> dict[str, Any]:
+    """Which questions the evaluations of a run ask, in place of ``task`` and of what is read of it."""
+    config = settings.evaluate
+    fields = ("tasks", "root", "namespace", "protocol", "quantization")
+    lmms = asdict(config.lmms_eval)
+    return {**{name: getattr(config, name) for name in fields}, "lmms": lmms, "digits": settings.data.test_questions}
+
+
+def places(settings: RunConfig, stage: str) -> dict[str, Any]:
+    """Where the content of a stage lies, in place of that content: a checkpoint, records, a teacher."""
+    data, calibration, teacher = settings.data, settings.calibration, settings.recover.teacher
+    files: dict[str, Any] = {"files": [data.name, data.path, data.image_root]}
+    if stage == "prune":
+        files["files"] += [calibration.path, calibration.image_root]
+    if stage == "targets" or (stage == "recover" and taught(settings)):
+        files["teacher"] = [teacher.path, teacher.revision]
+    return files
+
+
+def checkpoint(settings: RunConfig) -> list[Any]:
+    """Where the checkpoint of a run lies, and what is made of it when it is opened."""
+    model = settings.model
+    return [model.path, model.revision, model.protocol, model.system]
+
+
+def numbers(settings: RunConfig) -> dict[str, Any]:
+    """The whole configuration without what is `NEUTRAL`."""
+    return _without(asdict(settings), NEUTRAL)
+
+
+def _node(settings: RunConfig, name: str) -> dict[str, Any]:
+    """A node without the name of its option, which decides nothing."""
+    node = numbers(settings)[name]
+    return {key: value for key, value in node.items() if key != "name"}
+
+
+def _trainer(settings: RunConfig, training: bool) -> dict[str, Any]:
+    trainer = _without({"trainer": dict(settings.trainer)}, (*NEUTRAL, *MACHINE))["trainer"]
+    # Nothing but a training shares a model out.
+    return trainer if training else {key: value for key, value in trainer.items() if key != "strategy"}
+
+
+def _callbacks(settings: RunConfig) -> list[Any]:
+    configured = [dict(callback) for callback in (settings.callbacks or {}).values()]
+    return [each for each in configured if not str(each.get("_target_", "")).endswith(WATCHERS) and each]
+
+
+def _without(tree: Mapping[str, Any], keys: tuple[str, ...], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping without some dotted keys."""
+    return {
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+        if f"{prefix}{name}" not in keys
+    }

@@ -1,0 +1,74 @@
+"""Digests follow the content, whatever stamps say; a second look costs no reading."""
+
+import os
+
+import pytest
+
+from efficientllava.hub import digest
+from efficientllava.runtime import content
+from efficientllava.runtime.content import Memo, settle
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Files that are read."""
+    read: list[str] = []
+    sha256 = content.sha256
+    monkeypatch.setattr(content, "sha256", lambda file: read.append(file.name) or sha256(file))
+    return read
+
+
+def test_a_second_look_costs_a_stat_in_this_process_and_in_another(tmp_path, reads):
+    files = [tmp_path / name for name in "ab"]
+    for file in files:
+        file.write_text(file.name)
+    settle(files)
+    first = Memo(tmp_path / "memo.jsonl")
+    known = first.digests(files)
+    assert known[0] != known[1] and sorted(reads) == ["a", "b"]
+    assert first.digests(files) == known == Memo(tmp_path / "memo.jsonl").digests(files)
+    assert len(reads) == 2
+    files[0].write_text("A")
+    assert first.digests(files)[0] != known[0] and first.digests(files)[1] == known[1]
+    assert "b" not in reads[2:]
+
+
+def test_a_change_that_leaves_size_and_mtime_is_seen(tmp_path):
+    file, memo = tmp_path / "a", Memo()
+    for settled in (False, True):
+        file.write_text("one")
+        times = file.stat()
+        if settled:
+            settle([file])
+        before = memo.digest(file)
+        file.write_text("two")
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert memo.digest(file) != before
+        assert memo.digest(file) == Memo().digest(file)
+
+
+def test_a_damaged_memo_or_none_costs_reading_alone(tmp_path, reads, caplog):
+    file, kept = tmp_path / "a", tmp_path / "memo.jsonl"
+    file.write_text("one")
+    settle([file])
+    known = Memo(kept).digest(file)
+    kept.write_text(kept.read_text().replace(known[:8], known[:7] + ("0" if known[7] != "0" else "1")))
+    assert Memo(kept).digest(file) == known and reads == ["a", "a"]
+    assert len(caplog.records) == 1
+    (tmp_path / "file").write_text("")
+    assert Memo(tmp_path / "file" / "memo.jsonl").digest(file) == known
+
+
+def test_a_flipped_byte_in_the_middle_of_large_weights_is_another_checkpoint(tmp_path):
+    weights, size = tmp_path / "model.safetensors", (64 << 20) + (3 << 20)
+    with weights.open("wb") as handle:
+        handle.truncate(size)
+    memo, seen = Memo(tmp_path / "memo"), set()
+    for place in (None, size // 2 + 12345, size - 1, 7):
+        if place is not None:
+            with weights.open("r+b") as handle:
+                handle.seek(place)
+                handle.write(b"\1")
+        seen.add(digest(tmp_path, memo))
+        assert digest(tmp_path, Memo()) in seen
+    assert len(seen) == 4
