@@ -100,8 +100,8 @@ def _specials(tokenizer: Any) -> set[int]:
 def _unwritten(model: Any, processor: Any) -> set[int]:
     """Special tokens, and those that stand for images and the like whether or not the tokenizer calls them special."""
     named = model.config.to_dict().items()
-    placeholders = {token for name, token in named if name.endswith(("_token_id", "_token_index")) and token}
-    return {*_specials(processor.tokenizer), processor.image_token_id, *placeholders}
+    placeholders = {token for name, token in named if name.endswith(("_token_id", "_token_index"))}
+    return {*_specials(processor.tokenizer), processor.image_token_id, *placeholders} - {None}
 
 
 class _Row:

@@ -18,7 +18,7 @@ LENGTH = 40
 MODELS = ("tiny_llava", "tiny_bunny", "tiny_internvl")
 # What stands before a question, between it and its answer, and between that and the next question.
 TEMPLATES = {
-    "tiny_llava": ("USER:", "ASSISTANT:", "</s>USER:"),
+    "tiny_llava": ("<s>USER:", "ASSISTANT:", "</s>USER:"),
     "tiny_bunny": ("USER:", "ASSISTANT:", "<|endoftext|>USER:"),
     "tiny_internvl": ("<|user|>\n", "<|end|>\n<|assistant|>\n", "<|end|>\n<|user|>\n"),
 }
@@ -136,23 +136,29 @@ def test_it_samples_from_what_the_model_says(name):
     draws = torch.rand(4, LENGTH, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = loaded.model.lm_head(forward_hidden(loaded.model, found)).float()
-    opening = len(ids_of(name, TEMPLATES[name][0]))
-    agree = total = 0
+    opening, between, closing = (ids_of(name, part) for part in TEMPLATES[name])
+    special = {i for i, token in loaded.processor.tokenizer.added_tokens_decoder.items() if token.special}
+    logits[..., sorted(special - {between[0], closing[0]})] = -torch.inf
+    agree = []
     for row in range(4):
-        for place in range(opening, LENGTH):
+        for place in range(len(opening), LENGTH):
             token = int(found["input_ids"][row, place])
-            share = logits[row, place - 1].softmax(-1)
-            low, high = float(share[:token].sum()), float(share[: token + 1].sum())
-            agree += low - 0.02 <= float(draws[row, place]) <= high + 0.02  # special tokens have a little probability
-            total += 1
-    assert agree >= 0.75 * total  # the rest is the template's
+            if token in between[1:] + closing[1:]:
+                continue  # put in by the template
+            cdf = logits[row, place - 1].softmax(-1).cumsum(-1)
+            # In place of an end that is not the template's stands the template's.
+            meant = [token, closing[0]] if token == between[0] else [token]
+            low, high = ([float(cdf[t - shift]) for t in meant] for shift in (1, 0))
+            draw = float(draws[row, place])
+            agree.append(any(a - 1e-4 <= draw <= b + 1e-4 for a, b in zip(low, high, strict=True)))
+    assert sum(agree) >= 0.98 * len(agree) > 30
 
 
 def test_the_calibration_stream_reads_the_batches():
     loaded = checkpoint("tiny_llava")
     batches = write_text(loaded.model, loaded.processor, 5, LENGTH, 0, batch_size=2)
     assert [batch["ids"] for batch in batches] == [["self/0", "self/1"], ["self/2", "self/3"], ["self/4"]]
-    assert Beginning.of(batches, loaded.processor.image_token_id).ids[:1] == tuple(ids_of("tiny_llava", "USER:"))[:1]
+    assert Beginning.of(batches, loaded.processor.image_token_id).ids[:1] == tuple(ids_of("tiny_llava", "<s>USER:"))[:1]
     stream = CalibrationStream(loaded.model, batches)
     assert sum(int(counted.sum()) for counted in stream.counted) == 5 * LENGTH
     hidden = stream.start()
@@ -163,9 +169,12 @@ def test_the_calibration_stream_reads_the_batches():
 
 def test_a_template_that_changes_the_question_lets_the_model_run_free(monkeypatch):
     processor = copy.copy(checkpoint("tiny_llava").processor)
-    monkeypatch.setattr(
-        processor, "chat_template", processor.chat_template.replace("USER: {% if", "USER: x {% if 0 and")
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'][0]['text'] | upper }} {% else %}"
+        "ASSISTANT: {{ m['content'][0]['text'] }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     )
+    monkeypatch.setattr(processor, "chat_template", template)
     batch = write_text(checkpoint("tiny_llava").model, processor, 2, 12, 0)[0]
     assert batch["input_ids"][:, 0].tolist() == [processor.tokenizer.bos_token_id] * 2
     assert torch.equal(batch["labels"][:, 1:], batch["input_ids"][:, 1:])
