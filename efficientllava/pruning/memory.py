@@ -25,7 +25,7 @@ from ..schema import TAYLOR, PruneConfig
 from .importance import OBS_ROUNDS
 from .statistics import ANSWERS, POSITIONS, STRIP, gram_dtype
 
-MARGIN = 1.25  # pruning on one device needs at most this many times the weights
+MARGIN = 1.26  # pruning on one device needs at most this many times the weights
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def pruning_memory(
         phases["scores"] = block + (terms.obs if config.importance == "obs" else 0) + kept["one"]
     else:
         phases["scores"] = block + terms.activations + kept["one"]
-    phases["refit and cut" if config.refit else "cut"] = block + terms.cut(config) + kept["cut"]
+    phases["refit and cut" if config.refit else "cut"] = block + terms.cut(config, stored) + kept["cut"]
     phases["loss"] = head + terms.loss + kept["one"]
     host = (whole if config.offload else 0) + (max(streams.values()) + terms.calls * terms.batches if stored else 0)
     return PruningMemory(whole, phases, host)
@@ -189,11 +189,11 @@ class _Terms:
         first = self._widths[1] ** 2 * gram_dtype(self._widths[1]).itemsize
         return max(sizes[0] + first, sizes[1])
 
-    def cut(self, config: PruneConfig) -> int:
+    def cut(self, config: PruneConfig, stored: bool) -> int:
         """One component's moments, of what is fitted and of what is held back, with a forward pass or the solution.
 
         The solution takes another Gram matrix for its factor and some rows of the writer; and the largest matrix is
-        there once more.
+        there once more. What is held back lies on the host until then, if that is where hidden states are.
         """
         width = max(self._widths)
         again = max(p.nbytes for p in self._layer.module.parameters())
@@ -202,9 +202,10 @@ class _Terms:
         crosses = 1 if config.refit_target == "layer" else 2
         square = gram_dtype(width).itemsize * width * width
         moments = 2 * (square + crosses * gram_dtype(width).itemsize * self._out * width)
-        wide = min(self.micro, POSITIONS) * (width + crosses * 2 * self._out) * 8
+        wide = min(self.micro, POSITIONS) * (width + self._out) * 4 + self.micro * self.hidden
         rows = 5 * 4 * STRIP * gram_dtype(width).itemsize * width
-        return moments + max(self.activations + wide + self.micro * self._mlp, square + rows) + again
+        summed = moments // 2 if stored else moments
+        return max(summed + self.activations + wide + self.micro * self._mlp, moments + square + rows) + again
 
     def taylor(self, config: PruneConfig) -> int:
         """The graph of one layer, its gradients, and what is kept of them in fp32."""

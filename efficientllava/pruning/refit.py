@@ -334,7 +334,8 @@ class SequentialPruner:
         if not self._refit or (whole and not (touched and self._to_residual)):
             return None
         columns = component.columns(units)
-        fitted, held = (_Sums(component.writer, columns, self._to_residual) for _ in range(2))
+        places = (component.writer.weight.device, self._stream.storage)
+        fitted, held = (_Sums(component.writer, columns, self._to_residual, place) for place in places)
         return fitted, held
 
     def _add(
@@ -431,11 +432,10 @@ class SequentialPruner:
 
 
 class _Sums:
-    """Weighted sums over counted positions, which `close` turns into `Moments`."""
+    """Weighted sums over counted positions on ``device``, which `close` turns into `Moments` beside the weights."""
 
-    def __init__(self, writer: nn.Linear, kept: Tensor, repairs: bool) -> None:
-        device = writer.weight.device
-        self.kept = kept.to(device)
+    def __init__(self, writer: nn.Linear, kept: Tensor, repairs: bool, device: torch.device | str) -> None:
+        self.kept = kept.to(writer.weight.device)
         self._gram = Gram(len(kept), device)
         self._bias = writer.bias
         shape, dtype = (writer.out_features, len(kept)), self._gram.matrix.dtype
@@ -451,16 +451,20 @@ class _Sums:
         self._gram.add(rows, weights)
         for cross, target in zip(self._crosses, targets, strict=True):
             add_product(cross, target, rows, weights)
-        first, last = targets[0].double(), targets[-1].double()
-        pairs = ((first, first), (first, last), (last, last))
-        self._powers += torch.stack([(a * b).sum(1) @ weights.double() for a, b in pairs]).cpu()
+        for first, last, share in zip(
+            targets[0].split(STRIP), targets[-1].split(STRIP), weights.split(STRIP), strict=True
+        ):
+            pairs = ((first, first), (first, last), (last, last))
+            self._powers += torch.stack([(a.double() * b).sum(1) @ share.double() for a, b in pairs]).cpu()
 
     def close(self, reduce: Reduce) -> Moments:
         """Close the sums over all processes; takes their memory."""
         weight = total_weight(self._gram.weight, reduce)
-        own, *repaired = (reduce(cross).div_(weight) for cross in self._crosses)
+        own, *repaired = (reduce(cross).div_(weight).to(self.kept.device) for cross in self._crosses)
         powers = (reduce(self._powers) / weight).tolist()
-        return Moments(self._gram.mean(reduce), own, repaired[0] if repaired else None, tuple(powers), weight)
+        return Moments(
+            self._gram.mean(reduce).to(self.kept.device), own, repaired[0] if repaired else None, tuple(powers), weight
+        )
 
 
 class _Reached(Exception):

@@ -24,7 +24,7 @@ from ..models.offload import Offload
 from ..processes import gather
 
 STRIP = 64  # rows of a matrix that are worked on at once where a whole copy would cost too much
-POSITIONS = 4096  # positions that are widened to float32 or float64 at once
+POSITIONS = 2048  # positions that are widened to float32 or float64 at once
 ANSWERS = 512  # supervised tokens whose logits are held at once
 
 Reduce = Callable[[Tensor], Tensor]
@@ -188,6 +188,11 @@ class CalibrationStream:
         self._features = features or feature_cache(model)
         self._storage, self._offload = "cpu" if offload else storage, offload
 
+    @property
+    def storage(self) -> torch.device | str:
+        """Where what is kept between layers lies."""
+        return self.device if self._storage is None else self._storage
+
     def on_device(self, *modules: nn.Module, without: Sequence[nn.Module] = ()) -> AbstractContextManager[None]:
         """Have modules where they compute, see `efficientllava.models.offload.Offload.on_device`."""
         return self._offload.on_device(*modules, without=without) if self._offload else contextlib.nullcontext()
@@ -279,7 +284,8 @@ class CalibrationStream:
         Returns:
             ``(counted,)``, > 0.
         """
-        power = residual[self.counted[batch]].float().square().mean(-1)
+        residual = residual[self.counted[batch]]
+        power = residual.to(torch.promote_types(residual.dtype, torch.float32)).square().mean(-1)
         return self.shares(batch) / power.clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
 
     def advance(self, layer: nn.Module, position: int, hidden: list[Tensor]) -> None:
@@ -348,11 +354,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> 
     for some, others, root in zip(left.split(POSITIONS), right.split(POSITIONS), roots.split(POSITIONS), strict=True):
         wide = others * root
         narrow = wide if left is right else some * root
-        if dtype == total.dtype:
+        if dtype == total.dtype and total.device == wide.device:
             total.addmm_(narrow.T, wide)
             continue
         for start in range(0, len(total), STRIP):  # in strips, so that the product needs no second matrix
-            total[start : start + STRIP] += narrow[:, start : start + STRIP].T @ wide
+            total[start : start + STRIP] += (narrow[:, start : start + STRIP].T @ wide).to(total.device)
 
 
 def square_sum(rows: Tensor) -> float:
@@ -373,7 +379,7 @@ class Gram:
         device: Where the sum is kept.
     """
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device | str) -> None:
         self.matrix = torch.zeros(size, size, dtype=gram_dtype(size), device=device)
         self.weight = 0.0
 

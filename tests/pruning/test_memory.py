@@ -83,7 +83,9 @@ def test_no_run_takes_more_than_the_bound(monkeypatch, config, wide):
     small(monkeypatch, **({"LENGTH": 16, "BATCHES": 2} if wide else {"LENGTH": 256, "BATCHES": 4, "ROWS": 2}))
 
     def prune(model):
-        calibration = Calibration(bench.random_batches())
+        batches = bench.random_batches()
+        last = [len(batches) - 1] if config.refit else []
+        calibration = Calibration(batches, validated=last)
         plan, _ = make_plan(model, calibration, config)
         apply_plan(model, plan, calibration, config)
 

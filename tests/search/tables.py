@@ -40,23 +40,30 @@ def linears(component: Component) -> list[nn.Linear]:
 
 @torch.no_grad()
 def gram_of_inputs(model: Any, modules: list[nn.Linear], tokens: str = "all") -> list[torch.Tensor]:
-    """``E[x x^T]`` of linear layers in a plain pass of the dense model over the counted positions."""
+    """``E[x x^T]`` of linear layers in a plain pass of the dense model over the counted positions.
+
+    A position weighs the inverse power of the residual stream behind the component that the linear layer is part of.
+    """
     stream = CalibrationStream(model, make_batches(dtype=next(model.parameters()).dtype), tokens)
     rows: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
-    batch = 0
+    hidden, seen = stream.start(), dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]()
 
-    def note(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        rows[module].append(args[0][stream.counted[batch]].double())
+    def note(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen[module] = args[0], output
 
-    handles = [module.register_forward_pre_hook(note) for module in modules]
-    hidden = stream.start()
-    for values in rows.values():
-        values.clear()
-    for batch in range(len(hidden)):
-        state = hidden[batch]
-        for index, layer in enumerate(layers_of(model)):
-            state = stream.call(layer.module, index, batch, state)
+    layers = layers_of(model)
+    handles = [module.register_forward_hook(note) for module in {*modules, *(la.attention.writer for la in layers)}]
+    for batch, state in enumerate(hidden):
+        counted = stream.counted[batch]
+        for index, layer in enumerate(layers):
+            before, state = state, stream.call(layer.module, index, batch, state)
+            middle = before + seen[layer.attention.writer][1]
+            for owner, residual in ((layer.attention.module, middle), (layer.mlp.module, state)):
+                weights = 1 / residual[counted].double().square().mean(1)
+                for module in set(modules) & set(owner.modules()):
+                    inputs = seen[module][0][counted].double()
+                    rows[module].append(torch.cat([inputs * weights.sqrt()[:, None], weights[:, None]], 1))
     for handle in handles:
         handle.remove()
     stacked = [torch.cat(rows[module]) for module in modules]
-    return [x.T @ x / len(x) for x in stacked]
+    return [x[:, :-1].T @ x[:, :-1] / x[:, -1].sum() for x in stacked]

@@ -255,9 +255,9 @@ def test_a_damaged_table_is_made_again(tmp_path, caplog, name):
         ({"identity": {**IDENTITY, "model": "other"}}, "model=m.*model=other"),
         ({"identity": {**IDENTITY, "calibration": "other"}}, "calibration=c.*calibration=other"),
         ({"identity": {"model": "m"}}, "calibration=c.*calibration=None"),
-        ({"recipe": Structured(damping=0.5)}, "damping=0.01.*damping=0.5"),
+        ({"recipe": Structured(damping=0.5)}, "damping=0.3.*damping=0.5"),
         ({"recipe": Structured(round_to=4)}, "round_to=1.*round_to=4"),
-        ({"recipe": Masks(None)}, "granularity=structured.*granularity=2:4"),
+        ({"recipe": Masks(None, damping=0.3)}, "granularity=structured.*granularity=2:4"),
         ({"model": make_model(dtype=torch.float64)}, "dtype=float32.*dtype=float64"),
     ],
 )
