@@ -137,7 +137,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
 
 def _require_unquantized(folder: Path) -> None:
     """Refuse weights of a few bits, whose scales the model would be loaded without."""
-    for file in shard_files(folder):
+    for file in (file for file in shard_files(folder) if file.suffix == ".safetensors"):
         with safe_open(file, "pt") as handle:
             kinds = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 - no mapping
         found = next((name for name, kind in kinds.items() if kind.startswith(("F8_", "F6_", "F4", "I8", "U8"))), None)
@@ -259,8 +259,14 @@ def load(
     config, storage = read_config(folder, path)
     processor = _processor(folder, path, protocol)
     # Many a tokenizer knows no limit; the decoder's positions are one.
-    limit = getattr(config.get_text_config(), "max_position_embeddings", processor.tokenizer.model_max_length)
-    processor.tokenizer.model_max_length = min(processor.tokenizer.model_max_length, limit)
+    said = processor.tokenizer.model_max_length
+    limit = getattr(config.get_text_config(), "max_position_embeddings", said)
+    if not all(type(each) in (int, float) and each >= 1 for each in (said, limit)):
+        raise UserError(
+            f"model.path={path}: model_max_length={said!r} of tokenizer_config.json, or max_position_embeddings="
+            f"{limit!r} of config.json, is no number of tokens; mend it"
+        )
+    processor.tokenizer.model_max_length = min(said, limit)
     if system is not None:
         processor.chat_template = with_system(processor, system)
     with _load_report() as report:
@@ -342,13 +348,18 @@ def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:
     """What was done to a checkpoint before; of one that was never pruned, that its layers are the original ones."""
     if not (folder / PROVENANCE).is_file():
         return {"original_layers": list(range(layers))}
-    try:
-        provenance = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
-        if len(provenance["original_layers"]) == layers:
-            return provenance
-        reason = f"it names {len(provenance['original_layers'])} layers, the model has {layers}"
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+    provenance = read_json(folder / PROVENANCE, path)
+    original, base = provenance.get("original_layers"), provenance.get("base")
+    if not isinstance(original, list) or not all(type(index) is int for index in original):
+        reason = "original_layers is no list of numbers"
+    elif len(original) != layers:
+        reason = f"it names {len(original)} layers, the model has {layers}"
+    elif not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("path", "digest")):
+        reason = "base has no path or no digest"
+    elif not isinstance(provenance.get("history", []), list) or not isinstance(provenance.get("weights", {}), dict):
+        reason = "history is no list, or weights is no object"
+    else:
+        return provenance
     raise UserError(f"model.path={path}: {PROVENANCE} does not fit ({reason}); restore it, or remove it")
 
 

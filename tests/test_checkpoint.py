@@ -309,10 +309,31 @@ def test_a_folder_without_processor(broken):
     fails(broken, "processor cannot be loaded", "tokenizer")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"original_layers": [0]}'])
-def test_a_provenance_that_does_not_fit(broken, text):
+BASE = {"path": "org/name", "digest": "0"}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "list instead of an object"),
+        (json.dumps({"base": BASE}), "original_layers is no list of numbers"),
+        (json.dumps({"base": BASE, "original_layers": ["a", "b"]}), "original_layers is no list of numbers"),
+        (json.dumps({"base": BASE, "original_layers": [0]}), "it names 1 layers, the model has 2"),
+        (json.dumps({"original_layers": [0, 1]}), "base has no path or no digest"),
+        (json.dumps({"base": {**BASE, "digest": 1}, "original_layers": [0, 1]}), "base has no path or no digest"),
+        (json.dumps({"base": BASE, "original_layers": [0, 1], "weights": []}), "weights is no object"),
+    ],
+)
+def test_a_provenance_that_does_not_fit(broken, text, told):
     (broken / store.PROVENANCE).write_text(text)
-    fails(broken, store.PROVENANCE, "remove it")
+    fails(broken, store.PROVENANCE, told, "mend it" if len(text) < 3 else "remove it")
+
+
+@pytest.mark.parametrize("said", ["a", True, 0])
+def test_a_tokenizer_whose_limit_is_no_number(broken, said):
+    change(broken, "tokenizer_config.json", model_max_length=said)
+    fails(broken, "model_max_length")
 
 
 def test_a_hub_id_without_network(monkeypatch):

@@ -61,7 +61,7 @@ def mutated(content: bytes, rng: random.Random) -> bytes:
 
 def value_of(content: bytes, suffix: str):
     """What a whole file of records means by Python's own decoder; None where that takes it for no JSON."""
-    text = content.decode("utf-8-sig")
+    text = content.decode("utf-8-sig", "surrogateescape")
     return [json.loads(line) for line in text.split("\n") if line.strip()] if suffix == "jsonl" else json.loads(text)
 
 

@@ -99,11 +99,10 @@ def _prune(settings: RunConfig) -> dict[str, Any]:
     calibration records in their order; ``files``, the data that they come from; ``images``, their whole content.
     """
     searches = settings.prune.method == "auto"
-    calibration = settings.calibration
     return {
         "prune": _node(settings, "prune"),
         "search": [_node(settings, "search"), source_digest(*SOURCES["search"])] if searches else None,
-        "calibration": {"samples": calibration.samples, "batch_size": calibration.batch_size},
+        "calibration": {"samples": settings.calibration.samples, **_calibration(settings)},
         "data": {"name": settings.data.name, "max_length": settings.data.max_length},
         "seed": settings.seed,
         "records": None,
@@ -115,10 +114,13 @@ def _prune(settings: RunConfig) -> dict[str, Any]:
 def _search(settings: RunConfig) -> dict[str, Any]:
     """Level tables: batches of calibration records through the dense model. A table's recipe is added by the search.
 
+    The seed is that of what the model writes itself.
+
     Content as of ``prune``.
     """
     return {
-        "batch_size": settings.calibration.batch_size,
+        "calibration": _calibration(settings),
+        "seed": settings.seed if settings.calibration.generate else None,
         "max_length": settings.data.max_length,
         "records": None,
         "files": None,
@@ -217,6 +219,12 @@ def _node(settings: RunConfig, name: str) -> dict[str, Any]:
     """A node without the name of its option, which decides nothing."""
     node = numbers(settings)[name]
     return {key: value for key, value in node.items() if key != "name"}
+
+
+def _calibration(settings: RunConfig) -> dict[str, Any]:
+    """How calibration records are run, and what the model adds to them; which records they are is content."""
+    node = _node(settings, "calibration")
+    return {key: value for key, value in node.items() if key not in ("path", "image_root", "samples")}
 
 
 def _trainer(settings: RunConfig, training: bool) -> dict[str, Any]:

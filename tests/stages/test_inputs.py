@@ -29,7 +29,8 @@ from tests.runs import composed, run, save_tiny, small
 STAGES = ("evaluate", "prune", "search", "recover", "targets")
 EVERYWHERE = {"model.dtype", "threads", "trainer.precision", "trainer.deterministic", "trainer._target_"}
 CALLBACKS = {f"callbacks.{name}._target_" for name in ("mine", "progress", "learning_rate")}  # another one may do more
-CALIBRATION = {"calibration.batch_size", "data.max_length"}
+CALIBRATION = {f"calibration.{name}" for name in ("batch_size", "generate", "generate_length", "generate_share")}
+CALIBRATION |= {"data.max_length"}
 # Settings that decide the result of a stage by themselves; what leads to content (paths, revisions, how much is read of
 # them) counts as that content.
 DECIDE = {

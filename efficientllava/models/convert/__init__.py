@@ -51,7 +51,7 @@ def layout_of(folder: Path) -> Layout | None:
     """
     try:
         raw = json.loads((folder / "config.json").read_text("utf-8"))
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return None  # whoever loads it says what is wrong with it
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     # LLaVA's original layout has the stock model_type, and names a tower that it does not hold.
