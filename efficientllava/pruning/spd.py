@@ -134,10 +134,9 @@ def inverts(inverse: Tensor, gram: Tensor, shift: Tensor, places: Tensor) -> boo
 
 
 def _probe(matrix: Tensor) -> Tensor:
-    """A fixed vector of random signs for the columns of a matrix."""
+    """A fixed random vector for the columns of a matrix."""
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (matrix.shape[1],), generator=generator)
-    return (signs * 2 - 1).to(matrix.dtype).to(matrix.device)
+    return torch.randn(matrix.shape[1], generator=generator, dtype=torch.float64).to(matrix)
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

@@ -9,6 +9,7 @@ from efficientllava.errors import UserError
 from efficientllava.models.forward import FeatureCache, answer_loss, forward_hidden, vision_features
 from efficientllava.pruning.statistics import (
     TOKENS,
+    Beginning,
     BlockInfluence,
     CalibrationStream,
     Gram,
@@ -160,3 +161,34 @@ def test_counted_positions_reach_the_stream():
     model, batches = make_model(), make_batches()
     assert positions(CalibrationStream(model, batches, "image")) == [8, 8, 8]
     assert positions(CalibrationStream(model, batches)) == [54, 54, 54]
+
+
+def test_what_all_records_begin_with_counts_once():
+    batches = make_batches()
+    image = IMAGE_TOKEN
+    beginning = Beginning.of(batches, image)
+    pairs = [pair for b in batches for pair in zip(b["input_ids"], b["attention_mask"], strict=True)]
+    rows = [ids[mask.bool()].tolist() for ids, mask in pairs]
+    shared = 0
+    while all(row[shared] == rows[0][shared] != image for row in rows):
+        shared += 1
+    assert (len(beginning.ids), beginning.records) == (shared, len(rows))
+    template = [{**b, "input_ids": torch.cat([torch.full((3, 2), 9), b["input_ids"][:, 2:]], 1)} for b in batches]
+    beginning = Beginning.of(template, image)
+    assert beginning.ids[:2] == (9, 9)
+    stream = CalibrationStream(make_model(), template, beginning=beginning)
+    places = [int(mask.argmax()) for b in template for mask in b["attention_mask"]]
+    first = [stream._shares[i // 3][i % 3, place] for i, place in enumerate(places)]
+    assert float(sum(first)) == pytest.approx(1.0)
+    assert Beginning.of(template[:1], image).records == 3
+    assert Beginning.of([{k: v[:1] for k, v in template[0].items() if isinstance(v, torch.Tensor)}], image).ids == ()
+
+
+def test_a_position_weighs_as_the_next_norm_sees_an_error_there():
+    stream = CalibrationStream(make_model(), make_batches(1))
+    residual = torch.randn(3, make_batches(1)[0]["input_ids"].shape[1], 48)
+    weights = stream.weights(0, residual)
+    assert torch.allclose(stream.weights(0, 10 * residual), weights / 100)
+    loud = residual.clone()
+    loud[0, 0] *= 1e3
+    assert torch.equal(stream.weights(0, loud)[1:], weights[1:])
