@@ -188,6 +188,20 @@ def split_roles(records: Sequence[Record], share: float = COMPARED) -> tuple[lis
     return [r for r in records if id(r) not in chosen], [r for r in records if id(r) in chosen]
 
 
+def split_folds(records: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:
+    """Part calibration records twice, see `split_roles`.
+
+    Returns:
+        Records that candidates are fitted to, those that their refit makes its own choices on, and those that they are
+        compared on: the latter two are of about one size, and empty where there are too few records.
+    """
+    rest, compared = split_roles(records)
+    if not compared:
+        return rest, [], []
+    fitted, held = split_roles(rest, len(compared) / len(rest))
+    return fitted, held, compared
+
+
 def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Record]:
     """A seeded subset, stratified by source; the same on every rank and machine.
 

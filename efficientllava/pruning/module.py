@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data.splits import split_roles
+from ..data.splits import split_folds
 from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
 from ..processes import sum_over
@@ -78,8 +78,7 @@ class PruningModule(LightningModule):
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This process's share of the calibration batches."""
         size, mine = self._batch_size, slice(self.trainer.global_rank, None, self.trainer.world_size)
-        rest, self._compared = split_roles(self._records)
-        fitted, self._held = split_roles(rest, len(self._compared) / len(rest)) if self._compared else (rest, [])
+        fitted, self._held, self._compared = split_folds(self._records)
         parts = (fitted, self._held, self._compared)
         chunks = [list(part[i : i + size]) for part in parts for i in range(0, len(part), size)][mine]
         # Lightning calls no hook on a process without batches, but all must take part in the sums.

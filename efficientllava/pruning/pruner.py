@@ -186,7 +186,8 @@ def sequential_pruner(
     return SequentialPruner(stream, *how, fitted, held)
 
 
-def _dense_outputs(stream: CalibrationStream) -> list[Tensor]:
+def dense_outputs(stream: CalibrationStream) -> list[Tensor]:
+    """The dense model's outputs of the last layer, by batch."""
     hidden = stream.start()
     for index, layer in enumerate(decoder_of(stream.model).layers):
         stream.advance(layer, index, hidden)
@@ -227,7 +228,7 @@ def _layerwise(
     whole = whole_layers(model)
     count = blocks_to_drop(model, config)
     stream = open_stream(model, calibration, config)
-    report.loss_dense = stream.answer_loss(_dense_outputs(stream), calibration.reduce)
+    report.loss_dense = stream.answer_loss(dense_outputs(stream), calibration.reduce)
     kept = list(range(len(whole)))
     scores = block_influences(stream, kept, config, calibration.reduce)
     report.block_influence = scores
@@ -248,7 +249,7 @@ def _widthwise(
     shapes = candidate_shapes(space, layers_of(model)[0], config)
     chooses = len(shapes) > 1 and any(gather(len(calibration.compared)))
     scores, stream, dense = rank_units(model, calibration, config, seed, calibration.compared if chooses else ())
-    dense = dense or _dense_outputs(stream)
+    dense = dense or dense_outputs(stream)
     report.loss_dense = stream.answer_loss(dense, calibration.reduce)
     rankings = [s.pair for s in scores]
     if not shapes:

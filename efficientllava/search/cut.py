@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from ..models.anatomy import layers_of
+from ..processes import gather
+from ..pruning.comparison import Comparison
 from ..pruning.plan import PruningPlan
-from ..pruning.pruner import PruneReport, apply_plan, plan_for, sequential_pruner, whole_layers
+from ..pruning.pruner import PruneReport, apply_plan, dense_outputs, plan_for, sequential_pruner, whole_layers
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from ..schema import PruneConfig
 from .levels import LevelTable
@@ -36,8 +38,8 @@ def plan_of(model: nn.Module, table: LevelTable, policy: Policy, requested: floa
 
 def trial_losses(
     model: nn.Module, table: LevelTable, policies: Sequence[Policy], calibration: Calibration, config: PruneConfig
-) -> list[float]:
-    """Answer loss of policies as they would be cut; the model stays as it is.
+) -> list[tuple[float, float | None]]:
+    """Try policies as they would be cut; the model stays as it is.
 
     A search sees every component refitted to the dense prefix, a cut model is refitted layer after layer on what the
     pruned prefix gives it: the best policy of the one need not be the best of the other.
@@ -46,19 +48,25 @@ def trial_losses(
         model: The dense model.
         table: Its level table, of structured levels.
         policies: One level per gene each.
-        calibration: This process's samples.
+        calibration: This process's samples, with those that are compared on.
         config: Refit settings.
 
     Returns:
-        Nats per token, one per policy.
+        Per policy, the answer loss on all samples, and on those that are compared on the divergence from the dense
+        model, in nats per token; None where there are none.
     """
     stream = open_stream(model, calibration, config)
-    pruner = sequential_pruner(stream, calibration, config, None, calibration.validated)
-    losses = []
+    outside = {*calibration.compared, *calibration.held}
+    fitted = [batch for batch in range(len(calibration.batches)) if batch not in outside]
+    pruner = sequential_pruner(stream, calibration, config, fitted, calibration.held)
+    compares = any(gather(len(calibration.compared)))
+    comparison = Comparison(stream, calibration.compared, dense_outputs(stream)) if compares else None
+    tried: list[tuple[float, float | None]] = []
     for policy in policies:
-        losses.append(pruner.run(table.plan(policy), commit=False).loss)
-        calibration.tick("try the best policies", len(losses), len(policies))
-    return losses
+        found = pruner.run(table.plan(policy), commit=False)
+        tried.append((found.loss, comparison(found.hidden).mean if comparison else None))
+        calibration.tick("try the best policies", len(tried), len(policies))
+    return tried
 
 
 def cut_policy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from .. import processes
+from ..data.splits import split_folds
 from ..models.anatomy import layers_of, projector_of
 from ..models.forward import FeatureCache, feature_cache
 from ..pruning.control import reinitialise
@@ -108,16 +110,16 @@ class SearchModule(LightningModule):
         self._features, self._tick = features or feature_cache(model), tick
         self._image_token: int = model.config.image_token_id  # pyright: ignore
         self._beginning = Beginning()
+        self._folds: list[int] = []
         self._batches: list[dict[str, Any]] = []
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """All samples on every process, then the held-out ones."""
         size = self._inputs.batch_size
-        chunks = [
-            list(records[start : start + size])
-            for records in (self._inputs.records, self._inputs.holdout)
-            for start in range(0, len(records), size)
-        ]
+        parts = [[part[i : i + size] for i in range(0, len(part), size)] for part in split_folds(self._inputs.records)]
+        self._folds = [fold for fold, part in enumerate(parts) for _ in part]
+        holdout = [list(self._inputs.holdout[i : i + size]) for i in range(0, len(self._inputs.holdout), size)]
+        chunks = [*itertools.chain(*parts), *holdout]
         return DataLoader(chunks, batch_size=None, collate_fn=self._inputs.collate)  # pyright: ignore[reportArgumentType]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -127,9 +129,10 @@ class SearchModule(LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Build the table, search, cut."""
         self._inputs.work.mkdir(parents=True, exist_ok=True)
-        count = math.ceil(len(self._inputs.records) / self._inputs.batch_size)
-        samples, holdout = self._batches[:count], self._batches[count:]
-        self._beginning = Beginning.of(samples[processes.rank() :: processes.world_size()], self._image_token)
+        every, holdout = self._batches[: len(self._folds)], self._batches[len(self._folds) :]
+        # The last fold is for the choice among the best, which none of them has seen.
+        samples = [batch for batch, fold in zip(every, self._folds, strict=True) if fold < 2]
+        self._beginning = Beginning.of(every[processes.rank() :: processes.world_size()], self._image_token)
         calibration = Calibration(samples, self._features, tick=self._tick, beginning=self._beginning)
         stream = open_stream(self.model, calibration, self._prune)
         table = self._table(calibration)
@@ -141,7 +144,7 @@ class SearchModule(LightningModule):
         self.record = self._describe(search, space, evaluator.dense)
         if holdout:
             self.record["holdout"] = self._holdout(search, table, evaluator, holdout)
-        self._cut(search, table, samples)
+        self._cut(search, table, every)
         self._batches = []
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -280,17 +283,29 @@ class SearchModule(LightningModule):
         finalists = search.archive[: self._config.finalists]
         if len(finalists) == 1 or self._config.granularity != "structured":
             return search.best
-        losses = trial_losses(self.model, table, finalists, calibration, self._prune)
+        tried = trial_losses(self.model, table, finalists, calibration, self._prune)
         self.record["finalists"] = [
-            {"policy": list(policy), "loss_pruned": loss} for policy, loss in zip(finalists, losses, strict=True)
+            {"policy": list(policy), "loss_pruned": loss, "kl": kl}
+            for policy, (loss, kl) in zip(finalists, tried, strict=True)
         ]
-        return finalists[losses.index(min(losses))]
+        kls = [loss if kl is None else kl for loss, kl in tried]
+        return finalists[kls.index(min(kls))]
 
     def _cut(self, search: Search, table: LevelTable, samples: Sequence[Any]) -> None:
         ids = tuple(record.id for record in self._inputs.records)
         requested = self._share if self._config.budget.resource == "params" else None
-        mine = samples[processes.rank() :: processes.world_size()]
-        calibration = Calibration(mine, self._features, processes.sum_over, tick=self._tick, beginning=self._beginning)
+        mine = slice(processes.rank(), None, processes.world_size())
+        held, last = ([i for i, fold in enumerate(self._folds[mine]) if fold == kind] for kind in (1, 2))
+        calibration = Calibration(
+            samples[mine],
+            self._features,
+            processes.sum_over,
+            tick=self._tick,
+            beginning=self._beginning,
+            compared=last,
+            held=held,
+            validated=last,
+        )
         chosen = self._chosen(search, table, calibration)
         self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)
         self.pruned, report = cut_policy(self.model, self.plan, table.recipe, chosen, calibration, self._prune)

