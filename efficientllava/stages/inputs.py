@@ -8,7 +8,7 @@ without torch, and a dry run, which looks at nothing, the places where it lies (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,6 +38,15 @@ MACHINE = ("trainer.accelerator", "trainer.devices", "trainer.num_nodes")
 WATCHERS = ("LearningRateMonitor", "ProgressBar", "ModelSummary", "DeviceStatsMonitor")
 # What is the same in however many processes: each has all of it, or shares whole records out.
 UNDIVIDED = ("search", "targets")
+# Fields that lead to content, and count as that.
+PLACES = ("path", "image_root")
+# Of the evaluation, what is in the task or in the model, and what is done with answers or beside them.
+NOT_ANSWERS = (
+    *("tasks", "root", "namespace", "protocol", "quantization", "lmms_eval"),
+    *("judge", "efficiency", "repeats", "new_tokens", "speed_batches"),
+)
+# Of the data, what no training reads; which records are usable, their images' stamps say.
+NOT_TRAINED = (*PLACES, "test_questions", "max_bad_fraction")
 # Our own code that makes a stage's result.
 SOURCES = {
     "evaluate": ("evaluation/generation.py", "evaluation/module.py", "evaluation/predictions.py"),
@@ -77,13 +86,13 @@ def _module(stage: str) -> str:
 def _evaluate(settings: RunConfig) -> dict[str, Any]:
     """Answers of a model to a benchmark.
 
-    How many are asked at once (the padding of a batch decides rounding), how many in all, how long an answer may be.
+    Of its node what decides answers: how many are asked at once (the padding of a batch decides rounding), how many in
+    all, how long an answer may be.
     Content: ``task``, the benchmark with its protocol and stop texts; ``questions``, their ids, texts and details;
     ``images``, the stamps of their files.
     """
-    config = settings.evaluate
     return {
-        "evaluate": {"limit": config.limit, "max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size},
+        "evaluate": _node(settings, "evaluate", NOT_ANSWERS),
         "callbacks": _callbacks(settings),
         "task": None,
         "questions": None,
@@ -102,7 +111,7 @@ def _prune(settings: RunConfig) -> dict[str, Any]:
     return {
         "prune": _node(settings, "prune"),
         "search": [_node(settings, "search"), source_digest(*SOURCES["search"])] if searches else None,
-        "calibration": {"samples": settings.calibration.samples, **_calibration(settings)},
+        "calibration": _node(settings, "calibration", PLACES),
         "data": {"name": settings.data.name, "max_length": settings.data.max_length},
         "seed": settings.seed,
         "records": None,
@@ -119,7 +128,7 @@ def _search(settings: RunConfig) -> dict[str, Any]:
     Content as of ``prune``.
     """
     return {
-        "calibration": _calibration(settings),
+        "calibration": _node(settings, "calibration", PLACES),
         "seed": settings.seed if settings.calibration.generate else None,
         "max_length": settings.data.max_length,
         "records": None,
@@ -136,17 +145,14 @@ def _recover(settings: RunConfig) -> dict[str, Any]:
     ``original_layers``, which of its layers teach; ``teacher``, its checkpoint; ``files``, the data; ``images``, the
     stamps of the files of all drawn records.
     """
-    recover, data = _node(settings, "recover"), settings.data
+    recover = _node(settings, "recover")
     teacher = recover.pop("teacher")
     if taught(settings):
         # Its place is content; it is of one type with the model unless somebody says otherwise.
         recover["teacher"] = {key: teacher[key] for key in ("dtype", "source", "top_k")}
-    drawn = {key: getattr(data, key) for key in ("name", "max_length", "group_by_modality_length")}
-    drawn |= {"batch_size": data.batch_size, "global_batch_size": data.global_batch_size}
-    drawn |= {"images": data.images} if data.name == "digits_vqa" else {}
     return {
         "recover": recover,
-        "data": drawn,
+        "data": {"name": settings.data.name, **_node(settings, "data", NOT_TRAINED)},
         "data_frac": settings.data_frac,
         "seed": settings.seed,
         "callbacks": _callbacks(settings),
@@ -215,16 +221,9 @@ def numbers(settings: RunConfig) -> dict[str, Any]:
     return _without(asdict(settings), NEUTRAL)
 
 
-def _node(settings: RunConfig, name: str) -> dict[str, Any]:
-    """A node without the name of its option, which decides nothing."""
-    node = numbers(settings)[name]
-    return {key: value for key, value in node.items() if key != "name"}
-
-
-def _calibration(settings: RunConfig) -> dict[str, Any]:
-    """How calibration records are run, and what the model adds to them; which records they are is content."""
-    node = _node(settings, "calibration")
-    return {key: value for key, value in node.items() if key not in ("path", "image_root", "samples")}
+def _node(settings: RunConfig, name: str, but: Sequence[str] = ()) -> dict[str, Any]:
+    """A node without the name of its option, which decides nothing, and but for some fields."""
+    return {key: value for key, value in numbers(settings)[name].items() if key not in ("name", *but)}
 
 
 def _trainer(settings: RunConfig, training: bool) -> dict[str, Any]:
