@@ -23,6 +23,7 @@ from .memory import LONGEST
 from .models.anatomy import Layer, decoder_of, language_parameters, layers_of
 from .pruning.memory import patches_of
 from .pruning.pruner import search_length
+from .pruning.refit import DAMPINGS
 from .recovery.recover import accumulation, optimiser_steps
 from .results import STAGES
 from .runtime.content import digest
@@ -205,16 +206,27 @@ def _pruning(plan: Forecast) -> float:
 def _cutting(plan: Forecast, tokens: int) -> float:
     """Operations of a sequential pass: each layer cut, before that whole for the refit, and in the dense model."""
     config, refit = plan.settings.prune, plan.settings.prune.refit and plan.settings.prune.method != "layerwise"
-    wholes = refit * (2 if config.refit_target == "residual" else 1)
+    crosses = 1 if config.refit_target == "layer" else 2
+    wholes = refit * crosses
     flops = tokens * (_token(plan.pruned) + wholes * _token(plan.base))
     for layer in layers_of(plan.pruned) if refit else ():
-        flops += sum(_moments(tokens, width, layer.mlp.writer.out_features) for width in _widths(layer))
+        out = layer.mlp.writer.out_features
+        for width in _widths(layer):
+            flops += _moments(tokens, width, crosses * out) + _validation(width, out, config.damping, crosses)
     return flops
 
 
 def _widths(layer: Layer) -> tuple[int, int]:
     """Columns of the two writers."""
     return layer.attention.units * layer.attention.width, layer.mlp.units
+
+
+def _validation(width: int, out: int, damping: float | None, crosses: int) -> float:
+    """Solutions for each damping that is tried, and their errors on what is held back; none where all is fixed."""
+    if damping is not None and crosses == 1:
+        return 0.0
+    tried = len(DAMPINGS) if damping is None else 1
+    return tried * (width**3 / 3.0 + crosses * 4.0 * width**2 * out)
 
 
 def _moments(tokens: int, width: int, targets: int) -> float:

@@ -22,6 +22,7 @@ from efficientllava.forecast import forecast
 from efficientllava.memory import stage_memory
 from efficientllava.pruning.memory import micro_batch
 from efficientllava.pruning.pruner import apply_plan, make_plan
+from efficientllava.pruning.refit import DAMPINGS
 from efficientllava.pruning.scores import Calibration
 
 from .runs import ROOT, composed, run, save_tiny, small
@@ -70,10 +71,15 @@ def test_passes_of_a_widthwise_pruning_in_closed_form():
     vision, tokens = 2 * (7063427072 - 6738939904) * 24 * 24, 64 * (576 + TEXT)
     plain = planned(*common, "prune.refit=false")["prune"].flops
     assert plain == 64 * vision + tokens * (base + pruned)
-    layer = planned(*common, "prune.refit_target=layer")["prune"].flops
+    layer = planned(*common, "prune.refit_target=layer", "prune.damping=0.1")["prune"].flops
     solved = sum(2 * tokens * w * (w + 4096) + 3 * w**3 + 2 * w * w * 4096 for w in (heads, channels))
     assert layer == plain + tokens * base + 32 * solved
-    assert planned(*common)["prune"].flops == layer + tokens * base
+    tried = sum(w**3 / 3 + 2 * 4 * w * w * 4096 for w in (heads, channels))
+    crosses = sum(2 * tokens * w * 4096 + 2 * w * w * 4096 for w in (heads, channels))
+    both = planned(*common, "prune.damping=0.1")["prune"].flops
+    assert both == pytest.approx(layer + tokens * base + 32 * (crosses + tried), rel=1e-12)
+    every = planned(*common)["prune"].flops
+    assert every == pytest.approx(both + 32 * (len(DAMPINGS) - 1) * tried, rel=1e-12)
 
 
 @pytest.mark.slow
