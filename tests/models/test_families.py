@@ -136,7 +136,10 @@ def test_pruned_recovered_saved_reloaded_and_asked(name, number, tmp_path):
     provenance = {"original_layers": list(range(len(plan.layers)))}
     save(Checkpoint(smaller, processor, name, torch.float32, "", provenance), tmp_path / "saved")
     again = load(str(tmp_path / "saved"))
-    assert torch.equal(logits_of(again.model, batches[1]), logits_of(smaller, batches[1]))
+    # Weights are equal to the bit; sums are rounded differently on CPUs whose kernels depend on the layout of an input.
+    state = again.model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in smaller.state_dict().items())
+    assert torch.allclose(logits_of(again.model, batches[1]), logits_of(smaller, batches[1]), rtol=1e-5, atol=1e-5)
     ask(again.model, again.processor)
 
 
