@@ -330,7 +330,7 @@ def test_a_provenance_that_does_not_fit(broken, text, told):
     fails(broken, store.PROVENANCE, told, "mend it" if len(text) < 3 else "remove it")
 
 
-@pytest.mark.parametrize("said", ["a", True, 0])
+@pytest.mark.parametrize("said", [True, 0])
 def test_a_tokenizer_whose_limit_is_no_number(broken, said):
     change(broken, "tokenizer_config.json", model_max_length=said)
     fails(broken, "model_max_length")

@@ -73,6 +73,24 @@ def test_reuse_false_computes_and_replaces(tmp_path):
     assert (again.folder / "file").read_text() == "new"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o002])
+def test_files_of_an_entry_follow_the_umask(tmp_path, umask):
+    def compute(folder, _work):
+        (folder / "sub").mkdir()
+        for file in (folder / "a", folder / "sub" / "b"):
+            file.write_text("as safetensors does")
+            file.chmod(0o600)
+        return {}
+
+    before = os.umask(umask)
+    try:
+        folder = Store(tmp_path).entry("converted", umask, compute).folder
+    finally:
+        os.umask(before)
+    assert {oct((folder / name).stat().st_mode & 0o777) for name in ("a", "sub/b", RECORD)} == {oct(0o666 & ~umask)}
+    assert not (folder / ".umask").exists()
+
+
 def left(folder):
     return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.suffix not in (".lock", ".jsonl"))
 
