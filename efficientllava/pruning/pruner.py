@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,7 +24,10 @@ from .selection import Space, global_counts, imbalance, ranked_plan
 from .statistics import BlockInfluence, CalibrationStream, Reduce
 from .surgery import achieved_ratio, check_plan, cut, rebuild
 
+log = logging.getLogger(__name__)
+
 WORTH = 3.0  # a shape whose units cost more than this times the cheapest one's is not tried
+FEW = 4  # KV groups of a layer below which the loss of one everywhere is told
 COARSE = 6  # splits between heads and channels that are tried before the best one's neighbours
 
 
@@ -280,6 +284,16 @@ def _widthwise(
         ]
         report.loss_compared = verdicts[shapes[best]].loss
         report.loss_compared_dense = comparison.dense_loss
+    groups, whole = shapes[best][0], max(space.groups)
+    if groups < whole <= FEW and not space.whole_attention:
+        log.warning(
+            "prune: every layer loses %d of its %d KV groups, and all query heads with them, %.0f %% of its attention; "
+            "with so few that costs much (2.8 nats for one of three on SmolLM2-135M, before the refit); "
+            "prune.selection=global decides it layer by layer",
+            whole - groups,
+            whole,
+            100 * (1 - groups / whole),
+        )
     return ranked_plan(space.counts(*shapes[best]), rankings)
 
 

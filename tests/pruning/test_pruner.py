@@ -341,3 +341,13 @@ def test_packed_batches_prune_the_widest_family():
     assert report.loss_pruned == pytest.approx(
         sum(float(answer_loss(smaller, b).detach()) for b in batches.batches) / 2, rel=1e-5
     )
+
+
+def test_losing_a_kv_group_of_few_everywhere_is_told(caplog):
+    plan, _ = make_plan(make_model("llama_gqa"), calibration(), widthwise(selection="local", ratio=0.5))
+    layer = layers_of(make_model("llama_gqa"))[0].attention
+    assert len(plan.layers[0].groups) < layer.units <= 4
+    assert any(f"of its {layer.units} KV groups" in record.getMessage() for record in caplog.records)
+    caplog.clear()
+    make_plan(make_model("llama_gqa"), calibration(), widthwise(selection="global", ratio=0.5))
+    assert not any("KV groups" in record.getMessage() for record in caplog.records)
