@@ -361,11 +361,6 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> 
             total[start : start + STRIP] += (narrow[:, start : start + STRIP].T @ wide).to(total.device)
 
 
-def square_sum(rows: Tensor) -> float:
-    """Sum of squares in float64, over ``(positions, size)``."""
-    return sum(float(part.double().square().sum()) for part in rows.split(POSITIONS))
-
-
 def total_weight(weight: float, reduce: Reduce) -> float:
     """Sum of the weights of all processes; tiny, not 0, where nothing counts."""
     return max(float(reduce(torch.tensor([weight], dtype=torch.float64))), torch.finfo(torch.float32).tiny)
