@@ -15,7 +15,7 @@ from efficientllava.checkpoint import load
 from efficientllava.config import typed
 from efficientllava.cost import ANSWER, PEAKS, REACHED, SINGLE, TEXT, Job, Work, device_of, disk_of, distinct, works
 from efficientllava.data.collator import Collator
-from efficientllava.data.splits import calibration_records
+from efficientllava.data.splits import calibration_records, split_folds
 from efficientllava.dry_run import plan_job, tell_sweep
 from efficientllava.evaluation.tasks import pope
 from efficientllava.forecast import forecast
@@ -100,10 +100,14 @@ def test_a_pruning_takes_what_was_foreseen_within_a_factor_of_two(options):
     collate = Collator(checkpoint.processor, settings.data.max_length)
     records = calibration_records(settings.calibration, settings.data, 0, collate)
     rows = micro_batch(settings.prune, settings.calibration.batch_size)
-    batches = [collate(records[start : start + rows]) for start in range(0, len(records), rows)]
+    parts = [[part[i : i + rows] for i in range(0, len(part), rows)] for part in split_folds(records)]
+    folds = [fold for fold, part in enumerate(parts) for _ in part]
+    held, last = ([i for i, fold in enumerate(folds) if fold == kind] for kind in (1, 2))
+    batches = [collate(chunk) for part in parts for chunk in part]
+    calibration = Calibration(batches, compared=last, held=held, validated=last)
     started = time.process_time()
-    plan, _ = make_plan(checkpoint.model, Calibration(batches), settings.prune)
-    apply_plan(checkpoint.model, plan, Calibration(batches), settings.prune)
+    plan, _ = make_plan(checkpoint.model, calibration, settings.prune)
+    apply_plan(checkpoint.model, plan, calibration, settings.prune)
     took = time.process_time() - started
     assert 0.5 < took / 3600 / device_of("cpu", torch.float32).hours(foreseen) < 2
 

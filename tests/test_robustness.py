@@ -113,8 +113,8 @@ import runpy, sys
 import efficientllava.checkpoint as checkpoint
 write = checkpoint.write
 
-def full(*given):
-    write(*given)
+def full(*given, **named):
+    write(*given, **named)
     raise OSError(28, "No space left on device")
 
 checkpoint.write = full
