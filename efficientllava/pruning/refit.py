@@ -49,7 +49,7 @@ class LayerError:
         component: ``attention`` or ``mlp``.
         before: Error of the plain slice.
         after: Error of the refitted columns; never above ``before``.
-        damping: Damping of the Gram matrix, as a share of each channel's power; infinite where the slice stayed plain.
+        damping: Damping of the Gram matrix, as a share of each channel's power; None where the slice stayed plain.
         repair: How far the target repairs what earlier layers lost, [0, 1].
     """
 
@@ -57,7 +57,7 @@ class LayerError:
     component: str
     before: float
     after: float
-    damping: float = 0.0
+    damping: float | None = None
     repair: float = 0.0
 
 
@@ -403,7 +403,7 @@ class SequentialPruner:
         scale = max(target.power, torch.finfo(torch.float32).tiny)
         if math.isinf(damping):
             error = plain_error(weight, kept, moments.gram, target) / scale
-            errors.append(LayerError(index, component.kind, error, error, damping, 0.0))
+            errors.append(LayerError(index, component.kind, error, error))
             return None
         columns, before, after = solve(weight, kept, moments.gram, target, damping, what)
         errors.append(LayerError(index, component.kind, before / scale, after / scale, damping, repair))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from efficientllava.models.anatomy import Component, describe_layer, layers_of
 from efficientllava.pruning.plan import LayerPlan
 from efficientllava.pruning.pruner import whole_layers
-from efficientllava.pruning.refit import RefitResult, SequentialPruner, Target, solve
+from efficientllava.pruning.refit import DAMPINGS, Moments, RefitResult, SequentialPruner, Target, solve, validate
 from efficientllava.pruning.statistics import CalibrationStream
 from tests.conftest import FAMILIES, LAYERS, logits_of, make_batches, make_model, make_packed
 
@@ -260,3 +261,34 @@ def test_no_graph_is_built_for_biases():
     assert all(p.requires_grad for p in model.parameters())
     run(model, some_plan(model))
     assert all(p.grad_fn is None and p.requires_grad for p in model.parameters())
+
+
+def moments(seed: int, kept: list[int], weight: torch.Tensor, noise: float) -> tuple[Moments, Any]:
+    """Of random inputs, and the error on them of any columns."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(30, 12, generator=generator, dtype=torch.float64)
+    own, part = x @ weight.T, x[:, kept]
+    r = own + noise * torch.randn(30, 5, generator=generator, dtype=torch.float64) + 0.5 * part[:, :5]
+    powers = tuple(float((a * b).sum()) / 30 for a, b in ((own, own), (own, r), (r, r)))
+    found = Moments(part.T @ part / 30, own.T @ part / 30, r.T @ part / 30, powers, 30.0)  # pyright: ignore
+    return found, lambda columns: float((r - part @ columns.T).square().sum()) / 30
+
+
+@pytest.mark.parametrize("noise", [0.1, 2.0, 50.0])
+def test_damping_and_repair_are_the_best_on_records_that_are_held_back(noise):
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    kept = [0, 2, 3, 5, 7, 8, 11]
+    (fitted, _), (held, error) = moments(1, kept, weight, noise), moments(2, kept, weight, noise)
+
+    def columns(damping: float, repair: float) -> torch.Tensor:
+        if math.isinf(damping):
+            return weight[:, kept]
+        found, _ = moments(1, kept, weight, noise)
+        return solve(weight, torch.tensor(kept), found.gram, found.target(repair), damping)[0]
+
+    damping, repair = validate(weight, torch.tensor(kept), fitted, held, None, None, "x")
+    tried = [error(columns(d, step / 50)) for d in DAMPINGS for step in range(51)]
+    best = min(*tried, error(weight[:, kept]))
+    assert error(columns(damping, repair)) <= best * (1 + 1e-9)
+    assert 0 <= repair <= 1 and (damping in DAMPINGS or math.isinf(damping))
+    assert validate(weight, torch.tensor(kept), fitted, held, 0.1, 1.0, "x") == (0.1, 1.0)
