@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 THINGS = ("kettle", "ladder", "violin", "harbour", "orchard", "lantern", "bridge", "market", "glacier", "library")
@@ -52,12 +51,11 @@ def records(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("selection", ["shape", "global"])
-def test_the_default_runs_with_two_threads_and_beats_chance_by_far(folder, records, tmp_path, selection):
+def test_the_default_runs_with_two_threads_and_beats_chance_by_far(folder, records, tmp_path):
     """KV groups of 192 columns: what batched LU decomposition got wrong, or raised on."""
     command = [
         *(sys.executable, str(ROOT / "run.py"), "model=checkpoint", f"model.path={folder}", "recover=none"),
-        *("prune=widthwise", f"prune.selection={selection}", "prune.ratio=0.2", "prune.round_to=32", "evaluate=none"),
+        *("prune=widthwise", "prune.ratio=0.2", "prune.round_to=32", "evaluate=none"),
         *(f"calibration.path={records}", f"data.path={records}", "calibration.samples=16", "threads=2"),
         *("evaluate.efficiency=false", f"paths.output_dir={tmp_path}", f"paths.cache_dir={tmp_path / 'cache'}"),
     ]
@@ -70,14 +68,11 @@ def test_the_default_runs_with_two_threads_and_beats_chance_by_far(folder, recor
     assert report["loss_pruned"] < report["loss_dense"] + 1.0  # a vocabulary of 49,153 has 10.8
     assert all(error["after"] <= error["before"] for error in report["errors"])
     assert all(error["damping"] is None or 0 < error["damping"] <= 3 for error in report["errors"])
-    if selection == "shape":
-        code = (
-            "import sys, torch; from transformers import AutoModelForImageTextToText as A;"
-            f"m = A.from_pretrained({str(results.parent / 'pruned')!r}, dtype=torch.float32);"
-            "assert 'efficientllava' not in sys.modules;"
-            "print(sum(p.numel() for p in m.model.language_model.parameters()))"
-        )
-        out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
-        assert int(out.stdout.split()[-1]) == read["stages"]["pruned"]["language_parameters"]
-    else:
-        assert torch.tensor([error["after"] for error in report["errors"]]).isfinite().all()
+    code = (
+        "import sys, torch; from transformers import AutoModelForImageTextToText as A;"
+        f"m = A.from_pretrained({str(results.parent / 'pruned')!r}, dtype=torch.float32);"
+        "assert 'efficientllava' not in sys.modules;"
+        "print(sum(p.numel() for p in m.model.language_model.parameters()))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert int(out.stdout.split()[-1]) == read["stages"]["pruned"]["language_parameters"]
