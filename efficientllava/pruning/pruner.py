@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -165,7 +165,7 @@ def apply_plan(
             raise UserError("prune.refit=true needs calibration batches; pass some, or set prune.refit=false")
         return cut(model, plan), report
     stream = open_stream(model, calibration, config)
-    pruner = sequential_pruner(stream, calibration, config, None, calibration.validated)
+    pruner = sequential_pruner(stream, calibration, config, trial=False)
     depth = plan.source_layers
     what = "refit and cut" if config.refit else "cut"
     outcome = pruner.run(plan.layers, True, lambda layer: calibration.tick(what, layer + 1, depth))
@@ -179,15 +179,22 @@ def apply_plan(
 
 
 def sequential_pruner(
-    stream: CalibrationStream,
-    calibration: Calibration,
-    config: PruneConfig,
-    fitted: Collection[int] | None,
-    held: Collection[int],
+    stream: CalibrationStream, calibration: Calibration, config: PruneConfig, trial: bool
 ) -> SequentialPruner:
-    """A pruner with the refit that a configuration asks for; see the class for ``fitted`` and ``held``."""
+    """A pruner with the refit that a configuration asks for.
+
+    Args:
+        stream: The calibration stream.
+        calibration: Which batches are compared on, held back and validated on.
+        config: Refit settings.
+        trial: Whether candidates are compared afterwards: what that is done on is then not fitted to.
+    """
     how = (config.refit, config.refit_target, config.damping, calibration.reduce)
-    return SequentialPruner(stream, *how, fitted, held)
+    if not trial:
+        return SequentialPruner(stream, *how, held=calibration.validated)
+    outside = {*calibration.compared, *calibration.held}
+    fitted = [batch for batch in range(len(calibration.batches)) if batch not in outside]
+    return SequentialPruner(stream, *how, fitted, calibration.held)
 
 
 def dense_outputs(stream: CalibrationStream) -> list[Tensor]:
@@ -265,9 +272,7 @@ def _widthwise(
     if chooses and len(shapes) > 1:
         comparison = Comparison(stream, calibration.compared, dense)
         del dense
-        outside = {*calibration.compared, *calibration.held}
-        fitted = [batch for batch in range(len(calibration.batches)) if batch not in outside]
-        pruner = sequential_pruner(stream, calibration, config, fitted, calibration.held)
+        pruner = sequential_pruner(stream, calibration, config, trial=True)
         verdicts: dict[tuple[int, int], Verdict] = {}
 
         def divergence(shape: tuple[int, int]) -> float:

@@ -56,9 +56,7 @@ def trial_losses(
         model, in nats per token; None where there are none.
     """
     stream = open_stream(model, calibration, config)
-    outside = {*calibration.compared, *calibration.held}
-    fitted = [batch for batch in range(len(calibration.batches)) if batch not in outside]
-    pruner = sequential_pruner(stream, calibration, config, fitted, calibration.held)
+    pruner = sequential_pruner(stream, calibration, config, trial=True)
     compares = any(gather(len(calibration.compared)))
     comparison = Comparison(stream, calibration.compared, dense_outputs(stream)) if compares else None
     tried: list[tuple[float, float | None]] = []
