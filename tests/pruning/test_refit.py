@@ -95,14 +95,19 @@ def test_refit_is_the_least_squares_solution(name, target):
         dense_hidden = dense_outputs
 
 
-def uncut_residual(dense: Any, before: Any, after: Any, kind: int, kwargs: Any, hidden: Any) -> list[torch.Tensor]:
-    """The residual stream behind a whole component on the pruned prefix: errors count relative to its power."""
+def uncut(dense: Any, before: Any, after: Any, kind: int, kwargs: Any, hidden: Any):
+    """Writes and outputs of a whole component on the pruned prefix; the MLP's attention is already cut."""
     module = before.module
     if kind == 1:
         module = copy.deepcopy(module)
         module.self_attn = after.module.self_attn
     component = describe_layer(module, dense.get_decoder().config).components[kind]
-    rows, outputs = dense_writes(dense, module, component, kwargs, hidden)
+    return component, *dense_writes(dense, module, component, kwargs, hidden)
+
+
+def uncut_residual(dense: Any, before: Any, after: Any, kind: int, kwargs: Any, hidden: Any) -> list[torch.Tensor]:
+    """The residual stream behind a whole component on the pruned prefix: errors count relative to its power."""
+    _, rows, outputs = uncut(dense, before, after, kind, kwargs, hidden)
     return outputs if kind == 1 else [h + written for h, (_, written) in zip(hidden, rows, strict=True)]
 
 
@@ -115,13 +120,8 @@ def stack(values: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> torc
 
 
 def layer_target(dense: Any, before: Any, plan: LayerPlan, after: Any, kind: int, kwargs: Any, hidden: Any, masks: Any):
-    """What the whole writer gives on the pruned prefix; for the MLP behind the attention that is already cut."""
-    module = before.module
-    if kind == 1:
-        module = copy.deepcopy(module)
-        module.self_attn = after.module.self_attn
-    component = describe_layer(module, dense.get_decoder().config).components[kind]
-    rows, _ = dense_writes(dense, module, component, kwargs, hidden)
+    """What the whole writer gives on the pruned prefix."""
+    component, rows, _ = uncut(dense, before, after, kind, kwargs, hidden)
     bias = 0 if component.writer.bias is None else component.writer.bias
     return stack([out - bias for _, out in rows], masks)
 
