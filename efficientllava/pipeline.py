@@ -19,6 +19,7 @@ from .console import say
 from .curves import read_curve
 from .errors import UserError
 from .identity import finished, nothing_to_do, run_key, settings_key
+from .launch.ranks import relaunch
 from .outcome import sweeping
 from .schema import RunConfig
 from .stages.context import Context
@@ -81,7 +82,7 @@ def _launch(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path
     """Run all stages in as many processes as the trainer asks for; returns the folder, which is the first one's."""
     count = processes.wanted(settings.trainer)
     if count > 1 and not processes.launched():
-        code = processes.relaunch(count, overrides, str(folder))
+        code = relaunch(count, overrides, str(folder))
         if code:
             error = UserError(f"trainer.devices={count}: the run failed in its processes; see the messages above")
             error.exit_code = 2 if code == 2 else 1

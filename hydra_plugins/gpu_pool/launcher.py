@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from efficientllava.pool import Ended, Job, cores, cpu_slots, gpu_slots, run_jobs
+from efficientllava.launch.spawn import Ended, Job, cores, cpu_slots, gpu_slots, run_jobs
 from efficientllava.schema import GpuPoolConfig
 
 # Hydra runs this file before it is a module, so that no dataclass can be made here.
@@ -57,7 +57,7 @@ class GpuPoolLauncher(Launcher):
         Raises:
             UserError: A key of ``hydra.launcher`` is out of range, or the GPUs do not suffice for one job.
         """
-        from efficientllava.console import jobs_table
+        from efficientllava.launch.progress import jobs_table
 
         if self.config is None:
             raise RuntimeError("setup() comes first")
@@ -148,8 +148,8 @@ def _visible_gpus() -> list[str]:
 
 
 def _result(config: DictConfig, entry: Ended) -> JobReturn:
+    from efficientllava.launch.sweep import FailedJob
     from efficientllava.results import lookup, read
-    from efficientllava.sweep import FailedJob
 
     known = {"overrides": config.hydra.overrides.task, "cfg": config, "working_dir": str(entry.job.folder)}
     if entry.failed:

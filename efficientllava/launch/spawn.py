@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import UserError
-from .outcome import DEBUG, TRACEBACKS
+from ..errors import UserError
+from ..outcome import DEBUG, TRACEBACKS
 
 LOG = "job.log"  # what a job prints, in its folder, after its command
 PROMPT = "\n$ "

@@ -11,11 +11,11 @@ import time
 
 import pytest
 
-from efficientllava import pool
-from efficientllava.console import jobs_table
 from efficientllava.errors import UserError
+from efficientllava.launch import spawn as pool
+from efficientllava.launch.progress import jobs_table
+from efficientllava.launch.spawn import Ended, Job, cores, cpu_slots, gpu_slots, run_jobs
 from efficientllava.outcome import terminable
-from efficientllava.pool import Ended, Job, cores, cpu_slots, gpu_slots, run_jobs
 
 
 def job(number, folder, body):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from hydra_plugins.arms import jobs_of
-
-from .checks import check_sweep
-from .config import typed
-from .errors import UserError
-from .outcome import SweepRefused, at_end, hand_over, job_failed
+from ..checks import check_sweep
+from ..config import key_of, typed
+from ..errors import UserError
+from ..outcome import SweepRefused, at_end, hand_over, job_failed
 
 
 class ReportSweep(Callback):
@@ -33,7 +32,7 @@ class ReportSweep(Callback):
 
         Hydra does not say that a sweep has ended where a job has failed.
         """
-        from .disk import at_work
+        from ..disk import at_work
 
         try:
             check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job]), job))
@@ -90,17 +89,42 @@ def jobs(config: DictConfig) -> list[list[str]]:
     return jobs_of(grid, config.sweep.arms, [str(each.key_or_group) for each in told])
 
 
+def jobs_of(grid: Sequence[Sequence[str]], arms: Mapping[str, Sequence[str]], typed: Sequence[str]) -> list[list[str]]:
+    """The jobs of a sweep.
+
+    Args:
+        grid: Overrides of every point of the grid, what the user typed included.
+        arms: Overrides of every arm by its name, which becomes the job's ``name``; none: the grid is all there is.
+        typed: What the user typed; an arm may not set these keys to something else.
+
+    Returns:
+        Overrides of every job, arm after arm; arms that differ in nothing but what the user typed are run once.
+    """
+    if not arms:
+        return [list(point) for point in grid]
+    fixed = {key_of(override) for override in typed}
+    jobs: dict[tuple[str, ...], list[str]] = {}
+    for name, overrides in arms.items():
+        arm = [override for override in (f"name={name}", *overrides) if key_of(override) not in fixed]
+        told = {key_of(override) for override in arm}
+        for point in grid:
+            rest = [override for override in point if key_of(override) not in told]
+            content = (*rest, *(override for override in arm if key_of(override) != "name"))
+            jobs.setdefault(tuple(sorted(content)), [*rest, *arm])
+    return list(jobs.values())
+
+
 def _close(folder: Path, held: ExitStack, complete: bool) -> None:
     """Write table, plots and page of a sweep that has finished runs; a complete one lets go of the cache."""
     if complete:
         held.close()
     if "efficientllava.dry_run" in sys.modules:
-        from .dry_run import tell_sweep
+        from ..dry_run import tell_sweep
 
         tell_sweep(folder, folder.name)
     if next(folder.glob("*/results.json"), None):
-        from .disk import alone_in
-        from .report.__main__ import report
+        from ..disk import alone_in
+        from ..report.__main__ import report
 
         with alone_in(folder, print):
             report(folder)

@@ -14,7 +14,7 @@ from efficientllava import identity, pipeline
 from efficientllava.config import sweep_digest, typed
 from efficientllava.errors import UserError
 
-from .runs import ROOT, RUN, composed, run, save_tiny, small
+from ..runs import ROOT, RUN, composed, run, save_tiny, small
 
 BARE = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "prune.selection=local")
 
