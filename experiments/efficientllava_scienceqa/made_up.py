@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Image
+from PIL.Image import Image as Picture
 from tokenizers import AddedToken
 
 from efficientllava.checkpoint import load
@@ -64,7 +65,7 @@ def write(folder: Path, images: int, count: int) -> None:
             prompt = ("<image>\n" if record.image is not None and not place else "") + BENCHMARK.prompt(row, "llava")
             turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": LETTERS[row["answer"]]}]
         conversations.append({"id": str(index), "conversations": turns})
-        if record.image is not None:
+        if isinstance(record.image, Picture):  # digits are in memory
             record.image.save(folder / "images" / f"{index}.png")
             conversations[-1]["image"] = f"{index}.png"
     (folder / "train.json").write_text(json.dumps(conversations), encoding="utf-8")

@@ -62,7 +62,7 @@ def build() -> tuple[Any, Any]:
     image = tokenizer.convert_tokens_to_ids("<image>")
     tiny = LlavaForConditionalGeneration.from_pretrained(TOWER, dtype=torch.float32)
     decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    rows = decoder.get_input_embeddings().weight.data
+    rows: Any = decoder.get_input_embeddings().weight.data
     rows[image] = rows[:image].mean(0)  # never a target, and replaced by image features as an input
     # What the reader of GGUF files leaves in the configuration says how these weights were stored, and where.
     foreign = ("quantization_config", "_name_or_path", "_model_name_or_path", "pretraining_tp")
