@@ -17,14 +17,15 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, load, round_weights, save
+from .checkpoint import Checkpoint, load, round_weights, save, weights_digest
 from .checks import require_valid
 from .config import own_length
 from .console import quiet_libraries
 from .data.collator import Collator
 from .data.conversations import Record
 from .data.datamodule import RecoveryData
-from .data.splits import calibration_records
+from .data.splits import calibration_records, open_data
+from .data.stamps import image_stamps
 from .errors import UserError
 from .models.forward import to_device
 from .processes import environment
@@ -32,11 +33,15 @@ from .pruning.memory import micro_batch
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
 from .pruning.scores import Calibration
-from .recovery.caching import open_teacher
+from .recovery.caching import open_teacher, teacher_digest
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
 from .recovery.trainable import require_trainable
+from .runtime.content import digest
+from .runtime.files import remove
+from .runtime.store import Store, growing
 from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, RunConfig, WeightsConfig
+from .stages.inputs import inputs_of, taught
 
 __all__ = ["load", "plan", "prune", "recover", "save"]
 
@@ -146,7 +151,8 @@ def recover(
         data: Recovery data; the embedded digits by default.
         data_frac: Fraction of the data, (0, 1].
         seed: Seed of the draw and of the order.
-        workdir: Folder of the resume point and of a cached teacher's answers; a temporary one by default.
+        workdir: Folder of what a killed recovery goes on from, and of a cached teacher's answers, both by all that they
+            depend on; a temporary one by default.
         **options: Fields of `efficientllava.schema.RecoverConfig`: ``weights``, ``train``, ``lr``, ``steps`` …
 
     Returns:
@@ -162,24 +168,38 @@ def recover(
     quiet_libraries()
     recovery = RecoveryData(data, checkpoint.processor, data_frac, seed)
     require_trainable(recovery.records, config.train)
+    settings = RunConfig(seed=seed, data_frac=data_frac, data=data, recover=config)
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
-        folder, teacher = Path(workdir or scratch), None
-        if config.weights.logit or config.weights.hidden:
-            teacher = open_teacher(config.teacher, checkpoint.base, "cpu", folder / "targets")
-        stats = run_recovery(
-            checkpoint.model,
-            recovery,
-            config,
-            lambda **arguments: Trainer(
-                logger=False, enable_model_summary=False, devices=1, plugins=environment(), **arguments
-            ),
-            folder,
-            batch_size=data.batch_size,
-            global_batch_size=data.global_batch_size,
-            teacher=teacher,
-            original_layers=checkpoint.original_layers,
-            seed=seed,
-        )
+        store, teacher = Store(Path(workdir or scratch), together=False), None
+        work, targets = _places(store, checkpoint, recovery, settings)
+        if taught(settings):
+            teacher = open_teacher(config.teacher, checkpoint.base, "cpu", targets, store.memo)
+        with growing(work, store.memo):
+            stats = run_recovery(
+                checkpoint.model,
+                recovery,
+                config,
+                lambda **arguments: Trainer(
+                    logger=False, enable_model_summary=False, devices=1, plugins=environment(), **arguments
+                ),
+                work,
+                batch_size=data.batch_size,
+                global_batch_size=data.global_batch_size,
+                teacher=teacher,
+                original_layers=checkpoint.original_layers,
+                seed=seed,
+            )
+            remove(work)
     round_weights(checkpoint.model, checkpoint.storage)
     checkpoint.provenance = checkpoint.after(checkpoint.model, stats.step).provenance
     return stats
+
+
+def _places(store: Store, checkpoint: Checkpoint, recovery: RecoveryData, settings: RunConfig) -> tuple[Path, Path]:
+    """Where a recovery keeps what it goes on from, and a teacher's answers."""
+    teacher = teacher_digest(settings.recover.teacher, checkpoint.base, store.memo) if taught(settings) else None
+    content = {"teacher": teacher, "files": open_data(settings)["recover"]}
+    targets = inputs_of("targets", settings, model=checkpoint.base["digest"], **content)
+    content |= {"images": digest(image_stamps(recovery.records)), "original_layers": checkpoint.original_layers}
+    own = inputs_of("recover", settings, model=weights_digest(checkpoint.model), **content)
+    return store.place("recover", own), store.place("targets", targets)

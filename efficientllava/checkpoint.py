@@ -18,7 +18,7 @@ from torch import nn
 
 from .card import about, model_card
 from .errors import UserError
-from .hub import PROVENANCE, UNQUANTIZED, digest, download, local_folder, read_json, with_config
+from .hub import PROVENANCE, UNQUANTIZED, described, digest, download, local_folder, read_json, with_config
 from .models.anatomy import decoder_of
 from .models.convert import layout_config, layout_of, require_whole, stock_folder, with_protocol, with_system
 from .models.convert.shards import shard_files
@@ -119,7 +119,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     folder = local_folder(path)
     if folder is None:
         # The weights may be many GB; whether they are of any use, config.json says.
-        folder = download(path, revision, ["config.json"])
+        folder = described(path, revision)
         with _of(path, folder):
             layout = layout_of(folder)
         if layout is None:
@@ -131,15 +131,22 @@ def resolve(path: str, revision: str | None = None) -> Path:
         raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
     with _of(path, folder):
         require_whole(folder)
-        _require_unquantized(folder)
+        _require_plain(folder)
     return folder
 
 
-def _require_unquantized(folder: Path) -> None:
-    """Refuse weights of a few bits, whose scales the model would be loaded without."""
+def _require_plain(folder: Path) -> None:
+    """Refuse weights that are stored twice, and those of a few bits, whose scales the model would be loaded without."""
+    places: dict[str, Path] = {}
     for file in (file for file in shard_files(folder) if file.suffix == ".safetensors"):
         with safe_open(file, "pt") as handle:
             kinds = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 - no mapping
+        if twice := places.keys() & kinds.keys():
+            name = min(twice)
+            raise UserError(
+                f"{folder}: tensor {name} is in {places[name].name} and in {file.name}; get the original files"
+            )
+        places |= dict.fromkeys(kinds, file)
         found = next((name for name, kind in kinds.items() if kind.startswith(("F8_", "F6_", "F4", "I8", "U8"))), None)
         if found is not None:
             raise UserError(f"{folder}: its weights are quantized ({found}: {kinds[found]}); {UNQUANTIZED}")
@@ -184,7 +191,7 @@ def stock_config(model: ModelConfig, complete: bool = True) -> Any:
         except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise UserError(f"model.architecture: is no configuration ({_first_line(error)}); mend it") from error
     if folder is None:
-        folder = download(model.path, model.revision, ["config.json"])
+        folder = described(model.path, model.revision)
         with _of(model.path, folder):
             original = layout_of(folder) is not None
         if original and not complete:
@@ -220,7 +227,13 @@ def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:
             f"model.path={path}: a {config.model_type!r} model takes no images; give an image-text-to-text checkpoint"
         )
     require_supported(config.get_text_config())
-    return config, getattr(config, "dtype", None) or torch.float32
+    storage = getattr(config, "dtype", None) or torch.float32
+    if storage not in DTYPES.values():
+        raise UserError(
+            f"model.path={path}: config.json: dtype={str(storage).removeprefix('torch.')}: must be "
+            f"{', '.join(DTYPES)}; mend it, where the weights are of one of these"
+        )
+    return config, storage
 
 
 def load(
@@ -257,7 +270,12 @@ def load(
     path = str(path)
     folder = resolve(path, revision)
     config, storage = read_config(folder, path)
-    processor = _processor(folder, path, protocol)
+    processor, tokens = _processor(folder, path, protocol), _tokens_alone(folder, path)
+    shown, known = (getattr(each, "image_token_id", None) for each in (config, processor))
+    if type(shown) is type(known) is int and shown != known:
+        raise UserError(
+            f"model.path={path}: image_token_id={shown} of config.json is not that of the processor, {known}; mend it"
+        )
     # Many a tokenizer knows no limit; the decoder's positions are one.
     said = processor.tokenizer.model_max_length
     limit = getattr(config.get_text_config(), "max_position_embeddings", said)
@@ -274,7 +292,7 @@ def load(
             model, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 folder,
                 config=config,
-                generation_config=_tokens_alone(folder, path),
+                generation_config=tokens,
                 dtype=compute_dtype(dtype, storage, device),
                 output_loading_info=True,
                 device_map=None if device == "cpu" or host else {"": device},
@@ -287,7 +305,8 @@ def load(
         except Exception as error:  # safetensors, transformers and torch raise different kinds for a broken folder
             reason = next((line for line in report if "MISMATCH" in line), None) or _first_line(error)
             raise UserError(
-                f"model.path={path}: the weights cannot be loaded: {reason}; get the complete folder"
+                f"model.path={path}: the weights cannot be loaded: {reason}; get the complete folder, or mend its "
+                "config.json"
             ) from error
     problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
     if problems:
@@ -350,14 +369,18 @@ def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:
         return {"original_layers": list(range(layers))}
     provenance = read_json(folder / PROVENANCE, path)
     original, base = provenance.get("original_layers"), provenance.get("base")
-    if not isinstance(original, list) or not all(type(index) is int for index in original):
+    if not isinstance(original, list) or not all(type(index) is int and index >= 0 for index in original):
         reason = "original_layers is no list of numbers"
+    elif original != sorted({*original}):
+        reason = "original_layers do not rise"
     elif len(original) != layers:
         reason = f"it names {len(original)} layers, the model has {layers}"
     elif not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("path", "digest")):
         reason = "base has no path or no digest"
-    elif not isinstance(provenance.get("history", []), list) or not isinstance(provenance.get("weights", {}), dict):
-        reason = "history is no list, or weights is no object"
+    elif not isinstance(steps := provenance.get("history", []), list) or not all(isinstance(s, dict) for s in steps):
+        reason = "history is no list of objects"
+    elif not isinstance(provenance.get("weights", {}), dict):
+        reason = "weights is no object"
     else:
         return provenance
     raise UserError(f"model.path={path}: {PROVENANCE} does not fit ({reason}); restore it, or remove it")
@@ -398,6 +421,8 @@ def _load_report() -> Iterator[list[str]]:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
@@ -413,6 +438,16 @@ def round_weights(model: nn.Module, storage: torch.dtype) -> None:
         if parameter.dtype != storage and parameter.is_floating_point():
             parameter.copy_(parameter.to(storage))
         require_finite(parameter, f"tensor {name}, stored as {str(storage).removeprefix('torch.')}")
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> str:
+    """Digest of the weights that a model has in memory."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -14,19 +15,20 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import ConfigError, UserError
 from .presets import register_presets
 from .runtime.content import digest
-from .schema import RecoverConfig, RunConfig, WandbConfig
+from .schema import PathsConfig, RecoverConfig, RunConfig, WandbConfig
 
 LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
 
 
 def register_schema() -> None:
-    """Make ``_schema``, the presets and ``${sweep_digest:}`` available to the configuration files."""
+    """Make ``_schema``, the presets and our resolvers available to the configuration files."""
     store = ConfigStore.instance()
     store.store(name="_schema", node=RunConfig)
     # --help copies everything behind the groups once per option, the store of which there is only one included.
     vars(store)["__deepcopy__"] = lambda _memo: store
     store.store(group="logger", name="wandb", node=WandbConfig)
     register_presets()
+    OmegaConf.register_new_resolver("at_home", at_home, replace=True)
     OmegaConf.register_new_resolver("sweep_digest", sweep_digest, replace=True)
     # A dry run must not write into the folders of finished jobs.
     OmegaConf.register_new_resolver("sweeps_folder", lambda dry: "dry_runs" if dry else "sweeps", replace=True)
@@ -76,8 +78,14 @@ def typed(config: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError([" ".join(str(error).split())]) from error
     assert isinstance(result, RunConfig)
+    result.paths = PathsConfig(*map(at_home, dataclasses.astuple(result.paths)))
     result.recover = own_length(result.recover, {key_of(one).removeprefix("recover.") for one in overrides})
     return result
+
+
+def at_home(path: str) -> str:
+    """A path whose ``~``, which no shell has seen behind ``key=``, is the user's home."""
+    return os.path.expanduser(path)
 
 
 def own_length(recover: RecoverConfig, told: Collection[str]) -> RecoverConfig:

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from .errors import UserError
-from .runtime.files import discard
+from .runtime.files import aside, discard, remove
 from .runtime.store import TAKEN
 from .schema import RunConfig
 
@@ -145,5 +145,5 @@ def at_work(cache: Path, clean: bool) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for entry in (path for name in LARGE for path in (cache / name).glob("[!.]*") if path.suffix != ".work"):
                 drop(entry)
-            for aside in (path for name in LARGE for path in (cache / name).glob(".*.damaged")):
-                shutil.rmtree(aside)
+            for left in (path for name in LARGE for path in (cache / name).glob(aside(Path("*")).name)):
+                remove(left)

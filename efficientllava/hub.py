@@ -17,6 +17,7 @@ from .runtime.content import MEMO, Memo
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md", "conversation.py"]
 # Suffixes of what decides how a checkpoint computes, those of original layouts included.
 CONTENT = (".json", ".safetensors", ".bin", ".jinja", ".model", ".py")
+TEXTS = (".json", ".jinja", ".txt", ".py")  # of these, those that are text
 WORDS = ("merges.txt", "vocab.txt")  # of tokenizers
 PROVENANCE = "efficientllava.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -26,6 +27,8 @@ DESCRIBING = (
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.json"),
 )
 QUANTIZED = ("quantize_config.json", "quant_config.json")  # of GPTQ and AWQ
+# What tells of a hub id that it cannot be pruned, before its weights are fetched.
+TELLING = ["config.json", ADAPTERS[0], *QUANTIZED]
 UNQUANTIZED = (
     "quantized weights cannot be pruned: give the checkpoint that they were made from, in float32, float16 or bfloat16"
 )
@@ -79,7 +82,7 @@ def with_config(folder: Path, path: str) -> Path:
     if not (folder / "config.json").is_file():
         if adapter is None:
             raise UserError(
-                f"model.path={path}: the folder has no config.json; give a folder written by save_pretrained"
+                f"model.path={path}: has no config.json; give a folder written by save_pretrained, or its hub id"
             )
         described = folder / ADAPTERS[0]
         base = read_json(described, path).get("base_model_name_or_path") if described.is_file() else None
@@ -93,14 +96,27 @@ def with_config(folder: Path, path: str) -> Path:
             f"model.path={path}: holds an adapter, {adapter}, beside full weights; merge it into them, or move the "
             "files named adapter_* elsewhere"
         )
+    for file in content_files(folder):
+        if file.suffix in TEXTS:
+            with file.open("rb") as text:
+                if text.read(3) == codecs.BOM_UTF8:
+                    raise UserError(
+                        f"model.path={path}: {file.name} cannot be read: it begins with a byte-order mark; save it as "
+                        "UTF-8 without one; mend it"
+                    )
     read = {name: read_json(folder / name, path) for name in DESCRIBING if (folder / name).is_file()}
-    config = read["config.json"]
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    found = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    found = _quantization(read["config.json"])
     if found or any((folder / name).is_file() for name in QUANTIZED):
         kind = found.get("quant_method") if isinstance(found, dict) else None
         raise UserError(f"model.path={path}: its weights are quantized{f' ({kind})' if kind else ''}; {UNQUANTIZED}")
     return folder
+
+
+def _quantization(config: dict[str, Any]) -> Any:
+    """What a configuration, or a part of it, says of its weights' quantization."""
+    own = config.get("quantization_config") or config.get("compression_config")
+    parts = (part for part in config.values() if isinstance(part, dict))
+    return own or next(filter(None, map(_quantization, parts)), None)
 
 
 def read_json(file: Path, path: str) -> dict[str, Any]:
@@ -114,10 +130,7 @@ def read_json(file: Path, path: str) -> dict[str, Any]:
         UserError: It is no JSON object.
     """
     try:
-        content = file.read_bytes()
-        if content.startswith(codecs.BOM_UTF8):
-            raise ValueError("it begins with a byte-order mark; save it as UTF-8 without one")
-        found = json.loads(content)
+        found = json.loads(file.read_bytes().decode())
         if not isinstance(found, dict):
             raise ValueError(f"it holds a {type(found).__name__} instead of an object")
     except (OSError, ValueError, RecursionError) as error:
@@ -153,6 +166,19 @@ def download(name: str, revision: str | None = None, files: list[str] | None = N
         text = known or "cannot be fetched from the hub ({reason}); check the name and the network, or give a folder"
         raise UserError(f"model.path={name}: {text.format(name=name, revision=revision, reason=reason)}") from error
     return Path(folder)
+
+
+def described(name: str, revision: str | None = None) -> Path:
+    """Fetch of a hub id what says whether its weights, which may be many GB, are of any use.
+
+    Args:
+        name: Hub id.
+        revision: As for `download`.
+
+    Raises:
+        UserError: As `download` and `with_config`.
+    """
+    return with_config(download(name, revision, TELLING), name)
 
 
 def source_folder(path: str, revision: str | None = None) -> Path:

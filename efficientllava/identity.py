@@ -29,25 +29,25 @@ def run_key(settings: RunConfig) -> str:
     Args:
         settings: The checked configuration.
     """
-    from .data.splits import calibration_records, data_digest, draw, load_split
+    from .data.splits import calibration_records, draw, load_split, open_data
     from .data.stamps import image_stamps
     from .hub import digest as digest_of
     from .hub import origin_of, source_folder
 
     memo = Memo(Path(settings.paths.cache_dir) / MEMO)
-    model, teacher, data = settings.model, settings.recover.teacher, settings.data
+    model, teacher, data, read = settings.model, settings.recover.teacher, settings.data, open_data(settings)
     folder = source_folder(model.path, model.revision)
     base = digest_of(folder, memo)
     stages: list[dict[str, Any]] = [inputs_of("evaluate", settings, model=base, images=_shown(settings))]
     if settings.prune.method != "none":
-        files = data_digest(data, settings.calibration)
+        files = read["prune"]
         images = image_stamps(calibration_records(settings.calibration, data, settings.seed)) if files else None
         stages.append(inputs_of("prune", settings, model=base, files=files, images=images))
     if settings.recover.name != "none":
         taught_by = None
         if taught(settings) and (place := (teacher.path, teacher.revision) if teacher.path else origin_of(folder)):
             taught_by = digest_of(source_folder(*place), memo)
-        files = data_digest(data)
+        files = read["recover"]
         drawn = draw(load_split(data, "train"), settings.data_frac, settings.seed) if files else []
         images = digest(image_stamps(drawn))
         stages.append(inputs_of("recover", settings, model=base, teacher=taught_by, files=files, images=images))

@@ -1,10 +1,12 @@
 """The Python interface refuses what the command line refuses."""
 
 import pytest
+import torch
 
 import efficientllava as ev
 from efficientllava.errors import UserError
-from efficientllava.schema import DataConfig, WeightsConfig
+from efficientllava.recovery.module import RecoveryModule
+from efficientllava.schema import DataConfig, TeacherConfig, WeightsConfig
 
 from .runs import save_tiny
 
@@ -63,6 +65,56 @@ def test_epochs_take_the_place_of_the_default_steps(checkpoint):
     assert ev.recover(checkpoint, data, epochs=0.5, train="projector", weights=WeightsConfig(sft=1)).steps == 2
     with pytest.raises(UserError, match=r"recover\.steps=1, recover\.epochs=1: exactly one"):
         ev.recover(checkpoint, data, epochs=1, steps=1)
+
+
+DATA = DataConfig("digits_vqa", images=8, batch_size=2)
+HIDDEN = {"weights": WeightsConfig(sft=1, hidden=1), "train": "projector", "save_every": 1}
+
+
+def weights(checkpoint):
+    return {name: tensor.clone() for name, tensor in checkpoint.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("damage", [None, "empty", "truncated", "flipped"])
+def test_a_killed_recovery_goes_on_from_what_is_whole(tmp_path, monkeypatch, caplog, damage):
+    folder = save_tiny(tmp_path / "model", layers=2)
+    whole = ev.load(folder)
+    ev.recover(whole, DATA, steps=3, **HIDDEN)
+    steps, train = [], RecoveryModule.training_step
+
+    def step(module, *rest):
+        steps.append(module.global_step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return train(module, *rest)
+
+    monkeypatch.setattr(RecoveryModule, "training_step", step)
+    with pytest.raises(BaseException):  # noqa: B017 - Lightning makes a SystemExit of it
+        ev.recover(ev.load(folder), DATA, workdir=tmp_path / "work", steps=3, **HIDDEN)
+    (point,) = (tmp_path / "work").glob("recover/*/last.ckpt")
+    content = bytearray(point.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage:
+        point.write_bytes({"empty": b"", "truncated": content[:-9], "flipped": bytes(content)}[damage])
+    again = ev.load(folder)
+    assert ev.recover(again, DATA, workdir=tmp_path / "work", steps=3, **HIDDEN).steps == 3
+    assert steps == [0, 1, 2, *((0, 1, 2) if damage else (2,))]
+    assert sum("last.ckpt is damaged; set aside" in text for text in caplog.messages) == bool(damage)
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(again).items())
+    assert not list((tmp_path / "work").glob("recover/*/last.ckpt"))
+
+
+def test_a_folder_of_work_serves_recoveries_of_any_kind(tmp_path):
+    """What another recovery has left there is not gone on from, nor are another teacher's answers taken."""
+    models = [save_tiny(tmp_path / str(seed), layers=1, seed=seed) for seed in (0, 1)]
+    for model, lr, source in [(0, 1e-3, "live"), (0, 1e-2, "cached"), (1, 1e-3, "cached")]:
+        options = {**HIDDEN, "lr": lr, "teacher": TeacherConfig(source=source), "steps": 2}
+        found = []
+        for workdir in (None, tmp_path / "work"):
+            checkpoint = ev.load(models[model])
+            ev.recover(checkpoint, DATA, workdir=workdir, **options)
+            found.append(weights(checkpoint))
+        assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_a_checkpoint_is_not_saved_over_a_file(checkpoint, tmp_path):

@@ -224,6 +224,23 @@ def test_weights_that_are_not_finite_end_the_run_before_the_first_stage(data, tm
     assert nothing_written(tmp_path)
 
 
+LARGER = {name: {"height": 64, "width": 64} for name in ("size", "crop_size")}
+
+
+@pytest.mark.parametrize("change", [{"patch_size": 4}, {"image_processor": LARGER}])
+def test_a_processor_of_another_model_ends_the_run_before_the_first_stage(data, tmp_path, change):
+    data[1]()
+    file = save_tiny(tmp_path / "broken", layers=1) / "processor_config.json"
+    said = json.loads(file.read_text())
+    for key, value in change.items():
+        said[key] = {**said[key], **value} if isinstance(value, dict) else value
+    file.write_text(json.dumps(said))
+    error = refused(tmp_path / "broken", tmp_path)
+    assert error.exit_code == 2 and "\n" not in str(error)
+    assert str(error).startswith("model.path: it cannot take the images of its processor (")
+    assert nothing_written(tmp_path)
+
+
 @pytest.mark.parametrize("source", ["live", "cached"])
 def test_a_teacher_that_cannot_teach_is_found_before_the_first_stage(model, data, tmp_path, source):
     data[1]()

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from efficientllava import checkpoint as store
 from efficientllava.bench.rows import peak_memory
 from efficientllava.card import LICENSES, model_card, usage
+from efficientllava.data.prompts import Prompts
 from efficientllava.errors import UserError
 from efficientllava.runtime.content import Memo
 
@@ -319,6 +320,9 @@ BASE = {"path": "org/name", "digest": "0"}
         ("[]", "list instead of an object"),
         (json.dumps({"base": BASE}), "original_layers is no list of numbers"),
         (json.dumps({"base": BASE, "original_layers": ["a", "b"]}), "original_layers is no list of numbers"),
+        (json.dumps({"base": BASE, "original_layers": [-1, 0]}), "original_layers is no list of numbers"),
+        (json.dumps({"base": BASE, "original_layers": [1, 0]}), "original_layers do not rise"),
+        (json.dumps({"base": BASE, "original_layers": [0, 1], "history": [3]}), "history is no list of objects"),
         (json.dumps({"base": BASE, "original_layers": [0]}), "it names 1 layers, the model has 2"),
         (json.dumps({"original_layers": [0, 1]}), "base has no path or no digest"),
         (json.dumps({"base": {**BASE, "digest": 1}, "original_layers": [0, 1]}), "base has no path or no digest"),
@@ -334,6 +338,84 @@ def test_a_provenance_that_does_not_fit(broken, text, told):
 def test_a_tokenizer_whose_limit_is_no_number(broken, said):
     change(broken, "tokenizer_config.json", model_max_length=said)
     fails(broken, "model_max_length")
+
+
+def shards(folder):
+    """Two files of weights with an index; returns their names, the index's map, and its writer."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    keys = sorted(weights)
+    parts = [keys[:9], keys[9:]]
+    for name, part in zip(names, parts, strict=True):
+        save_file({key: weights[key] for key in part}, folder / name, {"format": "pt"})
+    places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+
+    def write(text=None):
+        content = json.dumps({"metadata": {}, "weight_map": places}) if text is None else text
+        (folder / "model.safetensors.index.json").write_text(content)
+
+    return names, places, write
+
+
+def test_a_shard_outside_of_the_folder_is_refused(broken):
+    """No digest of the folder would see it."""
+    names, places, write = shards(broken)
+    (broken / "sub").mkdir()
+    for place, target in (("../other.safetensors", broken.parent), ("sub/other.safetensors", broken / "sub")):
+        (target / "other.safetensors").write_bytes((broken / names[0]).read_bytes())
+        places.update({key: place for key, name in places.items() if name != names[1]})
+        write()
+        fails(broken, "index.json: must name files beside it")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[" * 100_000, "recursion"),
+        ('{"weight_map": {}}', "must name files beside it"),
+        ('{"weight_map": {"a": "."}}', "must name files beside it"),
+        ('{"weight_map": {"a": 3, "b": 4}}', "must name files beside it"),
+        ("{}", "cannot be read (KeyError: 'weight_map')"),
+    ],
+)
+def test_an_index_that_leads_nowhere(broken, text, told):
+    shards(broken)[2](text)
+    fails(broken, "model.safetensors.index.json", told)
+
+
+def test_a_tensor_in_two_shards_is_refused(broken):
+    names, places, write = shards(broken)
+    write()
+    assert store.load(str(broken))
+    second = load_file(broken / names[1])
+    key = next(key for key, name in places.items() if name == names[0])
+    save_file({**second, key: load_file(broken / names[0])[key] * 0}, broken / names[1], {"format": "pt"})
+    fails(broken, f"tensor {key} is in {names[0]} and in {names[1]}")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_type_that_weights_would_be_rounded_to_is_refused(broken, dtype):
+    change(broken, "config.json", dtype=dtype)
+    fails(broken, f"dtype={dtype}: must be float32, float16, bfloat16")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "processor_config.json"])
+def test_a_byte_order_mark_is_named(broken, name):
+    (broken / name).write_bytes(b"\xef\xbb\xbf" + (broken / name).read_bytes())
+    fails(broken, f"{name} cannot be read: it begins with a byte-order mark; save it as UTF-8 without one")
+
+
+def test_an_image_token_that_is_not_the_processor_s(broken):
+    change(broken, "config.json", image_token_id=7)
+    fails(broken, "image_token_id=7 of config.json is not that of the processor")
+
+
+@pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('no such role') }}", "{{ x.y.z }}"])
+def test_a_chat_template_that_cannot_be_rendered(broken, template):
+    (broken / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"^chat template: cannot be rendered \(.+\); mend chat_template\.jinja$"):
+        Prompts(store.load(str(broken)).processor)
 
 
 def test_a_hub_id_without_network(monkeypatch):

@@ -82,6 +82,17 @@ def test_a_path_that_needs_quotes_is_told_with_them(cli, path):
     assert (code, errors(text)) == (2, [told])
 
 
+@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
+def test_a_tilde_in_the_paths_is_the_user_s_home(tmp_path, sweep):
+    (home := tmp_path / "home").mkdir()
+    typed = [*sweep, "dry_run=true", "paths.output_dir='~/my out'", "paths.cache_dir='~/my cache'"]
+    environment = {**os.environ, "HOME": str(home)}
+    done = subprocess.run([*RUN, *typed], env=environment, cwd=tmp_path, capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(list((home / "my out").rglob("config.yaml"))) == (2 if sweep else 1)
+    assert not list(tmp_path.rglob("~*"))
+
+
 def test_letters_that_the_terminal_does_not_know_cost_no_run(tmp_path):
     folder = save_tiny(tmp_path / "mödel ≥ ½")
     plain = [*small(folder, tmp_path / "öut", "prune=none", "recover=none", "evaluate=none"), "dry_run=true"]

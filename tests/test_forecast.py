@@ -12,7 +12,7 @@ from efficientllava.config import typed
 from efficientllava.errors import UserError
 from efficientllava.evaluation.efficiency import parameters
 from efficientllava.forecast import meta_model
-from efficientllava.hub import local_folder
+from efficientllava.hub import TELLING, local_folder
 from efficientllava.models import convert
 from efficientllava.models.anatomy import language_parameters, layers_of, projector_of
 from efficientllava.models.convert import layouts
@@ -135,11 +135,11 @@ def test_a_hub_id_lends_its_config_alone(tmp_path, monkeypatch):
         asked.append((name, revision, files))
         return save_tiny(tmp_path / "model")
 
-    monkeypatch.setattr("efficientllava.checkpoint.download", download)
+    monkeypatch.setattr("efficientllava.hub.download", download)
     assert stock_config(ModelConfig("m", "some/model", "v1")).model_type == "llava"
-    assert asked == [("some/model", "v1", ["config.json"])]
+    assert asked == [("some/model", "v1", TELLING)]
     raw = {"model_type": "bunny-phi"}
-    monkeypatch.setattr("efficientllava.checkpoint.download", lambda *_: original(tmp_path, raw))
+    monkeypatch.setattr("efficientllava.hub.download", lambda *_: original(tmp_path, raw))
     with pytest.raises(UserError, match=r"^model\.path=some/model: is in its original layout; give a local copy"):
         stock_config(ModelConfig("m", "some/model"), complete=False)
 

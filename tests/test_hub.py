@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -11,11 +12,11 @@ from unittest.mock import MagicMock
 import pytest
 from huggingface_hub import errors
 
-from efficientllava.checkpoint import load, save
+from efficientllava.checkpoint import load, save, stock_config
 from efficientllava.errors import UserError
-from efficientllava.hub import FILES
+from efficientllava.hub import FILES, TELLING
 from efficientllava.recovery.caching import open_teacher
-from efficientllava.schema import TeacherConfig
+from efficientllava.schema import ModelConfig, TeacherConfig
 from tests.models.originals import write_original
 from tests.runs import save_tiny
 
@@ -85,7 +86,7 @@ def test_the_teacher_is_of_the_revision_that_was_pruned(
     save(first.after(first.model, {"stage": "prune"}, [0]), tmp_path / "pruned")
     revisions: list[str | None] = []
     monkeypatch.setattr(
-        "efficientllava.checkpoint.download",
+        "efficientllava.hub.download",
         lambda _name, revision, *_: revisions.append(revision) or tmp_path / "remote",
     )
     open_teacher(TeacherConfig(source=source), load(str(tmp_path / "pruned")).base, "cpu", tmp_path / "targets")
@@ -99,7 +100,7 @@ def test_the_teacher_is_of_the_revision_that_was_pruned(
 def test_a_model_from_the_hub(tmp_path: Path, hub: list[Any]) -> None:
     save_tiny(tmp_path / "remote", layers=1)
     assert load(NAME).path == NAME
-    assert hub == [["config.json"], FILES]
+    assert hub == [TELLING, FILES]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,31 @@ def test_no_weights_are_fetched_in_vain(tmp_path: Path, hub: list[Any], config: 
     text = refusal(NAME)
     assert told in text
     assert "models/anatomy.py" in text or "layouts.py" in text or "image-text-to-text" in text
-    assert hub == [["config.json"]]
+    assert hub == [TELLING]
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"adapter_config.json": {"base_model_name_or_path": "org/base"}}, "is an adapter (LoRA of org/base), not a w"),
+        ({"adapter_config.json": {}, "config.json": {"model_type": "llava"}}, "holds an adapter, adapter_config.json"),
+        ({"quantize_config.json": {}, "config.json": {"model_type": "llava"}}, "its weights are quantized; quantized"),
+        ({"config.json": {"a": {"text_config": {"quantization_config": {"quant_method": "awq"}}}}}, "quantized (awq)"),
+        ({}, "has no config.json; give a folder written by save_pretrained, or its hub id"),
+    ],
+    ids=["adapter", "adapter beside weights", "gptq", "nested awq", "nothing"],
+)
+@pytest.mark.parametrize("ask", [load, lambda name: stock_config(ModelConfig("m", name))], ids=["load", "dry run"])
+def test_what_cannot_be_pruned_is_told_of_a_hub_id_too(
+    tmp_path: Path, hub: list[Any], files: dict[str, Any], told: str, ask: Callable[[str], Any]
+) -> None:
+    (tmp_path / "remote").mkdir()
+    for name, content in files.items():
+        (tmp_path / "remote" / name).write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        ask(NAME)
+    assert str(caught.value).startswith(f"model.path={NAME}: ") and told in str(caught.value)
+    assert hub == [TELLING]
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..schema import DataConfig
 from .conversations import Record
 from .faults import report_bad
+from .sources import is_file
 from .subset import Subset, conversations_of
 
 log = logging.getLogger(__name__)
@@ -100,20 +101,13 @@ def missing_images(records: Sequence[Record]) -> dict[int, str]:
     paths = sorted({path for images in files for path in images})
     # In parallel, since image folders are often on a network.
     with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda path: _is_file(table.image_root / path), paths, chunksize=256)
+        found = pool.map(lambda path: is_file(table.image_root / path), paths, chunksize=256)
         missing = {path for path, there in zip(paths, found, strict=True) if not there}
     return {
         index: f"record {table.record_id(indices[index])!r}: image {str(table.image_root / path)!r} does not exist"
         for index, images in enumerate(files)
         if (path := next((p for p in images if p in missing), None)) is not None
     }
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long for any file
-        return False
 
 
 def _layout(records: Sequence[Record]) -> str:

@@ -8,6 +8,7 @@ from PIL import Image, ImageCms
 # Formats whose values of 16 bits, which Pillow may give as 32, span the whole range. None: an image in memory.
 FULL_RANGE = ("PNG", "PPM", "TIFF", "JPEG2000", None)
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8
+SAMPLES, SIGNED = 339, 2  # section 19
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -32,6 +33,8 @@ def rgb(image: Image.Image) -> Image.Image:
     if mode in ("I", "F"):
         numbers = "integers" if mode == "I" else "floating-point numbers"
         raise ValueError(f"32-bit {numbers} do not say which value is white; convert it to 8 bits")
+    if mode == "L" and int(np.ravel(getattr(image, "tag_v2", {}).get(SAMPLES, 1))[0]) == SIGNED:
+        raise ValueError("its values have a sign, which Pillow does not see; convert it to 8 bits without")
     if mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None only in place

@@ -51,7 +51,7 @@ class Prompts:
         processor: A stock multimodal processor with a chat template, or one of `efficientllava.models.processors`.
 
     Raises:
-        UserError: If the processor has no chat template.
+        UserError: If the processor has no chat template, or it cannot be rendered.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -73,6 +73,7 @@ class Prompts:
         self._leads = not isinstance(processor, InternVLProcessor)
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._expansions: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self.render([Turn("?", "")], 1, True)  # so that a faulty template is found at once
 
     def render(self, turns: Sequence[Turn], images: int, open_question: bool) -> str:
         """Text of a conversation by the chat template.
@@ -91,12 +92,16 @@ class Prompts:
             content = _content(turn, 0 if index else leading)
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        text = self.tokenizer.apply_chat_template(
-            messages[:-1] if open_question else messages,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=open_question,
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages[:-1] if open_question else messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=open_question,
+            )
+        except Exception as error:  # those of Jinja, and whatever its expressions raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"chat template: cannot be rendered ({reason}); mend chat_template.jinja") from error
         return text.replace(self.image_token, self.image_token.join(self._gaps))
 
     def arranged(self, turns: Sequence[Turn], images: int) -> Sequence[Turn]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from ..errors import UserError
 from .rows import BadRecordError
 
 HUB, BUILTIN = "hf://datasets/", "builtin:"
+MOST = 1_000_000  # repetitions of a record in the training data
 CHUNK = 1 << 24  # characters of a JSON list that are read at once
 FORMATS = (
     "give a JSON list of records, JSONL with the suffix .jsonl, parquet, or a JSON object of "
@@ -23,7 +25,18 @@ FORMATS = (
 )
 SPACE = re.compile(r"\s*")
 TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)
-DECODER = json.JSONDecoder()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice in it, one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise BadRecordError(f"the key {name!r} stands twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 @dataclass(frozen=True)
@@ -120,19 +133,11 @@ def _begins(file: Path, key: str) -> str:
         raise UserError(f"{key}: {str(file)!r} cannot be read ({error}); {FORMATS}") from error
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands twice in it, one value would be lost."""
-    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
-    return dict(pairs)
-
-
 def _listed(file: Path, base: Path, key: str) -> list[Part]:
     """The files of an InternVL list (``meta`` in its repository); a ``repeat_time`` below 1 takes a prefix."""
     try:
         with open_text(file) as text:
-            content = json.loads(text.read(), object_pairs_hook=_once)
+            content = DECODER.decode(text.read())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{key}: {str(file)!r} is not JSON ({error}); {FORMATS}") from error
     parts = []
@@ -140,11 +145,13 @@ def _listed(file: Path, base: Path, key: str) -> list[Part]:
         if not isinstance(entry, dict) or not isinstance(entry.get("annotation"), str):
             raise UserError(f"{key}: {str(file)!r} holds a dict, and its {name!r} names no annotation; {FORMATS}")
         times, root = entry.get("repeat_time", 1), str(entry.get("root", ""))
-        if type(times) not in (int, float) or times <= 0 or (times > 1 and times != int(times)):
-            raise UserError(f"{key}: repeat_time={times!r} of {name!r}: must be a whole number, or lie in (0, 1)")
+        if type(times) not in (int, float) or not 0 < times <= MOST or (times > 1 and times != int(times)):
+            raise UserError(
+                f"{key}: repeat_time={times!r} of {name!r}: must be a whole number up to {MOST:,}, or lie in (0, 1)"
+            )
         annotation = entry["annotation"]
         one = locate(annotation, key) if annotation.startswith(HUB) else base / annotation
-        if not one.is_file():
+        if not is_file(one):
             raise UserError(
                 f"{key}: annotation {str(one)!r} of {name!r} does not exist; the paths in {file.name} start from "
                 "data.image_root, or from its own folder where that is not set"
@@ -175,8 +182,23 @@ def raw_records(file: Path, key: str = "data.path") -> Iterator[Any]:
         ) from error
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:  # such as one that is too long
+        return False
+
+
 def open_text(file: Path) -> IO[str]:
-    """Open a text of UTF-8, with or without a byte-order mark; bytes that are none become lone surrogates."""
+    """Open a text of UTF-8, with or without a byte-order mark; bytes that are none become lone surrogates.
+
+    Raises:
+        OSError: It cannot be read, or its byte-order mark is that of another encoding.
+    """
+    with file.open("rb") as raw:
+        if raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # that of UTF-32 begins with it
+            raise OSError("it is in UTF-16 or UTF-32; save it as UTF-8")
     return file.open(encoding="utf-8-sig", errors="surrogateescape")
 
 
@@ -187,12 +209,14 @@ def decoded(text: str) -> Any:
         BadRecordError: It is none, or more than Python decodes.
     """
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadRecordError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, BadRecordError):
+        return str(error)
     if isinstance(error, RecursionError):
         return "too many brackets inside each other"
     return f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else "a number of too many digits"

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UserError
+from ..runtime.content import stamp
 from ..schema import CalibrationConfig, DataConfig, RunConfig
 from .checks import usable_first
 from .conversations import Record, image_key
 from .digits import SPLITS, Digits
+from .sources import parts_of
 from .subset import Subset, column
 
 if TYPE_CHECKING:
@@ -32,9 +34,15 @@ def _rng(seed: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, code])))
 
 
-@lru_cache(maxsize=2)
 def _conversations(path: str, image_root: str | None, max_bad_fraction: float, key: str = "data.path") -> Conversations:
-    """Read once per process: several stages ask for splits of the same file."""
+    """Read once per process, as long as its files stay: several stages ask for splits of the same one."""
+    parts = tuple(parts_of(path, image_root, key))
+    seen = tuple(stamp(part.file) if part.file.exists() else None for part in parts)
+    return _read(path, image_root, max_bad_fraction, key, parts, seen)
+
+
+@lru_cache(maxsize=2)
+def _read(path: str, image_root: str | None, max_bad_fraction: float, key: str, *_seen: object) -> Conversations:
     from .table import read_conversations
 
     return read_conversations(path, image_root, max_bad_fraction, key)
@@ -52,36 +60,23 @@ def _source(data: DataConfig, calibration: CalibrationConfig | None = None) -> C
     return _conversations(str(data.path), data.image_root, data.max_bad_fraction)
 
 
-def open_data(config: RunConfig) -> None:
+def open_data(config: RunConfig) -> dict[str, str]:
     """Open the files that a run will read, so that a faulty one is found before anything else is done.
 
     Args:
         config: The whole configuration.
 
+    Returns:
+        For each stage that reads records, the digest of the file behind its records and of where their images are;
+        empty for the embedded data.
+
     Raises:
         UserError: A file is missing, cannot be fetched, or is of another kind.
     """
-    _sources(config)
-
-
-def _sources(config: RunConfig) -> list[Conversations | None]:
-    """The files that the stages of a run read; one that no stage reads is not opened, which may mean fetched."""
-    calibration = [_source(config.data, config.calibration)] if config.prune.method != "none" else []
-    return calibration + ([_source(config.data)] if config.recover.name != "none" else [])
-
-
-def data_digest(data: DataConfig, calibration: CalibrationConfig | None = None) -> str:
-    """Digest of the file behind a configuration and of where its images are; empty for the embedded data.
-
-    Args:
-        data: The data node.
-        calibration: The calibration node, where its own file comes first.
-    """
-    return _digest(_source(data, calibration))
-
-
-def _digest(table: Conversations | None) -> str:
-    return "" if table is None else f"{table.key}:{table.image_root}"
+    # What no stage reads is not opened, which may mean fetched.
+    read = {"prune": _source(config.data, config.calibration)} if config.prune.method != "none" else {}
+    read |= {"recover": _source(config.data)} if config.recover.name != "none" else {}
+    return {stage: "" if table is None else f"{table.key}:{table.image_root}" for stage, table in read.items()}
 
 
 def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:

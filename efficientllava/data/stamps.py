@@ -45,7 +45,7 @@ def _stamps(files: Iterable[Path]) -> dict[Path, list[object]]:
 def _stamp(file: Path) -> list[object]:
     try:
         return [str(file), *stamp(file)]
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a zero in it
         return [str(file), None]  # whoever opens it says what is wrong with it
 
 

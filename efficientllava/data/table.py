@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -16,8 +18,8 @@ import numpy as np
 import pyarrow as pa
 
 from ..errors import UserError
-from ..runtime.content import digest, stamp
-from ..runtime.store import Store, source_digest
+from ..runtime.content import Stamp, digest, stamp
+from ..runtime.store import Store, library_versions, source_digest
 from .conversations import AnyImage, Record, StoredImage, Turn
 from .faults import report_bad
 from .rows import BadRecordError, row_of
@@ -49,12 +51,15 @@ class Conversations(Sequence[Record]):
     Args:
         rows: Rows of `COLUMNS`, corrupt ones included.
         parts: The files that they come from.
+        stamps: These files as they were when they were read.
         image_root: Folder that image paths start from.
         key: Digest of all that the rows depend on.
     """
 
-    def __init__(self, rows: datasets.Dataset, parts: Sequence[Part], image_root: Path, key: str) -> None:
-        self._rows, self._parts, self.image_root, self.key = rows, parts, image_root, key
+    def __init__(
+        self, rows: datasets.Dataset, parts: Sequence[Part], stamps: Sequence[Stamp], image_root: Path, key: str
+    ) -> None:
+        self._rows, self._parts, self._stamps, self.image_root, self.key = rows, parts, stamps, image_root, key
         table: pa.Table = rows.data
         self._usable = np.flatnonzero(table.column("problem").is_null().to_numpy())
         self.problems: list[str] = table.column("problem").drop_null().to_pylist()
@@ -64,11 +69,8 @@ class Conversations(Sequence[Record]):
 
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
         row = self._rows[int(self._usable[index])]
-        stored = _stored_images(self._parts[row["part"]].file)
-        images: list[AnyImage] = [
-            self.image_root / path if stored is None else StoredImage(partial(_read_stored, stored, path))
-            for path in row["images"]
-        ]
+        stored = self._stored(row["part"])
+        images: list[AnyImage] = [self._image(stored, place) for place in row["images"]]
         turns = tuple(Turn(t["question"], t["answer"], images_at=tuple(t["images_at"])) for t in row["turns"])
         return Record(row["id"], images[0] if images else None, turns, False, row["source"], tuple(images[1:]))
 
@@ -85,10 +87,22 @@ class Conversations(Sequence[Record]):
         return np.array([part.repeats for part in self._parts])[self.column("part")]
 
     def image_files(self, indices: np.ndarray) -> list[list[str]]:
-        """Image paths of records, relative to ``image_root``; none for images that are stored in the data."""
-        if any(part.file.suffix == ".parquet" for part in self._parts):
-            return [[] for _ in indices]
-        return self._rows.data.column("images").take(self._usable[indices]).to_pylist()
+        """Image paths of records, relative to ``image_root``; images that are stored in the data have none."""
+        images, parts = (self._rows.data.column(n).take(self._usable[indices]).to_pylist() for n in ("images", "part"))
+        stored = {part: self._stored(part) for part in {*parts}}
+        return [
+            [path for place in places if (path := _path(stored[part], place)) is not None]
+            for places, part in zip(images, parts, strict=True)
+        ]
+
+    def _stored(self, part: int) -> Stored | None:
+        return stored_images(self._parts[part].file, self._stamps[part])
+
+    def _image(self, stored: Stored | None, place: str) -> AnyImage:
+        path = _path(stored, place)
+        if stored is None or path is not None:
+            return self.image_root / str(path)
+        return StoredImage(partial(_read_stored, stored, place))
 
 
 def read_conversations(
@@ -119,9 +133,9 @@ def read_conversations(
             f"{key.replace('path', 'image_root')}: {str(root)!r} is not a folder; give the folder that holds the images"
         )
     try:
-        store = _store()
+        store, stamps = _store(), [stamp(part.file) for part in parts]
         contents = store.memo.digests([part.file for part in parts])
-        small = sum(part.file.stat().st_size for part in parts) < SMALL
+        small = sum(size for size, *_ in stamps) < SMALL
     except OSError as error:
         raise UserError(f"{key}: {str(path)!r} cannot be read ({error}); give an existing file") from error
     facts = [(content, p.root, p.source, p.share, p.repeats) for content, p in zip(contents, parts, strict=True)]
@@ -131,7 +145,7 @@ def read_conversations(
         rows = datasets.Dataset(pa.Table.from_batches(_batches(parts, key), COLUMNS))
     else:
         rows = datasets.Dataset.from_file(str(_arrow(store, parts, key, inputs)))
-    records = Conversations(rows, parts, root, digest(inputs))
+    records = Conversations(rows, parts, stamps, root, digest(inputs))
     report_bad(str(path), records.problems, len(records) + len(records.problems), max_bad_fraction)
     return records
 
@@ -153,6 +167,34 @@ def _arrow(store: Store, parts: Sequence[Part], key: str, inputs: Any) -> Path:
         return {"of": files}
 
     return store.entry("tables", inputs, compute).folder / ARROW
+
+
+def mapped(form: str, files: Sequence[Path]) -> datasets.Dataset:
+    """Rows of files as `datasets` reads them, mapped from an entry of our own: its cache trusts paths and times.
+
+    Args:
+        form: ``parquet`` or ``json``.
+        files: Files with the same columns.
+
+    Raises:
+        Exception: Whatever `datasets` raises for files that it cannot read.
+    """
+    store = _store()
+    inputs = [form, store.memo.digests(files), library_versions(), datasets.__version__]
+
+    def compute(folder: Path, _work: Path) -> dict[str, Any]:
+        names = [str(file) for file in files]
+        with TemporaryDirectory(dir=folder) as scratch:
+            datasets.load_dataset(form, data_files=names, split="train", cache_dir=scratch)
+            for made in Path(scratch).rglob("*.arrow"):
+                made.rename(folder / made.name)
+        return {"of": names}
+
+    entry = store.entry("tables", inputs, compute)
+    parts = [datasets.Dataset.from_file(str(file)) for file in sorted(entry.folder.glob("*.arrow"))]
+    rows = datasets.concatenate_datasets(parts)
+    rows._fingerprint = entry.folder.name  # `datasets` makes it of times
+    return rows
 
 
 def _batches(parts: Sequence[Part], key: str) -> Iterator[pa.RecordBatch]:
@@ -194,47 +236,91 @@ def _raw(part: Part, key: str) -> Iterator[Any]:
     if part.file.suffix != ".parquet":
         yield from raw_records(part.file, key)
         return
-    stored, rows = _stored_images(part.file), _parquet(part.file)
+    when = stamp(part.file)
+    stored, rows = stored_images(part.file, when), _parquet(part.file, when)
     if stored is None:
         yield from rows
         return
-    images = stored.data.column(0)
+    images = stored.rows.data.column(0)
     counts = (
         images.combine_chunks().value_lengths().fill_null(0) if pa.types.is_list(images.type) else images.is_valid()
     )
-    for number, row in enumerate(rows.remove_columns(stored.column_names)):
+    for number, row in enumerate(rows.remove_columns(stored.rows.column_names)):
         yield {**dict(row), "images": [f"{number}:{place}" for place in range(int(counts[number].as_py()))]}
 
 
+@dataclass(frozen=True)
+class Stored:
+    """The column of images of a parquet file.
+
+    Attributes:
+        rows: The encoded images, one or several a row.
+        paths: For each row that says of an image nothing but where its file is: these places, None for all others.
+    """
+
+    rows: datasets.Dataset
+    paths: dict[int, list[str | None]]
+
+
 @lru_cache(maxsize=64)
-def _parquet(file: Path) -> datasets.Dataset:
+def _parquet(file: Path, _when: Stamp) -> datasets.Dataset:
     try:
-        # `datasets` keeps its rows by path and mtime, which a file of other content may share; by name, it looks again.
-        name = digest(stamp(file))
-        return datasets.load_dataset("parquet", name, data_files=str(file), split="train")  # pyright: ignore[reportReturnType]
+        return mapped("parquet", [file])
+    except UserError:
+        raise
     except Exception as error:  # pyarrow and datasets raise different kinds for a broken file
         reason = " ".join(str(error).split())
         raise UserError(f"data.path: {str(file)!r} is no parquet file ({reason}); get the file again") from error
 
 
 @lru_cache(maxsize=64)
-def _stored_images(file: Path) -> datasets.Dataset | None:
-    """The column of encoded images of a parquet file, or None where it has none."""
+def stored_images(file: Path, when: Stamp) -> Stored | None:
+    """The column of encoded images of a parquet file, or None where it has none.
+
+    Args:
+        file: A file of any format.
+        when: Its stamp: another one may hold something else.
+    """
     if file.suffix != ".parquet":
         return None
-    rows = _parquet(file)
+    rows = _parquet(file, when)
     for name in ("images", "image"):
         feature = rows.features.get(name)
         if isinstance(getattr(feature, "feature", feature), datasets.Image):
             plain = datasets.Image(decode=False)
-            return rows.select_columns([name]).cast_column(
+            images = rows.select_columns([name]).cast_column(
                 name, plain if isinstance(feature, datasets.Image) else datasets.List(plain)
             )
+            return Stored(images, image_paths(images.data.column(0)))
     return None
 
 
-def _read_stored(stored: datasets.Dataset, place: str) -> bytes:
+def image_paths(images: pa.ChunkedArray) -> dict[int, list[str | None]]:
+    """The ``paths`` of `Stored`; of the encoded images it is only looked whether they are there."""
+    found: dict[int, list[str | None]] = {}
+    first = 0
+    for chunk in images.chunks:
+        several = pa.types.is_list(chunk.type)
+        cells = chunk.flatten() if several else chunk
+        bare = cells.is_valid().to_numpy(False) & cells.field("bytes").is_null().to_numpy(False)
+        paths = cells.field("path").to_pylist() if bare.any() else []
+        places = [path if alone else None for path, alone in zip(paths, bare, strict=False)]
+        ends = np.cumsum(chunk.value_lengths().fill_null(0)) if several else np.arange(1, len(chunk) + 1)
+        for row, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True) if places else ()):
+            if any(path is not None for path in places[start:end]):
+                found[first + row] = places[start:end]
+        first += len(chunk)
+    return found
+
+
+def _path(stored: Stored | None, place: str) -> str | None:
+    if stored is None:
+        return place
     row, _, index = place.partition(":")
-    value = stored[int(row)][stored.column_names[0]]
-    value = value[int(index)] if isinstance(value, list) else value
-    return Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
+    return stored.paths[int(row)][int(index)] if int(row) in stored.paths else None
+
+
+def _read_stored(stored: Stored, place: str) -> bytes:
+    row, _, index = place.partition(":")
+    value = stored.rows[int(row)][stored.rows.column_names[0]]
+    return (value[int(index)] if isinstance(value, list) else value)["bytes"]

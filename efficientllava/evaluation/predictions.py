@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.conversations import Record
+from ..data.rows import BadRecordError
+from ..data.sources import DECODER
 from ..errors import UserError
 from ..runtime.lines import Lines
 
@@ -101,12 +103,14 @@ def read(path: Path, aliases: Mapping[str, Sequence[str]] = ALIASES) -> list[dic
 
 def _parse(path: Path, content: str) -> Any:
     try:
-        return json.loads(content)
+        return DECODER.decode(content)
+    except BadRecordError as error:
+        raise UserError(f"{path}: {error}; leave one of them out") from error
     except (ValueError, RecursionError):
         items = []
     for number, text in enumerate(content.split("\n"), 1):
         try:
-            items += [json.loads(text)] if text.strip() else []
+            items += [DECODER.decode(text)] if text.strip() else []
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: line {number} is no JSON ({error})") from error
     return items

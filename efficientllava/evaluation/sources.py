@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.conversations import StoredImage
+from ..data.table import image_paths, mapped
 from ..errors import UserError
-from ..runtime.content import digest, stamp
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 
@@ -127,26 +127,27 @@ class Rows:
         present = cells.with_format("arrow")[:][column].is_valid().to_pylist()
         if not isinstance(cells.features[column], Image):
             return [self._folder / path if path else None for path in cells[column]]
+        elsewhere = image_paths(cells.data.column(0))
         return [
-            StoredImage(partial(_content, cells, column, index)) if there else None
+            None
+            if not there
+            else self._folder / str(elsewhere[index][0])
+            if index in elsewhere
+            else StoredImage(partial(_content, cells, column, index))
             for index, there in enumerate(present)
         ]
 
 
 def _content(cells: Any, column: str, index: int) -> bytes:
-    cell = cells[index][column]
-    return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+    return cells[index][column]["bytes"]
 
 
 def _read(files: Sequence[Path], source: Source) -> Any:
-    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
         with _quiet():
-            # As in `efficientllava.data.table`: a name that follows the files, or other content may pass for theirs.
-            name = digest([stamp(file) for file in files])
-            return load_dataset(FORMATS[files[0].suffix], name, data_files=[str(file) for file in files], split="train")
+            return mapped(FORMATS[files[0].suffix], files)
     except (OSError, ValueError, DatasetsError) as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"{source.where}: {files[0]} cannot be read ({reason}); repair or replace it") from error

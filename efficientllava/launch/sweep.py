@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ..checks import check_sweep
-from ..config import key_of, typed
+from ..config import at_home, key_of, typed
 from ..errors import UserError
 from ..outcome import SweepRefused, at_end, hand_over, job_failed
 
@@ -40,7 +40,7 @@ class ReportSweep(Callback):
             raise SweepRefused(error) from error
         held = ExitStack()
         if not config.dry_run:
-            held.enter_context(at_work(Path(config.paths.cache_dir), clean=config.keep != "all"))
+            held.enter_context(at_work(Path(at_home(config.paths.cache_dir)), clean=config.keep != "all"))
         at_end(partial(_close, Path(config.hydra.sweep.dir), held))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ..errors import UserError, memory_full
 from .anatomy import decoder_of, projector_of
 
 Batch = Mapping[str, Any]
@@ -23,6 +24,10 @@ PLAIN = ("llava", "internvl", "gemma3")
 IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attention_mask")
 # Models that are told which tokens stand for an image: for positions in two dimensions, or to look both ways.
 TOKEN_TYPES = {"qwen2_5_vl": "mm_token_type_ids", "qwen3_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}
+
+
+class _DecoderReached(Exception):
+    pass
 
 
 class _ProjectorInput(Exception):
@@ -89,6 +94,39 @@ def stock_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     if family in TOKEN_TYPES:
         inputs[TOKEN_TYPES[family]] = (batch["input_ids"] == image_token).long()  # pyright: ignore[reportArgumentType]
     return inputs
+
+
+def require_images(model: nn.Module, inputs: Batch) -> None:
+    """Refuse a model that cannot take the images of its processor; the decoder does not run.
+
+    Args:
+        model: An image-text-to-text model.
+        inputs: What its forward takes, such as `stock_inputs`.
+
+    Raises:
+        UserError: The sizes of images, or the numbers of features and image tokens, differ.
+    """
+
+    def stop(*_: Any) -> None:
+        raise _DecoderReached
+
+    weight = next(model.parameters())
+    handle = decoder_of(model).register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            model(**to_device(inputs, weight.device, weight.dtype))
+    except _DecoderReached:
+        pass
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:
+        if memory_full(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"model.path: it cannot take the images of its processor ({reason}); config.json and processor_config.json "
+            "or preprocessor_config.json do not fit together: get the original files"
+        ) from error
+    finally:
+        handle.remove()
 
 
 def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = None) -> dict[str, Any]:

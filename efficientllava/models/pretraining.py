@@ -8,7 +8,9 @@ the rest.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import platform
 import time
 from dataclasses import asdict
@@ -26,7 +28,9 @@ from ..data.questions import NOTHING
 from ..data.scenes import COLOURS, PLACES, WORDS
 from ..errors import UserError
 from ..results import commit
-from ..runtime.files import whole_file
+from ..runtime.content import Memo
+from ..runtime.files import remove, set_aside, sha256, whole_file, whole_folder
+from ..runtime.store import growing
 from ..schema import PretrainConfig
 from .anatomy import decoder_of, projector_of
 from .forward import answer_loss
@@ -34,8 +38,11 @@ from .pretraining_data import Scenes, quadrants, scene_targets
 from .scoring import Scores, forced_match
 from .tiny import BUILDERS
 
-STATE = "training.pt"
+STATE = "last.ckpt"  # in a folder beside the checkpoint's
 PROVENANCE = "provenance.json"
+WEIGHTS = "model.safetensors"
+
+log = logging.getLogger(__name__)
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -220,8 +227,8 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
 
     Args:
         config: The recipe.
-        out_dir: Folder of the checkpoint. The training state lies in it until the training is complete; a complete
-            folder of the same recipe is not trained again.
+        out_dir: Folder of the checkpoint, replaced where it exists; a complete one of the same recipe is not trained
+            again. Until then the training state lies in a folder beside it.
 
     Returns:
         Share of ``test`` answered exactly by greedy decoding, see `efficientllava.models.scoring.forced_match`.
@@ -231,19 +238,37 @@ def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
     """
     if config.name not in BUILDERS:
         raise UserError(f"pretrain.name: {config.name!r} is not one of {', '.join(BUILDERS)}")
-    folder = Path(out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / PROVENANCE).exists():
-        done = json.loads((folder / PROVENANCE).read_text("utf-8"))
-        _same_recipe(done.get("recipe"), config, folder / PROVENANCE)
+    folder, memo = Path(out_dir), Memo()
+    if (done := _finished(folder, memo)) is not None:
+        _same_recipe(done["recipe"], config, folder / PROVENANCE)
         return done["test"]
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    model, processor = BUILDERS[config.name]()
-    initialise(model, config.seed)
-    training = Pretraining(config, model, processor, folder)
-    training.run()
-    return _finish(training, folder)
+    work = folder.with_name(f"{folder.name}.work")
+    with growing(work, memo):
+        torch.set_num_threads(config.threads)
+        torch.manual_seed(config.seed)
+        model, processor = BUILDERS[config.name]()
+        initialise(model, config.seed)
+        training = Pretraining(config, model, processor, work)
+        training.run()
+        with whole_folder(folder) as partial:
+            scores = _finish(training, partial)
+        remove(work)
+    return scores
+
+
+def _finished(folder: Path, memo: Memo) -> dict[str, Any] | None:
+    """The provenance of a complete checkpoint; one that is damaged is set aside, and None."""
+    if not os.path.lexists(folder / PROVENANCE):
+        return None
+    try:
+        done = json.loads((folder / PROVENANCE).read_text("utf-8"))
+        if done["weights"] == memo.digest(folder / WEIGHTS) and {"recipe", "test"} <= done.keys():
+            return done
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # told below
+    log.warning("%s: is damaged; set aside, the model is trained again", folder)
+    set_aside(folder)
+    return None
 
 
 def _recipe(config: PretrainConfig) -> dict[str, Any]:
@@ -273,8 +298,7 @@ def _finish(training: Pretraining, folder: Path) -> Scores:
         "data": "digits_vqa, scikit-learn load_digits",
         "test": {kind: {"accuracy": round(v["accuracy"], 4), "n": v["n"]} for kind, v in scores.items()},
         "history": training.history,
+        "weights": sha256(folder / WEIGHTS),
     }
-    with whole_file(folder / PROVENANCE) as file:
-        file.write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
-    (folder / STATE).unlink()
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
     return scores

@@ -21,6 +21,7 @@ from ..data.stamps import image_stamps
 from ..data.subset import record_id
 from ..disk import require_space
 from ..errors import UserError
+from ..hub import digest
 from ..models.forward import FeatureCache, supervised_positions, to_device
 from ..processes import barrier, from_first, rank, world_size
 from ..runtime.content import Memo
@@ -97,6 +98,11 @@ def require_teacher(config: RecoverConfig, base: Mapping[str, str], student: nn.
     except UserError as error:
         raise UserError(str(error).replace("model.path=", "recover.teacher.path=", 1)) from error
     check_teacher(SimpleNamespace(config=described), student, config.weights.logit > 0, config.weights.hidden > 0)
+
+
+def teacher_digest(config: TeacherConfig, base: Mapping[str, str], memo: Memo | None = None) -> str:
+    """Digest of the checkpoint that teaches; arguments as for `open_teacher`."""
+    return digest(resolve(*_place(config, base)), memo)
 
 
 def _place(config: TeacherConfig, base: Mapping[str, str]) -> tuple[str, str | None]:

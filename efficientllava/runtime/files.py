@@ -12,6 +12,8 @@ import errno
 import hashlib
 import os
 import shutil
+import stat
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,12 +83,15 @@ def put(part: Path, path: Path) -> None:
         part: What was written, on the same file system.
         path: Its name; what stands there is replaced.
     """
+    as_umask(part)
     for each in (part, *part.rglob("*")) if part.is_dir() else (part,):
         _sync(each)
     if (path.parent / SUMS).is_file():
         seal(path.parent, {path.name: sha256(part)})
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         discard(path)  # a rename replaces no folder
+    elif part.is_dir():
+        path.unlink(missing_ok=True)  # nor does that of a folder replace a file
     part.replace(path)
     _sync(path.parent)
 
@@ -102,14 +107,18 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def as_umask(folder: Path) -> None:
-    """Give the files of a folder the permissions that a new file gets here; safetensors keeps its own from others."""
-    probe = folder / ".umask"
+def as_umask(path: Path) -> None:
+    """Give a file, or those of a folder, the permissions of a new one; safetensors keeps its own from others.
+
+    What is shared with another folder stays as it is.
+    """
+    probe = (path if path.is_dir() else path.parent) / f".umask.{os.getpid()}.{threading.get_ident()}"
     probe.touch()
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
-    for file in folder.rglob("*"):
-        if file.is_file() and file.stat().st_mode & 0o777 != mode:
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        found = file.stat()
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_mode & 0o777 != mode:
             file.chmod(mode)
 
 
@@ -121,13 +130,23 @@ def discard(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder, so that it is in nobody's way; returns its new name."""
-    aside = path.with_name(f".{path.name}.damaged")
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    path.replace(aside)
-    return aside
+def aside(path: Path) -> Path:
+    """What a damaged file or folder is called once it is set aside."""
+    return path.with_name(f".{path.name}.damaged")
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged file or folder, so that it is in nobody's way; an earlier one of its name goes."""
+    remove(aside(path))
+    path.replace(aside(path))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sha256(path: Path) -> str:

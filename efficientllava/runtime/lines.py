@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from ..errors import UserError
-from .files import whole_file
+from .files import aside, whole_file
 
 log = logging.getLogger(__name__)
 SUM = "sum"  # key of a line's digest
@@ -104,11 +104,10 @@ class Lines:
         if len(good) == len(lines) and lines:
             return
         bad = len(lines) - len(good)
-        aside = self.path.with_name(f".{self.path.name}.damaged")
-        with aside.open("ab") as handle:
-            handle.write(b"".join(line + b"\n" for line in lines if _value(line) is None))
+        there = aside(self.path)
+        there.write_bytes(b"".join(line + b"\n" for line in lines if _value(line) is None))
         what = f"{bad} of {len(lines)} lines are damaged" if lines else "is empty"
-        log.warning("%s: %s; set aside (%s), what they held is found out again", self.path, what, aside.name)
+        log.warning("%s: %s; set aside (%s), what they held is found out again", self.path, what, there.name)
         if not good:
             self.path.unlink()
         else:

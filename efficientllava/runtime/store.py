@@ -4,7 +4,7 @@ An entry is a folder ``<root>/<kind>/<key>/``; its key is the digest of all that
 under a temporary name, synced and renamed, so that a kill leaves nothing or a complete entry; whoever wants the same
 one at the same time waits for the first. `SUMS` in it holds a digest of each of its files. A hit is an entry whose
 files are what was written; a damaged one is set aside, with one warning, and computed again. So is what a killed
-computation would have gone on from.
+computation would have gone on from. What was set aside goes when the entry is next found whole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from filelock import FileLock
 from ..errors import UserError
 from ..processes import barrier, from_first, rank
 from .content import MEMO, Memo, digest, settle
-from .files import SUMS, as_umask, seal, sealed, set_aside, sha256, whole_file, whole_folder
+from .files import SUMS, as_umask, aside, remove, seal, sealed, set_aside, sha256, whole_file, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -154,9 +154,11 @@ class Store:
 
     def _ready(self, folder: Path, work: Path) -> bool:
         """Whether the entry can be taken; if not, nothing that is left of an earlier one can be mistaken for it."""
-        if self._reuse and folder.is_dir():
+        if self._reuse and os.path.lexists(folder):
             if not (fault := self._fault(folder)):
-                shutil.rmtree(work, ignore_errors=True)  # of who was killed after the last step
+                # Of who was killed after the last step, and of what was damaged before.
+                for left in (work, aside(work), aside(folder)):
+                    remove(left)
                 return True
             _warn(folder, fault)
             set_aside(folder)
@@ -164,7 +166,7 @@ class Store:
         for left in folder.parent.glob(f".{folder.name}.*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         if not self._reuse:
-            shutil.rmtree(work, ignore_errors=True)
+            remove(work)
         elif faults := damaged(work, self.memo):
             _warn(work, faults[0])
             set_aside(work)
@@ -173,6 +175,8 @@ class Store:
 
     def _fault(self, folder: Path) -> str | None:
         """A file of a finished entry that is not there, or not what was written."""
+        if not folder.is_dir():
+            return "its folder"
         names = [RECORD, *sealed(folder)]
         lost = [name for name in names if not (folder / name).is_file()]
         if lost or RECORD not in names[1:]:
@@ -242,28 +246,47 @@ def growing(folder: Path, memo: Memo) -> Iterator[None]:
     if rank():
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
         for left in folder.glob(".*.part"):  # of a killed process; the lock says that nobody else is at work
             left.unlink()
-        if faults := damaged(folder, memo):
+        faults = damaged(folder, memo)
+        for left in () if faults else [aside(folder), *folder.glob(aside(Path("*")).name)]:
+            remove(left)
+        if faults:
             _warn(folder, ", ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else ""))
-            for name in faults:
-                set_aside(folder / name)
+        for name in faults:
+            set_aside(folder / name if name != "." else folder)
         _open(folder)
         yield
 
 
 def damaged(folder: Path, memo: Memo) -> list[str]:
     """Files of a sealed folder that are not what was written; those that are not there are no such files."""
-    known, there = sealed(folder), set()
-    if folder.is_dir():
-        there = {name for name in known if (folder / name).exists()}
-        there |= {file.name for file in folder.iterdir() if file.suffix in SEALED and not file.name.startswith(".")}
+    if not folder.is_dir():
+        return ["."] if os.path.lexists(folder) else []
+    known = sealed(folder)
+    there = {name for name in known if os.path.lexists(folder / name)}
+    there |= {file.name for file in folder.iterdir() if file.suffix in SEALED and not file.name.startswith(".")}
     names = sorted(there)
-    plain = [name for name in names if (folder / name).is_file()]
-    found = dict(zip(plain, memo.digests([folder / name for name in plain]), strict=True))
-    return [name for name in names if (found.get(name) or sha256(folder / name)) not in known.get(name, [])]
+    found = dict(zip(names, _sums([folder / name for name in names], memo), strict=True))
+    return [name for name in names if found[name] not in known.get(name, [])]
+
+
+def _sums(files: list[Path], memo: Memo) -> list[str | None]:
+    """Digests of files and folders; None for those that cannot be read, such as links to nowhere."""
+    plain = [file for file in files if file.is_file()]
+    try:
+        known = dict(zip(plain, memo.digests(plain), strict=True))
+    except OSError:
+        known = {}
+    found: list[str | None] = []
+    for file in files:
+        try:
+            found.append(known.get(file) or sha256(file))
+        except OSError:
+            found.append(None)
+    return found
 
 
 def _open(folder: Path) -> None:

@@ -42,6 +42,7 @@ class Context:
         collate: Turns records into batches.
         calibration: Records that pruning looks at.
         recovery: Data that recovery trains on, or None.
+        files: By stage, the digest of the data behind its records.
         samples: Number of records that calibration and recovery use.
 
     Raises:
@@ -73,7 +74,7 @@ class Context:
         self.trainer = partial(make_trainer, settings, folder)
         self.forecast = forecast(settings)
         require_memory(self.forecast, self.device)
-        open_data(settings)  # before the weights, which take their time at full size
+        self.files = open_data(settings)  # before the weights, which take their time at full size
         self.tasks = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
         problems = []
         for task in self.tasks:
@@ -96,10 +97,10 @@ class Context:
         """Open whatever a stage will need, so that a fault is found before the first one."""
         from ..data.collator import Collator
         from ..data.datamodule import RecoveryData
-        from ..data.splits import calibration_records
+        from ..data.splits import calibration_records, open_data
         from ..evaluation import lmms
         from ..memory import require_memory
-        from ..models.forward import feature_cache
+        from ..models.forward import feature_cache, require_images
         from ..recovery.caching import require_teacher
         from ..recovery.recover import accumulation
         from ..recovery.trainable import require_trainable
@@ -119,6 +120,10 @@ class Context:
             accumulation(settings.data.batch_size, settings.data.global_batch_size, processes.world_size())
             self.recovery = RecoveryData(settings.data, processor, settings.data_frac, settings.seed)
             require_trainable(self.recovery.records, settings.recover.train)
+        if "pixel_values" in (shown := self.probe()):
+            require_images(self.base.model, shown)
+        if open_data(settings) != self.files:
+            raise UserError("data.path, or calibration.path: has changed while it was opened; run again")
         drawn = len(self.recovery.records) if self.recovery else 0
         self.samples = {"calibration": len(self.calibration), "recovery": drawn}
 

@@ -56,14 +56,12 @@ def prune(context: Context) -> Any:
 
 def _samples(context: Context) -> dict[str, Any]:
     """The calibration records as inputs."""
-    from ..data.splits import data_digest
     from ..data.stamps import image_contents
 
-    settings, records = context.settings, context.calibration
-    first = processes.rank() == 0
+    records, first = context.calibration, processes.rank() == 0
     return {
         "records": digest([record.id for record in records]),
-        "files": data_digest(settings.data, settings.calibration),
+        "files": context.files["prune"],
         "images": processes.from_first(image_contents(records, context.store.memo) if first else None),
     }
 

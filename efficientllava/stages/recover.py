@@ -25,9 +25,9 @@ def recover(context: Context, student: Any) -> Any:
     Returns:
         The recovered checkpoint, loaded from the run's folder.
     """
-    from ..data.splits import data_digest
     from ..data.stamps import image_stamps
     from ..forecast import resume_bytes
+    from ..recovery.caching import teacher_digest
     from ..recovery.objective import describe
     from ..recovery.recover import recover as train
 
@@ -58,36 +58,28 @@ def recover(context: Context, student: Any) -> Any:
         return {"seconds": stats.seconds, "stats": asdict(stats)}
 
     first = processes.rank() == 0
-    teacher = processes.from_first(_teacher_digest(context, student) if first and taught(context.settings) else None)
+    teacher = processes.from_first(
+        teacher_digest(config.teacher, student.base, context.store.memo) if first and taught(context.settings) else None
+    )
     entry = context.stage(
         "recover",
         compute,
         model=student.digest,
         original_layers=student.original_layers,
         teacher=teacher,
-        files=data_digest(data),
+        files=context.files["recover"],
         images=processes.from_first(digest(image_stamps(context.recovery.records)) if first else None),
     )
     return context.adopt("recover", "recovered", entry)
 
 
-def _teacher_digest(context: Context, student: Any) -> str:
-    from ..checkpoint import resolve
-    from ..hub import digest as digest_of
-
-    config, base = context.settings.recover.teacher, student.base
-    place = (config.path, config.revision) if config.path else (base["path"], base.get("revision"))
-    return digest_of(resolve(*place), context.store.memo)
-
-
 def _teacher(context: Context, student: Any, content: str) -> Any:
     """The teacher's model, or where its answers are kept."""
-    from ..data.splits import data_digest
     from ..recovery.caching import open_teacher
 
-    settings, config = context.settings, context.settings.recover.teacher
+    config = context.settings.recover.teacher
     # The student's base prepares the images, and its tower may be the teacher's.
-    known = {"model": context.base.digest, "teacher": content, "files": data_digest(settings.data)}
+    known = {"model": context.base.digest, "teacher": content, "files": context.files["recover"]}
     folder = context.store.place("targets", context.inputs("targets", **known))
     if config.source == "cached":
         folder.mkdir(parents=True, exist_ok=True)

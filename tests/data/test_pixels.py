@@ -93,3 +93,9 @@ def test_whatever_a_decoder_raises_is_told_by_record(tmp_path, monkeypatch, rais
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
     with pytest.raises(UserError, match=r"record 'r7': image '.*a\.png' cannot be read \(.+\); repair it or drop"):
         seen(tmp_path / "a.png")
+
+
+def test_a_tiff_of_signed_bytes_is_refused(tmp_path):
+    Image.new("L", (2, 1)).save(tmp_path / "a.tif", tiffinfo={339: 2})
+    with pytest.raises(UserError, match="its values have a sign"):
+        seen(tmp_path / "a.tif")

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from efficientllava.data import sources, splits, table
-from efficientllava.data.checks import usable
+from efficientllava.data import sources, table
+from efficientllava.data.checks import missing_images, usable
 from efficientllava.data.conversations import open_images
 from efficientllava.data.datamodule import RecoveryData
 from efficientllava.data.splits import calibration_records, draw, load_split
+from efficientllava.data.stamps import image_stamps
 from efficientllava.data.table import read_conversations
 from efficientllava.errors import UserError
 from efficientllava.models.tiny import BUILDERS
@@ -32,7 +34,6 @@ def said(question: str = "what?", answer: str = "a cat") -> list[dict[str, str]]
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     sources.locate.cache_clear()
-    splits._conversations.cache_clear()
     return tmp_path
 
 
@@ -125,7 +126,6 @@ def test_calibration_leaves_out_what_it_cannot_use(tmp_path: Path) -> None:
     first = calibration_records(CalibrationConfig(samples=5), config)
     records[int(first[2].id)]["image"] = "gone.png"
     Path(str(config.path)).write_text(json.dumps(records))
-    splits._conversations.cache_clear()
     collate = RecoveryData(config, BUILDERS["tiny_llava"]()[1])._collate
     kept = [record.id for record in calibration_records(CalibrationConfig(samples=5), config, 0, collate)]
     assert kept[:4] == [record.id for record in first if record != first[2]]
@@ -165,6 +165,10 @@ def test_an_internvl_list_takes_prefixes_and_repeats_only_in_training(tmp_path: 
     ("entry", "says"),
     [
         ({"repeat_time": 1.5}, "repeat_time=1.5 of 'one': must be a whole number"),
+        ({"repeat_time": float("inf")}, "repeat_time=inf of 'one': must be a whole number up to 1,000,000"),
+        ({"repeat_time": float("nan")}, "repeat_time=nan of 'one': must be a whole number up to 1,000,000"),
+        ({"repeat_time": 10**400}, "must be a whole number up to 1,000,000"),
+        ({"annotation": "x" * 3000}, "of 'one' does not exist"),
         ({"annotation": "gone.jsonl"}, "gone.jsonl' of 'one' does not exist; the paths in list.json start from"),
         ({"annotation": None}, "'one' names no annotation"),
     ],
@@ -261,11 +265,70 @@ def test_rows_of_parquet_are_those_of_the_file_that_is_there_now(tmp_path: Path)
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         datasets.Dataset.from_list([{"messages": messages}] * 3).to_parquet(file)
         os.utime(file, ns=(10**18, 10**18))
-        table._parquet.cache_clear()
-        table._stored_images.cache_clear()
         rows = read_conversations(file)
         seen.append((rows.key, rows[0].turns[0].answer))
     assert [answer for _, answer in seen] == ["one", "two"] and seen[0][0] != seen[1][0]
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "images"])
+def test_images_that_parquet_names_are_stamped_and_start_from_the_image_root(tmp_path: Path, kind: str) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    stored = io.BytesIO()
+    Image.new("RGB", (5, 2)).save(stored, "png")
+    names: list[Any] = [str(tmp_path / "a.png"), "b.png", "c.png"]
+    cells = [{"bytes": None, "path": name} for name in names]
+    cells[0] = {"bytes": stored.getvalue(), "path": "a.png"}
+    rows = [{"conversations": said(str(i)), "image": name} for i, name in enumerate(names if kind == "text" else cells)]
+    if kind == "images":
+        rows = [{"conversations": said("0"), "images": cells[:2]}, {"conversations": said("1"), "images": cells[2:]}]
+    feature = {"text": datasets.Value("string"), "image": datasets.Image(), "images": datasets.List(datasets.Image())}
+    data = datasets.Dataset.from_list([{"conversations": row["conversations"]} for row in rows])
+    column = "images" if kind == "images" else "image"
+    data = data.add_column(column, [row[column] for row in rows]).cast_column(column, feature[kind])  # pyright: ignore[reportCallIssue]
+    pq.write_table(data.data.table.cast(data.features.arrow_schema), tmp_path / "x.parquet")  # with paths as they are
+    records = read_conversations(tmp_path / "x.parquet", tmp_path)
+    before = image_stamps(records)
+    assert [image.size for record in records for image in open_images(record)][1:] == [(2, 2), (2, 2)]
+    Image.new("RGB", (2, 2), (9, 9, 9)).save(tmp_path / "c.png")
+    after = image_stamps(records)
+    assert before[:-1] == after[:-1] and before[-1] != after[-1]
+    assert before[0] if kind != "image" else not before[0], "an image inside the data counts with them"
+    (tmp_path / "c.png").unlink()
+    assert "c.png' does not exist" in next(iter(missing_images(records).values()))
+
+
+@pytest.mark.parametrize("form", ["parquet", "json", "list"])
+def test_a_file_that_was_replaced_between_two_runs_of_a_process_is_seen(tmp_path: Path, form: str) -> None:
+    file, found = tmp_path / f"x.{'parquet' if form == 'parquet' else 'json'}", []
+    for answer in ("one", "two"):
+        rows = [{"conversations": said("?", answer)}] * 20
+        if form == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(file)
+        else:
+            (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            listed = {"a": {"annotation": "rows.jsonl", "root": ""}}
+            file.write_text(json.dumps(listed if form == "list" else rows))
+        os.utime(file, ns=(10**18, 10**18))
+        found.append(load_split(DataConfig("conversations", str(file)), "train")[0].turns[0].answer)
+    assert found == ["one", "two"]
+
+
+def test_a_damaged_table_of_a_parquet_file_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "x.parquet"
+    datasets.Dataset.from_list([{"conversations": said("?", "right")}] * 20).to_parquet(file)
+    assert read_conversations(file)[7].turns[0].answer == "right"
+    (arrow,) = (tmp_path / "cache" / "efficientllava" / "tables").glob("*/*.arrow")
+    for damage in (b"", arrow.read_bytes()[:-30], arrow.read_bytes().replace(b"right", b"wrong")):
+        arrow.unlink()
+        arrow.write_bytes(damage)
+        table._parquet.cache_clear()
+        table.stored_images.cache_clear()
+        caplog.clear()
+        assert {record.turns[0].answer for record in read_conversations(file)} == {"right"}
+        assert [message.partition(".arrow is ")[2] for message in caplog.messages] == [
+            "damaged; set aside and computed again"
+        ]
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
@@ -370,3 +433,32 @@ def test_a_name_that_stands_twice_in_a_list_of_files_is_refused(tmp_path: Path) 
     (tmp_path / "list.json").write_text(f"{{{entry}, {entry}}}")
     with pytest.raises(UserError, match="the key 'a' stands twice"):
         read_conversations(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("key", ["conversations", "value"])
+def test_a_key_that_stands_twice_is_told_by_record(tmp_path: Path, suffix: str, key: str) -> None:
+    good, bad = record_text(), record_text()
+    at = bad.index(f'"{key}"')
+    bad = bad[:at] + f'"{key}": 1, ' + bad[at:]
+    file = tmp_path / f"x.{suffix}"
+    file.write_text(f"[{good}, {bad}]" if suffix == "json" else f"{good}\n{bad}\n")
+    records = read_conversations(file, max_bad_fraction=0.5)
+    assert len(records) == 1 and f"the key {key!r} stands twice in one object" in records.problems[0]
+    with pytest.raises(UserError, match=r"1 of 2 records are corrupt, the first: (record|line) \d: the key"):
+        read_conversations(file)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_another_encoding_is_named(tmp_path: Path, encoding: str, suffix: str) -> None:
+    (tmp_path / f"x.{suffix}").write_bytes(f"[{record_text()}]".encode(encoding))
+    with pytest.raises(UserError, match=r"cannot be read \(it is in UTF-16 or UTF-32; save it as UTF-8\)"):
+        read_conversations(tmp_path / f"x.{suffix}")
+
+
+def test_a_name_that_no_file_can_have_is_that_of_a_missing_image(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text(f"[{record_text(image='a' * 5000)}, {record_text(image=chr(0))}]")
+    records = read_conversations(file)
+    assert len(missing_images(records)) == 2 and all(image_stamps(records))

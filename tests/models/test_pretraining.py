@@ -21,6 +21,9 @@ from efficientllava.models.pretraining import PROVENANCE, STATE, Pretraining, in
 from efficientllava.models.pretraining_data import Scenes, augmented, quadrants, scene_targets
 from efficientllava.models.scoring import forced_match
 from efficientllava.models.tiny import BUILDERS
+from efficientllava.runtime.content import Memo
+from efficientllava.runtime.files import whole_file
+from efficientllava.runtime.store import growing
 from efficientllava.schema import PretrainConfig
 
 QUICK = PretrainConfig(
@@ -53,15 +56,46 @@ def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch
         patch.setattr(Pretraining, "train", killed)
         with pytest.raises(KeyboardInterrupt):
             pretrain(QUICK, tmp_path / "killed")
-    assert (tmp_path / "killed" / STATE).exists()
-    assert not (tmp_path / "killed" / PROVENANCE).exists()
+    assert (tmp_path / "killed.work" / STATE).exists()
+    assert not (tmp_path / "killed").exists()
     assert pretrain(QUICK, tmp_path / "killed") == scores
+    assert not (tmp_path / "killed.work").exists()
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.parametrize("damage", ["empty", "flipped", "a folder"])
+def test_a_damaged_state_of_training_is_none(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    (work := tmp_path / "model.work").mkdir()
+    with growing(work, Memo()), whole_file(work / STATE) as file:
+        file.write_bytes(b"a state of training")
+    match damage:
+        case "empty":
+            (work / STATE).write_bytes(b"")
+        case "flipped":
+            (work / STATE).write_bytes(b"a state of trainimg")
+        case _:
+            (work / STATE).unlink()
+            (work / STATE).mkdir()
+    assert pretrain(QUICK, tmp_path / "model")["all"]["n"] == 20
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{STATE} is damaged; set aside and computed again"
+    ]
+
+
+@pytest.mark.parametrize("name", [PROVENANCE, "model.safetensors"])
+def test_a_damaged_checkpoint_is_trained_again(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "model"
+    scores = pretrain(QUICK, folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / name).write_bytes((folder / name).read_bytes()[:-10])
+    assert pretrain(QUICK, folder) == scores and (folder / "model.safetensors").read_bytes() == whole
+    assert sum("is damaged; set aside, the model is trained again" in text for text in caplog.messages) == 1
+
+
 def test_complete_folder_is_a_checkpoint_and_is_kept(tmp_path: Path) -> None:
+    tmp_path /= "model"
     scores = pretrain(QUICK, tmp_path)
     provenance = json.loads((tmp_path / PROVENANCE).read_text())
     assert provenance["command"] == "python run.py experiment=train_tiny_internvl seed=0"

@@ -13,7 +13,7 @@ import pytest
 from efficientllava.errors import UserError
 from efficientllava.runtime import store as module
 from efficientllava.runtime.content import Memo
-from efficientllava.runtime.files import SUMS, seal, whole_file
+from efficientllava.runtime.files import SUMS, seal, whole_file, whole_folder
 from efficientllava.runtime.store import RECORD, Store, growing, source_digest
 
 
@@ -345,6 +345,68 @@ def test_damaged_files_of_a_growing_entry_are_set_aside_and_the_others_stay(tmp_
         with growing(folder, memo):
             assert sorted(p.name for p in folder.glob("[!.]*.safetensors")) == ["a.safetensors", "c.safetensors"]
         assert len(caplog.records) == told
+
+
+def put_a_file(path):
+    path.write_text("a file in the place of a folder")
+
+
+def put_a_link(path):
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("put", [put_a_file, put_a_link, Path.mkdir])
+@pytest.mark.parametrize("where", ["entry", "work", "record", "resume point"])
+def test_what_is_no_file_or_no_folder_is_damaged_too(tmp_path, caplog, put, where):
+    store = Store(tmp_path)
+    entry = store.place("prune", {})
+    work = entry.with_name(f"{entry.name}.work")
+    if where == "record":
+        store.entry("prune", {}, Stage())
+        (entry / RECORD).unlink()
+    elif where == "resume point":
+        work.mkdir(parents=True)
+    entry.parent.mkdir(exist_ok=True)
+    put({"entry": entry, "work": work, "record": entry / RECORD, "resume point": work / "last.ckpt"}[where])
+    compute, whole = Stage(), where == "work" and put is Path.mkdir  # where there was nothing to go on from
+    assert (store.entry("prune", {}, compute).folder / "file").read_text() == "result"
+    assert compute.calls == 1 and len(caplog.records) == (not whole)
+    assert store.entry("prune", {}, compute).reused and compute.calls == 1
+
+
+def test_what_was_set_aside_is_one_and_goes_when_the_entry_is_whole(tmp_path):
+    store = Store(tmp_path)
+    folder = store.entry("prune", {}, Stage()).folder
+    for _ in range(3):
+        flip(folder / "file")
+        assert not store.entry("prune", {}, Stage()).reused
+        assert len(list(folder.parent.glob(".*.damaged"))) == 1
+    assert store.entry("prune", {}, Stage()).reused
+    assert not list(folder.parent.glob(".*.damaged"))
+    growing_folder, memo = tmp_path / "targets" / "key", Memo()
+    with growing(growing_folder, memo), whole_file(growing_folder / "a.safetensors") as file:
+        file.write_text("a")
+    flip(growing_folder / "a.safetensors")
+    for left in (1, 0):
+        with growing(growing_folder, memo):
+            assert len(list(growing_folder.glob(".*.damaged"))) == left
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o077])
+def test_every_file_that_is_written_whole_follows_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "a") as file:
+            file.touch(0o600)
+            file.chmod(0o600)
+        with whole_folder(tmp_path / "b") as folder:
+            (folder / "c").touch()
+            (folder / "c").chmod(0o644)
+    finally:
+        os.umask(before)
+    modes = {oct((tmp_path / name).stat().st_mode & 0o777) for name in ("a", "b/c")}
+    assert modes == {oct(0o666 & ~umask)} and (tmp_path / "b").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "c"]
 
 
 # ---- what is shared with a run's folder -----------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from PIL import Image
 
 from efficientllava import identity
 from efficientllava.config import typed
-from efficientllava.data import splits
 from efficientllava.data.splits import draw, load_split
 from efficientllava.data.stamps import image_contents, image_stamps
 from efficientllava.runtime import store
@@ -182,7 +181,6 @@ def test_what_decides_no_number_changes_no_run(key: str) -> None:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Forty records with an image each."""
-    splits._conversations.cache_clear()
     turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "a cat"}]
     rows = [{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(40)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
@@ -284,7 +282,6 @@ def test_a_stage_is_computed_again_when_an_image_that_it_uses_was_replaced(data:
     ):
         if image is not None:
             repaint(Path(str(image)))
-        splits._conversations.cache_clear()
         record = run(data / str(number), typed_)
         assert {*record["reused"]} == reused, number
         targets = record["reports"]["recover"]["stats"]["targets"]

@@ -40,17 +40,20 @@ def shard_files(folder: Path) -> list[Path]:
         UserError: There is none, the index cannot be read, or a shard that it names is missing.
     """
     for name in WEIGHTS:
+        if (folder / name).is_file():
+            return [folder / name]  # as stock transformers, whatever an index says
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{index}: cannot be read ({error}); get the complete folder") from error
+                shards = sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                reason = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+                raise UserError(f"{index}: cannot be read ({reason}); get the complete folder") from error
+            if not shards or not all(isinstance(shard, str) and Path(shard).name == shard for shard in shards):
+                raise UserError(f"{index}: must name files beside it; put all files into one folder")
             if missing := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise UserError(f"{folder}: shard {missing[0]} is missing; get the complete folder")
             return [folder / shard for shard in shards]
-        if (folder / name).is_file():
-            return [folder / name]
     raise UserError(f"{folder}: has none of {', '.join(WEIGHTS)}, nor an index of shards; get the complete folder")
 
 
