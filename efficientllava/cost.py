@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data.splits import record_count
+from .data.splits import COMPARED, record_count
 from .disk import chosen
 from .evaluation.tasks import load
 from .forecast import Forecast, context_of, weight_bytes
@@ -28,6 +28,7 @@ from .recovery.recover import accumulation, optimiser_steps
 from .results import STAGES
 from .runtime.content import digest
 from .schema import TAYLOR
+from .search.knapsack import evaluations
 from .stages.inputs import asked, checkpoint, inputs_of, places, taught
 
 TEXT = 256  # tokens of a record beside those of its image
@@ -191,7 +192,10 @@ def _pruning(plan: Forecast) -> float:
         passes += (len(layers) - len(layers_of(plan.pruned)) or 1) if config.iterative else 1
     elif config.method == "auto":
         search = settings.search
-        passes += 1 + search.rounds * search.generations * search.population * sum(search.stages)
+        if search.method == "knapsack":
+            passes += 3 + evaluations(search.rounds, search.generations) * COMPARED  # with the costs' gradients
+        else:
+            passes += 1 + search.rounds * search.generations * search.population * sum(search.stages)
         cuts += search.finalists if search.finalists > 1 and search.granularity == "structured" else 0
     elif config.importance in TAYLOR:
         passes += 3  # the forward pass again, layer by layer, and the gradients of inputs and weights

@@ -29,7 +29,7 @@ def run_key(settings: RunConfig) -> str:
     Args:
         settings: The checked configuration.
     """
-    from .data.splits import calibration_records, draw, load_split, open_data
+    from .data.splits import calibration_records, draw, keep_back, load_split, open_data
     from .data.stamps import image_stamps
     from .hub import digest as digest_of
     from .hub import origin_of, source_folder
@@ -38,10 +38,14 @@ def run_key(settings: RunConfig) -> str:
     model, teacher, data, read = settings.model, settings.recover.teacher, settings.data, open_data(settings)
     folder = source_folder(model.path, model.revision)
     base = digest_of(folder, memo)
-    stages: list[dict[str, Any]] = [inputs_of("evaluate", settings, model=base, images=_shown(settings))]
-    if settings.prune.method != "none":
-        files = read["prune"]
-        images = image_stamps(calibration_records(settings.calibration, data, settings.seed)) if files else None
+    prunes, own = settings.prune.method != "none", read.get("prune")
+    calibration = calibration_records(settings.calibration, data, settings.seed) if prunes and own else []
+    reported = keep_back(settings, calibration)[1] if own or read.get("evaluate") else []
+    shown = [*_shown(settings), digest(image_stamps(reported))]
+    known = {"model": base, "files": read.get("evaluate")}
+    stages: list[dict[str, Any]] = [inputs_of("evaluate", settings, images=shown, **known)]
+    if prunes:
+        files, images = own, image_stamps(calibration) if own else None
         stages.append(inputs_of("prune", settings, model=base, files=files, images=images))
     if settings.recover.name != "none":
         taught_by = None

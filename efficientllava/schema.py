@@ -38,6 +38,7 @@ class CalibrationConfig:
     samples: int = 64  # number of records, >= 1
     path: str | None = None  # the user's own records (LLaVA-style JSON); None: the data's calibration split
     image_root: str | None = None  # folder that relative image paths of `path` start from
+    report: int = 8  # records of `path` that no choice sees, to report losses on, where data have no minival; >= 0
     batch_size: int = 8  # records per forward pass, >= 1; Taylor scores take one at a time
     generate: int = 0  # sequences that the dense model writes itself for the statistics, >= 0
     generate_length: int = 128  # tokens of each, those of the chat template included, >= 2
@@ -217,12 +218,14 @@ class SearchConfig:
     """How a policy, a level for the attention and the MLP of every layer, is searched."""
 
     name: str = MISSING  # quick | paper | thorough
-    method: str = "evolution"  # evolution | random: as many evaluations, without parents
+    # evolution | random: as many evaluations, without parents | knapsack: a few prices of levels, the budget met
+    method: str = "evolution"
     granularity: str = "structured"  # structured | unstructured | 2:4
     uniform: bool = False  # structured, params: one shape for all layers, which stock transformers can load
     budget: SearchBudgetConfig = field(default_factory=SearchBudgetConfig)
     risk: str = "loss"  # empirical risk: loss (cross-entropy of the answers) | kl (to the dense model) | error
-    gap: str = "none"  # generalization gap: none | fro | fro_logprod | dist
+    # generalization gap: none | fro | fro_logprod | dist | held_out: risk on samples that no level is fitted to
+    gap: str = "none"
     gap_weight: float = 0.3  # weight of the gap beside the risk, both standardised, >= 0
     rounds: int = 4  # the projector evolves after each round, >= 1
     generations: int = 5  # per round, >= 1

@@ -17,7 +17,7 @@ from .checks import usable_first
 from .conversations import Record, image_key
 from .digits import SPLITS, Digits
 from .sources import parts_of
-from .subset import Subset, column
+from .subset import Subset, column, conversations_of
 
 if TYPE_CHECKING:
     from .table import Conversations
@@ -26,7 +26,9 @@ PURPOSES = ("train", "calibration", "minival", "test")
 # A file of conversations lends a tenth of its records, but no more than this, to calibration and to minival each.
 HELD_OUT = 1000
 COMPARED = 0.25  # share of the calibration records that candidates are compared on
-LEAST_FITTED, LEAST_COMPARED = 2, 2  # groups that are fitted to, and records that are compared on
+LEAST_FITTED, LEAST_COMPARED = 2, 2  # groups that are fitted to, and records that are compared or reported on
+LOOKED_AT = 4  # records that are looked at for each one to report on
+LEAST_DOCUMENTS = 4  # ids that name fewer name something else: every record is a document of its own
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:
@@ -76,6 +78,7 @@ def open_data(config: RunConfig) -> dict[str, str]:
     # What no stage reads is not opened, which may mean fetched.
     read = {"prune": _source(config.data, config.calibration)} if config.prune.method != "none" else {}
     read |= {"recover": _source(config.data)} if config.recover.name != "none" else {}
+    read |= {"evaluate": _source(config.data)} if config.data.path is not None else {}  # losses of its minival
     return {stage: "" if table is None else f"{table.key}:{table.image_root}" for stage, table in read.items()}
 
 
@@ -111,14 +114,59 @@ def _part(data: DataConfig, split: str) -> Sequence[Record]:
         raise UserError(f"data={data.name}: has no test split; choose a benchmark with evaluate=")
     records = _source(data)
     assert records is not None
-    order = _rng(0, "division").permutation(len(records))
-    held = min(HELD_OUT, len(records) // 10)
-    if not held:
+    if len(records) < 10:
         raise UserError(f"data.path: {data.path!r} holds {len(records)} records; at least 10 are needed")
-    train = np.sort(order[2 * held :])
-    parts = {"calibration": order[:held], "minival": order[held : 2 * held]}
+    parts = _division(records)
     # Only training repeats what a list of files asks to repeat, so that no repetition is in two splits.
-    return Subset(records, parts[split] if split in parts else np.repeat(train, records.repeats()[train]))
+    train = parts["train"]
+    return Subset(records, np.repeat(train, records.repeats()[train]) if split == "train" else parts[split])
+
+
+@lru_cache(maxsize=2)
+def _division(records: Conversations) -> dict[str, np.ndarray]:
+    """Indices of a file's records by split; records of one image or document are in one split, where it has ten."""
+    codes: dict[str, int] = {}
+    groups = np.array([codes.setdefault(name, len(codes)) for name in groups_of(records)])
+    groups = groups if len(codes) >= 10 else np.arange(len(records))
+    sizes = np.bincount(groups)
+    held, smallest = min(HELD_OUT, len(records) // 10), sizes.min()
+    waiting = _rng(0, "division").permutation(len(sizes)).tolist()
+    split_of = np.full(len(sizes), PURPOSES.index("train"))
+    for split in ("calibration", "minival"):
+        missing = held
+        for group in list(waiting):
+            if missing > 0 and sizes[group] <= max(missing, smallest):
+                split_of[group] = PURPOSES.index(split)
+                missing -= sizes[group]
+                waiting.remove(group)
+            if missing <= 0:
+                break
+    order = _rng(0, "order").permutation(len(records))
+    found = {split: order[split_of[groups[order]] == PURPOSES.index(split)] for split in ("calibration", "minival")}
+    return {"train": np.flatnonzero(split_of[groups] == PURPOSES.index("train")), **found}
+
+
+def groups_of(records: Sequence[Record]) -> list[str]:
+    """What each record must share its role with: its first image, or else its document.
+
+    The document is what stands before the last "/" of an id, without the source's name and the number of a repeated id.
+    """
+    table, places = conversations_of(records)
+    if table is not None:
+        images = [files[0] if files else None for files in table.image_files(places)]
+    else:
+        images = [image_key(record.image) if record.image is not None else None for record in records]
+    ids, sources = column(records, "id").tolist(), column(records, "source").tolist()
+    documents = [_document(*pair) for pair in zip(ids, sources, strict=True)]
+    alone = len({d for d, image in zip(documents, images, strict=True) if image is None}) < LEAST_DOCUMENTS
+    texts = ids if alone else documents
+    return [f"text {text}" if image is None else f"image {image}" for text, image in zip(texts, images, strict=True)]
+
+
+def _document(name: str, source: str) -> str:
+    name = name.removeprefix(f"{source}/")
+    name = name.rpartition("#")[0] or name
+    return name.rpartition("/")[0] or name
 
 
 def calibration_records(
@@ -138,12 +186,7 @@ def calibration_records(
     Raises:
         UserError: If there are fewer, or too many are corrupt.
     """
-    if calibration.path is None:
-        records = load_split(data, "calibration", seed)
-    else:
-        own = _source(data, calibration)
-        assert own is not None
-        records = Subset(own, _rng(seed, "calibration").permutation(len(own)))
+    records = load_split(data, "calibration", seed) if calibration.path is None else _own(calibration, data, seed)
     if calibration.samples > len(records):
         there = (
             "in calibration.path; ask for fewer"
@@ -151,16 +194,71 @@ def calibration_records(
             else "set aside for it (a tenth of the data); ask for fewer, or give a file of its own as calibration.path"
         )
         raise UserError(f"calibration.samples={calibration.samples}: only {len(records)} records are {there}")
+    return _first(records, calibration.samples, calibration, data, collate)
+
+
+def _own(calibration: CalibrationConfig, data: DataConfig, seed: int) -> Subset:
+    """The user's own records in the order in which they are drawn."""
+    source = _source(data, calibration)
+    assert source is not None
+    return Subset(source, _rng(seed, "calibration").permutation(len(source)))
+
+
+def _first(
+    records: Sequence[Record], count: int, calibration: CalibrationConfig, data: DataConfig, collate: Any
+) -> list[Record]:
     if collate is None:
-        return [records[index] for index in range(calibration.samples)]
-    where = str(calibration.path or data.path or data.name)
-    return usable_first(records, calibration.samples, collate, data, where)
+        return [records[index] for index in range(min(count, len(records)))]
+    return usable_first(records, count, collate, data, str(calibration.path or data.path or data.name))
+
+
+def keep_back(config: RunConfig, records: Sequence[Record], collate: Any = None) -> tuple[list[Record], list[Record]]:
+    """Find the records that losses are reported on: no choice of a run has seen them, nor their images or documents.
+
+    They are of the data's minival. Where a user gives calibration records and no data, they are further records of that
+    file, or part of the drawn ones.
+
+    Args:
+        config: The whole configuration; ``calibration.report`` of the user's own records are kept back.
+        records: Calibration records as drawn; empty where nothing is pruned.
+        collate: As of `calibration_records`.
+
+    Returns:
+        The calibration records that remain, and the ones to report on, which may be none.
+    """
+    own, data = config.calibration, config.data
+
+    def unseen(pool: Sequence[Record], count: int) -> list[Record]:
+        near = [pool[index] for index in range(min(len(pool), len(records) + LOOKED_AT * count))]
+        traces = _traces([*records, *near])
+        seen = set().union(*traces[: len(records)])
+        fresh = [record for record, trace in zip(near, traces[len(records) :], strict=True) if seen.isdisjoint(trace)]
+        return _first(fresh, count, own, data, collate)
+
+    if data.name == "digits_vqa" or data.path is not None:
+        found = unseen(load_split(data, "minival", config.seed), own.samples)
+        if len(found) >= LEAST_COMPARED or own.path is None:
+            return list(records), found
+    if not (own.path and own.report and records):
+        return list(records), []
+    found = unseen(_own(own, data, config.seed), own.report)
+    if len(found) == own.report:
+        return list(records), found
+    return split_roles(records, min(COMPARED, own.report / len(records)))
+
+
+def _traces(records: Sequence[Record]) -> list[set[str]]:
+    """What tells that two records are about the same, also where their files or ids differ."""
+    return [
+        {group, *(f"{turn.question}\n{turn.answer}" for turn in record.turns if not record.images)}
+        for record, group in zip(records, groups_of(records), strict=True)
+    ]
 
 
 def split_roles(records: Sequence[Record], share: float = COMPARED) -> tuple[list[Record], list[Record]]:
     """Part calibration records into those that candidates are fitted to, and those that they are compared on.
 
-    Records that show one image, or are of one document (what stands before the last "/" of their ids), stay together.
+    Records that `groups_of` says belong together stay together.
 
     Args:
         records: Calibration records, in their order.
@@ -170,9 +268,8 @@ def split_roles(records: Sequence[Record], share: float = COMPARED) -> tuple[lis
         Records to fit and records to compare, both in their order; the latter is empty where there are too few.
     """
     groups: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        document = record.id.rpartition("/")[0] or record.id
-        groups[image_key(record.image) if record.image is not None else document].append(record)
+    for record, group in zip(records, groups_of(records), strict=True):
+        groups[group].append(record)
     compared: list[Record] = []
     for group in reversed(list(groups.values())[LEAST_FITTED:]):
         if len(compared) + len(group) <= share * len(records):

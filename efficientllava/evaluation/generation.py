@@ -17,10 +17,13 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..data.collator import Collator
 from ..data.conversations import Record
-from ..models.forward import Batch, decoder_inputs, forward_hidden, supervised_positions
+from ..models.forward import Batch, FeatureCache, decoder_inputs, forward_hidden, supervised_positions, to_device
+from ..processes import rank, sum_over, world_size
 from ..runtime.finite import NotFiniteError, require_finite
 
+ANSWERS = 512  # supervised tokens whose logits are held at once
 # Fields of a generation configuration that change no greedy answer, and special tokens, which are obeyed.
 MEANINGLESS = {
     *("_from_model_config", "transformers_version", "use_cache", "cache_implementation", "cache_config"),
@@ -183,6 +186,29 @@ def _until(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for mark in stop if (at := text.find(mark)) >= 0), default=len(text))]
 
 
+def answer_loss(
+    model: nn.Module, records: Sequence[Record], collate: Collator, batch_size: int, features: FeatureCache
+) -> float:
+    """Mean cross-entropy of the answers of records, in nats per token; processes share the records.
+
+    Args:
+        model: An image-text-to-text model in eval mode, on the device that computes.
+        records: The same on all processes.
+        collate: Turns records into a batch.
+        batch_size: Records of a batch.
+        features: Vision features by image.
+
+    Raises:
+        NotFiniteError: Names a record whose loss is not finite.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(records), batch_size)[rank() :: world_size()]:
+        batch = to_device(collate(list(records[start : start + batch_size])), next(model.parameters()).device)
+        total += torch.tensor([sum(part) for part in reference_losses(model, batch, features(batch))]).double()
+    total = sum_over(total)
+    return float(total[0] / total[1])
+
+
 @torch.inference_mode()
 def reference_losses(model: nn.Module, batch: Batch, features: Tensor | None) -> tuple[list[float], list[int]]:
     """Cross-entropy of the reference answers, teacher-forced.
@@ -199,8 +225,11 @@ def reference_losses(model: nn.Module, batch: Batch, features: Tensor | None) ->
         NotFiniteError: Names a record whose loss is not finite.
     """
     mask, targets = supervised_positions(batch["labels"])
-    logits = model.lm_head(forward_hidden(model, batch, features)[mask]).float()  # pyright: ignore[reportCallIssue]
-    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    rows = forward_hidden(model, batch, features)[mask]
+    parts = zip(rows.split(ANSWERS), targets.split(ANSWERS), strict=True)
+    # In parts: the logits of a large vocabulary are the largest tensors here.
+    found = [nn.functional.cross_entropy(model.lm_head(r).float(), t, reduction="none") for r, t in parts]  # pyright: ignore[reportCallIssue]
+    losses = torch.cat(found)
     sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0].cpu(), losses.double().cpu())
     for name, loss in zip(batch["ids"], sums, strict=True):
         require_finite(loss, f"record {name!r}: the loss of the reference answer")

@@ -211,7 +211,7 @@ def layer_statistics(
 def _weigher(stream: CalibrationStream, index: int, felt: Sensitivity | None, config: PruneConfig) -> Weigh | None:
     """How positions weigh in a layer's statistics: as errors are felt, alike for published scores, or by default."""
     if felt is not None:
-        return lambda batch: [stream.shares(batch) * by_batch[batch] for by_batch in felt.positions[index]]
+        return felt.weigh(stream, index)
     if config.importance != "obs":
         return lambda batch: [torch.ones(int(stream.counted[batch].sum()), device=stream.device)] * 2
     return None

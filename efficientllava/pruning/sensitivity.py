@@ -31,6 +31,10 @@ class Sensitivity:
     positions: list[tuple[list[Tensor], list[Tensor]]]
     outputs: list[tuple[Tensor, Tensor]]
 
+    def weigh(self, stream: CalibrationStream, index: int) -> Callable[[int], list[Tensor]]:
+        """What the counted positions of a batch weigh in the Gram matrices of a layer's two writers."""
+        return lambda batch: [stream.shares(batch) * by_batch[batch] for by_batch in self.positions[index]]
+
 
 @torch.no_grad()
 def sensitivity(

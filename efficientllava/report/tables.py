@@ -77,6 +77,12 @@ def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterato
         label = f"  removed ({asked[0]})" if asked else "  removed"
         later: list[Mapping[str, Any]] = [{}, *stages[1:]]
         yield from _row(label, later, ["language_parameters"], lambda size: percent(1 - size / whole))
+    if any("report_loss" in stage for stage in stages):
+        label = f"loss on {results['samples']['report']} unseen records"
+        yield from _row(label, stages, ["report_loss"], lambda loss: f"{loss:.3f}")
+    elif fitted := find(results, "losses", "fit"):
+        known = [{"loss": fitted.get(stage)} for stage in STAGES[: len(stages)]]
+        yield from _row("loss chosen on, optimistic", known, ["loss"], lambda loss: f"{loss:.3f}")
     yield from _row("checkpoint, MiB", stages, ["checkpoint_bytes"], _mebibytes)
     yield from _row("memory peak, MiB", stages, ["memory_bytes", "peak"], _mebibytes)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ..models.anatomy import layers_of
 from ..processes import gather
-from ..pruning.comparison import Comparison
+from ..pruning.comparison import Comparison, Verdict
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, apply_plan, dense_outputs, plan_for, sequential_pruner, whole_layers
 from ..pruning.scores import Calibration, layer_statistics, open_stream
@@ -36,9 +37,22 @@ def plan_of(model: nn.Module, table: LevelTable, policy: Policy, requested: floa
     return plan_for(model, "auto", kept, None if details else requested, details=details)
 
 
-def trial_losses(
+@dataclass(frozen=True)
+class Trial:
+    """A policy as it would be cut.
+
+    Args:
+        loss: Answer loss on all samples, in nats per token.
+        verdict: What the samples say that are compared on; None where there are none.
+    """
+
+    loss: float
+    verdict: Verdict | None
+
+
+def trials(
     model: nn.Module, table: LevelTable, policies: Sequence[Policy], calibration: Calibration, config: PruneConfig
-) -> list[tuple[float, float | None]]:
+) -> tuple[Trial, list[Trial]]:
     """Try policies as they would be cut; the model stays as it is.
 
     A search sees every component refitted to the dense prefix, a cut model is refitted layer after layer on what the
@@ -52,19 +66,21 @@ def trial_losses(
         config: Refit settings.
 
     Returns:
-        Per policy, the answer loss on all samples, and on those that are compared on the divergence from the dense
-        model, in nats per token; None where there are none.
+        The dense model, and each policy.
     """
     stream = open_stream(model, calibration, config)
     pruner = sequential_pruner(stream, calibration, config, trial=True)
     compares = any(gather(len(calibration.compared)))
-    comparison = Comparison(stream, calibration.compared, dense_outputs(stream)) if compares else None
-    tried: list[tuple[float, float | None]] = []
+    dense = dense_outputs(stream)
+    comparison = Comparison(stream, calibration.compared, dense) if compares else None
+    whole = Trial(stream.answer_loss(dense, calibration.reduce), comparison(dense) if comparison else None)
+    del dense
+    tried: list[Trial] = []
     for policy in policies:
         found = pruner.run(table.plan(policy), commit=False)
-        tried.append((found.loss, comparison(found.hidden).mean if comparison else None))
+        tried.append(Trial(found.loss, comparison(found.hidden) if comparison else None))
         calibration.tick("try the best policies", len(tried), len(policies))
-    return tried
+    return whole, tried
 
 
 def cut_policy(

@@ -110,6 +110,11 @@ class Search:
         return self._state.archive[0]
 
     @property
+    def plain(self) -> Policy:
+        """The policy that looks at no layer: the first of the given ones."""
+        return self._given(random.Random(0))[0]
+
+    @property
     def risks(self) -> Mapping[Policy, Risk]:
         """Risks on all samples under the projector as it is, of the policies that came so far."""
         return self._risks(self.theta, 1.0)
@@ -165,15 +170,25 @@ class Search:
     def _begin(self) -> None:
         """Evaluate the first population on all samples and standardise the objective on it."""
         state, config, rng = self._state, self._config, self._rng()
-        seeds = [self._space.repair(policy, rng) for policy in self._seeds]
-        population = self._filled(dict.fromkeys(seeds), rng)
+        population = self._first(rng)
         risks = self._evaluate(population, 1.0)
         gaps = [self._gap(policy) for policy in population]
-        weight = 0.0 if config.gap == "none" else config.gap_weight
+        weight = 0.0 if config.gap in ("none", "held_out") else config.gap_weight
         state.objective = Objective.fitted(config.risk, weight, risks, gaps)
         self._note(population, 1.0, risks)
         self._select(population)
         self._save()
+
+    def _given(self, rng: random.Random) -> list[Policy]:
+        return [self._space.repair(policy, rng) for policy in self._seeds]
+
+    def _first(self, rng: random.Random) -> list[Policy]:
+        """The first population."""
+        return self._filled(dict.fromkeys(self._given(rng)), rng)
+
+    def _facts(self, policy: Policy) -> dict[str, Any]:
+        """What else is recorded of a policy."""
+        return {}
 
     def _generation(self) -> None:
         """Make children, drop them stage by stage, and keep the best of them and their parents."""
@@ -246,7 +261,7 @@ class Search:
         place = {"round": state.round, "generation": state.generation, "theta": state.theta, "share": share}
         for policy in policies:
             entry = {"policy": list(policy), "removed": self._space.removed(policy), **place}
-            entry |= asdict(self._risks(state.theta, share)[policy])
+            entry |= {**asdict(self._risks(state.theta, share)[policy]), **self._facts(policy)}
             state.record.append(entry | {"gap": self._gap(policy), "objective": self._objective(policy, share)})
 
     def _objective(self, policy: Policy, share: float = 1.0) -> float:

@@ -27,13 +27,14 @@ from ..models.anatomy import Layer, layers_of
 from ..processes import barrier, rank
 from ..pruning.plan import LayerPlan
 from ..pruning.scores import Calibration, layer_statistics, open_stream
+from ..pruning.sensitivity import sensitivity
 from ..runtime.files import whole_folder
 from ..runtime.store import Store
 from .generalization import LinearNorms
 from .recipe import Recipe
 from .space import Gene, Policy
 
-FORMAT = 2  # version of the files; a table of another version is refused
+FORMAT = 3  # version of the files; a table of another version is refused
 RECORD = "table.json"
 
 
@@ -188,12 +189,15 @@ def _fill(
 ) -> None:
     """Compute a table on all processes; the first one writes it into a folder."""
     stream = open_stream(model, calibration, recipe)
+    structured = recipe.granularity == "structured"
+    felt = sensitivity(stream, 0, calibration.reduce, calibration.tick) if structured else None
     layers, hidden, genes = layers_of(model), stream.start(), []
     for index, layer in enumerate(layers):
         linears = [linear for component in layer.components for linear in recipe.inputs(component)]
-        grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, linears)
+        weigh, outputs = (felt.weigh(stream, index), felt.outputs[index]) if felt else (None, (None, None))
+        grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, linears, weigh)
         tensors: dict[str, Tensor] = {}
-        genes += _layer_genes(recipe, index, layer, grams, tensors)
+        genes += _layer_genes(recipe, index, layer, grams, outputs, tensors)
         if rank() == 0:
             save_file(tensors, _layer_file(folder, index))
         calibration.tick("level table", index + 1, len(layers))
@@ -203,13 +207,18 @@ def _fill(
 
 
 def _layer_genes(
-    recipe: Recipe, index: int, layer: Layer, grams: list[Tensor], tensors: dict[str, Tensor]
+    recipe: Recipe,
+    index: int,
+    layer: Layer,
+    grams: list[Tensor],
+    outputs: tuple[Tensor | None, Tensor | None],
+    tensors: dict[str, Tensor],
 ) -> Iterator[dict[str, Any]]:
     """Records of a layer's two genes; fills what is stored of them."""
-    for component in layer.components:
+    for component, felt in zip(layer.components, outputs, strict=True):
         mine = [grams.pop(0) for _ in recipe.inputs(component)]
         levels = []
-        for number, level in enumerate(recipe.levels(component, mine)):
+        for number, level in enumerate(recipe.levels(component, mine, felt)):
             stored = {f"{component.kind}.{number}.{name}": t.cpu().contiguous() for name, t in level.tensors.items()}
             tensors.update(stored)
             levels.append(level)

@@ -60,12 +60,13 @@ class Masks:
         """One of the readers, which share their input, and the writer."""
         return [component.readers[0].linear, component.writer]
 
-    def levels(self, component: Component, grams: list[Tensor]) -> Iterator[Level]:
+    def levels(self, component: Component, grams: list[Tensor], felt: Tensor | None = None) -> Iterator[Level]:
         """Make all levels in order.
 
         Args:
             component: A whole component.
             grams: Gram matrices of the readers' and the writer's input; used up.
+            felt: Not used.
 
         Yields:
             Levels with ``<i>.values``, the kept weights of the i-th linear layer, row by row, and ``<i>.mask``, where

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from .. import processes
 from ..data.splits import split_folds
 from ..models.anatomy import layers_of, projector_of
 from ..models.forward import FeatureCache, feature_cache
+from ..pruning.comparison import simplest
 from ..pruning.control import reinitialise
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, block_influences
@@ -28,10 +30,11 @@ from ..pruning.spd import DAMPING
 from ..pruning.statistics import Beginning, CalibrationStream
 from ..runtime.files import whole_file
 from ..schema import PruneConfig, SearchConfig
-from .cut import cut_policy, plan_of, trial_losses
+from .cut import cut_policy, plan_of, trials
 from .evaluator import Evaluator
 from .evolution import Search
 from .generalization import gap_of
+from .knapsack import KnapsackSearch
 from .latency import asked_share, budget_of
 from .levels import LevelTable, open_table
 from .masks import Masks
@@ -132,9 +135,13 @@ class SearchModule(LightningModule):
         every, holdout = self._batches[: len(self._folds)], self._batches[len(self._folds) :]
         # The last fold is for the choice among the best, which none of them has seen.
         samples = [batch for batch, fold in zip(every, self._folds, strict=True) if fold < 2]
+        fitted, held = ([b for b, f in zip(every, self._folds, strict=True) if f == fold] for fold in (0, 1))
+        apart = self._config.gap == "held_out" and bool(held)
         self._beginning = Beginning.of(every[processes.rank() :: processes.world_size()], self._image_token)
-        calibration = Calibration(samples, self._features, tick=self._tick, beginning=self._beginning)
-        stream = open_stream(self.model, calibration, self._prune)
+        shared = Calibration(samples, self._features, tick=self._tick, beginning=self._beginning)
+        # Levels are fitted to all samples that policies are judged on, or to none of them.
+        calibration, judged = (replace(shared, batches=part) for part in ((fitted, held) if apart else (samples,) * 2))
+        stream = open_stream(self.model, judged, self._prune)
         table = self._table(calibration)
         self.table = table.folder
         space = self._space(table, stream)
@@ -144,7 +151,7 @@ class SearchModule(LightningModule):
         self.record = self._describe(search, space, evaluator.dense)
         if holdout:
             self.record["holdout"] = self._holdout(search, table, evaluator, holdout)
-        self._cut(search, table, every)
+        self._cut(search, space, table, every)
         self._batches = []
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -183,10 +190,13 @@ class SearchModule(LightningModule):
 
         errors = table.errors()
         search: Search | None = None
+        kind: Callable[..., Search] = Search
         influence = block_influences(stream, range(stream.depth), self._prune, lambda t: t)
         floor = max(influence) * 1e-3 or 1.0
         shaped = space.shaped([math.sqrt(max(value, floor)) for value in influence])
-        search = Search(
+        if self._config.method == "knapsack":
+            kind = partial(KnapsackSearch, errors or _changes(table, influence))
+        search = kind(
             space,
             evaluate,
             gap_of(self._gap, table.norms, space.uniform(), len(self._inputs.records)),
@@ -240,7 +250,7 @@ class SearchModule(LightningModule):
     @property
     def _gap(self) -> str:
         """The gap term that is recorded, also where the objective has none."""
-        return "fro" if self._config.gap == "none" else self._config.gap
+        return "fro" if self._config.gap in ("none", "held_out") else self._config.gap
 
     def _projector_file(self, theta: int) -> Path:
         return self._inputs.work / f"projector_{theta}.safetensors"
@@ -278,20 +288,30 @@ class SearchModule(LightningModule):
             self._tick("look at held-out samples", len(points), len(chosen))
         return points
 
-    def _chosen(self, search: Search, table: LevelTable, calibration: Calibration) -> Policy:
-        """The best policy, or the one among the best that loses least once it is refitted as it will be cut."""
+    def _chosen(
+        self, search: Search, space: SearchSpace, table: LevelTable, calibration: Calibration
+    ) -> tuple[Policy, PruneReport]:
+        """The best policy, or the one among the best and the plain ones that loses least as it will be cut."""
+        report = PruneReport(loss_dense=self.record["dense"]["loss"])
         finalists = search.archive[: self._config.finalists]
-        if len(finalists) == 1 or self._config.granularity != "structured":
-            return search.best
-        tried = trial_losses(self.model, table, finalists, calibration, self._prune)
+        if self._config.finalists == 1 or self._config.granularity != "structured":
+            return search.best, report
+        plain = search.plain
+        finalists = list(dict.fromkeys([*finalists, plain]))
+        dense, tried = trials(self.model, table, finalists, calibration, self._prune)
+        verdicts = [trial.verdict for trial in tried if trial.verdict is not None]
         self.record["finalists"] = [
-            {"policy": list(policy), "loss_pruned": loss, "kl": kl}
-            for policy, (loss, kl) in zip(finalists, tried, strict=True)
+            {"policy": list(p), "loss_pruned": t.loss, "kl": t.verdict and t.verdict.mean}
+            for p, t in zip(finalists, tried, strict=True)
         ]
-        kls = [loss if kl is None else kl for loss, kl in tried]
-        return finalists[kls.index(min(kls))]
+        if not verdicts or dense.verdict is None:
+            best = min(range(len(tried)), key=lambda i: tried[i].loss)
+            return finalists[best], replace(report, loss_dense=dense.loss)
+        best = simplest(verdicts, [space.distance(plain, policy) for policy in finalists])
+        losses = {"loss_compared": verdicts[best].loss, "loss_compared_dense": dense.verdict.loss}
+        return finalists[best], replace(report, loss_dense=dense.loss, **losses)
 
-    def _cut(self, search: Search, table: LevelTable, samples: Sequence[Any]) -> None:
+    def _cut(self, search: Search, space: SearchSpace, table: LevelTable, samples: Sequence[Any]) -> None:
         ids = tuple(record.id for record in self._inputs.records)
         requested = self._share if self._config.budget.resource == "params" else None
         mine = slice(processes.rank(), None, processes.world_size())
@@ -306,10 +326,19 @@ class SearchModule(LightningModule):
             held=held,
             validated=last,
         )
-        chosen = self._chosen(search, table, calibration)
+        chosen, found = self._chosen(search, space, table, calibration)
         self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)
-        self.pruned, report = cut_policy(self.model, self.plan, table.recipe, chosen, calibration, self._prune)
+        self.pruned, cut = cut_policy(self.model, self.plan, table.recipe, chosen, calibration, self._prune)
         if self._prune.reinitialise:
             reinitialise(self.pruned, self._seed)
         searched = next(e for e in reversed(search.record) if e["policy"] == list(chosen) and e["share"] == 1.0)
-        self.report = replace(report, loss_searched=searched["loss"], loss_dense=self.record["dense"]["loss"])
+        self.report = replace(found, loss_searched=searched["loss"], loss_pruned=cut.loss_pruned, errors=cut.errors)
+
+
+def _changes(table: LevelTable, influence: Sequence[float]) -> list[list[float]]:
+    """Costs of levels whose error is not known: how far their weights move, by the influence of their layer."""
+
+    def change(gene: int, level: int) -> float:
+        return influence[table.genes[gene].layer] * sum(norms.distance for norms in table.norms(gene, level))
+
+    return [[change(index, level) for level in range(gene.levels)] for index, gene in enumerate(table.genes)]

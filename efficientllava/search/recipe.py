@@ -21,7 +21,8 @@ class Level:
         removed: Parameters cut off (structured) or weights set to zero (masks).
         norms: Norms of every linear layer of the gene, readers first.
         tensors: What `Recipe.assemble` needs, by name; empty where nothing is removed.
-        error: Mean square error of what the gene writes, summed over features; None where the recipe does not know it.
+        error: Rise of the divergence from the dense model by what the gene writes, up to a common factor; None where
+            the recipe does not know it.
     """
 
     removed: int
@@ -51,8 +52,14 @@ class Recipe(Protocol):
         """Linear layers whose input statistics `levels` needs."""
         ...
 
-    def levels(self, component: Component, grams: list[Tensor]) -> Iterator[Level]:
-        """Make all levels in order; ``grams`` belong to `inputs` and are used up."""
+    def levels(self, component: Component, grams: list[Tensor], felt: Tensor | None = None) -> Iterator[Level]:
+        """Make all levels in order.
+
+        Args:
+            component: A whole component.
+            grams: Gram matrices of `inputs`; used up.
+            felt: How much the answers feel an error of each output, see `efficientllava.pruning.sensitivity`.
+        """
         ...
 
     def assemble(self, twin: Component, tensors: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from ..errors import UserError
 
 Policy = tuple[int, ...]  # one level per gene
@@ -187,6 +189,11 @@ class SearchSpace:
         """A feasible policy: every gene draws a level, then `repair`."""
         return self.repair(tuple(rng.randrange(gene.levels) for gene in self.genes), rng)
 
+    def distance(self, one: Policy, other: Policy) -> float:
+        """How differently two policies remove: sum over genes of the difference of their shares."""
+        levels = zip(self.genes, one, other, strict=True)
+        return sum(abs(gene.amounts[a] - gene.amounts[b]) for gene, a, b in levels)
+
     def uniform(self) -> Policy:
         """The feasible policy that removes the same share of every gene, as nearly as levels allow."""
         return self.shaped([1.0] * (1 + max(gene.layer for gene in self.genes)))
@@ -239,6 +246,38 @@ class SearchSpace:
             levels[index] += 1
             missing -= rise
         return self.repair(tuple(levels), rng)
+
+    def solve(self, costs: Sequence[Sequence[float]]) -> Policy:
+        """The policy of the lowest total cost that removes the target, or as little more as levels allow.
+
+        A multiple-choice knapsack, solved exactly on amounts that are rounded to cells (see `GRID`).
+
+        Args:
+            costs: ``costs[gene][level]``; infinite for levels that are not to be taken.
+
+        Raises:
+            UserError: No policy of finite cost meets the budget.
+        """
+        cell, slack = self.budget.tolerance / GRID, GRID - len(self.genes) // 2 - 1  # each rounding costs <= 1/2
+        wanted = round(self.budget.target / cell)
+        size = wanted + slack + 1
+        best, taken = np.full(size, np.inf), []
+        best[0] = 0.0
+        for cells, prices in zip(self._cells, costs, strict=True):
+            rows = np.full((len(cells), size), np.inf)
+            for row, amount, price in zip(rows, cells, prices, strict=True):
+                if amount < size:
+                    row[amount:] = best[: size - amount] + price
+            taken.append(rows.argmin(0))
+            best = rows.min(0)
+        reached = np.flatnonzero(np.isfinite(best))
+        above = reached[reached >= wanted]
+        place = int(above[best[above].argmin()]) if len(above) else int(reached[-1]) if len(reached) else 0
+        levels = []
+        for cells, choice in zip(reversed(self._cells), reversed(taken), strict=True):
+            levels.append(int(choice[place]))
+            place -= cells[levels[-1]]
+        return self.repair(tuple(reversed(levels)), random.Random(0))
 
     def mutate(self, policy: Policy, rng: random.Random, probability: float = 0.2) -> Policy:
         """Draw genes anew, each with a probability, at least one; then `repair`."""
@@ -307,6 +346,10 @@ class ShapeSpace(SearchSpace):
     def repair(self, policy: Policy, rng: random.Random) -> Policy:
         """The shape that is nearest to a policy, by levels."""
         return min(self.shapes, key=lambda shape: sum(abs(a - b) for a, b in zip(shape, policy, strict=True)))
+
+    def solve(self, costs: Sequence[Sequence[float]]) -> Policy:
+        """The shape of the lowest total cost."""
+        return min(self.shapes, key=lambda s: sum(c[level] for c, level in zip(costs, s, strict=True)))
 
     def random(self, rng: random.Random) -> Policy:
         """One of the shapes."""

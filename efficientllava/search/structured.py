@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import Component, reader_rows
@@ -61,12 +62,13 @@ class Structured:
         """The writer, which is what a lost unit is compensated in."""
         return [component.writer]
 
-    def levels(self, component: Component, grams: list[Tensor]) -> Iterator[Level]:
+    def levels(self, component: Component, grams: list[Tensor], felt: Tensor | None = None) -> Iterator[Level]:
         """Make all levels in order.
 
         Args:
             component: A whole component.
             grams: Gram matrix of the writer's input; used up.
+            felt: Weight of each output's error; None: all the same.
 
         Yields:
             Levels with ``units``, the kept ones, ascending, and ``columns``, the writer's ``(out_features, kept)``.
@@ -75,13 +77,16 @@ class Structured:
         powers = [squares(linear.weight, 1) for linear, _ in reader_rows(component, whole)]
         powers.append(squares(weight, 0))
         yield Level(0, _norms(component, powers, whole, weight), error=0.0)
-        counts, error = self.counts(component), 0.0
-        for state in eliminate(weight, grams.pop(), component.width, self.damping, _rounds(counts)):
+        counts, error, gram = self.counts(component), 0.0, grams.pop()
+        felt = torch.ones(len(weight)) if felt is None else felt
+        # Rows are compensated independently of each other, so that their weights only change costs and order.
+        scale = felt.to(gram).clamp(min=1e-6 * float(felt.mean())).sqrt().unsqueeze(1)
+        for state in eliminate(weight.to(gram.dtype) * scale, gram, component.width, self.damping, _rounds(counts)):
             units = state.alive.tolist()
             error += float(state.costs.sum())
             if len(units) not in counts:
                 continue
-            columns = state.columns
+            columns = state.columns / scale
             yield Level(
                 (component.units - len(units)) * component.unit_parameters,
                 _norms(component, powers, units, columns),

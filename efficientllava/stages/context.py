@@ -41,6 +41,7 @@ class Context:
         features: Vision features by image.
         collate: Turns records into batches.
         calibration: Records that pruning looks at.
+        reported: Records that no choice of the run sees, for the losses of its checkpoints.
         recovery: Data that recovery trains on, or None.
         files: By stage, the digest of the data behind its records.
         samples: Number of records that calibration and recovery use.
@@ -97,7 +98,7 @@ class Context:
         """Open whatever a stage will need, so that a fault is found before the first one."""
         from ..data.collator import Collator
         from ..data.datamodule import RecoveryData
-        from ..data.splits import calibration_records, open_data
+        from ..data.splits import calibration_records, keep_back, open_data
         from ..evaluation import lmms
         from ..memory import require_memory
         from ..models.forward import feature_cache, require_images
@@ -112,8 +113,9 @@ class Context:
         self.calibration = []
         if settings.prune.method != "none":
             self.calibration = calibration_records(settings.calibration, settings.data, settings.seed, self.collate)
-            if settings.prune.method != "auto":
-                require_memory(self.forecast, self.device, max(map(self.collate.check, self.calibration)))
+        self.calibration, self.reported = keep_back(settings, self.calibration, self.collate)
+        if self.calibration and settings.prune.method != "auto":
+            require_memory(self.forecast, self.device, max(map(self.collate.check, self.calibration)))
         self.recovery: Any = None
         if settings.recover.name != "none":
             require_teacher(settings.recover, self.base.base, self.base.model)
@@ -125,7 +127,7 @@ class Context:
         if open_data(settings) != self.files:
             raise UserError("data.path, or calibration.path: has changed while it was opened; run again")
         drawn = len(self.recovery.records) if self.recovery else 0
-        self.samples = {"calibration": len(self.calibration), "recovery": drawn}
+        self.samples = {"calibration": len(self.calibration), "report": len(self.reported), "recovery": drawn}
 
     def inputs(self, stage: str, **content: Any) -> dict[str, Any]:
         """What a stage depends on, see `efficientllava.stages.inputs.inputs_of`; where it runs is added here."""

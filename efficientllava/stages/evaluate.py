@@ -28,12 +28,14 @@ class Evaluation:
     Attributes:
         metrics: Metrics by stage and benchmark; a quantized twin has a stage of its own, such as ``pruned_int8``.
         answers: Answer and score of every record of the first benchmark, by stage.
+        losses: Answer loss on the records that no choice of the run sees, in nats per token, by stage.
         judged: What judges did, by benchmark and stage.
     """
 
     def __init__(self, context: Context) -> None:
         self._context = context
         self.metrics: dict[str, dict[str, Any]] = {}
+        self.losses: dict[str, float] = {}
         self.answers: dict[str, list[tuple[str, float | None]]] = {}
         self.judged: dict[str, dict[str, Any]] = {}
 
@@ -48,6 +50,9 @@ class Evaluation:
 
         started = time.perf_counter()
         self.metrics[stage] = {}
+        if self._context.reported:
+            self.losses[stage] = self._loss(checkpoint)
+            say(f"{stage:<10} loss on {len(self._context.reported)} unseen records: {self.losses[stage]:.4f}")
         for task in self._context.tasks:
             entry = self._answer(stage, checkpoint, task)
             scored = self._score(stage, task, entry) if processes.rank() == 0 else None
@@ -67,6 +72,32 @@ class Evaluation:
             made_by = f"{kind}-torchao-{metadata.version('torchao')}-{source_digest('evaluation/quantization.py')}"
             twin = {"model": quantized(checkpoint.model, kind), "content": f"{checkpoint.digest}-{made_by}"}
             self(f"{stage}_{kind}", replace(checkpoint, **twin))
+
+    def _loss(self, checkpoint: Any) -> float:
+        """Answer loss of a model on the records that no choice has seen."""
+        from ..data.stamps import image_contents
+        from ..evaluation.generation import answer_loss
+
+        context = self._context
+
+        def compute(_folder: Path, _work: Path) -> dict[str, Any]:
+            size = context.settings.calibration.batch_size
+            model = checkpoint.model.to(context.device)
+            loss = answer_loss(model, context.reported, context.collate, size, context.features)
+            model.to(context.home)
+            return {"loss": loss}
+
+        questions = [[r.id, [[turn.question, turn.answer] for turn in r.turns]] for r in context.reported]
+        contents = image_contents(context.reported, context.store.memo) if processes.rank() == 0 else None
+        entry = context.stage(
+            "evaluate",
+            compute,
+            model=checkpoint.digest,
+            task=["loss", context.settings.calibration.batch_size, context.settings.data.max_length],
+            questions=digest(questions),
+            images=processes.from_first(contents),
+        )
+        return entry.record["loss"]
 
     def _answer(self, stage: str, checkpoint: Any, task: Any) -> Entry:
         """A model's answers to a benchmark, as a file in the cache; an interrupted call goes on where it was."""

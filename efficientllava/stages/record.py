@@ -33,6 +33,9 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
     stages = _efficiency(context)
     for stage, metrics in evaluation.metrics.items():
         stages[stage]["metrics"] = metrics
+    for stage, loss in evaluation.losses.items():
+        stages[stage]["report_loss"] = loss
+    reports = {name: entry.record for name, entry in context.entries.items() if name in ("prune", "recover")}
     file = context.folder / "plan.json"
     plan = PruningPlan.read(file) if file.exists() else None
     results = build(
@@ -54,7 +57,8 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
         benchmarks={task.name: {**task.facts, "headline": task.headline} for task in context.tasks},
         generation={"decoding": "greedy", "set_aside": set_aside(context.base.model)},
         judges=evaluation.judged,
-        reports={name: entry.record for name, entry in context.entries.items() if name in ("prune", "recover")},
+        losses=_losses(evaluation.losses, reports),
+        reports=reports,
     )
     write(results, context.folder / "results.json")
     if evaluation.answers:
@@ -65,6 +69,15 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
     for last in staying(context.settings)[-1:]:
         per_layer = is_per_layer(context.models[last].config.get_text_config())
         say("", usage(str(context.folder / last), per_layer))
+
+
+def _losses(reported: Mapping[str, float], reports: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Answer losses by role of the records: fitted to, compared on, and seen by no choice."""
+    found = reports.get("prune", {}).get("report", {})
+    roles = {"fit": ("loss_dense", "loss_pruned"), "compare": ("loss_compared_dense", "loss_compared")}
+    sides = {role: dict(zip(STAGES, map(found.get, names), strict=False)) for role, names in roles.items()}
+    known = {role: {s: v for s, v in losses.items() if v is not None} for role, losses in sides.items()}
+    return {role: losses for role, losses in {**known, "report": dict(reported)}.items() if losses}
 
 
 def _efficiency(context: Context) -> dict[str, dict[str, Any]]:

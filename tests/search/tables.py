@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from efficientllava.models.anatomy import Component, layers_of
-from efficientllava.pruning.scores import Calibration
-from efficientllava.pruning.statistics import CalibrationStream
+from efficientllava.pruning.scores import Calibration, silent
+from efficientllava.pruning.sensitivity import sensitivity
+from efficientllava.pruning.statistics import CalibrationStream, no_reduce
 from efficientllava.search.levels import LevelTable, build_table
 from efficientllava.search.recipe import Recipe
 from tests.conftest import make_batches
@@ -39,12 +40,16 @@ def linears(component: Component) -> list[nn.Linear]:
 
 
 @torch.no_grad()
-def gram_of_inputs(model: Any, modules: list[nn.Linear], tokens: str = "all") -> list[torch.Tensor]:
+def gram_of_inputs(
+    model: Any, modules: list[nn.Linear], tokens: str = "all", structured: bool = False
+) -> list[torch.Tensor]:
     """``E[x x^T]`` of linear layers in a plain pass of the dense model over the counted positions.
 
-    A position weighs the inverse power of the residual stream behind the component that the linear layer is part of.
+    A position weighs the inverse power of the residual stream behind the component that the linear layer is part of;
+    in a structured table, how much the answers feel an error of that component there.
     """
     stream = CalibrationStream(model, make_batches(dtype=next(model.parameters()).dtype), tokens)
+    felt = sensitivity(stream, 0, no_reduce, silent) if structured else None
     rows: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
     hidden, seen = stream.start(), dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]()
 
@@ -58,8 +63,11 @@ def gram_of_inputs(model: Any, modules: list[nn.Linear], tokens: str = "all") ->
         for index, layer in enumerate(layers):
             before, state = state, stream.call(layer.module, index, batch, state)
             middle = before + seen[layer.attention.writer][1]
-            for owner, residual in ((layer.attention.module, middle), (layer.mlp.module, state)):
+            for component, residual in zip(layer.components, (middle, state), strict=True):
+                owner = component.module
                 weights = 1 / residual[counted].double().square().mean(1)
+                if felt is not None:
+                    weights = felt.positions[index][component.kind == "mlp"][batch].double()
                 for module in set(modules) & set(owner.modules()):
                     inputs = seen[module][0][counted].double()
                     rows[module].append(torch.cat([inputs * weights.sqrt()[:, None], weights[:, None]], 1))

@@ -21,7 +21,7 @@ from tests.conftest import make_batch, make_model
 
 PRUNE = PruneConfig(method="auto", ratio=0.4, refit=True)
 SMALL = {"rounds": 2, "generations": 2, "population": 6, "parents": 2, "mutants": 3, "crossovers": 2}
-RECORDS = [SimpleNamespace(id=str(i), image=None) for i in range(8)]
+RECORDS = [SimpleNamespace(id=str(i), image=None, source="") for i in range(8)]
 
 
 def collate(records: list[Any]) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def collate(records: list[Any]) -> dict[str, Any]:
 
 
 def searcher(folder: Path, family: str = "llama_gqa", ratio: float = 0.4, **options: Any) -> SearchModule:
-    holdout = [SimpleNamespace(id=str(8 + i), image=None) for i in range(4)]
+    holdout = [SimpleNamespace(id=str(8 + i), image=None, source="") for i in range(4)]
     inputs = SearchInputs(
         RECORDS, holdout, collate, 2, {"model": family, "samples": "eight"}, folder / "tables", folder / "work"
     )
@@ -191,7 +191,7 @@ def test_a_budget_that_no_policy_meets_is_refused(tmp_path):
 def test_the_finalist_that_loses_least_as_cut_is_the_one_that_is_cut(tmp_path):
     done = run(searcher(tmp_path, parents=4, finalists=3))
     tried = done.record["finalists"]
-    assert tried[0]["policy"] == done.record["best"] and len(tried) == 3
+    assert tried[0]["policy"] == done.record["best"] and len(tried) in (3, 4)  # the plain one may be among the best
     assert len({entry["loss_pruned"] for entry in tried}) > 1
     best = min(tried, key=lambda entry: entry["loss_pruned"] if entry["kl"] is None else entry["kl"])
     searched = {tuple(e["policy"]): e["loss"] for e in done.record["policies"] if e["share"] == 1.0}
