@@ -23,7 +23,7 @@ from .memory import LONGEST
 from .models.anatomy import Layer, decoder_of, language_parameters, layers_of
 from .pruning.memory import patches_of
 from .pruning.pruner import search_length
-from .pruning.refit import DAMPINGS
+from .pruning.refit import TRIED
 from .recovery.recover import accumulation, optimiser_steps
 from .results import STAGES
 from .runtime.content import digest
@@ -229,7 +229,7 @@ def _validation(width: int, out: int, damping: float | None, crosses: int) -> fl
     """Solutions for each damping that is tried, and their errors on what is held back; none where all is fixed."""
     if damping is not None and crosses == 1:
         return 0.0
-    tried = len(DAMPINGS) if damping is None else 1
+    tried = TRIED if damping is None else 1
     return tried * (width**3 / 3.0 + crosses * 4.0 * width**2 * out)
 
 

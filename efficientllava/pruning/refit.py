@@ -36,7 +36,8 @@ from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, no_
 from .surgery import cut_component
 
 TARGETS = {"layer": 0.0, "residual": 1.0, "adaptive": None}  # how far earlier losses are repaired; None: as validated
-DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # among these the validated one is chosen
+DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # among these the validated one is chosen
+TRIED = 4  # of them are tried, about
 Write = Callable[[Tensor], Tensor]
 
 
@@ -109,11 +110,19 @@ class Moments:
 
 
 def validate(
-    weight: Tensor, kept: Tensor, fitted: Moments, held: Moments, damping: float | None, repair: float | None, what: str
+    weight: Tensor,
+    kept: Tensor,
+    fitted: Moments,
+    held: Moments,
+    damping: float | None,
+    repair: float | None,
+    what: str,
+    near: float = DAMPING,
 ) -> tuple[float, float]:
     """Choose damping and repair by the error on records that the columns are not fitted to.
 
-    The solution is linear in ``repair``, so that its best value is known in closed form for each damping.
+    The solution is linear in ``repair``, so that its best value is known in closed form for each damping. Dampings are
+    tried from one that is likely good downhill, in float32: the choice needs no more.
 
     Args:
         weight: The whole writer, ``(out_features, in_features)``.
@@ -123,37 +132,49 @@ def validate(
         damping: Fixed, or None.
         repair: Fixed, or None.
         what: Layer and component, for errors.
+        near: One of `DAMPINGS`, where the search begins.
 
     Returns:
         Damping, infinite where no solution beats the plain slice, and repair.
     """
+    gram, seen_gram = (moments.gram.float() for moments in (fitted, held))
     wanted = held.own if held.repaired is None else held.repaired
-    best, chosen = 0.0, (math.inf, repair or 0.0)
-    for candidate in DAMPINGS if damping is None else (damping,):
-        lower = factorise(fitted.gram.clone(), damping_of(fitted.gram, candidate), what)
+
+    def error(candidate: float) -> tuple[float, float]:
+        """Error beside that of the plain slice, and the repair that it is reached with."""
+        lower = factorise(gram.clone(), damping_of(gram, candidate), what)
         # With D the change at repair 0, V its slope, W_S the slice and R = E[r x^T] - W_S H, all of held records:
         #   error(a) - error of the slice = -2 <D + a V, R> + ||(D + a V) H^(1/2)||^2
         flat = slope = both = curve = 0.0
         for rows in range(0, len(weight), STRIP * 4):
             part = slice(rows, rows + STRIP * 4)
-            plain = weight[part, kept].to(lower.dtype)
-            change = fitted.own[part] - plain @ fitted.gram
+            plain = weight[part, kept].float()
+            change = fitted.own[part].float() - plain @ gram
             divide(change, lower, what)
-            rest = wanted[part] - plain @ held.gram
-            seen = change @ held.gram
+            rest = wanted[part].float() - plain @ seen_gram
+            seen = change @ seen_gram
             flat += _inner(change, seen) - 2 * _inner(change, rest)
             if fitted.repaired is not None and repair != 0:
-                more = fitted.repaired[part] - fitted.own[part]
+                more = (fitted.repaired[part] - fitted.own[part]).float()
                 divide(more, lower, what)
                 slope += _inner(more, rest)
                 both += _inner(more, seen)
-                curve += _inner(more, more @ held.gram)
+                curve += _inner(more, more @ seen_gram)
         step = min(max((slope - both) / curve, 0.0), 1.0) if curve > 0 else 0.0
         step = step if repair is None else repair
-        error = flat - 2 * step * (slope - both) + step**2 * curve
-        if error < best or damping is not None:
-            best, chosen = error, (candidate, step)
-    return chosen
+        return flat - 2 * step * (slope - both) + step**2 * curve, step
+
+    if damping is not None:
+        return damping, error(damping)[1]
+    known, place = dict[int, tuple[float, float]](), DAMPINGS.index(near)
+    while True:
+        for index in range(max(place - 1, 0), min(place + 2, len(DAMPINGS))):
+            known[index] = known.get(index) or error(DAMPINGS[index])
+        best = min(known, key=lambda index: known[index][0])
+        if best == place:
+            break
+        place = best
+    return (DAMPINGS[best], known[best][1]) if known[best][0] < 0 else (math.inf, repair or 0.0)
 
 
 def solve(
@@ -268,6 +289,7 @@ class SequentialPruner:
         self._to_residual = refit and self._repair != 0 and not names_of(stream.model).post_norms
         self._config = decoder_of(stream.model).config
         self._fitted = set(range(len(stream.batches))) - set(held) if fitted is None else fitted
+        self._near = dict.fromkeys(("attention", "mlp"), DAMPING)  # neighbouring layers want like dampings
 
     @torch.no_grad()
     def run(
@@ -396,7 +418,9 @@ class SequentialPruner:
         moments, damping, repair = fitted.close(self._reduce), self._damping or DAMPING, self._repair or 0.0
         if self._validated:
             other = held.close(self._reduce)
-            damping, repair = validate(weight, kept, moments, other, self._damping, self._repair, what)
+            fixed, near = (self._damping, self._repair), self._near[component.kind]
+            damping, repair = validate(weight, kept, moments, other, *fixed, what, near)
+            self._near[component.kind] = damping if damping in DAMPINGS else near
             moments.add(other)
         target = moments.target(repair)
         require_finite(target.cross, f"{what}: statistics of the calibration records")

@@ -345,7 +345,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> 
 
     Args:
         total: ``(m, n)``; changed in place.
-        left: ``(positions, m)``.
+        left: ``(positions, m)``; of ``right`` itself only the upper half of the sum is kept up.
         right: ``(positions, n)``.
         weights: ``(positions,)``.
     """
@@ -358,7 +358,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, weights: Tensor) -> 
             total.addmm_(narrow.T, wide)
             continue
         for start in range(0, len(total), STRIP):  # in strips, so that the product needs no second matrix
-            total[start : start + STRIP] += (narrow[:, start : start + STRIP].T @ wide).to(total.device)
+            first = start if left is right else 0  # what lies below the diagonal is mirrored in the end
+            strip = narrow[:, start : start + STRIP].T @ wide[:, first:]
+            total[start : start + STRIP, first:] += strip.to(total.device)
 
 
 def total_weight(weight: float, reduce: Reduce) -> float:
@@ -385,7 +387,10 @@ class Gram:
 
     def mean(self, reduce: Reduce) -> Tensor:
         """Close the sum: ``E[x x^T]`` over the positions of all processes, ``(size, size)``; takes the sum's memory."""
-        return reduce(self.matrix).div_(total_weight(self.weight, reduce))
+        total = reduce(self.matrix).div_(total_weight(self.weight, reduce))
+        for end in range(STRIP, len(total), STRIP):
+            total[end:, end - STRIP : end] = total[end - STRIP : end, end:].T
+        return total
 
 
 @dataclass
