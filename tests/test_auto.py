@@ -19,7 +19,15 @@ from .runs import RUN, run, save_tiny, small
 
 QUICK = (
     *("prune=auto", "prune.ratio=0.3", "recover=none", "evaluate=none", "evaluate.efficiency=false"),
-    *("search.generations=3", "search.population=6", "search.parents=3", "search.mutants=4", "search.crossovers=1"),
+    *(
+        "search=paper",
+        "search.rounds=1",
+        "search.generations=3",
+        "search.population=6",
+        "search.parents=3",
+        "search.mutants=4",
+        "search.crossovers=1",
+    ),
 )
 
 

@@ -162,7 +162,7 @@ def test_a_trainer_s_arguments_are_the_user_s_or_the_stages(option, told, monkey
         (["search.granularity=2:4", "prune.ratio=0.6"], "prune.ratio=0.6: search.granularity=2:4 removes at most 0.5"),
         (["search.granularity=unstructured", "search.budget.target=0.97"], "search.budget.target=0.97: search.gran"),
         (["search.uniform=true", "search.budget.resource=flops"], "search.uniform=true: needs"),
-        (["search.population=4"], "search.population=4: is less than"),
+        (["search=paper", "search.population=4"], "search.population=4: is less than"),
         (["prune.ratio=null"], "prune.ratio=null: set it"),
     ],
 )

@@ -24,7 +24,14 @@ from efficientllava.schema import RunConfig, WandbConfig
 
 from .runs import ROOT, RUN, composed, run, save_tiny, small
 
-QUICK = ("search.rounds=1", "search.generations=2", "search.population=6", "search.parents=3", "search.mutants=4")
+QUICK = (
+    "search=paper",
+    "search.rounds=1",
+    "search.generations=2",
+    "search.population=6",
+    "search.parents=3",
+    "search.mutants=4",
+)
 QUICK = (*QUICK, "search.crossovers=1", "search.finalists=1")
 
 
