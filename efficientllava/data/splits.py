@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PURPOSES = ("train", "calibration", "minival", "test")
 # A file of conversations lends a tenth of its records, but no more than this, to calibration and to minival each.
 HELD_OUT = 1000
+LEAST = 10  # records, images or documents that can be divided so
 COMPARED = 0.25  # share of the calibration records that candidates are compared on
 LEAST_FITTED, LEAST_COMPARED = 2, 2  # groups that are fitted to, and records that are compared or reported on
 LOOKED_AT = 4  # records that are looked at for each one to report on
@@ -114,8 +115,8 @@ def _part(data: DataConfig, split: str) -> Sequence[Record]:
         raise UserError(f"data={data.name}: has no test split; choose a benchmark with evaluate=")
     records = _source(data)
     assert records is not None
-    if len(records) < 10:
-        raise UserError(f"data.path: {data.path!r} holds {len(records)} records; at least 10 are needed")
+    if len(records) < LEAST:
+        raise UserError(f"data.path: {data.path!r} holds {len(records)} records; at least {LEAST} are needed")
     parts = _division(records)
     # Only training repeats what a list of files asks to repeat, so that no repetition is in two splits.
     train = parts["train"]
@@ -127,7 +128,7 @@ def _division(records: Conversations) -> dict[str, np.ndarray]:
     """Indices of a file's records by split; records of one image or document are in one split, where it has ten."""
     codes: dict[str, int] = {}
     groups = np.array([codes.setdefault(name, len(codes)) for name in groups_of(records)])
-    groups = groups if len(codes) >= 10 else np.arange(len(records))
+    groups = groups if len(codes) >= LEAST else np.arange(len(records))
     sizes = np.bincount(groups)
     held, smallest = min(HELD_OUT, len(records) // 10), sizes.min()
     waiting = _rng(0, "division").permutation(len(sizes)).tolist()
@@ -235,7 +236,8 @@ def keep_back(config: RunConfig, records: Sequence[Record], collate: Any = None)
         fresh = [record for record, trace in zip(near, traces[len(records) :], strict=True) if seen.isdisjoint(trace)]
         return _first(fresh, count, own, data, collate)
 
-    if data.name == "digits_vqa" or data.path is not None:
+    source = _source(data) if data.path is not None else None
+    if data.name == "digits_vqa" or (source is not None and len(source) >= LEAST):
         found = unseen(load_split(data, "minival", config.seed), own.samples)
         if len(found) >= LEAST_COMPARED or own.path is None:
             return list(records), found

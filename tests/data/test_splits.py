@@ -8,10 +8,10 @@ import pytest
 
 from efficientllava.data.conversations import Record, Turn
 from efficientllava.data.digits import Digits
-from efficientllava.data.splits import calibration_records, digest, draw, load_split
+from efficientllava.data.splits import calibration_records, digest, draw, groups_of, keep_back, load_split, split_folds
 from efficientllava.data.subset import Subset
 from efficientllava.errors import UserError
-from efficientllava.schema import CalibrationConfig, DataConfig
+from efficientllava.schema import CalibrationConfig, DataConfig, RunConfig
 
 DIGITS = DataConfig(name="digits_vqa", images=200, test_questions=50)
 
@@ -98,3 +98,65 @@ def test_digest_tells_records_and_their_order_apart() -> None:
 def test_faulty_requests_are_named(data: DataConfig, split: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         load_split(data, split)
+
+
+def prose(*ids: str) -> list[dict]:
+    return [
+        {"id": i, "conversations": [{"from": "human", "value": f"on {i}"}, {"from": "gpt", "value": f"so {i}"}]}
+        for i in ids
+    ]
+
+
+def test_documents_and_images_are_in_one_split_and_have_one_role(tmp_path: Path) -> None:
+    records = prose(*(f"book{i // 5}/{i}" for i in range(200)))
+    for index, record in enumerate(records[:100]):
+        record |= {"id": f"x{index}", "image": f"{index // 4}.png"}
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    data = DataConfig(name="conversations", path=str(tmp_path / "data.json"))
+    parts = [load_split(data, split) for split in ("train", "calibration", "minival")]
+    listed = [[part[i] for i in range(len(part))] for part in parts]
+    every = [record for part in listed for record in part]
+    group_of = dict(zip((record.id for record in every), groups_of(every), strict=True))
+    groups = [{group_of[record.id] for record in part} for part in listed]
+    assert sum(map(len, groups)) == len(set().union(*groups)) == 45
+    assert [len(part) for part in parts] == pytest.approx([160, 20, 20], abs=3)
+    roles = [{group_of[record.id] for record in part} for part in split_folds(listed[0][:150])]
+    assert all(roles) and sum(map(len, roles)) == len(set().union(*roles))
+
+
+def test_ids_that_name_one_document_are_cut_one_by_one() -> None:
+    records = [Record(f"data/{i}", None, (Turn(f"q{i}", "a"),), False, "") for i in range(16)]
+    assert [len(part) for part in split_folds(records)] == [8, 4, 4]
+
+
+def kept_back(tmp_path: Path, count: int, samples: int, report: int = 8, data: str | None = None) -> tuple[list, list]:
+    (tmp_path / "own.json").write_text(json.dumps(prose(*(f"book{i // 4}/{i}" for i in range(count)))))
+    config = RunConfig(name="x", seed=1)
+    config.calibration = CalibrationConfig(samples=samples, path=str(tmp_path / "own.json"), report=report)
+    config.data = DataConfig(name="conversations", path=data)
+    return keep_back(config, calibration_records(config.calibration, config.data, 1))
+
+
+def test_losses_are_reported_on_what_no_choice_has_seen(tmp_path: Path) -> None:
+    # Of 64 records all are drawn: whole documents among them are kept back.
+    fit, report = kept_back(tmp_path, 64, 64)
+    assert len(fit) + len(report) == 64 and 4 <= len(report) <= 8
+    assert not {record.id.partition("/")[0] for record in fit} & {record.id.partition("/")[0] for record in report}
+    # Of more, others are.
+    fit, report = kept_back(tmp_path, 400, 32)
+    assert (len(fit), len(report)) == (32, 8)
+    assert not {record.id.partition("/")[0] for record in fit} & {record.id.partition("/")[0] for record in report}
+    assert kept_back(tmp_path, 64, 64, report=0)[1] == []
+    assert kept_back(tmp_path, 2, 2) == (kept_back(tmp_path, 2, 2, report=0)[0], [])
+
+
+def test_the_minival_of_the_data_is_reported_on_without_what_calibrates(tmp_path: Path, talks: DataConfig) -> None:
+    texts = [*prose(*(f"talk{i // 4}/{i}" for i in range(200)))]
+    (tmp_path / "talks.json").write_text(json.dumps(texts))
+    fit, report = kept_back(tmp_path, 64, 64, data=str(tmp_path / "talks.json"))
+    minival = load_split(DataConfig(name="conversations", path=str(tmp_path / "talks.json")), "minival", 1)
+    assert len(fit) == 64 and report == [minival[i] for i in range(len(minival))]
+    # The same file: what was drawn is left out, and where nothing remains, part of it is kept back.
+    (tmp_path / "talks.json").write_text((tmp_path / "own.json").read_text())
+    fit, report = kept_back(tmp_path, 64, 64, data=str(tmp_path / "talks.json"))
+    assert len(fit) + len(report) == 64 and report
