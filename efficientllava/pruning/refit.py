@@ -289,7 +289,9 @@ class SequentialPruner:
         self._to_residual = refit and self._repair != 0 and not names_of(stream.model).post_norms
         self._config = decoder_of(stream.model).config
         self._fitted = set(range(len(stream.batches))) - set(held) if fitted is None else fitted
-        self._near: dict[str, float] = dict.fromkeys(("attention", "mlp"), DAMPING)  # neighbouring layers want like dampings
+        self._near: dict[str, float] = dict.fromkeys(
+            ("attention", "mlp"), DAMPING
+        )  # neighbouring layers want like dampings
 
     @torch.no_grad()
     def run(
