@@ -185,7 +185,10 @@ def mapped(form: str, files: Sequence[Path]) -> datasets.Dataset:
     def compute(folder: Path, _work: Path) -> dict[str, Any]:
         names = [str(file) for file in files]
         with TemporaryDirectory(dir=folder) as scratch:
-            datasets.load_dataset(form, data_files=names, split="train", cache_dir=scratch)
+            rows: Any = datasets.load_dataset(form, data_files=names, split="train", cache_dir=scratch)
+            for column in rows.data.columns:
+                if "binary" not in str(column.type):  # encoded images, which may be many GB
+                    column.validate(full=True)  # such as texts that are no UTF-8
             for made in Path(scratch).rglob("*.arrow"):
                 made.rename(folder / made.name)
         return {"of": names}

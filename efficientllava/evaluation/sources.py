@@ -143,16 +143,17 @@ def _content(cells: Any, column: str, index: int) -> bytes:
 
 
 def _read(files: Sequence[Path], source: Source) -> Any:
-    from datasets.exceptions import DatasetsError
-
+    form = FORMATS.get(files[0].suffix)
+    if form is None:
+        raise UserError(f"evaluate.root={source.root}: is no {', '.join(FORMATS)} file")
     try:
         with _quiet():
-            return mapped(FORMATS[files[0].suffix], files)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
+            return mapped(form, files)
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow and datasets raise different kinds, for an empty file StopIteration
+        reason = next(iter(str(error.__cause__ or error).splitlines()), "it holds no rows")
         raise UserError(f"{source.where}: {files[0]} cannot be read ({reason}); repair or replace it") from error
-    except KeyError as error:
-        raise UserError(f"evaluate.root={source.root}: is no {', '.join(FORMATS)} file") from error
 
 
 def _download(source: Source) -> Any:

@@ -19,6 +19,7 @@ from efficientllava.evaluation.predictions import as_record, line, write
 from efficientllava.evaluation.score import main
 from efficientllava.evaluation.scorers import PROTOCOLS
 from efficientllava.evaluation.scorers.averages import COLUMNS
+from efficientllava.evaluation.sources import Source
 from efficientllava.schema import DataConfig, EvaluateConfig
 
 from .published import png, tables
@@ -282,3 +283,31 @@ def test_an_image_that_cannot_be_read_names_its_record(root):
     record = SimpleNamespace(id="7", image=StoredImage(lambda: b"no image"))
     with pytest.raises(UserError, match="record '7': its image cannot be read"):
         open_image(record)
+
+
+ROWS = [{"question_id": str(i), "question": "?", "answer": "é", "image": f"{i}.png"} for i in range(3)]
+LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", b""),
+        ("x.jsonl", LINES.encode()[:-20]),
+        ("x.jsonl", LINES.encode("latin-1")),
+        ("x.jsonl", LINES.encode("utf-16")),
+        ("x.jsonl", LINES.replace("é", "\\ud800").encode()),
+        ("x.jsonl", LINES.encode() + b"\n" + b"[" * 100_000),
+        ("x.json", (json.dumps(ROWS) + json.dumps(ROWS)).encode()),
+        ("x.json", json.dumps(ROWS).replace("}, {", "} {").encode()),
+        ("x.json", json.dumps(ROWS).encode()[:-1]),
+    ],
+)
+def test_rows_are_read_to_the_end_or_not_at_all(tmp_path, monkeypatch, name, content):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / name).write_bytes(content)
+    source = Source("pope", "POPE", "test", None, "x", str(tmp_path / name))
+    with pytest.raises(UserError, match=rf"^evaluate\.root=.*{name} cannot be read \(.+\); repair or replace it$"):
+        [*source.load(["question", "answer"]).iterate(["question", "answer"])]
+    (tmp_path / name).write_text(LINES)
+    assert len([*source.load(["answer"]).iterate(["answer"])]) == 3
