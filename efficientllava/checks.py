@@ -18,7 +18,7 @@ from .errors import ConfigError, UserError
 from .hub import local_folder
 from .outcome import of_hydra
 from .rules import EFFECTS, FOLLOWS, IMAGE_FOLDERS, RULES, TRAINER, bypassed
-from .schema import MASKED, JudgeConfig, RecoverConfig, RunConfig, SearchConfig
+from .schema import MASKED, JudgeConfig, PruneConfig, RecoverConfig, RunConfig, SearchConfig
 
 
 def check(config: RunConfig, overrides: Sequence[str] = ()) -> None:
@@ -93,6 +93,8 @@ def require_valid(config: Any, node: str) -> None:
     """
     problems = [*_ranges(config, node), *(_recovery(config) if isinstance(config, RecoverConfig) else ())]
     problems += _judge(config) if isinstance(config, JudgeConfig) else ()
+    if isinstance(config, RunConfig) and config.prune.method == "widthwise":
+        problems += _widthwise(config.prune, config.calibration.samples)
     if problems:
         raise ConfigError(problems)
 
@@ -109,6 +111,8 @@ def _combinations(config: RunConfig) -> Iterator[str]:
             "prune.offload=true: a search runs whole candidates on the GPU; leave it out, or choose prune=widthwise or "
             "prune=layerwise"
         )
+    if prune.method == "widthwise":
+        yield from _widthwise(prune, config.calibration.samples)
     if prune.method == "auto":
         yield from _search(search, prune.ratio)
     yield from _trainer(config.trainer, config.dry_run)
@@ -124,6 +128,20 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     if config.evaluate.lmms_eval.tasks and not importlib.util.find_spec("lmms_eval"):
         yield "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'"
     yield from _tasks(config.evaluate.tasks)
+
+
+def _widthwise(prune: PruneConfig, samples: int) -> Iterator[str]:
+    if prune.bias and prune.refit:
+        yield "prune.bias=true: a refit makes up for more than the mean; set prune.refit=false, or leave prune.bias out"
+    if prune.prefix == "pruned" and prune.share is None and prune.selection not in ("local", "floor"):
+        yield (
+            f"prune.prefix=pruned: scores then depend on what earlier layers keep, which prune.selection="
+            f"{prune.selection} decides by scores; set prune.selection=local or floor"
+        )
+    if prune.importance == "flap" and prune.prefix == "pruned":
+        yield "prune.prefix=pruned: prune.importance=flap looks at the dense model; leave prune.prefix out"
+    if prune.importance == "flap" and samples < 2:
+        yield f"calibration.samples={samples}: one record has no fluctuation; prune.importance=flap needs 2 or more"
 
 
 def _trainer(trainer: Mapping[str, Any], planned: bool) -> Iterator[str]:

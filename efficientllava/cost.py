@@ -21,6 +21,7 @@ from .evaluation.tasks import load
 from .forecast import Forecast, context_of, weight_bytes
 from .memory import LONGEST
 from .models.anatomy import Layer, decoder_of, language_parameters, layers_of
+from .pruning.fluctuation import METRICS
 from .pruning.memory import patches_of
 from .pruning.pruner import search_length
 from .pruning.refit import TRIED
@@ -186,7 +187,9 @@ def _pruning(plan: Forecast) -> float:
     settings, config, layers = plan.settings, plan.settings.prune, layers_of(plan.base)
     tokens, base = settings.calibration.samples * tokens_of(plan), _token(plan.base)
     looks = config.method == "widthwise" and config.importance not in ("magnitude", "random")
-    passes: float = 1 + looks  # the dense loss, and what scores look at
+    squares = config.method == "auto" or (looks and config.importance not in METRICS)
+    passes: float = 1 + looks + config.biased  # the dense loss, what scores look at, and means for biases
+    passes += config.prefix == "pruned"
     cuts = 1
     if config.method == "layerwise":
         passes += (len(layers) - len(layers_of(plan.pruned)) or 1) if config.iterative else 1
@@ -202,7 +205,7 @@ def _pruning(plan: Forecast) -> float:
     if config.method == "widthwise" and len(plan.plan.options) > 1:
         cuts += search_length(len(plan.plan.options))
     flops = settings.calibration.samples * _image(plan.base) + tokens * passes * base
-    if looks or config.method == "auto":
+    if squares:
         flops += sum(_moments(tokens, width, 0) for layer in layers for width in _widths(layer))
     return flops + cuts * _cutting(plan, tokens)
 

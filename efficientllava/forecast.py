@@ -59,7 +59,8 @@ class Forecast:
     @cached_property
     def configs(self) -> list[Any]:
         """Configurations of the models that the plan may lead to; the first one is typical."""
-        return [pruned_config(self.base, range(len(option)), option) for option in self.plan.options]
+        biased = self.settings.prune.biased
+        return [pruned_config(self.base, range(len(option)), option, biased) for option in self.plan.options]
 
     @cached_property
     def pruned(self) -> nn.Module:

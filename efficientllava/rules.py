@@ -72,7 +72,8 @@ RULES: dict[str, Rule] = {
     "prune.method": _one_of("none", "layerwise", "widthwise", "auto"),
     "prune.ratio": SHARE,
     "prune.importance": _one_of(*IMPORTANCES),
-    "prune.selection": _one_of("shape", "local", "global"),
+    "prune.selection": _one_of("shape", "local", "floor", "global"),
+    "prune.prefix": _one_of("dense", "pruned"),
     "prune.refit_target": _one_of("adaptive", "layer", "residual"),
     "prune.damping": POSITIVE,
     "prune.round_to": AT_LEAST_1,
@@ -150,7 +151,7 @@ TRAINER = {
     *("_target_", "accelerator", "devices", "num_nodes", "strategy", "plugins", "precision", "deterministic"),
     *("benchmark", "log_every_n_steps", "enable_model_summary", "enable_progress_bar", "num_sanity_val_steps"),
 }
-LOOKING = ("obs", "activation", "wanda")  # importances that look at activations
+LOOKING = ("obs", "activation", "wanda", "flap")  # importances that look at activations
 OF_FILES = ("path", "group_by_modality_length")
 
 
@@ -251,6 +252,12 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         "set prune.refit=true or prune.importance=obs",
     ),
     ("prune.refit_target", lambda c: c.prune.refit, "set prune.refit=true"),
+    ("prune.bias", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
+    (
+        "prune.prefix",
+        lambda c: c.prune.method == "widthwise" and c.prune.importance in LOOKING,
+        f"it belongs to prune=widthwise with prune.importance={'|'.join(LOOKING)}",
+    ),
     ("prune.offload", lambda config: _on_gpu(config), "without a GPU all weights are in host memory anyway"),
     ("search", lambda c: c.prune.method == "auto", "set prune=auto"),
     *(

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
 JUDGED = ("llava_bench", "mathvista", "mmvet")  # benchmarks with a judge
 MASKED = {"unstructured": 0.95, "2:4": 0.5}  # largest share of zeros, by granularity of a search
-IMPORTANCES = ("obs", *TAYLOR, "activation", "wanda", "magnitude", "random")
+IMPORTANCES = ("obs", *TAYLOR, "activation", "wanda", "flap", "magnitude", "random")
 
 
 @dataclass
@@ -70,7 +70,8 @@ class PruneConfig:
     method: str = MISSING  # none | layerwise | widthwise | auto
     ratio: float | None = 0.3  # share of language-model parameters to remove, [0, 1)
     importance: str = "obs"  # widthwise: see schema.IMPORTANCES
-    selection: str = "shape"  # widthwise: shape | local | global
+    selection: str = "shape"  # widthwise: shape | local | floor | global
+    prefix: str = "dense"  # widthwise: scores look at what the dense model gives a layer, or the layers pruned before
     refit: bool = False  # least-squares refit of o_proj and down_proj on the kept set
     # layer: the layer's own output; residual: the dense model's residual stream; adaptive: between the two, writer by
     # writer, as is best on calibration records that the writer was not fitted to
@@ -78,6 +79,7 @@ class PruneConfig:
     damping: float | None = (
         None  # added to Gram matrices, as a share of each channel's own power, > 0; None: as validated
     )
+    bias: bool = False  # widthwise without refit: what the cut columns write on average goes into the writers' biases
     round_to: int = 1  # kept MLP channels are a multiple of this, >= 1
     tokens: str = "all"  # which positions count: all | image | text | answer
     iterative: bool = False  # layerwise: score again after each removed block
@@ -92,6 +94,11 @@ class PruneConfig:
     drop_layers: int | None = None  # layerwise: number of blocks, bypasses the ratio solver
     offload: bool = False  # weights stay in host memory, one layer at a time computes on the GPU
     reinitialise: bool = False  # control: keep the pruned shape and draw fresh weights
+
+    @property
+    def biased(self) -> bool:
+        """Whether the cut model has biases that the model before may lack; none where nothing is cut."""
+        return self.bias and self.method == "widthwise" and (self.ratio != 0 or self.share is not None)
 
     @property
     def nominal(self) -> dict[str, float]:

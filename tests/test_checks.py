@@ -41,7 +41,7 @@ def test_defaults_have_no_problem():
         ("recover.lr=0", "(0, infinity)"),
         ("recover.lr=inf", "(0, infinity)"),
         ("prune.importance=best", "obs"),
-        ("prune.selection=greedy", "shape, local, global"),
+        ("prune.selection=greedy", "shape, local, floor, global"),
         ("recover.train=all", "projector, lora, full"),
         ("model.dtype=int8", "bfloat16"),
         ("recover.teacher.dtype=int8", "bfloat16"),
@@ -118,6 +118,8 @@ def test_several_problems_come_at_once():
         (["prune=layerwise", "prune.drop_layers=1", "prune.ratio=0.3"], "prune.ratio"),
         (["prune=auto", "search.budget.target=0.3", "prune.ratio=0.3"], "prune.ratio"),
         (["prune=layerwise", "prune.damping=0.1"], "prune.damping"),
+        (["prune=auto", "prune.bias=true"], "prune.bias"),
+        (["prune=widthwise", "prune.importance=magnitude", "prune.prefix=pruned"], "prune.prefix"),
         (["prune.importance=random", "prune.refit=false", "prune.tokens=image"], "prune.tokens"),
         (["prune=auto", "search.granularity=2:4", "prune.refit=true"], "prune.refit"),
         (["prune=auto", "search.method=random", "search.mutation=0.1"], "search.mutation"),
@@ -126,6 +128,20 @@ def test_several_problems_come_at_once():
 )
 def test_a_typed_key_without_effect_is_an_error(overrides, key):
     assert any(line.startswith(f"{key}: has no effect") for line in problems(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["prune=widthwise", "prune.bias=true"], "prune.bias=true: a refit makes up for more"),
+        (["prune=wanda_sp", "prune.selection=global"], "prune.prefix=pruned: scores then depend"),
+        (["prune=flap", "prune.prefix=pruned", "prune.selection=floor"], "prune.prefix=pruned: prune.importance=flap"),
+        (["prune=flap", "calibration.samples=1"], "calibration.samples=1: one record has no fluctuation"),
+    ],
+)
+def test_peers_are_taken_as_published(overrides, message):
+    assert [line for line in problems(*overrides) if line.startswith(message)]
+    assert problems("prune=flap") == problems("prune=wanda_sp") == []
 
 
 def test_the_same_key_passes_where_it_has_an_effect():

@@ -44,6 +44,8 @@ def dry(tmp_path, overrides):
     [
         ["prune.ratio=0.3", "prune.selection=local", "recover=kd_hidden"],
         ["prune=widthwise_paper", "prune.share=0.4", "recover=none"],
+        ["prune=flap", "prune.ratio=0.3", "prune.selection=floor", "recover=none"],
+        ["prune=wanda_sp", "prune.ratio=0.3", "recover=none"],
         [
             "prune=layerwise",
             "prune.ratio=0.2",
@@ -54,7 +56,7 @@ def dry(tmp_path, overrides):
         ],
         ["prune=auto", "prune.ratio=0.3", "search.granularity=unstructured", "recover=none"],
     ],
-    ids=["local", "share", "layerwise", "masks"],
+    ids=["local", "share", "flap", "wanda_sp", "layerwise", "masks"],
 )
 def test_what_is_exact_is_what_the_run_reports(folder, tmp_path, options, capsys):
     overrides = small(folder, tmp_path / "out", *options, "evaluate=none", "evaluate.efficiency=false")

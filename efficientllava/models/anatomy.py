@@ -39,6 +39,8 @@ class DecoderNames:
         post_norms: Whether a norm stands between a writer and the residual stream.
         composite: ``model_type`` of the only model that has this decoder, where its configuration names the decoder's.
         stock_only: Whether the stock class alone can hold the decoder, and its heads and a width for all layers.
+        biases: Configuration fields that give the linear layers of the attention, and of the MLP, biases; `ALWAYS`:
+            they have them anyway, None: the writer can have none.
     """
 
     layer: str
@@ -51,19 +53,31 @@ class DecoderNames:
     post_norms: bool = False
     composite: str | None = None
     stock_only: bool = False
+    biases: tuple[str | None, str | None] = (None, None)
 
+
+ALWAYS = "always"
 
 # model_type of the text configuration -> names
 DECODERS: dict[str, DecoderNames] = {
-    "llama": DecoderNames("LlamaDecoderLayer"),
+    "llama": DecoderNames("LlamaDecoderLayer", biases=("attention_bias", "mlp_bias")),
     "mistral": DecoderNames("MistralDecoderLayer"),
     "qwen2": DecoderNames("Qwen2DecoderLayer"),
-    "qwen3": DecoderNames("Qwen3DecoderLayer"),
-    "phi": DecoderNames("PhiDecoderLayer", attention_out="dense", mlp_in=("fc1",), mlp_out="fc2", gated=False),
+    "qwen3": DecoderNames("Qwen3DecoderLayer", biases=("attention_bias", None)),
+    "phi": DecoderNames(
+        "PhiDecoderLayer",
+        attention_out="dense",
+        mlp_in=("fc1",),
+        mlp_out="fc2",
+        gated=False,
+        biases=(ALWAYS, ALWAYS),
+    ),
     "phi3": DecoderNames("Phi3DecoderLayer", qkv=("qkv_proj",), mlp_in=("gate_up_proj",), fused=True),
-    "gemma3_text": DecoderNames("Gemma3DecoderLayer", post_norms=True, composite="gemma3"),
+    "gemma3_text": DecoderNames(
+        "Gemma3DecoderLayer", post_norms=True, composite="gemma3", biases=("attention_bias", None)
+    ),
     "qwen2_5_vl_text": DecoderNames("Qwen2_5_VLDecoderLayer", stock_only=True),
-    "qwen3_vl_text": DecoderNames("Qwen3VLTextDecoderLayer", composite="qwen3_vl"),
+    "qwen3_vl_text": DecoderNames("Qwen3VLTextDecoderLayer", composite="qwen3_vl", biases=("attention_bias", None)),
 }
 PER_LAYER_PREFIX = "pruned_"  # model_type of our registered per-layer configurations: prefix + host type
 
@@ -108,6 +122,15 @@ class Component:
         """Parameters that go with one unit, biases of the readers included."""
         rows = sum(r.width * (r.linear.in_features + (r.linear.bias is not None)) for r in self.readers)
         return rows + self.width * self.writer.out_features
+
+    def added_biases(self, units: int) -> int:
+        """Parameters that biases of all linear layers add where the component keeps a number of units."""
+        rows = sum(r.width * units for r in self.readers if r.linear.bias is None)
+        return rows + (self.writer.out_features if self.writer.bias is None else 0)
+
+    def unit_price(self, biased: bool) -> int:
+        """`unit_parameters`, where all linear layers have biases if ``biased``."""
+        return self.unit_parameters + (self.added_biases(1) - self.added_biases(0) if biased else 0)
 
     def columns(self, units: Sequence[int]) -> Tensor:
         """Columns of the writer that belong to ``units``, ``(len(units) * width,)``."""
@@ -185,6 +208,15 @@ def final_norm_of(model: nn.Module) -> nn.Module:
 def names_of(model: nn.Module) -> DecoderNames:
     """Return the table row of a model's decoder."""
     return DECODERS[host_type(decoder_of(model).config)]
+
+
+def writer_without_bias(model: nn.Module) -> str | None:
+    """Name of a writer that can have no bias in the classes that load the model's decoder; None where both can."""
+    names = names_of(model)
+    for writer, field in zip((names.attention_out, names.mlp_out), names.biases, strict=True):
+        if field is None:
+            return writer
+    return None
 
 
 def pinned_layers(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ..errors import UserError
-from .anatomy import DECODERS, PER_LAYER_PREFIX, host_type
+from .anatomy import ALWAYS, DECODERS, PER_LAYER_PREFIX, host_type
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def is_per_layer(config: Any) -> bool:
     return str(config.model_type).startswith(PER_LAYER_PREFIX)
 
 
-def text_config_for(source: Any, kept: Sequence[int], shapes: Sequence[LayerShape], head_dim: int) -> Any:
+def text_config_for(
+    source: Any, kept: Sequence[int], shapes: Sequence[LayerShape], head_dim: int, biased: bool = False
+) -> Any:
     """Build the text configuration of a pruned decoder.
 
     Args:
@@ -60,6 +62,7 @@ def text_config_for(source: Any, kept: Sequence[int], shapes: Sequence[LayerShap
         kept: Indices of the kept layers.
         shapes: Sizes of the kept layers.
         head_dim: Width of one head; does not change.
+        biased: Whether all linear layers have biases, see `efficientllava.models.anatomy.DecoderNames.biases`.
 
     Returns:
         A stock configuration where all shapes are equal and a stock class can hold them, else a per-layer one.
@@ -73,19 +76,21 @@ def text_config_for(source: Any, kept: Sequence[int], shapes: Sequence[LayerShap
     if fields.get("layer_types"):
         fields["layer_types"] = [fields["layer_types"][i] for i in kept]
     host = host_type(source)
+    if biased:
+        fields |= {name: True for name in DECODERS[host].biases if name not in (None, ALWAYS)}
     stock: Any = CONFIG_MAPPING
     whole = LayerShape(source.num_attention_heads, source.num_key_value_heads, shapes[0].channels)
     if DECODERS[host].stock_only and set(shapes) != {whole}:
         raise UserError(
             f"model: a {host} decoder keeps its heads and has one width for all layers; drop layers, or cut channels "
-            "alone with prune.selection=shape or local and without prune.protect"
+            "alone with prune.selection=shape, local or floor and without prune.protect"
         )
     if len(set(shapes)) == 1:
         fields |= shapes[0].overrides()
         # Some validators take hidden_size / heads for the width of a head even when head_dim is explicit.
         with contextlib.suppress(StrictDataclassError):
             return stock[host](**fields)
-        if host == "llama" and not (source.attention_bias or source.mlp_bias):
+        if host == "llama" and not (fields["attention_bias"] or fields["mlp_bias"]):
             shared = {name: fields[name] for name in stock["mistral"].__annotations__ if name in fields}
             return stock["mistral"](**{**shared, "sliding_window": None})
     widest = {name: max(shape.overrides()[name] for shape in shapes) for name in shapes[0].overrides()}

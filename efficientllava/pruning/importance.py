@@ -24,7 +24,7 @@ class Ranking:
 
     Args:
         order: All units, first to go first.
-        costs: Marginal cost of each removal, in this order, >= 0.
+        costs: Marginal cost of each removal, in this order.
     """
 
     order: tuple[int, ...]
@@ -42,7 +42,7 @@ class Ranking:
             scores: ``(units,)``.
         """
         order = torch.sort(scores.double().cpu(), stable=True)
-        return cls(tuple(order.indices.tolist()), tuple(order.values.clamp(min=0).tolist()))
+        return cls(tuple(order.indices.tolist()), tuple(order.values.tolist()))
 
 
 def activation_scores(component: Component, gram: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import nn
 from ..models.anatomy import Layer, decoder_of, final_norm_of, layers_of
 from ..models.forward import Batch
 from ..schema import TAYLOR, PruneConfig
+from .fluctuation import METRICS
 from .importance import OBS_ROUNDS
 from .statistics import ANSWERS, POSITIONS, STRIP, gram_dtype
 
@@ -123,6 +124,9 @@ def pruning_memory(
     }
     if config.method == "widthwise" and config.importance in TAYLOR:
         phases["scores"] = block + terms.taylor(config) + kept["taylor"]
+    elif config.method == "widthwise" and config.importance in METRICS:
+        phases["statistics"] = block + terms.activations + terms.records + kept["one"]
+        phases["scores"] = block + terms.records + kept["one"]
     elif config.method == "widthwise" and config.importance not in ("magnitude", "random"):
         phases["statistics"] = block + terms.activations + terms.grams + kept["one"]
         phases["scores"] = block + (terms.obs if config.importance == "obs" else 0) + kept["one"]
@@ -144,8 +148,8 @@ def _streams(terms: _Terms, config: PruneConfig) -> dict[str, int]:
     residual = config.refit and config.refit_target != "layer"
     group = terms.positions if config.taylor_mean == "batch" else terms.micro
     return {
-        "one": terms.hidden * terms.positions,
-        "cut": (terms.hidden * (2 if residual else 1) + terms.attention) * terms.positions,
+        "one": terms.hidden * (1 + (config.prefix == "pruned")) * terms.positions,
+        "cut": (terms.hidden * (1 + residual + config.biased) + terms.attention) * terms.positions,
         "taylor": terms.hidden * (terms.positions + group * (terms.depth + 1)),
     }
 
@@ -157,6 +161,7 @@ class _Terms:
         config, each = decoder_of(model).config, layer.mlp.writer.weight.element_size()
         self.micro, self.positions, self.depth = size.micro, size.positions, len(layers_of(model))
         self.batches = -(-size.records // size.batch_size)
+        self._records, self._tokens = size.records, size.tokens
         self._layer, self._size, self._vocabulary = layer, each, int(config.vocab_size)
         self._out = layer.mlp.writer.out_features
         self._widths = [component.writer.in_features for component in layer.components]
@@ -176,6 +181,11 @@ class _Terms:
         """Both Gram matrices, and the positions that are widened for a product."""
         wide = min(self.micro, POSITIONS) * self._widths[1] * 4
         return sum(n * n * gram_dtype(n).itemsize for n in self._widths) + wide + self.micro * self._mlp
+
+    @property
+    def records(self) -> int:
+        """Two moments of each record, what a score is made of them, and one record's positions in float64."""
+        return 64 * (self._records + self._tokens // 4) * max(self._widths)
 
     @property
     def obs(self) -> int:

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..errors import UserError
-from ..models.anatomy import Layer, decoder_of, language_parameters, layers_of, names_of, pinned_layers
+from ..models.anatomy import (
+    Layer,
+    decoder_of,
+    language_parameters,
+    layers_of,
+    names_of,
+    pinned_layers,
+    writer_without_bias,
+)
 from ..schema import PruneConfig
 from .selection import (
     TOLERANCE,
     Space,
+    floor_shape,
     layers_to_drop,
     local_shape,
     nominal_shape,
@@ -81,7 +90,7 @@ def outline(model: nn.Module, config: PruneConfig) -> Outline:
     if _ragged(config) and names_of(model).stock_only:
         raise UserError(
             f"prune: a {decoder_of(model).config.model_type} decoder has one width for all layers; set "
-            "prune.selection=shape or local, and protect no layer"
+            "prune.selection=shape, local or floor, and protect no layer"
         )
     shapes = candidate_shapes(space, layers[0], config)
     if shapes:
@@ -124,6 +133,8 @@ def candidate_shapes(space: Space, first: Layer, config: PruneConfig) -> list[tu
         return [nominal_shape(space, config.share, first.head_dim, first.heads_per_group)]
     if config.selection == "local":
         return [local_shape(space, config.ratio or 0.0)]
+    if config.selection == "floor":
+        return [floor_shape(space, config.ratio or 0.0)]
     return uniform_candidates(space, config.ratio or 0.0) if config.selection == "shape" else []
 
 
@@ -135,7 +146,13 @@ def prune_space(model: nn.Module, config: PruneConfig) -> Space:
         attention, mlp = attention + heads, mlp + channels
     if names_of(model).stock_only:
         attention = list(range(len(layers_of(model))))
-    return Space.of(model, attention, mlp, config.round_to)
+    writer = writer_without_bias(model) if config.biased else None
+    if writer:
+        raise UserError(
+            f"prune.bias=true: the {writer} of a {decoder_of(model).config.model_type} decoder can have no bias; set "
+            "prune.bias=false"
+        )
+    return Space.of(model, attention, mlp, config.round_to, config.biased)
 
 
 def blocks_to_drop(model: nn.Module, config: PruneConfig) -> int:

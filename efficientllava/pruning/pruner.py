@@ -85,13 +85,19 @@ def make_plan(
         layers = whole_layers(model)
     else:
         layers = _widthwise(model, calibration, config, seed, report)
-    requested, details = None if config.nominal else config.ratio, config.nominal or None
-    plan = plan_for(model, config.method, layers, requested, calibration_ids=calibration.ids, details=details)
+    requested = None if config.nominal else config.ratio
+    more = {"calibration_ids": calibration.ids, "details": config.nominal or None}
+    plan = plan_for(model, config.method, layers, requested, config.biased, **more)
     return plan, report
 
 
 def plan_for(
-    model: nn.Module, method: str, layers: Sequence[LayerPlan], requested: float | None, **more: Any
+    model: nn.Module,
+    method: str,
+    layers: Sequence[LayerPlan],
+    requested: float | None,
+    biased: bool = False,
+    **more: Any,
 ) -> PruningPlan:
     """The plan that keeps given units, with the sizes of the model that it is for.
 
@@ -100,6 +106,7 @@ def plan_for(
         method: ``layerwise``, ``widthwise`` or ``auto``.
         layers: Kept layers in ascending order.
         requested: Requested share of language-model parameters to remove; None where no share was asked for.
+        biased: Whether all linear layers of the cut model will have biases.
         **more: Further fields of `PruningPlan`.
     """
     found = layers_of(model)
@@ -109,7 +116,7 @@ def plan_for(
         source_layers=len(found),
         heads_per_group=found[0].heads_per_group,
         requested=requested,
-        achieved=plan_ratio(model, layers),
+        achieved=plan_ratio(model, layers, biased),
         source_units=tuple((layer.attention.units, layer.mlp.units) for layer in found),
         **more,
     )
@@ -123,8 +130,8 @@ def whole_layers(model: nn.Module) -> tuple[LayerPlan, ...]:
     )
 
 
-def plan_ratio(model: nn.Module, plans: Sequence[LayerPlan]) -> float:
-    """Share of language-model parameters that a plan removes, counted without cutting."""
+def plan_ratio(model: nn.Module, plans: Sequence[LayerPlan], biased: bool = False) -> float:
+    """Share of language-model parameters that a plan removes, biases that it adds subtracted; without cutting."""
     layers = layers_of(model)
     by_index = {plan.index: plan for plan in plans}
     removed = 0
@@ -133,8 +140,9 @@ def plan_ratio(model: nn.Module, plans: Sequence[LayerPlan]) -> float:
         if plan is None:
             removed += sum(p.numel() for p in layer.module.parameters())
             continue
-        removed += (layer.attention.units - len(plan.groups)) * layer.attention.unit_parameters
-        removed += (layer.mlp.units - len(plan.channels)) * layer.mlp.unit_parameters
+        for component, kept in zip(layer.components, map(len, (plan.groups, plan.channels)), strict=True):
+            removed += (component.units - kept) * component.unit_parameters
+            removed -= component.added_biases(kept) if biased else 0
     return removed / language_parameters(model)
 
 
@@ -161,8 +169,9 @@ def apply_plan(
     report = PruneReport()
     before = language_parameters(model)
     if calibration is None:
-        if config.refit:
-            raise UserError("prune.refit=true needs calibration batches; pass some, or set prune.refit=false")
+        if config.refit or config.biased:
+            key = "refit" if config.refit else "bias"
+            raise UserError(f"prune.{key}=true needs calibration batches; pass some, or set prune.{key}=false")
         return cut(model, plan), report
     stream = open_stream(model, calibration, config)
     pruner = sequential_pruner(stream, calibration, config, trial=False)
@@ -191,10 +200,10 @@ def sequential_pruner(
     """
     how = (config.refit, config.refit_target, config.damping, calibration.reduce)
     if not trial:
-        return SequentialPruner(stream, *how, held=calibration.validated)
+        return SequentialPruner(stream, *how, held=calibration.validated, bias=config.biased)
     outside = {*calibration.compared, *calibration.held}
     fitted = [batch for batch in range(len(calibration.batches)) if batch not in outside]
-    return SequentialPruner(stream, *how, fitted, calibration.held)
+    return SequentialPruner(stream, *how, fitted, calibration.held, config.biased)
 
 
 def dense_outputs(stream: CalibrationStream) -> list[Tensor]:
@@ -259,7 +268,9 @@ def _widthwise(
     space = prune_space(model, config)
     shapes = candidate_shapes(space, layers_of(model)[0], config)
     chooses = len(shapes) > 1 and any(gather(len(calibration.compared)))
-    scores, stream, dense = rank_units(model, calibration, config, seed, calibration.compared if chooses else ())
+    counts = space.counts(*shapes[0]) if len(shapes) == 1 else ()
+    outside = calibration.compared if chooses else ()
+    scores, stream, dense = rank_units(model, calibration, config, seed, outside, counts)
     dense = dense or dense_outputs(stream)
     report.loss_dense = stream.answer_loss(dense, calibration.reduce)
     rankings = [s.pair for s in scores]

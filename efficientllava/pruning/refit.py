@@ -27,18 +27,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, decoder_of, describe_layer, names_of
+from ..models.anatomy import Component, Layer, decoder_of, describe_layer, names_of
 from ..processes import gather
 from ..runtime.finite import require_finite
+from .fluctuation import layer_moments, mean_written
 from .plan import LayerPlan
 from .spd import DAMPING, damping_of, divide, factorise
-from .statistics import STRIP, CalibrationStream, Gram, Reduce, add_product, no_reduce, total_weight
-from .surgery import cut_component
+from .statistics import (
+    STRIP,
+    CalibrationStream,
+    Gram,
+    Reduce,
+    Write,
+    add_product,
+    forwarded,
+    narrowed,
+    no_reduce,
+    total_weight,
+)
+from .surgery import add_bias, cut_component
 
 TARGETS = {"layer": 0.0, "residual": 1.0, "adaptive": None}  # how far earlier losses are repaired; None: as validated
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # among these the validated one is chosen
 TRIED = 4  # of them are tried, about
-Write = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -243,11 +254,13 @@ class _Flow:
     Args:
         pruned: Of the pruned prefix.
         dense: Of the dense model; None where the refit does not look at it.
+        whole: The same for the biases; None where there are none.
         touched: Whether the two differ.
     """
 
     pruned: list[Tensor]
     dense: list[Tensor] | None
+    whole: list[Tensor] | None = None
     touched: bool = False
 
 
@@ -264,6 +277,7 @@ class SequentialPruner:
             stream behind the component, so that a layer also repairs what earlier layers lost. ``adaptive``: between
             the two, see `validate`.
         damping: See `solve`; None: see `validate`.
+        bias: Whether what the removed columns write on average in the dense model goes into the writers' biases.
         reduce: Sums over processes.
         fitted: Batches that are fitted to; None: all.
         held: Batches that damping and repair are chosen on before all of both are fitted to. Those that are in neither
@@ -279,10 +293,12 @@ class SequentialPruner:
         reduce: Reduce = no_reduce,
         fitted: Collection[int] | None = None,
         held: Collection[int] = (),
+        bias: bool = False,
     ) -> None:
         if target not in TARGETS:
             raise ValueError(f"target must be one of {tuple(TARGETS)}, got {target!r}")
         self._stream, self._refit, self._damping, self._reduce = stream, refit, damping, reduce
+        self._bias = bias
         self._held, self._validated = held, any(gather(len(held)))
         self._repair = TARGETS[target] if self._validated or target != "adaptive" else 0.0
         # A norm after the writer hides the residual stream from it; the layer's own output is the target then.
@@ -311,7 +327,7 @@ class SequentialPruner:
         """
         by_index = {plan.index: plan for plan in plans}
         start = self._stream.start()
-        flow = _Flow(start, list(start) if self._to_residual else None)
+        flow = _Flow(start, list(start) if self._to_residual else None, list(start) if self._bias else None)
         result = RefitResult(0.0)
         for index, original in enumerate(decoder_of(self._stream.model).layers):
             plan = by_index.get(index)
@@ -320,8 +336,9 @@ class SequentialPruner:
                     self._cut_layer(original, plan, flow, result.errors, commit)
             else:
                 flow.touched = True
-                if flow.dense is not None:
-                    self._stream.advance(original, index, flow.dense)
+                for dense in (flow.dense, flow.whole):
+                    if dense is not None:
+                        self._stream.advance(original, index, dense)
             if on_layer:
                 on_layer(index)
         result.loss = self._stream.answer_loss(flow.pruned, self._reduce)
@@ -331,10 +348,11 @@ class SequentialPruner:
     def _cut_layer(
         self, layer: nn.Module, plan: LayerPlan, flow: _Flow, errors: list[LayerError], commit: bool
     ) -> None:
-        attention = describe_layer(layer, self._config).attention
+        whole = describe_layer(layer, self._config)
+        attention, biases = whole.attention, self._biases(whole, plan, flow)
         moments = self._moments(attention, plan.groups, flow.touched)
         kept_inputs = self._run_attention(layer, plan, attention, flow, moments)
-        write = self._write(attention, plan.groups, plan.index, moments, errors, commit)
+        write = self._write(attention, plan.groups, plan.index, moments, errors, commit, biases[0])
         flow.touched |= len(plan.groups) < attention.units
         with contextlib.ExitStack() as trial:
             trial.enter_context(_replayed(attention.module, write, kept_inputs))
@@ -342,15 +360,23 @@ class SequentialPruner:
             moments = self._moments(mlp, plan.channels, flow.touched)
             if moments is not None:
                 self._run_mlp(layer, plan.index, mlp, flow, moments)
-            write = self._write(mlp, plan.channels, plan.index, moments, errors, commit)
+            write = self._write(mlp, plan.channels, plan.index, moments, errors, commit, biases[1])
             del moments  # its matrices would stay through the pass below
             if not commit:
-                trial.enter_context(_narrowed(mlp.writer, mlp.columns(plan.channels), write))
+                trial.enter_context(narrowed(mlp.writer, mlp.columns(plan.channels), write))
             flow.touched |= len(plan.channels) < mlp.units
             if flow.touched or flow.dense is None:
                 self._stream.advance(layer, plan.index, flow.pruned)
             else:
                 flow.pruned = list(flow.dense)
+
+    def _biases(self, layer: Layer, plan: LayerPlan, flow: _Flow) -> tuple[Tensor | None, Tensor | None]:
+        """What the writers of a whole layer lose on average; moves the dense stream through it."""
+        if flow.whole is None:
+            return None, None
+        means = [moments.close()[0].mean(0) for moments in layer_moments(self._stream, layer, plan.index, flow.whole)]
+        first, second = zip(layer.components, (plan.groups, plan.channels), means, strict=True)
+        return mean_written(*first), mean_written(*second)
 
     def _moments(self, component: Component, units: Sequence[int], touched: bool) -> tuple[_Sums, _Sums] | None:
         """Sums of what is fitted and of what is held back; None where there is nothing to solve."""
@@ -443,18 +469,24 @@ class SequentialPruner:
         moments: tuple[_Sums, _Sums] | None,
         errors: list[LayerError],
         commit: bool,
+        added: Tensor | None,
     ) -> Write:
         """Refit and cut a component; return how it writes from its kept inputs."""
         weight, writer = None, component.writer
         if moments is not None:
             weight = self._solve(component, index, *moments, errors)
         if commit:
+            if added is not None:
+                add_bias(component, added)
             if weight is not None or len(units) < component.units:
                 cut_component(component, units, weight)
             return writer
         if weight is None:
             weight = writer.weight.detach()[:, component.columns(units).to(writer.weight.device)]
-        return partial(nn.functional.linear, weight=weight.to(writer.weight.dtype), bias=writer.bias)
+        bias = writer.bias
+        if added is not None:
+            bias = added.to(writer.weight) + (0 if bias is None else bias)
+        return partial(nn.functional.linear, weight=weight.to(writer.weight.dtype), bias=bias)
 
 
 class _Sums:
@@ -531,22 +563,5 @@ def _replayed(attention: nn.Module, write: Write, kept_inputs: Sequence[Tensor])
     def forward(*_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
         return write(next(turns).to(device)), None
 
-    with _forward(attention, forward):
+    with forwarded(attention, forward):
         yield
-
-
-@contextlib.contextmanager
-def _narrowed(writer: nn.Linear, kept: Tensor, write: Write) -> Iterator[None]:
-    """Let a writer read only its kept columns."""
-    kept = kept.to(writer.weight.device)
-    with _forward(writer, lambda inputs: write(inputs[..., kept])):
-        yield
-
-
-@contextlib.contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,10 +15,11 @@ from ..models.anatomy import Component, Layer, layers_of
 from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
 from ..schema import TAYLOR, PruneConfig
+from .fluctuation import METRICS, flap_ranking, fluctuation, layer_moments
 from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
 from .sensitivity import Sensitivity, sensitivity
 from .spd import DAMPING
-from .statistics import ALONE, Beginning, CalibrationStream, Gram, Reduce, no_reduce
+from .statistics import ALONE, Beginning, CalibrationStream, Gram, Reduce, narrowed, no_reduce
 from .taylor import TaylorScores
 
 Weigh = Callable[[int], Sequence[Tensor]]  # weights of a batch's counted positions, of attention and MLP
@@ -112,16 +114,23 @@ class LayerScores:
 
 
 def rank_units(
-    model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int = 0, without: Collection[int] = ()
+    model: nn.Module,
+    calibration: Calibration,
+    config: PruneConfig,
+    seed: int = 0,
+    without: Collection[int] = (),
+    counts: Sequence[tuple[int, int]] = (),
 ) -> tuple[list[LayerScores], CalibrationStream, list[Tensor]]:
-    """Score every KV group and channel of every layer on the dense prefix.
+    """Score every KV group and channel of every layer.
 
     Args:
         model: The model in eval mode.
         calibration: Batches and how to run them.
-        config: ``importance``, ``damping``, ``tokens``, ``taylor_mean``.
+        config: ``importance``, ``damping``, ``tokens``, ``taylor_mean``; ``prefix``: whether a layer reads what the
+            dense model gives it, or what the layers before leave that keep their best units only.
         seed: Seed of random importance.
         without: Batches that stay outside the statistics.
+        counts: Units that every layer will keep; needed for ``prefix=pruned``.
 
     Returns:
         Rankings of all layers, the calibration stream for reuse, and the dense model's outputs of the last layer by
@@ -138,9 +147,15 @@ def rank_units(
         felt = sensitivity(stream, seed, calibration.reduce, calibration.tick)
     generator = torch.Generator().manual_seed(seed)
     ranked, hidden = [], stream.start() if looks else []
+    sequential = looks and config.prefix == "pruned"
     for index, layer in enumerate(layers):
+        before = list(hidden) if sequential else []
         with stream.on_device(layer.module):
-            if looks:
+            if config.importance in METRICS:
+                moments = layer_moments(stream, layer, index, hidden)
+                pairs = zip(layer.components, (fluctuation(*each.close()) for each in moments), strict=True)
+                ranked.append(LayerScores(*(flap_ranking(c, f, config.biased, config.importance) for c, f in pairs)))
+            elif looks:
                 weigh = _weigher(stream, index, felt, config)
                 grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, None, weigh, without)
                 outputs = felt.outputs[index] if felt else (None, None)
@@ -153,8 +168,14 @@ def rank_units(
                     else partial(random_scores, generator=generator)
                 )
                 ranked.append(LayerScores(*(_levelled(c, simple(c)) for c in layer.components)))
+            if sequential:
+                hidden = before
+                with contextlib.ExitStack() as cuts:
+                    for component, ranking, count in zip(layer.components, ranked[-1].pair, counts[index], strict=True):
+                        cuts.enter_context(narrowed(component.writer, component.columns(ranking.kept(count))))
+                    stream.advance(layer.module, index, hidden)
         calibration.tick("score units", index + 1, len(layers))
-    return ranked, stream, hidden
+    return ranked, stream, [] if sequential else hidden
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ class Space:
         whole_attention: Layers whose heads are protected.
         whole_mlp: Layers whose channels are protected.
         round_to: Kept channels are a multiple of this, or all.
+        added: Parameters of the biases that all layers get.
     """
 
     groups: tuple[int, ...]
@@ -41,10 +42,16 @@ class Space:
     whole_attention: frozenset[int] = frozenset()
     whole_mlp: frozenset[int] = frozenset()
     round_to: int = 1
+    added: int = 0
 
     @classmethod
     def of(
-        cls, model: nn.Module, protect_attention: Sequence[int] = (), protect_mlp: Sequence[int] = (), round_to: int = 1
+        cls,
+        model: nn.Module,
+        protect_attention: Sequence[int] = (),
+        protect_mlp: Sequence[int] = (),
+        round_to: int = 1,
+        biased: bool = False,
     ) -> Space:
         """Read the space off a model.
 
@@ -53,6 +60,7 @@ class Space:
             protect_attention: Layers whose heads stay; negative indices count from the end.
             protect_mlp: Layers whose channels stay.
             round_to: See the class.
+            biased: Whether all linear layers of the cut model have biases.
 
         Raises:
             UserError: A protected layer does not exist.
@@ -61,12 +69,13 @@ class Space:
         return cls(
             tuple(layer.attention.units for layer in layers),
             tuple(layer.mlp.units for layer in layers),
-            tuple(layer.attention.unit_parameters for layer in layers),
-            tuple(layer.mlp.unit_parameters for layer in layers),
+            tuple(layer.attention.unit_price(biased) for layer in layers),
+            tuple(layer.mlp.unit_price(biased) for layer in layers),
             language_parameters(model),
             _indices("prune.protect or prune.protect_attention", protect_attention, len(layers)),
             _indices("prune.protect or prune.protect_mlp", protect_mlp, len(layers)),
             round_to,
+            sum(c.added_biases(c.units) for layer in layers for c in layer.components) if biased else 0,
         )
 
     @property
@@ -75,8 +84,8 @@ class Space:
         return len(self.groups)
 
     def removed(self, counts: Sequence[tuple[int, int]]) -> int:
-        """Parameters that go when layer ``l`` keeps ``counts[l] = (groups, channels)``."""
-        return sum(
+        """Parameters that go when layer ``l`` keeps ``counts[l] = (groups, channels)``; added biases are subtracted."""
+        return -self.added + sum(
             (self.groups[i] - groups) * self.group_cost[i] + (self.channels[i] - channels) * self.channel_cost[i]
             for i, (groups, channels) in enumerate(counts)
         )
@@ -209,6 +218,24 @@ def typical_shape(space: Space, ratio: float) -> tuple[int, int]:
     return min(zip(missed, shapes, strict=True), key=lambda pair: (pair[0], imbalance(space, pair[1])))[1]
 
 
+def floor_shape(space: Space, ratio: float) -> tuple[int, int]:
+    """The shape that loses a share of its groups, rounded down as in released code; channels make up the rest.
+
+    The share is the one of all that can be removed, as if groups and channels could be parted at will.
+
+    Args:
+        space: What can be removed.
+        ratio: Requested share of language-model parameters.
+
+    Returns:
+        Kept ``(groups, channels)`` of every unprotected layer.
+    """
+    shapes, groups = dict(uniform_candidates(space, ratio)), max(space.groups)
+    share = ratio * space.total / (space.removed(space.counts(0, 0)) + space.added)
+    kept = min(shapes, key=lambda count: abs(count - (groups - int(share * groups + 1e-9))))
+    return kept, shapes[kept]
+
+
 def imbalance(space: Space, shape: tuple[int, int]) -> float:
     """Distance between the kept shares of groups and of channels."""
     return abs(shape[0] / max(space.groups) - shape[1] / max(space.channels))
@@ -251,6 +278,7 @@ def global_counts(
         space: What can be removed.
         ratio: Requested share of language-model parameters.
         costs: Per layer, marginal costs of its groups and of its channels in removal order, in one common unit.
+            Those of `flap` are scores times parameters: what is ranked is the score itself, as published (AL-AM).
 
     Returns:
         Kept groups and channels of every layer.
@@ -275,7 +303,7 @@ def global_counts(
     for layer in range(space.depth):
         push(layer, 0)
         push(layer, 1)
-    missing = ratio * space.total
+    missing = ratio * space.total + space.added
     while heap and missing > 0:
         _, layer, kind = heapq.heappop(heap)
         step = kept[layer][kind] % steps[kind] or steps[kind]

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ POSITIONS = 2048  # positions that are widened to float32 or float64 at once
 ANSWERS = 512  # supervised tokens whose logits are held at once
 
 Reduce = Callable[[Tensor], Tensor]
+Write = Callable[[Tensor], Tensor]
 TOKENS = ("all", "image", "text", "answer")
 
 
@@ -114,6 +116,32 @@ def position_weights(batch: Batch, counted: Tensor, beginning: Beginning) -> Ten
     order = batch["attention_mask"].to(counted.device).cumsum(1)  # 1 at the first real token
     weights[(order <= len(beginning.ids)) & counted] /= beginning.records
     return weights
+
+
+@contextlib.contextmanager
+def forwarded(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module compute something else for a while."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextlib.contextmanager
+def narrowed(writer: nn.Linear, kept: Tensor, write: Write | None = None) -> Iterator[None]:
+    """Let a writer read only its kept columns.
+
+    Args:
+        writer: The writer.
+        kept: Indices of the columns.
+        write: What it then computes from them; None: as it does now.
+    """
+    kept = kept.to(writer.weight.device)
+    if write is None:
+        write = partial(nn.functional.linear, weight=writer.weight[:, kept], bias=writer.bias)
+    with forwarded(writer, lambda inputs: write(inputs[..., kept])):
+        yield
 
 
 @contextlib.contextmanager

@@ -38,6 +38,22 @@ def cut_component(component: Component, units: Sequence[int], writer_weight: Ten
         _resize_heads(component.module, len(units))
 
 
+def add_bias(component: Component, written: Tensor) -> None:
+    """Give all linear layers of a whole component a bias, in place: zeros for the readers that have none.
+
+    Args:
+        component: See `cut_component`.
+        written: What is added to the writer's bias, ``(out_features,)``.
+    """
+    for linear in (*(reader.linear for reader in component.readers), component.writer):
+        if linear.bias is None:
+            zeros = linear.weight.new_zeros(linear.out_features)
+            linear.bias = nn.Parameter(zeros, requires_grad=linear.weight.requires_grad)
+    bias: nn.Parameter = component.writer.bias
+    with torch.no_grad():  # not through `data`: offloading looks at the version
+        bias.add_(written.to(bias))
+
+
 def _resize_heads(attention: Any, groups: int) -> None:
     # Phi3 slices its fused projection by the head counts of its configuration, so every layer gets its own copy.
     config = copy.copy(attention.config)
@@ -89,13 +105,16 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
                 )
 
 
-def pruned_config(model: nn.Module, kept: Sequence[int], counts: Sequence[tuple[int, int]]) -> Any:
+def pruned_config(
+    model: nn.Module, kept: Sequence[int], counts: Sequence[tuple[int, int]], biased: bool = False
+) -> Any:
     """The configuration of the model that a plan leaves.
 
     Args:
         model: The model before, also on the meta device; unchanged.
         kept: Indices of the kept layers.
         counts: Their KV groups and channels.
+        biased: Whether the plan gives all linear layers biases.
 
     Raises:
         UserError: The decoder can have no configuration with these sizes.
@@ -103,7 +122,7 @@ def pruned_config(model: nn.Module, kept: Sequence[int], counts: Sequence[tuple[
     config: Any = copy.deepcopy(model.config)
     first = layers_of(model)[0]
     shapes = [LayerShape(groups * first.heads_per_group, groups, channels) for groups, channels in counts]
-    text = text_config_for(config.get_text_config(), kept, shapes, first.head_dim)
+    text = text_config_for(config.get_text_config(), kept, shapes, first.head_dim, biased)
     text._attn_implementation = decoder_of(model).config._attn_implementation
     config.text_config = text
     return config
@@ -122,7 +141,8 @@ def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
         The model that `transformers.AutoModelForImageTextToText.from_pretrained` would give for its saved folder.
     """
     layers = layers_of(model)
-    config = pruned_config(model, kept, [(layers[i].attention.units, layers[i].mlp.units) for i in kept])
+    counts = [(layers[i].attention.units, layers[i].mlp.units) for i in kept]
+    config = pruned_config(model, kept, counts, all(c.writer.bias is not None for c in layers[kept[0]].components))
     decoder = decoder_of(model)
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
     with torch.device("meta"):

@@ -30,6 +30,7 @@ CONFIGS = [
     replace(WIDTHWISE, selection="local", refit_target="layer", importance="magnitude"),
     TAYLOR,
     replace(TAYLOR, importance="param_mix", taylor_mean="batch"),
+    PruneConfig("flap", "widthwise", 0.3, "flap", "floor", bias=True),
 ]
 USUAL = CalibrationSize(64, 700, 8)
 
@@ -77,7 +78,7 @@ def small(monkeypatch, **sizes):
         monkeypatch.setattr(bench, name, value)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["layerwise", "obs", "magnitude", "taylor", "taylor, batch"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["layerwise", "obs", "magnitude", "taylor", "taylor, batch", "flap"])
 @pytest.mark.parametrize("wide", [False, True], ids=["many tokens", "wide layers"])
 def test_no_run_takes_more_than_the_bound(monkeypatch, config, wide):
     small(monkeypatch, **({"LENGTH": 16, "BATCHES": 2} if wide else {"LENGTH": 256, "BATCHES": 4, "ROWS": 2}))

@@ -8,7 +8,7 @@ import torch
 from efficientllava.errors import UserError
 from efficientllava.models.anatomy import language_parameters
 from efficientllava.pruning.outline import outline
-from efficientllava.pruning.pruner import make_plan
+from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.surgery import cut, pruned_config
 from efficientllava.schema import PruneConfig
@@ -16,6 +16,7 @@ from tests.conftest import make_batches, make_model
 
 EXACT = {
     "local": {"method": "widthwise", "selection": "local", "ratio": 0.3},
+    "floor": {"method": "widthwise", "selection": "floor", "ratio": 0.3},
     "protected": {"method": "widthwise", "selection": "local", "ratio": 0.2, "protect": [0, -1], "round_to": 8},
     "share": {"method": "widthwise", "share": 0.4, "protect_scaled": True},
     "layerwise": {"method": "layerwise", "ratio": 0.4},
@@ -64,6 +65,23 @@ def test_what_the_data_choose_lies_within_the_bounds(family, options):
     assert low <= plan.achieved <= high <= expected.largest + 1e-9
     if config.selection == "shape":
         assert tuple(layer.shape for layer in plan.layers) in expected.options
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("selection", ["floor", "global"])
+def test_biases_that_a_plan_adds_are_counted(family, selection):
+    config = configured({"method": "widthwise", "importance": "flap", "selection": selection, "bias": True})
+    model, batches = make_model(family), Calibration(make_batches(2))
+    meta, before = on_meta(model), language_parameters(model)
+    expected = outline(meta, config)
+    plan, _ = make_plan(model, batches, config)
+    pruned, _ = apply_plan(model, plan, batches, config)
+    low, high = expected.removed
+    assert low <= before - language_parameters(pruned) <= high
+    counts = [layer.shape for layer in plan.layers]
+    planned = pruned_config(meta, plan.kept_layers, counts, biased=True)
+    assert planned.get_text_config().to_dict() == pruned.config.get_text_config().to_dict()
+    assert (low == high) == (selection == "floor")
 
 
 def test_layers_of_different_size_leave_a_range():
