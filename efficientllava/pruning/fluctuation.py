@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..models.anatomy import Component, Layer
 from ..processes import gather
 from .importance import Ranking
-from .statistics import CalibrationStream
+from .statistics import STRIP, CalibrationStream
 
 Metric = Callable[[Tensor, Tensor], Tensor]  # fluctuation and squared norm of each column of the writer to a score
 METRICS: dict[str, Metric] = {"flap": lambda fluctuation, norms: fluctuation * norms}  # WIFV
@@ -101,8 +101,8 @@ def flap_ranking(component: Component, fluctuations: Tensor, biased: bool, metri
     Returns:
         Removal order; costs may be negative.
     """
-    weight = component.writer.weight.detach()
-    norms = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64).square().cpu()
+    rows = component.writer.weight.detach().split(STRIP)
+    norms = torch.stack([part.double().square().sum(0) for part in rows]).sum(0).cpu()
     scores = METRICS[metric](fluctuations, norms)
     if component.kind == "attention":
         scores = scores.square()
@@ -121,6 +121,7 @@ def mean_written(component: Component, units: Sequence[int], mean: Tensor) -> Te
     """
     gone = torch.ones(len(mean), dtype=torch.bool)
     gone[component.columns(units)] = False
-    weight = component.writer.weight.detach()[:, gone.to(component.writer.weight.device)]
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return weight @ mean[gone].to(weight)
+    weight = component.writer.weight.detach()
+    gone, dtype = gone.to(weight.device), torch.promote_types(weight.dtype, torch.float32)
+    lost = mean.to(weight.device, dtype)[gone]
+    return torch.cat([part[:, gone].to(dtype) @ lost for part in weight.split(STRIP)])

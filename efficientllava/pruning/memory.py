@@ -184,8 +184,8 @@ class _Terms:
 
     @property
     def records(self) -> int:
-        """Two moments of each record, what a score is made of them, and one record's positions in float64."""
-        return 64 * (self._records + self._tokens // 4) * max(self._widths)
+        """Two moments of each record, what a score is made of them, and positions and rows in float64."""
+        return (64 * (self._records + self._tokens // 4) + 16 * STRIP) * max(self._widths)
 
     @property
     def obs(self) -> int:
@@ -208,7 +208,7 @@ class _Terms:
         width = max(self._widths)
         again = max(p.nbytes for p in self._layer.module.parameters())
         if not config.refit:
-            return self.activations + again
+            return self.activations + again + (self.records if config.biased else 0)
         crosses = 1 if config.refit_target == "layer" else 2
         square = gram_dtype(width).itemsize * width * width
         moments = 2 * (square + crosses * gram_dtype(width).itemsize * self._out * width)
