@@ -271,11 +271,6 @@ def load(
     folder = resolve(path, revision)
     config, storage = read_config(folder, path)
     processor, tokens = _processor(folder, path, protocol), _tokens_alone(folder, path)
-    shown, known = (getattr(each, "image_token_id", None) for each in (config, processor))
-    if type(shown) is type(known) is int and shown != known:
-        raise UserError(
-            f"model.path={path}: image_token_id={shown} of config.json is not that of the processor, {known}; mend it"
-        )
     # Many a tokenizer knows no limit; the decoder's positions are one.
     said = processor.tokenizer.model_max_length
     limit = getattr(config.get_text_config(), "max_position_embeddings", said)

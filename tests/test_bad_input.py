@@ -227,10 +227,17 @@ def test_weights_that_are_not_finite_end_the_run_before_the_first_stage(data, tm
 LARGER = {name: {"height": 64, "width": 64} for name in ("size", "crop_size")}
 
 
-@pytest.mark.parametrize("change", [{"patch_size": 4}, {"image_processor": LARGER}])
-def test_a_processor_of_another_model_ends_the_run_before_the_first_stage(data, tmp_path, change):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("processor_config.json", {"patch_size": 4}),
+        ("processor_config.json", {"image_processor": LARGER}),
+        ("config.json", {"image_token_id": 7}),
+    ],
+)
+def test_a_processor_of_another_model_ends_the_run_before_the_first_stage(data, tmp_path, name, change):
     data[1]()
-    file = save_tiny(tmp_path / "broken", layers=1) / "processor_config.json"
+    file = save_tiny(tmp_path / "broken", layers=1) / name
     said = json.loads(file.read_text())
     for key, value in change.items():
         said[key] = {**said[key], **value} if isinstance(value, dict) else value

@@ -406,11 +406,6 @@ def test_a_byte_order_mark_is_named(broken, name):
     fails(broken, f"{name} cannot be read: it begins with a byte-order mark; save it as UTF-8 without one")
 
 
-def test_an_image_token_that_is_not_the_processor_s(broken):
-    change(broken, "config.json", image_token_id=7)
-    fails(broken, "image_token_id=7 of config.json is not that of the processor")
-
-
 @pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('no such role') }}", "{{ x.y.z }}"])
 def test_a_chat_template_that_cannot_be_rendered(broken, template):
     (broken / "chat_template.jinja").write_text(template)
