@@ -186,7 +186,7 @@ def _until(text: str, stop: Sequence[str]) -> str:
     return text[: min((at for mark in stop if (at := text.find(mark)) >= 0), default=len(text))]
 
 
-def answer_loss(
+def mean_loss(
     model: nn.Module, records: Sequence[Record], collate: Collator, batch_size: int, features: FeatureCache
 ) -> float:
     """Mean cross-entropy of the answers of records, in nats per token; processes share the records.

@@ -76,14 +76,14 @@ class Evaluation:
     def _loss(self, checkpoint: Any) -> float:
         """Answer loss of a model on the records that no choice has seen."""
         from ..data.stamps import image_contents
-        from ..evaluation.generation import answer_loss
+        from ..evaluation.generation import mean_loss
 
         context = self._context
 
         def compute(_folder: Path, _work: Path) -> dict[str, Any]:
             size = context.settings.calibration.batch_size
             model = checkpoint.model.to(context.device)
-            loss = answer_loss(model, context.reported, context.collate, size, context.features)
+            loss = mean_loss(model, context.reported, context.collate, size, context.features)
             model.to(context.home)
             return {"loss": loss}
 

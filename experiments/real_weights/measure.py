@@ -1,6 +1,9 @@
 """Answer loss of checkpoints on records that nothing was fitted to.
 
 python -m experiments.real_weights.measure <records.json> <folder> [<folder> ...]
+
+Records of a folder named "kept" were never looked at while methods were made: each call on them is counted in a file
+beside them.
 """
 
 from __future__ import annotations
@@ -10,17 +13,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from efficientllava.checkpoint import load
 from efficientllava.data.collator import Collator
 from efficientllava.data.table import read_conversations
-from efficientllava.models.forward import answer_loss, supervised_positions
+from efficientllava.evaluation.generation import mean_loss
+from efficientllava.models.forward import feature_cache
 
 ROWS = 8
+KEPT, CALLS = "kept", "calls.txt"
 
 
-@torch.no_grad()
 def nats(folder: str, records: Path) -> float:
     """Mean cross-entropy of the answers' tokens, in nats.
 
@@ -28,14 +30,12 @@ def nats(folder: str, records: Path) -> float:
         folder: A checkpoint.
         records: LLaVA-style JSON.
     """
-    checkpoint = load(folder, "float32", "cpu")
-    collate, found = Collator(checkpoint.processor, None), read_conversations(str(records), None, 0.0)
-    loss = tokens = 0.0
-    for start in range(0, len(found), ROWS):
-        batch = collate([found[i] for i in range(start, min(start + ROWS, len(found)))])
-        loss += float(answer_loss(checkpoint.model, batch, reduction="sum"))
-        tokens += len(supervised_positions(batch["labels"])[1])
-    return loss / tokens
+    if records.parent.name == KEPT:
+        with (records.parent / CALLS).open("a", encoding="utf-8") as calls:
+            calls.write(f"{records.name} {folder}\n")
+    checkpoint, found = load(folder, "float32", "cpu"), read_conversations(str(records), None, 0.0)
+    collate, features = Collator(checkpoint.processor, None), feature_cache(checkpoint.model)
+    return mean_loss(checkpoint.model, list(found), collate, ROWS, features)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -1,0 +1,108 @@
+"""The table of the real decoder: methods, ratios and draws of calibration records, a row at a time.
+
+python -m experiments.real_weights.table <decoder folder> <rows.csv> --draws <json> ... --texts <json> ... [--rows main]
+
+Rows that the file has are not made again, so that a killed table goes on; CPU seconds are those of the whole command,
+from its start to the pruned folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from .measure import nats
+
+ROOT = Path(__file__).parents[2]
+METHODS = {
+    "widthwise": ["prune=widthwise"],
+    "global": ["prune=widthwise", "prune.selection=global"],
+    "auto": ["prune=auto", "search=quick"],
+    "written": ["prune=widthwise", "calibration.generate=96"],
+    "flap": ["prune=flap"],
+    "wanda_sp": ["prune=wanda_sp"],
+    "no_refit": ["prune=widthwise", "prune.refit=false", "prune.selection=local"],
+}
+# Method, ratio and number of calibration records.
+PARTS = {
+    "main": [(name, 0.2, 64) for name in ("widthwise", "flap", "wanda_sp", "global", "auto")],
+    "ratios": [(name, ratio, 64) for ratio in (0.1, 0.3) for name in ("widthwise", "flap", "wanda_sp", "global")],
+    "auto": [("auto", ratio, 64) for ratio in (0.1, 0.3)],
+    "few": [(name, 0.2, samples) for samples in (8, 16, 64) for name in ("widthwise", "no_refit")],
+    "written": [("written", 0.2, 64)],
+}
+FIELDS = ("method", "ratio", "samples", "draw", "achieved", "cpu_seconds")
+
+
+def pruned(decoder: str, work: Path, draw: Path, overrides: list[str]) -> tuple[Path, float, float]:
+    """Prune the decoder by the command line in a fresh cache.
+
+    Args:
+        decoder: Folder of `experiments.real_weights.build`.
+        work: Empty folder of the run.
+        draw: Calibration records.
+        overrides: Of the method.
+
+    Returns:
+        The pruned checkpoint, the share that is gone, and CPU seconds (user and system) of the command.
+    """
+    given = [f"model.path={decoder}", f"calibration.path={draw}", f"paths.output_dir={work}"]
+    fixed = ["model=checkpoint", "recover=none", "evaluate=none", "evaluate.efficiency=false", "threads=2"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "run.py", *fixed, *given, f"paths.cache_dir={work / 'cache'}", *overrides]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    (folder,) = work.glob("runs/*/*/pruned")
+    from efficientllava.results import read
+
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return folder, read(folder.parent)["ratio"]["achieved"], seconds
+
+
+def missing(rows: Path, parts: list[str], draws: list[Path]) -> Iterator[tuple[str, float, int, Path]]:
+    """What the file lacks: all methods of one draw before those of the next."""
+    done = set()
+    if rows.exists():
+        with rows.open(newline="", encoding="utf-8") as file:
+            done = {tuple(row[name] for name in FIELDS[:4]) for row in csv.DictReader(file)}
+    for draw, part in itertools.product(draws, parts):
+        for method, ratio, samples in PARTS[part]:
+            if (method, str(ratio), str(samples), draw.stem) not in done:
+                yield method, ratio, samples, draw
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Make the missing rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("decoder")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--draws", type=Path, nargs="+", required=True)
+    parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--rows", dest="parts", nargs="+", default=["main"], choices=PARTS)
+    given = parser.parse_args(arguments)
+    texts = {text.stem: text for text in given.texts}
+    if not given.rows.exists():
+        given.rows.write_text(",".join([*FIELDS, *texts]) + "\n", encoding="utf-8")
+        dense = [f"{nats(given.decoder, text):.4f}" for text in texts.values()]
+        with given.rows.open("a", encoding="utf-8") as file:
+            file.write(",".join(["dense", "0", "0", "", "0", "0", *dense]) + "\n")
+    for method, ratio, samples, draw in missing(given.rows, given.parts, given.draws):
+        with tempfile.TemporaryDirectory() as work:
+            overrides = [*METHODS[method], f"prune.ratio={ratio}", f"calibration.samples={samples}"]
+            folder, achieved, seconds = pruned(given.decoder, Path(work), draw.resolve(), overrides)
+            losses = [f"{nats(str(folder), text):.4f}" for text in texts.values()]
+        row = [method, str(ratio), str(samples), draw.stem, f"{achieved:.4f}", f"{seconds:.0f}", *losses]
+        with given.rows.open("a", encoding="utf-8") as file:
+            file.write(",".join(row) + "\n")
+        print(*row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
