@@ -185,7 +185,8 @@ def _answering(plan: Forecast, model: nn.Module) -> float | None:
 def _pruning(plan: Forecast) -> float:
     """Passes over the calibration records that score, that try shapes or policies, and the one that cuts."""
     settings, config, layers = plan.settings, plan.settings.prune, layers_of(plan.base)
-    tokens, base = settings.calibration.samples * tokens_of(plan), _token(plan.base)
+    written = (settings.calibration.generate or 0) * settings.calibration.generate_length
+    tokens, base = settings.calibration.samples * tokens_of(plan) + written, _token(plan.base)
     looks = config.method == "widthwise" and config.importance not in ("magnitude", "random")
     squares = config.method == "auto" or (looks and config.importance not in METRICS)
     passes: float = 1 + looks + config.biased  # the dense loss, what scores look at, and means for biases
@@ -204,7 +205,7 @@ def _pruning(plan: Forecast) -> float:
         passes += 3  # the forward pass again, layer by layer, and the gradients of inputs and weights
     if config.method == "widthwise" and len(plan.plan.options) > 1:
         cuts += search_length(len(plan.plan.options))
-    flops = settings.calibration.samples * _image(plan.base) + tokens * passes * base
+    flops = settings.calibration.samples * _image(plan.base) + (tokens * passes + written) * base
     if squares:
         flops += sum(_moments(tokens, width, 0) for layer in layers for width in _widths(layer))
     return flops + cuts * _cutting(plan, tokens)

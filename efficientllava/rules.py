@@ -204,11 +204,11 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ),
     (
         "calibration.generate",
-        lambda c: _solves(c),
+        lambda c: c.prune.solves,
         "only a refit and its scores use written text; set prune.refit=true or prune.importance=obs",
     ),
     *(
-        (f"calibration.generate_{key}", lambda c: c.calibration.generate > 0, "set calibration.generate above 0")
+        (f"calibration.generate_{key}", lambda c: c.calibration.generate != 0, "set calibration.generate above 0")
         for key in ("length", "share")
     ),
     ("prune.", lambda c: c.prune.method != "none", "choose a paradigm with prune="),
@@ -379,12 +379,6 @@ def bypassed(config: RunConfig) -> bool:
 
 def _cuts(config: RunConfig) -> bool:
     return config.prune.method != "auto" or config.search.granularity == "structured"
-
-
-def _solves(config: RunConfig) -> bool:
-    """Whether Gram matrices decide: an importance or a refit of whole components."""
-    prune = config.prune
-    return prune.method == "auto" or (prune.method == "widthwise" and (prune.refit or prune.importance == "obs"))
 
 
 def _on_gpu(config: RunConfig) -> bool:

@@ -40,7 +40,8 @@ class CalibrationConfig:
     image_root: str | None = None  # folder that relative image paths of `path` start from
     report: int = 8  # records of `path` that no choice sees, to report losses on, where data have no minival; >= 0
     batch_size: int = 8  # records per forward pass, >= 1; Taylor scores take one at a time
-    generate: int = 0  # sequences that the dense model writes itself for the statistics, >= 0
+    # sequences that the dense model writes itself for the statistics, >= 0; None: 48 where no record shows an image
+    generate: int | None = None
     generate_length: int = 128  # tokens of each, those of the chat template included, >= 2
     generate_share: float = 0.3  # share of the statistics that the written text decides, (0, 1)
 
@@ -99,6 +100,11 @@ class PruneConfig:
     def biased(self) -> bool:
         """Whether the cut model has biases that the model before may lack; none where nothing is cut."""
         return self.bias and self.method == "widthwise" and (self.ratio != 0 or self.share is not None)
+
+    @property
+    def solves(self) -> bool:
+        """Whether Gram matrices decide: an importance or a refit of whole components."""
+        return self.method == "auto" or (self.method == "widthwise" and (self.refit or self.importance == "obs"))
 
     @property
     def nominal(self) -> dict[str, float]:

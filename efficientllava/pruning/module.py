@@ -21,6 +21,7 @@ from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan
 from .pruner import PruneReport, apply_plan, make_plan
 from .scores import Calibration, Tick, silent
+from .self_text import position_share
 from .statistics import Beginning
 
 
@@ -134,10 +135,10 @@ class PruningModule(LightningModule):
         if self._write is None:
             return [], [1.0] * len(batches)
         text = self._write(model)
-        read, count = (sum(int(b["attention_mask"].sum()) for b in part) for part in (batches, text))
-        read = float(sum_over(torch.tensor([float(read)], dtype=torch.float64)))
+        mine = float(sum(int(batch["attention_mask"].sum()) for batch in batches))
+        read = float(sum_over(torch.tensor([mine], dtype=torch.float64)))
+        share = position_share(self._written_share, read, text)
         text = text[self.trainer.global_rank :: self.trainer.world_size]
-        share = self._written_share / (1 - self._written_share) * read / count
         return text, [1.0] * len(batches) + [share] * len(text)
 
     def _storage(self, model: nn.Module) -> str | None:

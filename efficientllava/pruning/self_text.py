@@ -7,6 +7,7 @@ chat template puts before a question, writes the question, and after what the te
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..data.conversations import Turn
+from ..data.conversations import Record, Turn
 from ..data.prompts import IGNORE, Prompts
 from ..errors import UserError
 from ..models.anatomy import decoder_of, layers_of
 from ..models.forward import Batch
+from ..schema import CalibrationConfig
 from .scores import Tick, silent
 
+WRITTEN = 48  # sequences where nobody says how many
 MEMORY = 1 << 31  # bytes that keys, values and probabilities of the rows written at once may take
 HALF_FROM = 20_000_000  # decoder parameters from which a copy in bf16 saves more than it costs
 _MARKS = ("qzxuser", "qzxanswer", "qzxnext", "qzxlast")  # no mark is part of another or of a chat template
@@ -165,6 +168,28 @@ class _Slots(DynamicLayer):
     def get_seq_length(self) -> int:
         """Positions so far."""
         return self._filled
+
+
+def sequences(config: CalibrationConfig, records: Sequence[Record], processor: Any) -> int:
+    """How many sequences the model is to write, see ``calibration.generate``.
+
+    Beside images there is no text of its own unless somebody asks: the model does not draw what it would write about.
+    """
+    if config.generate is not None:
+        return config.generate
+    fits = config.generate_length <= int(processor.tokenizer.model_max_length)
+    return WRITTEN if fits and not any(record.images for record in records) else 0
+
+
+def position_share(share: float, read: float, written: Sequence[Batch]) -> float:
+    """What a written position counts for beside one that was read, so that all written ones have a share.
+
+    Args:
+        share: Of the statistics, (0, 1).
+        read: Number of read positions.
+        written: Output of `write_text`.
+    """
+    return share / (1 - share) * read / sum(int(batch["attention_mask"].sum()) for batch in written)
 
 
 def write_text(

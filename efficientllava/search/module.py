@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader
 from .. import processes
 from ..data.splits import split_folds
 from ..models.anatomy import layers_of, projector_of
-from ..models.forward import FeatureCache, feature_cache
+from ..models.forward import Batch, FeatureCache, feature_cache, to_device
 from ..pruning.comparison import simplest
 from ..pruning.control import reinitialise
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, block_influences
 from ..pruning.scores import Calibration, Tick, open_stream, silent
 from ..pruning.selection import Space, uniform_candidates
+from ..pruning.self_text import position_share
 from ..pruning.spd import DAMPING
 from ..pruning.statistics import Beginning, CalibrationStream
 from ..runtime.files import whole_file
@@ -59,6 +60,8 @@ class SearchInputs:
         identity: Digests of checkpoint and samples by name; tables and states of another search are refused.
         tables: Folder of level tables, shared by searches.
         work: Folder of the state of a killed search.
+        write: Has the dense model write text that joins the samples, see `efficientllava.pruning.self_text`.
+        written_share: Share of the statistics that this text decides, (0, 1).
     """
 
     records: Sequence[Any]
@@ -68,6 +71,8 @@ class SearchInputs:
     identity: Mapping[str, str]
     tables: Path
     work: Path
+    write: Callable[[nn.Module], list[Batch]] | None = None
+    written_share: float = 0.3
 
 
 class SearchModule(LightningModule):
@@ -114,6 +119,7 @@ class SearchModule(LightningModule):
         self._image_token: int = model.config.image_token_id  # pyright: ignore
         self._beginning = Beginning()
         self._folds: list[int] = []
+        self._shares: list[float] = []
         self._batches: list[dict[str, Any]] = []
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -133,21 +139,25 @@ class SearchModule(LightningModule):
         """Build the table, search, cut."""
         self._inputs.work.mkdir(parents=True, exist_ok=True)
         every, holdout = self._batches[: len(self._folds)], self._batches[len(self._folds) :]
-        # The last fold is for the choice among the best, which none of them has seen.
-        samples = [batch for batch, fold in zip(every, self._folds, strict=True) if fold < 2]
-        fitted, held = ([b for b, f in zip(every, self._folds, strict=True) if f == fold] for fold in (0, 1))
-        apart = self._config.gap == "held_out" and bool(held)
         self._beginning = Beginning.of(every[processes.rank() :: processes.world_size()], self._image_token)
-        shared = Calibration(samples, self._features, tick=self._tick, beginning=self._beginning)
-        # Levels are fitted to all samples that policies are judged on, or to none of them.
-        calibration, judged = (replace(shared, batches=part) for part in ((fitted, held) if apart else (samples,) * 2))
+        every = self._with_written(every)
+        apart = self._config.gap == "held_out" and 1 in self._folds
+
+        def part(*folds: int) -> Calibration:
+            chosen = [i for i, fold in enumerate(self._folds) if fold in folds]
+            batches, shares = [every[i] for i in chosen], [self._shares[i] for i in chosen]
+            return Calibration(batches, self._features, tick=self._tick, beginning=self._beginning, shares=shares)
+
+        # The last fold is for the choice among the best, which none of them has seen. Levels are fitted to all other
+        # samples, on which policies are judged, or to none of those.
+        calibration, judged, samples = part(0) if apart else part(0, 1), part(1) if apart else part(0, 1), part(0, 1)
         stream = open_stream(self.model, judged, self._prune)
         table = self._table(calibration)
         self.table = table.folder
         space = self._space(table, stream)
         evaluator = Evaluator(self.model, table, stream)
         search = self._search(space, table, stream, evaluator)
-        self._evolve(search, space, table, samples, evaluator)
+        self._evolve(search, space, table, samples.batches, evaluator)
         self.record = self._describe(search, space, evaluator.dense)
         if holdout:
             self.record["holdout"] = self._holdout(search, table, evaluator, holdout)
@@ -155,6 +165,16 @@ class SearchModule(LightningModule):
         self._batches = []
 
     # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def _with_written(self, batches: list[Batch]) -> list[Batch]:
+        """The samples and what the model writes itself, of which every fold gets its part."""
+        text = self._inputs.write(self.model) if self._inputs.write else []
+        read = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        share = position_share(self._inputs.written_share, read, text) if text else 0.0
+        self._shares = [1.0] * len(batches) + [share] * len(text)
+        self._folds += [(0, 1, 2, 0)[i % 4] if max(self._folds) else 0 for i in range(len(text))]
+        device = next(self.model.parameters()).device
+        return [*batches, *(to_device(batch, device) for batch in text)]
 
     def _table(self, calibration: Calibration) -> LevelTable:
         prune, granularity = self._prune, self._config.granularity
@@ -325,6 +345,7 @@ class SearchModule(LightningModule):
             compared=last,
             held=held,
             validated=last,
+            shares=self._shares[mine],
         )
         chosen, found = self._chosen(search, space, table, calibration)
         self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)

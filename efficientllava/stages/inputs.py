@@ -129,7 +129,7 @@ def _search(settings: RunConfig) -> dict[str, Any]:
     """
     return {
         "calibration": _node(settings, "calibration", PLACES),
-        "seed": settings.seed if settings.calibration.generate else None,
+        "seed": settings.seed if settings.calibration.generate != 0 else None,
         "max_length": settings.data.max_length,
         "records": None,
         "files": None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,22 @@ def _samples(context: Context) -> dict[str, Any]:
     }
 
 
+def _writer(context: Context, tick: Tick) -> Callable[[Any], list[Any]] | None:
+    """What has the dense model write text for the statistics, if it is to."""
+    from ..pruning.self_text import sequences, write_text
+
+    config, processor = context.settings.calibration, context.base.processor
+    count = sequences(config, context.calibration, processor) if context.settings.prune.solves else 0
+    if not count:
+        return None
+    how = (count, config.generate_length, context.settings.seed, config.batch_size, tick)
+    return lambda dense: write_text(dense, processor, *how)
+
+
 def _pruner(context: Context, tick: Tick) -> Any:
     from ..pruning.module import PruningModule
-    from ..pruning.self_text import write_text
 
     settings, model = context.settings, context.models.pop("base")
-    config, write = settings.calibration, None
-    if config.generate:
-        how = (config.generate, config.generate_length, settings.seed, config.batch_size, tick)
-        write = lambda dense: write_text(dense, context.base.processor, *how)  # noqa: E731
     return PruningModule(
         model,
         context.calibration,
@@ -85,8 +93,8 @@ def _pruner(context: Context, tick: Tick) -> Any:
         context.features,
         tick,
         context.device,
-        write,
-        config.generate_share,
+        _writer(context, tick),
+        settings.calibration.generate_share,
     )
 
 
@@ -105,6 +113,8 @@ def _searcher(context: Context, work: Path, tick: Tick) -> Any:
         {"model": model, "samples": digest(context.inputs("search", model=model, **_samples(context)))},
         Path(settings.paths.cache_dir) / "levels",
         work,
+        _writer(context, tick),
+        settings.calibration.generate_share,
     )
     dense = context.models.pop("base")
     return SearchModule(dense, inputs, settings.prune, settings.search, settings.seed, context.features, tick)
