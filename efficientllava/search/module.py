@@ -166,7 +166,7 @@ class SearchModule(LightningModule):
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
-    def _with_written(self, batches: list[Batch]) -> list[Batch]:
+    def _with_written(self, batches: Sequence[Batch]) -> list[Batch]:
         """The samples and what the model writes itself, of which every fold gets its part."""
         text = self._inputs.write(self.model) if self._inputs.write else []
         read = sum(int(batch["attention_mask"].sum()) for batch in batches)
