@@ -105,7 +105,8 @@ def _prune(settings: RunConfig) -> dict[str, Any]:
 
     The nodes of pruning, of the search where there is one, and of the calibration; the longest record; the seed; the
     data's kind, which says whether a search has held-out samples to plot. Content: ``records``, the ids of the
-    calibration records in their order; ``files``, the data that they come from; ``images``, their whole content.
+    calibration records in their order; ``files``, the data that they come from; ``images``, their whole content;
+    ``written``, how many sequences the model writes itself, and their seed.
     """
     searches = settings.prune.method == "auto"
     return {
@@ -117,23 +118,22 @@ def _prune(settings: RunConfig) -> dict[str, Any]:
         "records": None,
         "files": None,
         "images": None,
+        "written": None,
     }
 
 
 def _search(settings: RunConfig) -> dict[str, Any]:
     """Level tables: batches of calibration records through the dense model. A table's recipe is added by the search.
 
-    The seed is that of what the model writes itself.
-
     Content as of ``prune``.
     """
     return {
         "calibration": _node(settings, "calibration", PLACES),
-        "seed": settings.seed if settings.calibration.generate != 0 else None,
         "max_length": settings.data.max_length,
         "records": None,
         "files": None,
         "images": None,
+        "written": None,
     }
 
 

@@ -64,16 +64,25 @@ def _samples(context: Context) -> dict[str, Any]:
         "records": digest([record.id for record in records]),
         "files": context.files["prune"],
         "images": processes.from_first(image_contents(records, context.store.memo) if first else None),
+        "written": [count, context.settings.seed] if (count := _written(context)) else None,
     }
+
+
+def _written(context: Context) -> int:
+    """How many sequences the dense model writes."""
+    from ..pruning.self_text import sequences
+
+    settings = context.settings
+    solves = settings.prune.solves
+    return sequences(settings.calibration, context.calibration, context.base.processor) if solves else 0
 
 
 def _writer(context: Context, tick: Tick) -> Callable[[Any], list[Any]] | None:
     """What has the dense model write text for the statistics, if it is to."""
-    from ..pruning.self_text import sequences, write_text
+    from ..pruning.self_text import write_text
 
     config, processor = context.settings.calibration, context.base.processor
-    count = sequences(config, context.calibration, processor) if context.settings.prune.solves else 0
-    if not count:
+    if not (count := _written(context)):
         return None
     how = (count, config.generate_length, context.settings.seed, config.batch_size, tick)
     return lambda dense: write_text(dense, processor, *how)

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import efficientllava
+from efficientllava.data.conversations import Record, Turn
 from efficientllava.errors import UserError
 from efficientllava.models.forward import forward_hidden
 from efficientllava.pruning import self_text
-from efficientllava.pruning.self_text import write_text
+from efficientllava.pruning.self_text import WRITTEN, position_share, sequences, write_text
 from efficientllava.pruning.statistics import Beginning, CalibrationStream
+from efficientllava.schema import CalibrationConfig
 
 LENGTH = 40
 MODELS = ("tiny_llava", "tiny_bunny", "tiny_internvl")
@@ -194,3 +198,16 @@ def test_logits_that_are_not_finite_are_refused():
             written("tiny_llava")
     finally:
         handle.remove()
+
+
+def test_text_joins_records_without_images_by_default():
+    processor = checkpoint("tiny_llava").processor
+    text = Record("a", None, (Turn("q", "a"),), False, "")
+    shown = replace(text, image=Image.new("RGB", (8, 8)))
+    assert sequences(CalibrationConfig(), [text, text], processor) == WRITTEN > 0
+    assert sequences(CalibrationConfig(), [text, shown], processor) == 0
+    assert sequences(CalibrationConfig(generate_length=1 << 20), [text], processor) == 0
+    assert [sequences(CalibrationConfig(generate=n), [shown], processor) for n in (0, 3)] == [0, 3]
+    batches = write_text(checkpoint("tiny_llava").model, processor, 4, LENGTH, 0)
+    share = position_share(0.25, 900.0, batches)
+    assert share * 4 * LENGTH / (share * 4 * LENGTH + 900) == pytest.approx(0.25)

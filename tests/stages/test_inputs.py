@@ -60,8 +60,8 @@ NEITHER = {
 }
 CONTENT = {
     "evaluate": ("model", "device", "processes", "task", "questions", "images", "lmms"),
-    "prune": ("model", "device", "processes", "records", "files", "images"),
-    "search": ("model", "device", "records", "files", "images"),
+    "prune": ("model", "device", "processes", "records", "files", "images", "written"),
+    "search": ("model", "device", "records", "files", "images", "written"),
     "recover": ("model", "device", "processes", "original_layers", "teacher", "files", "images"),
     "targets": ("model", "device", "teacher", "files"),
 }
