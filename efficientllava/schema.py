@@ -257,6 +257,18 @@ class SearchConfig:
 
 
 @dataclass
+class DeployConfig:
+    """A checkpoint as files for llama.cpp (extra ``[gguf]``)."""
+
+    name: str = "none"  # none | gguf
+    types: list[str] = field(default_factory=lambda: ["f16", "q8_0"])  # of the files, see deploy.files.TYPES
+    mmproj: bool = True  # write the image side too
+    check: bool = True  # compare the files, run in the installed runtime, with transformers
+    measure: bool = True  # measure their speed there, beside the dense model's
+    repeats: int = 5  # rounds of that, >= 1; medians are reported
+
+
+@dataclass
 class SweepConfig:
     """What several runs share (``-m``)."""
 
@@ -341,6 +353,7 @@ class RunConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     recover: RecoverConfig = field(default_factory=RecoverConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
     pretrain: Any = None  # a PretrainConfig: trains a tiny teacher instead of a run
     sweep: SweepConfig = field(default_factory=SweepConfig)
     trainer: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,287 @@
+"""What the installed runtime computes, against transformers: token ids, probabilities, greedy answers, image features."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..data.collator import prompt
+from ..data.conversations import Turn
+from ..data.prompts import Prompts
+from ..errors import UserError
+from ..models.anatomy import decoder_of
+from ..models.forward import going_on, stock_inputs
+from . import probe, vision
+from .runtime import Runtime, serve
+from .vocabulary import MARKER
+
+TEXT = (
+    "What colour is the smallest of the 12345 digits? It's they're, we'll see:\n\n  two  blanks, a\ttab.\n"
+    "def add(a, b): return a + b  # 3.14e-5 %$&@! (x) [y] {z} <b> https://example.org/?q=1 UPPER CamelCase "
+    "naïve café Ünïcode 日本語 русский हिन्दी 🙂 — “quoted” … end"
+)
+POSITIONS = 24  # of the probe text whose next token is compared
+ANSWER = 8  # greedy tokens of a question
+TOP = 5
+IMAGE_TOKENS = 16  # of an image that are read out of the runtime
+# Largest difference of the log-probabilities of the likeliest tokens that is rounding. Of types with fewer bits it is
+# told, not bounded.
+BOUNDS = {"f32": 0.02, "f16": 0.1, "bf16": 1.0}
+SAME = 0.999  # cosine of image features that counts as the same
+
+Question = tuple[str, Image.Image | None]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt, and what the model makes of it.
+
+    Args:
+        question: What is asked; empty for the beginning of a text.
+        text: The prompt's text, in which the placeholder of an image stands; or its token ids.
+        image: The image.
+        tokens: Length of the prompt, image tokens included.
+        logprobs: Of the next token, ``(vocabulary,)``.
+        greedy: The answer, with the token that ends it; None where only the next token is compared.
+    """
+
+    question: str
+    text: str | list[int]
+    image: Image.Image | None
+    tokens: int
+    logprobs: Tensor
+    greedy: list[int] | None
+
+
+def texts(tokenizer: Any) -> list[str]:
+    """Probe texts; for a vocabulary of whole words, its words."""
+    words = [word for word in sorted(tokenizer.get_vocab()) if word not in tokenizer.added_tokens_encoder]
+    if tokenizer.backend_tokenizer.model.__class__.__name__ == "WordLevel":
+        plain = [word for word in words if word.strip()]
+        return [" ".join(plain), "\n".join(reversed(plain))]
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special][:4]
+    return [TEXT, f"a{''.join(specials)}b"]
+
+
+def questions(tokenizer: Any, size: int) -> list[Question]:
+    """Questions for whoever has none: half of them about an image (noise: of the tower's size, and a wide one).
+
+    Args:
+        tokenizer: The checkpoint's.
+        size: Side of the tower's images in pixels.
+    """
+    words = texts(tokenizer)[0].split()[:24]
+    asked = [" ".join(words[start : start + 6]) for start in range(0, len(words), 6)]
+    images = [noise(size, size), noise(2 * size, size)]
+    return [(text, image) for text, image in zip(asked, (None, None, *images), strict=False)]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """An image of noise, always the same."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def require_tokens(runtime: Runtime, tokenizer: Any) -> None:
+    """Compare token ids over the probe texts.
+
+    Raises:
+        UserError: They differ; shows where.
+    """
+    end = tokenizer.eos_token_id
+    for text in texts(tokenizer):
+        ours, theirs = list(tokenizer(text).input_ids), runtime.tokens(text)
+        if ours != theirs:
+            at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+            at = min(len(ours), len(theirs)) if at is None else at
+            shown = [tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (ours, theirs)]
+            raise UserError(
+                f"deploy=gguf: the runtime splits text into other tokens: token {at} is {shown[0]}, there {shown[1]} "
+                f"(end token {end}); this tokenizer is not exported"
+            )
+
+
+@torch.no_grad()
+def expected(model: Any, processor: Any, asked: Sequence[Question], images: bool) -> list[Probe]:
+    """What a model makes of the probe text and of questions.
+
+    Args:
+        model: An image-text-to-text model on the CPU.
+        processor: Its processor.
+        asked: Questions.
+        images: Whether those with an image count.
+    """
+    limit = int(model.config.get_text_config().max_position_embeddings) // 2
+    ids = list(processor.tokenizer(texts(processor.tokenizer)[0]).input_ids)[:limit]
+    logprobs = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu()
+    ends = sorted({max(1, round(len(ids) * step / POSITIONS)) for step in range(1, POSITIONS + 1)})
+    found = [Probe("", ids[:end], None, end, logprobs[end - 1], None) for end in ends]
+    for text, image in asked:
+        if image is None or images:
+            found.append(_ask(model, processor, text, image))
+    return found
+
+
+def _ask(model: Any, processor: Any, question: str, image: Image.Image | None) -> Probe:
+    inputs = stock_inputs(model, prompt(processor, question, image))
+    rendered = Prompts(processor).render([Turn(question, "")], int(image is not None), True)
+    ids = inputs["input_ids"][0].tolist()
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    first, greedy = output.logits[0, -1].float().log_softmax(-1), []
+    stop = end_tokens(model)
+    while len(greedy) < ANSWER:
+        token = int(output.logits[0, -1].argmax())
+        greedy.append(token)
+        if token in stop:
+            break
+        output = model(input_ids=torch.tensor([[token]]), **going_on(output), use_cache=True)
+    return Probe(question, ids if image is None else rendered, image, len(ids), first, greedy)
+
+
+def end_tokens(model: Any) -> list[int]:
+    """Tokens that end an answer, the first one first."""
+    found = model.generation_config.eos_token_id
+    found = decoder_of(model).config.eos_token_id if found is None else found
+    if found is None:
+        raise UserError("deploy=gguf: no eos_token_id in generation_config.json or config.json; name the end token there")
+    return list(found) if isinstance(found, list | tuple) else [found]
+
+
+def compare(runtime: Runtime, probes: Sequence[Probe], placeholder: str, size: int) -> dict[str, Any]:
+    """Agreement of the runtime with the model.
+
+    Args:
+        runtime: The exported files, loaded.
+        probes: Output of `expected`.
+        placeholder: What stands for an image in their texts.
+        size: Side of the tower's images in pixels.
+
+    Returns:
+        For prompts of text, for those with an image of the tower's size (``image``) and for those whose image has to be
+        resized (``resized``), which each side does in its own way, where there are some: ``n``, mean ``kl`` of the next token in
+        nats, share with the same likeliest token (``top1``), largest difference of the log-probabilities of the `TOP`
+        likeliest tokens (``logprob_error``), and whether all greedy answers are the same (``greedy_equal``); with an
+        image also whether prompts are as long (``lengths_equal``) and the server's chat writes them so (``chat_equal``).
+    """
+    groups: dict[str, list[Probe]] = {"text": [], "image": [], "resized": []}
+    for each in probes:
+        groups["text" if each.image is None else "image" if each.image.size == (size, size) else "resized"].append(each)
+    return {name: _agreement(runtime, group, placeholder) for name, group in groups.items() if group}
+
+
+def _agreement(runtime: Runtime, probes: Sequence[Probe], placeholder: str) -> dict[str, Any]:
+    rows = [_row(runtime, each, placeholder) for each in probes]
+    kl, same, error, greedy, length = zip(*rows, strict=True)
+    found = {
+        "n": len(rows),
+        "kl": statistics.fmean(kl),
+        "top1": statistics.fmean(same),
+        "logprob_error": max(error),
+        "greedy_equal": all(each for each in greedy if each is not None),
+    }
+    if probes[0].image is None:
+        return found
+    return {**found, "lengths_equal": all(length), "chat_equal": all(_same_chat(runtime, p, placeholder) for p in probes)}
+
+
+def _same_chat(runtime: Runtime, each: Probe, placeholder: str) -> bool:
+    """Whether the server's chat writes the prompt that the model's own template writes."""
+    assert isinstance(each.text, str) and each.image is not None
+    theirs = runtime.chat(each.question, [each.image])
+    return theirs.partition(MARKER)[2].partition(">")[2] == each.text.partition(placeholder)[2]
+
+
+def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, float, bool | None, bool]:
+    asked: Any = each.text
+    if each.image is not None and isinstance(each.text, str):
+        asked = runtime.prompt(each.text.replace(placeholder, runtime.marker), [each.image])
+    # The positions of one text follow each other: what the runtime has read of it stays.
+    answer = runtime.complete(asked, top=len(each.logprobs), ignore_eos=True, cached=each.greedy is None)
+    theirs = torch.full_like(each.logprobs, -torch.inf)
+    for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+        theirs[entry["id"]] = entry["logprob"]
+    theirs = theirs.double().log_softmax(0)  # the runtime sums a large vocabulary in float32
+    best = each.logprobs.topk(min(TOP, len(theirs))).indices
+    error = float((theirs - each.logprobs)[best].abs().max())
+    terms = each.logprobs.exp() * (each.logprobs - theirs)
+    kl = max(0.0, float(terms[each.logprobs.exp() > 0].sum()))
+    greedy = None
+    if each.greedy is not None:
+        greedy = runtime.complete(asked, tokens=ANSWER)["tokens"] == each.greedy
+    return kl, int(theirs.argmax()) == int(best[0]), error, greedy, answer["tokens_evaluated"] == each.tokens
+
+
+def require_close(found: dict[str, Any], kind: str) -> None:
+    """Refuse an export whose text side is not what the model computes.
+
+    Args:
+        found: Output of `compare`.
+        kind: Type of the file.
+
+    Raises:
+        UserError: In a type of 16 bits or more, log-probabilities differ by more than rounding.
+    """
+    error = found["text"]["logprob_error"]
+    if kind in BOUNDS and not error <= BOUNDS[kind]:
+        raise UserError(
+            f"deploy=gguf: in {kind} the runtime's log-probabilities differ by {error:.3g} (allowed {BOUNDS[kind]:g}): "
+            "the exported decoder is not the model; please report it"
+        )
+
+
+def image_side(model: Any, processor: Any, mmproj: Path, folder: Path) -> dict[str, Any]:
+    """Cosine of the runtime's image features with the model's, on an image that needs no resizing.
+
+    Args:
+        model: An image-text-to-text model on the CPU.
+        processor: Its processor.
+        mmproj: The exported image side.
+        folder: For a file that is removed again.
+
+    Returns:
+        ``cosine``, the least one and ``n``, the number of image tokens that were compared.
+    """
+    size = vision.side(model.config.vision_config.image_size)
+    image = noise(size, size)
+    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"].to(model.dtype)
+    features = vision.image_features(model, pixels)
+    step = -(-len(features) // IMAGE_TOKENS)
+    sample = range(0, len(features), step)
+    found = probe.cosines(folder, mmproj, image, features.float(), sample, vision.is_closed(model))
+    return {"cosine": statistics.fmean(found), "cosine_min": min(found), "n": len(found)}
+
+
+def agreements(
+    files: dict[str, Path], mmproj: Path | None, model: Any, processor: Any, asked: Sequence[Question]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Check every exported file in the runtime.
+
+    Args:
+        files: By type.
+        mmproj: The image side, if there is one.
+        model: The model on the CPU.
+        processor: Its processor.
+        asked: Questions.
+
+    Yields:
+        Types, and what `compare` says of each.
+
+    Raises:
+        UserError: Token ids differ, or log-probabilities differ by more than rounding.
+    """
+    probes = expected(model, processor, asked, mmproj is not None)
+    context = 2 * max(each.tokens for each in probes) + ANSWER
+    size = vision.side(model.config.vision_config.image_size)
+    for kind, file in files.items():
+        with serve(file, mmproj, context=context, exact=kind in BOUNDS) as runtime:
+            require_tokens(runtime, processor.tokenizer)
+            found = compare(runtime, probes, Prompts(processor).image_token, size)
+        require_close(found, kind)
+        yield kind, found

@@ -1,0 +1,212 @@
+"""Decoders as llama.cpp knows them: which of its architectures holds which shapes, its metadata and its tensors.
+
+``llama`` holds Llama, Mistral, Qwen2 and Phi3 of one shape; ``deci`` is the same computation with a number of heads and
+a width per layer. Both turn neighbouring channels of a head by one angle, where transformers turns channels half a head
+apart: rows of the query and key projections, and their biases, are written in the other order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..models.anatomy import Component, Layer, Reader, decoder_of, final_norm_of, host_type, layers_of
+
+PARTS = {"attention": ("attn_q", "attn_k", "attn_v"), "mlp": ("ffn_gate", "ffn_up"), "plain": ("ffn_up",)}
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "phi3")
+REFUSED = {
+    "gemma3_text": "the runtime fixes which layers see a window of tokens and lets image tokens look both ways",
+    "qwen2_5_vl_text": "its image positions in two dimensions are not exported",
+    "qwen3_vl_text": "its image positions in two dimensions and its DeepStack features are not exported",
+}
+ACTIVATIONS = {"phi": ("gelu_new",)}  # of the others: silu
+EMPTY = 32  # channels of zeros that stand for an MLP that is gone: a layer without any would lose its attention
+
+Tensors = Iterator[tuple[str, Callable[[], Tensor]]]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a GGUF file says of a decoder.
+
+    Args:
+        architecture: llama.cpp's name for the computation.
+        layers: The layers.
+        model: The image-text-to-text model that they belong to.
+        context: Largest number of tokens.
+    """
+
+    architecture: str
+    layers: list[Layer]
+    model: Any
+    context: int
+
+    def metadata(self) -> dict[str, Any]:
+        """Sizes, as keys of a GGUF file; without those of rotary factors, which are tensors."""
+        config, layers, name = decoder_of(self.model).config, self.layers, self.architecture
+        head_dim = layers[0].head_dim
+        groups = [layer.attention.units for layer in layers]
+        heads = [layer.attention.units * layer.heads_per_group for layer in layers]
+        widths = [layer.mlp.units or EMPTY for layer in layers]
+        per_layer = name == "deci"
+        keys = {
+            "context_length": self.context,
+            "embedding_length": config.hidden_size,
+            "block_count": len(layers),
+            "attention.head_count": heads if per_layer else heads[0],
+            "attention.head_count_kv": groups if per_layer else groups[0],
+            "feed_forward_length": widths if per_layer else widths[0],
+            "attention.key_length": head_dim,
+            "attention.value_length": head_dim,
+            "vocab_size": decoder_of(self.model).embed_tokens.num_embeddings,
+            "rope.dimension_count": _rotated(config, head_dim),
+            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        }
+        norm = "layer_norm_epsilon" if name == "phi2" else "layer_norm_rms_epsilon"
+        keys[f"attention.{norm}"] = float(config.layer_norm_eps if name == "phi2" else config.rms_norm_eps)
+        return {f"{name}.{key}": value for key, value in (keys | _rope_keys(self.model)).items()}
+
+    def tensors(self) -> Tensors:
+        """Names and, when called, tensors; one at a time, so that there is never a second copy of all."""
+        model = self.model
+        embedding, head, norm = decoder_of(model).embed_tokens, model.lm_head, final_norm_of(model)
+        yield "token_embd.weight", lambda: embedding.weight
+        for name, factors in _rope_factors(model).items():
+            yield name, lambda factors=factors: factors
+        for index, layer in enumerate(self.layers):
+            yield from ((f"blk.{index}.{name}", made) for name, made in self._layer(layer))
+        yield from _affine("output_norm", norm)
+        if head.weight is not embedding.weight or self.architecture == "phi2":
+            yield from _affine("output", head)
+        if self.architecture == "phi2" and head.bias is None:
+            yield "output.bias", lambda: torch.zeros(head.out_features)  # which the runtime does not do without
+
+    def _layer(self, layer: Layer) -> Tensors:
+        module, permuted = layer.module, self.architecture in ("llama", "deci")
+        yield from _affine("attn_norm", module.input_layernorm)
+        if self.architecture != "phi2":  # attention and MLP of Phi read the same norm
+            yield from _affine("ffn_norm", module.post_attention_layernorm)
+        if self.architecture == "qwen3":
+            yield from _affine("attn_q_norm", module.self_attn.q_norm)
+            yield from _affine("attn_k_norm", module.self_attn.k_norm)
+        if layer.attention.units:
+            yield from _component(layer.attention, PARTS["attention"], "attn_output", layer.head_dim * permuted)
+        if layer.mlp.units:
+            kind = "mlp" if len(layer.mlp.readers) == 2 else "plain"
+            yield from _component(layer.mlp, PARTS[kind], "ffn_down")
+        else:
+            width = layer.mlp.writer.out_features
+            yield from ((f"{name}.weight", lambda: torch.zeros(EMPTY, width)) for name in PARTS["mlp"])
+            yield "ffn_down.weight", lambda: torch.zeros(width, EMPTY)
+
+
+def _affine(name: str, module: Any) -> Tensors:
+    yield f"{name}.weight", lambda: module.weight
+    if getattr(module, "bias", None) is not None:
+        yield f"{name}.bias", lambda: module.bias
+
+
+def _component(component: Component, parts: tuple[str, ...], writer: str, permuted: int = 0) -> Tensors:
+    for name, reader in zip(parts, component.readers, strict=True):
+        head = permuted if name in ("attn_q", "attn_k") else 0
+        yield f"{name}.weight", lambda reader=reader, head=head: _rows(reader.linear.weight, reader, component, head)
+        if reader.linear.bias is not None:
+            yield f"{name}.bias", lambda reader=reader, head=head: _rows(reader.linear.bias, reader, component, head)
+    yield from _affine(writer, component.writer)
+
+
+def _rows(tensor: Any, reader: Reader, component: Component, head_dim: int) -> Tensor:
+    """Rows of one part; those of query and key heads in the order of the runtime's rotation where ``head_dim`` > 0."""
+    rows = tensor.detach()[reader.offset : reader.offset + component.units * reader.width]
+    if not head_dim:
+        return rows
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def _rotated(config: Any, head_dim: int) -> int:
+    return int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def _rope_keys(model: Any) -> dict[str, Any]:
+    rotary = decoder_of(model).rotary_emb
+    keys: dict[str, Any] = {}
+    if rotary.attention_scaling != 1.0:
+        keys["rope.scaling.attn_factor"] = float(rotary.attention_scaling)
+    if rotary.rope_type == "longrope":
+        keys["rope.scaling.type"] = "longrope"
+        keys["rope.scaling.original_context_length"] = rotary.config.rope_parameters["original_max_position_embeddings"]
+    return keys
+
+
+def _rope_factors(model: Any) -> dict[str, Tensor]:
+    """What the runtime divides each rotary frequency by: read off the frequencies that the model computes with."""
+    rotary = decoder_of(model).rotary_emb
+    parameters = rotary.config.rope_parameters
+    if rotary.rope_type == "longrope":
+        names = {"rope_factors_short.weight": "short_factor", "rope_factors_long.weight": "long_factor"}
+        return {name: torch.tensor(parameters[key], dtype=torch.float32) for name, key in names.items()}
+    found = rotary.inv_freq.detach().cpu().double()
+    plain = float(parameters["rope_theta"]) ** -(torch.arange(len(found), dtype=torch.float64) / len(found))
+    factors = (plain / found).float()
+    return {} if torch.allclose(factors, torch.ones_like(factors), atol=1e-6) else {"rope_freqs.weight": factors}
+
+
+def describe(model: Any) -> Decoder:
+    """How llama.cpp holds a decoder.
+
+    Args:
+        model: An image-text-to-text model.
+
+    Raises:
+        UserError: It holds it in no way; says why.
+    """
+    config, layers = decoder_of(model).config, layers_of(model)
+    host = host_type(config)
+    if host in REFUSED:
+        raise _refusal(host, REFUSED[host])
+    uniform = len({(layer.attention.units, layer.mlp.units) for layer in layers}) == 1
+    whole = all(layer.attention.units and layer.mlp.units for layer in layers)
+    if host in LLAMA_LIKE:
+        architecture = "llama" if uniform and whole else "deci"
+    else:
+        architecture = {"phi": "phi2", "qwen3": "qwen3"}[host]
+        if not uniform:
+            raise _refusal(host, f"the runtime's {architecture} has one shape for all layers; {FIXES[host]}")
+    _require_known(host, architecture, model, layers)
+    return Decoder(architecture, layers, model, _context(config))
+
+
+FIXES = {
+    "phi": "drop layers, or cut channels alone with prune.selection=shape and prune.protect_attention",
+    "qwen3": "prune with prune.selection=shape or drop layers",
+}
+
+
+def _require_known(host: str, architecture: str, model: Any, layers: list[Layer]) -> None:
+    config = decoder_of(model).config
+    width = layers[0].attention.units * layers[0].heads_per_group * layers[0].head_dim
+    rotary = decoder_of(model).rotary_emb
+    if config.hidden_act not in ACTIVATIONS.get(host, ("silu", "swish")):
+        raise _refusal(host, f"the runtime's {architecture} has no activation {config.hidden_act!r}")
+    if architecture == "phi2" and width != config.hidden_size:
+        raise _refusal(host, f"the runtime's phi2 keeps all heads; {FIXES[host]}")
+    if architecture != "phi2" and _rotated(config, layers[0].head_dim) != layers[0].head_dim:
+        raise _refusal(host, f"the runtime's {architecture} rotates whole heads, this one a part of each")
+    if rotary.rope_type == "dynamic" or (architecture == "phi2" and _rope_factors(model)):
+        raise _refusal(host, f"rope_type {rotary.rope_type!r} is none that the runtime's {architecture} computes")
+
+
+def _refusal(host: str, reason: str) -> UserError:
+    return UserError(f"deploy=gguf: a {host} decoder of this shape is not exported: {reason}")
+
+
+def _context(config: Any) -> int:
+    """Most tokens for which the runtime computes the same: it knows no sliding window in these architectures."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(int(config.max_position_embeddings), int(window or math.inf) if window else config.max_position_embeddings)

@@ -1,0 +1,260 @@
+"""The folder for llama.cpp: files of every type, the image side, how to run them, and what they were found to do."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..card import named
+from ..disk import require_space
+from ..errors import UserError, disk_full
+from ..models.anatomy import decoder_of
+from ..runtime.files import whole_file
+from ..schema import DeployConfig
+from . import check, decoders, files, vision
+from .measure import speeds
+from .runtime import require_installed, version
+from .vocabulary import vocabulary
+
+README, MODELFILE = "README.md", "Modelfile"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the files of a checkpoint will hold.
+
+    Args:
+        decoder: The decoder.
+        words: Keys of its tokenizer.
+        image_side: Keys and tensors of the image side; None where it is not exported.
+    """
+
+    decoder: decoders.Decoder
+    words: dict[str, Any]
+    image_side: tuple[dict[str, Any], Any] | None
+
+
+def describe(checkpoint: Any, config: DeployConfig) -> Content:
+    """Find out whether a checkpoint can be exported; nothing is written.
+
+    Raises:
+        UserError: It cannot; says why and what would help.
+    """
+    require_installed()
+    for kind in config.types:
+        files.require_type(kind)
+    model = checkpoint.model
+    rows = decoder_of(model).embed_tokens.num_embeddings
+    return Content(
+        decoders.describe(model),
+        vocabulary(checkpoint.processor, rows, check.end_tokens(model)),
+        vision.describe(model, checkpoint.processor) if config.mmproj else None,
+    )
+
+
+def name_of(checkpoint: Any) -> str:
+    """The part of the file names that says which model it is."""
+    base = checkpoint.base
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(base.get("name") or named(str(base["path"]))).rpartition("/")[2])
+    return f"{name}-pruned" if checkpoint.provenance.get("history") else name
+
+
+def file_names(name: str, config: DeployConfig) -> dict[str, str]:
+    """Names of the files by type; ``mmproj`` is the image side, which stays in 16 or 32 bits."""
+    names = {kind: f"{name}-{kind.upper()}.gguf" for kind in config.types}
+    return names | ({"mmproj": f"mmproj-{name}-{_image_type(config).upper()}.gguf"} if config.mmproj else {})
+
+
+def _image_type(config: DeployConfig) -> str:
+    return "f32" if set(config.types) == {"f32"} else "f16"
+
+
+def needed_bytes(model: Any, config: DeployConfig, dense: bool) -> int:
+    """Bytes of all files, and of the dense ones beside them while speeds are measured."""
+    bits = {"f32": 32, "q8_0": 8.5, "q5_1": 6, "q5_0": 5.5, "q4_1": 5, "q4_0": 4.5}
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    return int(whole * sum(bits.get(kind, 16) for kind in config.types) / 8) * (2 if dense else 1) + 2 * whole
+
+
+def write(checkpoint: Any, folder: Path, config: DeployConfig) -> dict[str, Any]:
+    """Write the files, and how to use them.
+
+    Args:
+        checkpoint: What to export.
+        folder: An existing folder.
+        config: ``types`` and ``mmproj``.
+
+    Returns:
+        ``architecture``, ``context``, ``files`` by type with ``file``, ``bytes`` and ``fallback`` (tensors that are
+        stored wider, since their rows are no whole number of blocks), and ``mmproj``.
+
+    Raises:
+        UserError: It cannot be exported, or the disk is full.
+    """
+    content, name = describe(checkpoint, config), name_of(checkpoint)
+    names, decoder = file_names(name, config), content.decoder
+    general = {"general.name": name, "general.type": "model"}
+    made: dict[str, Any] = {"architecture": decoder.architecture, "context": decoder.context, "files": {}}
+    with _room(folder):
+        for kind in config.types:
+            keys = general | decoder.metadata() | content.words
+            fallback = files.write(folder / names[kind], decoder.architecture, keys, decoder.tensors(), kind)
+            size = (folder / names[kind]).stat().st_size
+            made["files"][kind] = {"file": names[kind], "bytes": size, "fallback": fallback}
+        if content.image_side is not None:
+            keys, tensors = content.image_side
+            keys = general | {"general.type": "mmproj"} | keys
+            files.write(folder / names["mmproj"], "clip", keys, tensors, _image_type(config))
+            made["mmproj"] = {"file": names["mmproj"], "bytes": (folder / names["mmproj"]).stat().st_size}
+    return made
+
+
+@contextmanager
+def _room(folder: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        if disk_full(error):
+            raise UserError(f"{folder}: the disk is full; free some space, or export fewer deploy.types") from error
+        raise
+
+
+def deploy(
+    checkpoint: Any,
+    folder: Path,
+    config: DeployConfig,
+    dense: Any = None,
+    questions: Sequence[check.Question] = (),
+) -> dict[str, Any]:
+    """Export a checkpoint, check the files in the installed runtime, and measure them.
+
+    Args:
+        checkpoint: What to export; its model is on the CPU, in float32.
+        folder: The folder; made if it does not exist.
+        config: What to do.
+        dense: The checkpoint that it was made of, measured beside it; None measures it alone.
+        questions: What is asked of both sides; empty: questions of this package's own.
+
+    Returns:
+        What `write` says, and: ``runtime``; per type ``agreement`` (see `efficientllava.deploy.check.compare`) and
+        ``speed`` by ``dense`` and ``pruned``; of the image side ``cosine``.
+
+    Raises:
+        UserError: It cannot be exported, the runtime does not take it, or it computes something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    describe(checkpoint, config)
+    both = dense is not None and config.measure
+    require_space(folder, needed_bytes(checkpoint.model, config, both), "deploy=gguf", "export fewer deploy.types")
+    made = write(checkpoint, folder, config) | {"runtime": version()}
+    paths = {kind: folder / entry["file"] for kind, entry in made["files"].items()}
+    if config.check:
+        _check(checkpoint, folder, made, paths, questions)
+    if config.measure:
+        _measure(made, paths, config, dense, folder)
+    tell(folder, name_of(checkpoint), made)
+    return made
+
+
+def _check(checkpoint: Any, folder: Path, made: dict[str, Any], paths: dict[str, Path], questions: Any) -> None:
+    model, processor = checkpoint.model, checkpoint.processor
+    mmproj = folder / made["mmproj"]["file"] if "mmproj" in made else None
+    if mmproj is not None:
+        made["mmproj"] |= check.image_side(model, processor, mmproj, folder)
+    size = vision.side(model.config.vision_config.image_size) if mmproj is not None else 32
+    asked = questions or check.questions(processor.tokenizer, size)
+    for kind, found in check.agreements(paths, mmproj, model, processor, asked):
+        made["files"][kind]["agreement"] = found
+
+
+def _measure(made: dict[str, Any], paths: dict[str, Path], config: DeployConfig, dense: Any, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=".dense-", dir=folder) as scratch:
+        beside = {}
+        if dense is not None:
+            plain = DeployConfig(types=config.types, mmproj=False)
+            beside = {kind: entry["file"] for kind, entry in write(dense, Path(scratch), plain)["files"].items()}
+        for kind, path in paths.items():
+            measured = {"dense": Path(scratch) / beside[kind]} if beside else {}
+            context = min(512, made["context"])
+            made["files"][kind]["speed"] = speeds({**measured, "pruned": path}, context, config.repeats)
+
+
+def remarks(made: dict[str, Any]) -> list[str]:
+    """What a user has to know of an export, a line each."""
+    lines = []
+    for kind, entry in made["files"].items():
+        if entry["fallback"]:
+            lines.append(
+                f"{kind}: {len(entry['fallback'])} tensors stay in {files.FALLBACK} and the file grows, since their rows "
+                f"are no multiple of {files.BLOCK}, such as {entry['fallback'][0]}; prune with prune.round_to={kind}"
+            )
+    if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < check.SAME:
+        equal = all(entry["agreement"]["text"]["greedy_equal"] for entry in _tight(made))
+        lines.append(
+            f"image side differs in the installed runtime (cosine {made['mmproj']['cosine']:.3f}), text side "
+            f"{'equal' if equal else 'not equal in its greedy answers'}; the file follows the model, the runtime does not"
+        )
+    for entry in _tight(made):
+        resized = entry["agreement"].get("resized")
+        if resized and not lines and resized["logprob_error"] > 10 * check.BOUNDS["f16"]:
+            lines.append(
+                f"images that have to be resized: the runtime fits them in otherwise (log-probabilities differ by "
+                f"{resized['logprob_error']:.2g}); give it squares of the tower's size"
+            )
+    return lines
+
+
+def _tight(made: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for kind, entry in made["files"].items() if kind in check.BOUNDS and "agreement" in entry]
+
+
+def tell(folder: Path, name: str, made: dict[str, Any]) -> None:
+    """Write ``README.md`` and ``Modelfile``.
+
+    Args:
+        folder: The folder of the files.
+        name: See `name_of`.
+        made: Output of `deploy`.
+    """
+    model = next(iter(made["files"].values()))["file"]
+    image = f" --mmproj {made['mmproj']['file']}" if "mmproj" in made else ""
+    table = ["| type | file | MiB | KL, nats | same top token | decode, tokens per CPU second |", "|---|---|---:|---:|---:|---:|"]
+    for kind, entry in made["files"].items():
+        text = entry.get("agreement", {}).get("text", {})
+        speed = {key: f"{value['decode']:.0f}" for key, value in entry.get("speed", {}).items()}
+        cells = [kind, f"`{entry['file']}`", f"{entry['bytes'] / 2**20:.1f}"]
+        cells += [f"{text['kl']:.2g}", f"{100 * text['top1']:.0f} %"] if text else ["-", "-"]
+        cells.append(f"{speed['pruned']} (dense {speed['dense']})" if "dense" in speed else speed.get("pruned", "-"))
+        table.append("| " + " | ".join(cells) + " |")
+    lines = [
+        f"# {name} for llama.cpp",
+        "",
+        f"Architecture `{made['architecture']}`, context {made['context']} tokens. Checked with {made['runtime']}.",
+        "",
+        *table,
+        "",
+        *(f"- {line}" for line in remarks(made)),
+        "",
+        "```",
+        f"llama-server -m {model}{image} --jinja",
+        *([f'llama-mtmd-cli -m {model}{image} --jinja --image picture.png -p "What is in this picture?"'] if image else []),
+        f"ollama create {name.lower()} -f {MODELFILE}",
+        "```",
+        "",
+        "KL and the same top token: the next token against transformers, on prompts of text. K-quants are made of the f16 "
+        f"file by llama.cpp's own program: `llama-quantize {name}-F16.gguf {name}-Q4_K_M.gguf Q4_K_M`.",
+        "",
+    ]
+    for file, text in ((README, "\n".join(lines)), (MODELFILE, _modelfile(made))):
+        with whole_file(folder / file) as path:
+            path.write_text(text, encoding="utf-8")
+
+
+def _modelfile(made: dict[str, Any]) -> str:
+    names = [next(iter(made["files"].values()))["file"], *([made["mmproj"]["file"]] if "mmproj" in made else [])]
+    return "".join(f"FROM ./{name}\n" for name in names) + f"PARAMETER temperature 0\nPARAMETER num_ctx {made['context']}\n"

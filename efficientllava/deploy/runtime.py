@@ -1,0 +1,185 @@
+"""The installed runtime: llama.cpp's server out of ``xllamacpp``, asked over the loopback of this machine."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import UserError
+
+PACKAGES = ("gguf", "xllamacpp")
+INSTALL = "pip install -c constraints.txt -e '.[gguf]'"
+SERVER = Path(__file__).with_name("server.py")
+TIMEOUT = 3600.0  # seconds for one answer
+
+
+def missing() -> list[str]:
+    """Packages of the extra that are not installed."""
+    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+
+
+def require_installed() -> None:
+    """Refuse an export without its packages.
+
+    Raises:
+        UserError: Names what is missing and how it is installed.
+    """
+    if absent := missing():
+        raise UserError(f"deploy=gguf: {' and '.join(absent)} not installed; {INSTALL}, or set deploy=none")
+
+
+def version() -> str:
+    """Name and version of the installed runtime."""
+    return f"xllamacpp {metadata.version('xllamacpp')}"
+
+
+class Runtime:
+    """A model in the runtime; see `serve`.
+
+    Attributes:
+        seconds: What loading took.
+        marker: The text that stands for an image in a prompt.
+    """
+
+    def __init__(self, process: Any, log: Any, path: Path) -> None:
+        self._process, self._log, self._path = process, log, path
+        told = self._read()
+        self.seconds = float(told["seconds"])
+        self._address = told["address"]
+        self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
+        with self._open(f"{self._address}/props", timeout=TIMEOUT) as reply:
+            self.marker: str = json.load(reply)["media_marker"]
+
+    def _read(self) -> Any:
+        line = self._process.stdout.readline()
+        if not line:
+            raise self._failed()
+        return json.loads(line)
+
+    def _failed(self) -> UserError:
+        self._process.wait()
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        told = [line for line in lines if "error" in line.lower() or "assert" in line.lower()] or lines or ["no message"]
+        return UserError(f"{self._path}: {version()} does not take it: {told[0][:300]}")
+
+    def cpu(self) -> float:
+        """Seconds of CPU that the runtime has used."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._read())
+
+    def ask(self, place: str, **body: Any) -> Any:
+        """What an endpoint of the server answers.
+
+        Args:
+            place: Such as ``tokenize`` or ``completion``.
+            **body: Fields of the request.
+
+        Raises:
+            UserError: The runtime refused the request, or it has ended.
+        """
+        request = urllib.request.Request(
+            f"{self._address}/{place}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with self._open(request, timeout=TIMEOUT) as reply:
+                return json.load(reply)
+        except urllib.error.HTTPError as error:
+            raise UserError(f"{self._path}: {version()} refused {place}: {error.read().decode()[:300]}") from error
+        except (OSError, ValueError) as error:
+            raise self._failed() from error
+
+    def tokens(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text; ``special`` adds what the file says stands at a text's beginning and end."""
+        return self.ask("tokenize", content=text, add_special=special, parse_special=True)["tokens"]
+
+    def prompt(self, text: str, images: Sequence[Image.Image]) -> Any:
+        """A prompt; the marker stands in ``text`` where an image does."""
+        return {"prompt_string": text, "multimodal_data": [_png(image) for image in images]} if images else text
+
+    def chat(self, question: str, images: Sequence[Image.Image] = ()) -> str:
+        """The prompt that the server makes of a message, by the chat template in the file."""
+        urls = [{"url": f"data:image/png;base64,{_png(image)}"} for image in images]
+        content: list[Any] = [{"type": "image_url", "image_url": url} for url in urls]
+        message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+        return self.ask("apply-template", messages=[message])["prompt"]
+
+    def complete(
+        self, prompt: Any, tokens: int = 1, top: int = 0, ignore_eos: bool = False, cached: bool = False
+    ) -> dict[str, Any]:
+        """Greedy continuation of a prompt.
+
+        Args:
+            prompt: Text, token ids, or output of `prompt`.
+            tokens: Of the continuation at most, >= 1.
+            top: Of each of them, log-probabilities of so many tokens, by the model alone.
+            ignore_eos: Go on behind an end.
+            cached: Do not read again what the last prompt begins with.
+        """
+        greedy = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "ignore_eos": ignore_eos}
+        options = {"cache_prompt": cached, "return_tokens": True, **greedy}
+        return self.ask("completion", prompt=prompt, n_predict=tokens, n_probs=top, **options)
+
+
+def _png(image: Image.Image) -> str:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+@contextmanager
+def serve(
+    model: Path, mmproj: Path | None = None, *, context: int, threads: int = 1, embeddings: bool = False, exact: bool = False
+) -> Iterator[Runtime]:
+    """Load files into the runtime.
+
+    Args:
+        model: GGUF file of a decoder.
+        mmproj: GGUF file of its image side.
+        context: Tokens that there is room for, >= 1.
+        threads: Of the CPU.
+        embeddings: Answer with the final hidden states of all positions in place of text.
+        exact: Keep keys and values in float32 and not, as the runtime does unless told otherwise, in float16.
+
+    Yields:
+        The runtime.
+
+    Raises:
+        UserError: The runtime does not take the files; says its first line about it.
+    """
+    asked = {
+        "model": str(model),
+        "mmproj": mmproj and str(mmproj),
+        "context": context,
+        "threads": threads,
+        "embeddings": embeddings,
+        "exact": exact,
+    }
+    pipe = subprocess.PIPE
+    with tempfile.TemporaryFile() as log:
+        command = [sys.executable, "-I", str(SERVER), json.dumps(asked)]
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
+        try:
+            yield Runtime(process, log, model)
+        finally:
+            process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,184 @@
+"""Tokenizers as llama.cpp knows them: tokens, types, scores, merges and the name of the rule that splits text first."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import UserError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+SPACE = "\u2581"  # what SentencePiece writes for a space
+MARKER, CLOSED = "<__media_", "__>"  # how a text begins and ends that the server puts into a message for an image
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+# How text is split -> the name that the runtime has for it. "bytes" stands for the rule of GPT-2.
+SPLITS = {
+    ("bytes",): "gpt-2",
+    ("digits", "bytes"): "smollm",
+    (rf"{_ENDINGS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",): "llama-bpe",
+    (rf"{_ENDINGS}|{_WORDS}|\p{{N}}|{_REST}",): "qwen2",
+}
+
+
+def vocabulary(processor: Any, size: int, end: Sequence[int]) -> dict[str, Any]:
+    """Keys of a GGUF file that make its tokenizer; its chat template is among them.
+
+    Args:
+        processor: The checkpoint's processor.
+        size: Rows of the embedding: tokens that the tokenizer does not know are written as unused.
+        end: Tokens that end an answer, the first one first.
+
+    Raises:
+        UserError: The runtime has no such tokenizer, or the embedding has fewer rows than it has tokens.
+    """
+    tokenizer = processor.tokenizer
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    texts = {index: token for token, index in tokenizer.get_vocab().items()}
+    if max(texts) >= size:
+        raise UserError(f"deploy=gguf: the tokenizer has token {max(texts)}, the embedding has {size} rows; mend either")
+    kind = raw["model"]["type"]
+    if kind not in _KINDS:
+        raise UserError(f"deploy=gguf: the runtime has no {kind} tokenizer; it has {', '.join(_KINDS)}")
+    tokens = [texts.get(index, f"[unused{index}]") for index in range(size)]
+    types = [NORMAL if index in texts else UNUSED for index in range(size)]
+    for added in raw["added_tokens"]:
+        types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+    keys = _KINDS[kind](raw, tokens, types)
+    found = tokenizer("a").input_ids
+    keys |= {
+        "add_bos_token": tokenizer.bos_token_id is not None and found[0] == tokenizer.bos_token_id,
+        "add_eos_token": tokenizer.eos_token_id is not None and found[-1] == tokenizer.eos_token_id,
+        "eos_token_id": end[0],
+        "bos_token_id": tokenizer.bos_token_id,
+        "unknown_token_id": tokenizer.unk_token_id,
+        "padding_token_id": tokenizer.pad_token_id,
+        "eot_token_id": end[1] if len(end) > 1 else None,
+        "eom_token_id": end[2] if len(end) > 2 else None,
+    }
+    named = {f"tokenizer.ggml.{key}": value for key, value in keys.items() if value is not None}
+    return named | {"tokenizer.chat_template": chat_template(processor)}
+
+
+def chat_template(processor: Any) -> str:
+    """The processor's chat template, for a server that replaces images by a text of its own before it applies it.
+
+    What the template writes behind an image, such as a line break, is written behind that text: in a content of parts,
+    and in one text, which the server makes of them where a template takes both.
+    """
+    from jinja2 import Environment
+
+    template = processor.chat_template or ""
+    show = Environment().from_string(template)
+    image = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARKER}]}]
+    words = {"bos_token": "", "eos_token": "", "add_generation_prompt": False}
+    before = show.render(messages=image, **words).partition(MARKER)[0]
+    plain = [{"role": "user", "content": [{"type": "text", "text": MARKER}]}]
+    behind = before.removeprefix(show.render(messages=plain, **words).partition(MARKER)[0])
+    behind = re.sub(r"^(<[^<>]+>)+", "", behind)
+    for text in ("m['content']", "c['text']"):
+        marked = f"{text}.replace('{CLOSED}', {json.dumps(CLOSED + behind)}) if '{MARKER}' in {text} else {text}"
+        template = template.replace(f"{{{{ {text} }}}}", f"{{{{ {marked} }}}}") if behind else template
+    return template
+
+
+def _bytes(raw: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
+    """Byte-level BPE, or BPE as SentencePiece does it."""
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in raw["model"]["merges"]]
+    if raw["model"].get("byte_fallback"):
+        return _pieces(raw, merges, tokens, types)
+    split = tuple(_splits(raw["pre_tokenizer"]))
+    if split not in SPLITS:
+        raise UserError(f"deploy=gguf: the runtime has no name for a tokenizer that splits text by {split}")
+    return {"model": "gpt2", "pre": SPLITS[split], "tokens": tokens, "token_type": types, "merges": merges}
+
+
+def _splits(node: Mapping[str, Any] | None) -> list[str]:
+    kind = (node or {}).get("type")
+    if node is None or kind is None:
+        return []
+    if kind == "Sequence":
+        return [rule for each in node["pretokenizers"] for rule in _splits(each)]
+    if kind == "ByteLevel":
+        return ["bytes"] if node.get("use_regex", True) else []
+    if kind == "Digits" and node["individual_digits"]:
+        return ["digits"]
+    if kind == "Split":
+        return [str(node["pattern"].get("Regex", node["pattern"]))]
+    return [str(kind)]
+
+
+def _pieces(raw: Mapping[str, Any], merges: list[str], tokens: list[str], types: list[int]) -> dict[str, Any]:
+    """SentencePiece's BPE joins the two neighbours whose piece comes first among the merges."""
+    rank: dict[str, int] = {}
+    for number, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", ""), number)
+    for index, token in enumerate(tokens):
+        if re.fullmatch("<0x[0-9A-F]{2}>", token):
+            types[index] = BYTE
+    unknown = raw["model"].get("unk_token")
+    if unknown in tokens:
+        types[tokens.index(unknown)] = UNKNOWN
+    return {
+        "model": "llama",
+        "pre": "default",
+        "tokens": tokens,
+        "token_type": types,
+        "scores": [-float(rank.get(token, len(merges))) for token in tokens],
+        "add_space_prefix": _space_first(raw),
+    }
+
+
+def _space_first(raw: Mapping[str, Any]) -> bool:
+    nodes = [raw.get("normalizer") or {}, raw.get("pre_tokenizer") or {}]
+    nodes += [part for node in nodes for part in node.get("normalizers", [])]
+    return any(node.get("type") == "Prepend" or node.get("prepend_scheme") in ("always", "first") for node in nodes)
+
+
+def _whole_words(raw: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
+    """Words between blanks, and single marks: a unigram tokenizer in which every word is one piece.
+
+    A word that is in no vocabulary may become a known beginning and an unknown rest.
+    """
+    marks = set()
+    for rule in _splits(raw["pre_tokenizer"]):
+        if not re.fullmatch(r"WhitespaceSplit|\[[^\]\\^-]+\]", rule):
+            raise UserError(f"deploy=gguf: the runtime has no whole-word tokenizer that splits text by {rule!r}")
+        marks |= {*rule[1:-1]} if rule.startswith("[") else set()
+    for index, token in enumerate(tokens):
+        if token in marks:
+            types[index] = USER_DEFINED
+        elif types[index] == NORMAL:
+            tokens[index] = SPACE + token
+    unknown = tokens.index(raw["model"]["unk_token"])
+    types[unknown] = UNKNOWN
+    return {
+        "model": "t5",
+        "pre": "default",
+        "tokens": tokens,
+        "token_type": types,
+        "scores": [0.0] * len(tokens),
+        "add_space_prefix": True,
+        "remove_extra_whitespaces": True,
+        "precompiled_charsmap": _blanks(),
+    }
+
+
+def _blanks(blanks: bytes = b"\t\n\v\f\r") -> bytes:
+    """SentencePiece's table of replacements (a trie as a double array joined by XOR), which makes blanks of them."""
+    root, child, value = 256, 128, 0
+    nodes = [0] * 512
+    nodes[0] = root << 10
+    for byte in blanks:
+        nodes[root ^ byte] = child << 10 | 1 << 8 | byte
+        nodes[root ^ byte ^ child] = 1 << 31 | value
+    packed = struct.pack(f"<{len(nodes)}I", *nodes)
+    return struct.pack("<I", len(packed)) + packed + b" \0"
+
+
+_KINDS = {"BPE": _bytes, "WordLevel": _whole_words}
