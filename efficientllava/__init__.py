@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ._registration import register_when_transformers_loads
 
 if TYPE_CHECKING:
-    from .api import load, plan, prune, recover, save
+    from .api import load, plan, prune, recover, save, to_gguf
 
 __version__ = "0.1.0"
-__all__ = ["load", "plan", "prune", "recover", "save"]
+__all__ = ["load", "plan", "prune", "recover", "save", "to_gguf"]
 
 register_when_transformers_loads()
 

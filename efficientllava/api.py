@@ -1,4 +1,4 @@
-"""The five lines of the Python interface: load, plan, prune, recover, save.
+"""The lines of the Python interface: load, plan, prune, recover, save, and files for llama.cpp.
 
 import efficientllava as ev
 
@@ -7,6 +7,7 @@ plan = ev.plan(checkpoint, ratio=0.5)
 smaller = ev.prune(checkpoint, plan)
 ev.recover(smaller, data_frac=0.05)
 ev.save(smaller, "tiny_llava_half")
+ev.to_gguf(smaller, "tiny_llava_half/gguf")
 """
 
 from __future__ import annotations
@@ -40,10 +41,18 @@ from .recovery.trainable import require_trainable
 from .runtime.content import digest
 from .runtime.files import remove
 from .runtime.store import Store, growing
-from .schema import CalibrationConfig, DataConfig, PruneConfig, RecoverConfig, RunConfig, WeightsConfig
+from .schema import (
+    CalibrationConfig,
+    DataConfig,
+    DeployConfig,
+    PruneConfig,
+    RecoverConfig,
+    RunConfig,
+    WeightsConfig,
+)
 from .stages.inputs import inputs_of, taught
 
-__all__ = ["load", "plan", "prune", "recover", "save"]
+__all__ = ["load", "plan", "prune", "recover", "save", "to_gguf"]
 
 DIGITS = DataConfig(name="digits_vqa")
 WIDTHWISE = PruneConfig(name="widthwise", method="widthwise", ratio=0.5, refit=True)
@@ -203,3 +212,25 @@ def _places(store: Store, checkpoint: Checkpoint, recovery: RecoveryData, settin
     content |= {"images": digest(image_stamps(recovery.records)), "original_layers": checkpoint.original_layers}
     own = inputs_of("recover", settings, model=weights_digest(checkpoint.model), **content)
     return store.place("recover", own), store.place("targets", targets)
+
+
+def to_gguf(
+    checkpoint: Checkpoint, folder: str | Path, dense: Checkpoint | None = None, **options: Any
+) -> dict[str, Any]:
+    """Write a checkpoint as files for llama.cpp, compare them in the installed runtime, and measure them there.
+
+    Args:
+        checkpoint: What to export, on the CPU in float32.
+        folder: Where the files go.
+        dense: The checkpoint that it was pruned from, measured beside it.
+        **options: Fields of `efficientllava.schema.DeployConfig`: ``types``, ``mmproj``, ``check``, ``measure`` …
+
+    Returns:
+        What was written and found, see `efficientllava.deploy.export.deploy`.
+
+    Raises:
+        UserError: It cannot be exported, or the runtime computes something else.
+    """
+    from .deploy.export import deploy
+
+    return deploy(checkpoint, Path(folder), _with(DeployConfig(name="gguf"), options, "to_gguf"), dense)

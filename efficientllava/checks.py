@@ -18,7 +18,7 @@ from .errors import ConfigError, UserError
 from .hub import local_folder
 from .outcome import of_hydra
 from .rules import EFFECTS, FOLLOWS, IMAGE_FOLDERS, RULES, TRAINER, bypassed
-from .schema import MASKED, JudgeConfig, PruneConfig, RecoverConfig, RunConfig, SearchConfig
+from .schema import MASKED, DeployConfig, JudgeConfig, PruneConfig, RecoverConfig, RunConfig, SearchConfig
 
 
 def check(config: RunConfig, overrides: Sequence[str] = ()) -> None:
@@ -95,6 +95,7 @@ def require_valid(config: Any, node: str) -> None:
     problems += _judge(config) if isinstance(config, JudgeConfig) else ()
     if isinstance(config, RunConfig) and config.prune.method == "widthwise":
         problems += _widthwise(config.prune, config.calibration.samples)
+    problems += _installed(config) if isinstance(config, DeployConfig) else ()
     if problems:
         raise ConfigError(problems)
 
@@ -128,6 +129,13 @@ def _combinations(config: RunConfig) -> Iterator[str]:
     if config.evaluate.lmms_eval.tasks and not importlib.util.find_spec("lmms_eval"):
         yield "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'"
     yield from _tasks(config.evaluate.tasks)
+    if config.deploy.name != "none" and not config.dry_run:
+        if config.prune.method == "auto" and config.search.granularity != "structured":
+            yield (
+                f"search.granularity={config.search.granularity}: masks make no file for llama.cpp smaller; set "
+                "search.granularity=structured or deploy=none"
+            )
+        yield from _installed(config.deploy)
 
 
 def _widthwise(prune: PruneConfig, samples: int) -> Iterator[str]:
@@ -205,6 +213,16 @@ def _judge(judge: JudgeConfig) -> Iterator[str]:
         fits = False
     if not fits:
         yield "evaluate.judge.base_url: must be like https://host:port/v1; a key belongs into evaluate.judge.key_env"
+
+
+def _installed(deploy: DeployConfig) -> Iterator[str]:
+    runs = deploy.check or deploy.measure
+    wanted = ("gguf", "xllamacpp") if runs else ("gguf",)
+    if absent := [name for name in wanted if importlib.util.find_spec(name) is None]:
+        yield (
+            f"deploy=gguf: {' and '.join(absent)} not installed; pip install -c constraints.txt -e '.[gguf]', or set "
+            "deploy=none"
+        )
 
 
 def _tasks(names: Sequence[str]) -> Iterator[str]:

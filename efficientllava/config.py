@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import ConfigError, UserError
 from .presets import register_presets
 from .runtime.content import digest
-from .schema import PathsConfig, RecoverConfig, RunConfig, WandbConfig
+from .schema import BLOCKS, PathsConfig, RecoverConfig, RunConfig, WandbConfig
 
 LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
 
@@ -79,6 +79,8 @@ def typed(config: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError([" ".join(str(error).split())]) from error
     assert isinstance(result, RunConfig)
     result.paths = PathsConfig(*map(at_home, dataclasses.astuple(result.paths)))
+    # A type of files for llama.cpp stands for the width that its blocks want.
+    result.prune.round_to = BLOCKS.get(result.prune.round_to, result.prune.round_to)
     result.recover = own_length(result.recover, {key_of(one).removeprefix("recover.") for one in overrides})
     return result
 

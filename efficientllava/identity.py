@@ -84,7 +84,8 @@ def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:
     from .results import read
 
     file = folder / "results.json"
-    if not file.exists() or not all((folder / name).is_dir() for name in disk.staying(settings)):
+    wanted = (*disk.staying(settings), *([] if settings.deploy.name == "none" else [settings.deploy.name]))
+    if not file.exists() or not all((folder / name).is_dir() for name in wanted):
         return False
     try:
         results = read(file)

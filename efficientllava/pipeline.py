@@ -23,6 +23,7 @@ from .launch.ranks import relaunch
 from .outcome import sweeping
 from .schema import RunConfig
 from .stages.context import Context
+from .stages.deploy import deploy
 from .stages.evaluate import Evaluation
 from .stages.prune import prune
 from .stages.record import write_record
@@ -156,6 +157,8 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
             if context.entries["recover"].reused:
                 tracking.curve(read_curve(folder))
             evaluate("recovered", current)
+        if settings.deploy.name != "none":
+            keys |= {"deploy": deploy(context, current)}
         if processes.rank() == 0:
             write_record(context, evaluate, overrides, keys)
             tracking.results(folder)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .hub import is_hub_id
-from .schema import IMPORTANCES, JUDGED, TAYLOR, RunConfig
+from .schema import BLOCKS, GGUF_TYPES, IMPORTANCES, JUDGED, TAYLOR, RunConfig
 
 # Data whose images are published apart from their records -> what data.image_root must hold.
 IMAGE_FOLDERS = {
@@ -76,7 +76,10 @@ RULES: dict[str, Rule] = {
     "prune.prefix": _one_of("dense", "pruned"),
     "prune.refit_target": _one_of("adaptive", "layer", "residual"),
     "prune.damping": POSITIVE,
-    "prune.round_to": AT_LEAST_1,
+    "prune.round_to": (
+        lambda value: type(value) is int and value >= 1,
+        f"in [1, infinity), or one of {', '.join(BLOCKS)}",
+    ),
     "prune.tokens": _one_of("all", "image", "text", "answer"),
     "prune.block_influence": _one_of("mean", "sum"),
     "prune.taylor_mean": _one_of("sample", "batch"),
@@ -139,6 +142,13 @@ RULES: dict[str, Rule] = {
         "distinct, >= 1",
     ),
     "evaluate.quantization": _one_of("none", "int8", "int4"),
+    "deploy.name": _one_of("none", "gguf"),
+    "deploy.types": (
+        (lambda types: bool(types) and len({*types}) == len(types) and {*types} <= {*GGUF_TYPES}),
+        f"distinct, of {', '.join(GGUF_TYPES)} (K-quants are made of the f16 file by llama.cpp's own program: "
+        "llama-quantize <f16 file> <file> Q4_K_M)",
+    ),
+    "deploy.repeats": AT_LEAST_1,
     "evaluate.judge.runs": AT_LEAST_1,
     "evaluate.judge.attempts": AT_LEAST_1,
     "evaluate.judge.concurrency": AT_LEAST_1,
@@ -313,6 +323,8 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         lambda c: c.recover.weights.logit + c.recover.weights.hidden > 0,
         "set recover.weights.logit or recover.weights.hidden above 0",
     ),
+    ("deploy.", lambda c: c.deploy.name != "none", "set deploy=gguf"),
+    ("deploy.repeats", lambda c: c.deploy.measure, "set deploy.measure=true"),
     ("evaluate.repeats", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
     ("evaluate.new_tokens", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),
     ("evaluate.speed_batches", lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true"),

@@ -14,6 +14,11 @@ from omegaconf import MISSING
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
 JUDGED = ("llava_bench", "mathvista", "mmvet")  # benchmarks with a judge
 MASKED = {"unstructured": 0.95, "2:4": 0.5}  # largest share of zeros, by granularity of a search
+# Types of files for llama.cpp that the gguf package writes, and those that only llama.cpp's own program makes.
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+# Weights of a row that share a scale there: names of prune.round_to.
+BLOCKS = {**dict.fromkeys(GGUF_TYPES[3:], 32), **dict.fromkeys(K_QUANTS, 256)}
 IMPORTANCES = ("obs", *TAYLOR, "activation", "wanda", "flap", "magnitude", "random")
 
 
@@ -81,7 +86,8 @@ class PruneConfig:
         None  # added to Gram matrices, as a share of each channel's own power, > 0; None: as validated
     )
     bias: bool = False  # widthwise without refit: what the cut columns write on average goes into the writers' biases
-    round_to: int = 1  # kept MLP channels are a multiple of this, >= 1
+    # kept MLP channels are a multiple of this, >= 1; or a type of files for llama.cpp, whose blocks they fill (BLOCKS)
+    round_to: Any = 1
     tokens: str = "all"  # which positions count: all | image | text | answer
     iterative: bool = False  # layerwise: score again after each removed block
     block_influence: str = "mean"  # layerwise: mean over tokens, or sum (as published)
@@ -261,7 +267,7 @@ class DeployConfig:
     """A checkpoint as files for llama.cpp (extra ``[gguf]``)."""
 
     name: str = "none"  # none | gguf
-    types: list[str] = field(default_factory=lambda: ["f16", "q8_0"])  # of the files, see deploy.files.TYPES
+    types: list[str] = field(default_factory=lambda: ["f16", "q8_0"])  # of the files, of GGUF_TYPES
     mmproj: bool = True  # write the image side too
     check: bool = True  # compare the files, run in the installed runtime, with transformers
     measure: bool = True  # measure their speed there, beside the dense model's

@@ -1,4 +1,4 @@
-"""What the installed runtime computes, against transformers: token ids, probabilities, greedy answers, image features."""
+"""What the installed runtime computes, against transformers: tokens, probabilities, answers, image features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..models.anatomy import decoder_of
 from ..models.forward import going_on, stock_inputs
 from . import probe, vision
 from .runtime import Runtime, serve
-from .vocabulary import MARKER
+from .vocabulary import MARKER, lead
 
 TEXT = (
     "What colour is the smallest of the 12345 digits? It's they're, we'll see:\n\n  two  blanks, a\ttab.\n"
@@ -97,7 +97,7 @@ def require_tokens(runtime: Runtime, tokenizer: Any) -> None:
     """
     end = tokenizer.eos_token_id
     for text in texts(tokenizer):
-        ours, theirs = list(tokenizer(text).input_ids), runtime.tokens(text)
+        ours, theirs = list(tokenizer(text).input_ids), runtime.tokens(lead(tokenizer) + text)
         if ours != theirs:
             at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
             at = min(len(ours), len(theirs)) if at is None else at
@@ -131,7 +131,7 @@ def expected(model: Any, processor: Any, asked: Sequence[Question], images: bool
 
 def _ask(model: Any, processor: Any, question: str, image: Image.Image | None) -> Probe:
     inputs = stock_inputs(model, prompt(processor, question, image))
-    rendered = Prompts(processor).render([Turn(question, "")], int(image is not None), True)
+    rendered = lead(processor.tokenizer) + Prompts(processor).render([Turn(question, "")], int(image is not None), True)
     ids = inputs["input_ids"][0].tolist()
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     first, greedy = output.logits[0, -1].float().log_softmax(-1), []
@@ -150,7 +150,9 @@ def end_tokens(model: Any) -> list[int]:
     found = model.generation_config.eos_token_id
     found = decoder_of(model).config.eos_token_id if found is None else found
     if found is None:
-        raise UserError("deploy=gguf: no eos_token_id in generation_config.json or config.json; name the end token there")
+        raise UserError(
+            "deploy=gguf: no eos_token_id in generation_config.json or config.json; name the end token there"
+        )
     return list(found) if isinstance(found, list | tuple) else [found]
 
 
@@ -164,11 +166,12 @@ def compare(runtime: Runtime, probes: Sequence[Probe], placeholder: str, size: i
         size: Side of the tower's images in pixels.
 
     Returns:
-        For prompts of text, for those with an image of the tower's size (``image``) and for those whose image has to be
-        resized (``resized``), which each side does in its own way, where there are some: ``n``, mean ``kl`` of the next token in
-        nats, share with the same likeliest token (``top1``), largest difference of the log-probabilities of the `TOP`
-        likeliest tokens (``logprob_error``), and whether all greedy answers are the same (``greedy_equal``); with an
-        image also whether prompts are as long (``lengths_equal``) and the server's chat writes them so (``chat_equal``).
+        For prompts of ``text``, for those with an image of the tower's size (``image``) and for those whose image has
+        to be resized (``resized``), which each side does in its own way, where there are some: ``n``, mean ``kl`` of
+        the next token in nats, share with the same likeliest token (``top1``), largest difference of the
+        log-probabilities of the `TOP` likeliest tokens (``logprob_error``), and whether all greedy answers are the same
+        (``greedy_equal``); with an image also whether prompts are as long (``lengths_equal``) and written so by the
+        server's chat (``chat_equal``).
     """
     groups: dict[str, list[Probe]] = {"text": [], "image": [], "resized": []}
     for each in probes:
@@ -188,7 +191,11 @@ def _agreement(runtime: Runtime, probes: Sequence[Probe], placeholder: str) -> d
     }
     if probes[0].image is None:
         return found
-    return {**found, "lengths_equal": all(length), "chat_equal": all(_same_chat(runtime, p, placeholder) for p in probes)}
+    return {
+        **found,
+        "lengths_equal": all(length),
+        "chat_equal": all(_same_chat(runtime, p, placeholder) for p in probes),
+    }
 
 
 def _same_chat(runtime: Runtime, each: Probe, placeholder: str) -> bool:

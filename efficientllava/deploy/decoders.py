@@ -7,8 +7,7 @@ apart: rows of the query and key projections, and their biases, are written in t
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,11 @@ REFUSED = {
     "gemma3_text": "the runtime fixes which layers see a window of tokens and lets image tokens look both ways",
     "qwen2_5_vl_text": "its image positions in two dimensions are not exported",
     "qwen3_vl_text": "its image positions in two dimensions and its DeepStack features are not exported",
+}
+OTHERS = {"phi": "phi2", "qwen3": "qwen3"}  # one shape for all layers
+FIXES = {
+    "phi": "drop layers with prune=layerwise, or protect all heads with prune.protect_attention",
+    "qwen3": "choose prune=layerwise, or prune=widthwise with prune.selection=shape",
 }
 ACTIVATIONS = {"phi": ("gelu_new",)}  # of the others: silu
 EMPTY = 32  # channels of zeros that stand for an MLP that is gone: a layer without any would lose its attention
@@ -88,7 +92,8 @@ class Decoder:
             yield "output.bias", lambda: torch.zeros(head.out_features)  # which the runtime does not do without
 
     def _layer(self, layer: Layer) -> Tensors:
-        module, permuted = layer.module, self.architecture in ("llama", "deci")
+        module: Any = layer.module
+        permuted = self.architecture in ("llama", "deci")
         yield from _affine("attn_norm", module.input_layernorm)
         if self.architecture != "phi2":  # attention and MLP of Phi read the same norm
             yield from _affine("ffn_norm", module.post_attention_layernorm)
@@ -166,40 +171,45 @@ def describe(model: Any) -> Decoder:
     Raises:
         UserError: It holds it in no way; says why.
     """
-    config, layers = decoder_of(model).config, layers_of(model)
+    layers = layers_of(model)
+    name = architecture(model, [(layer.attention.units, layer.mlp.units) for layer in layers])
+    return Decoder(name, layers, model, _context(decoder_of(model).config))
+
+
+def architecture(model: Any, shapes: Sequence[tuple[int, int]]) -> str:
+    """The runtime's name for a decoder whose layers have been cut to some shapes.
+
+    Args:
+        model: The model, before or after; of it counts what no cut changes.
+        shapes: KV groups and MLP channels of every layer that is kept.
+
+    Raises:
+        UserError: The runtime holds it in no way; says why.
+    """
+    config, first = decoder_of(model).config, layers_of(model)[0]
     host = host_type(config)
     if host in REFUSED:
         raise _refusal(host, REFUSED[host])
-    uniform = len({(layer.attention.units, layer.mlp.units) for layer in layers}) == 1
-    whole = all(layer.attention.units and layer.mlp.units for layer in layers)
+    uniform, whole = len({*shapes}) == 1, all(groups and channels for groups, channels in shapes)
     if host in LLAMA_LIKE:
-        architecture = "llama" if uniform and whole else "deci"
+        name = "llama" if uniform and whole else "deci"
     else:
-        architecture = {"phi": "phi2", "qwen3": "qwen3"}[host]
+        name = OTHERS[host]
         if not uniform:
-            raise _refusal(host, f"the runtime's {architecture} has one shape for all layers; {FIXES[host]}")
-    _require_known(host, architecture, model, layers)
-    return Decoder(architecture, layers, model, _context(config))
-
-
-FIXES = {
-    "phi": "drop layers, or cut channels alone with prune.selection=shape and prune.protect_attention",
-    "qwen3": "prune with prune.selection=shape or drop layers",
-}
-
-
-def _require_known(host: str, architecture: str, model: Any, layers: list[Layer]) -> None:
-    config = decoder_of(model).config
-    width = layers[0].attention.units * layers[0].heads_per_group * layers[0].head_dim
-    rotary = decoder_of(model).rotary_emb
-    if config.hidden_act not in ACTIVATIONS.get(host, ("silu", "swish")):
-        raise _refusal(host, f"the runtime's {architecture} has no activation {config.hidden_act!r}")
-    if architecture == "phi2" and width != config.hidden_size:
+            raise _refusal(host, f"the runtime's {name} has one shape for all layers; {FIXES[host]}")
+    if name == "phi2" and shapes[0][0] * first.attention.width != config.hidden_size:
         raise _refusal(host, f"the runtime's phi2 keeps all heads; {FIXES[host]}")
-    if architecture != "phi2" and _rotated(config, layers[0].head_dim) != layers[0].head_dim:
-        raise _refusal(host, f"the runtime's {architecture} rotates whole heads, this one a part of each")
-    if rotary.rope_type == "dynamic" or (architecture == "phi2" and _rope_factors(model)):
-        raise _refusal(host, f"rope_type {rotary.rope_type!r} is none that the runtime's {architecture} computes")
+    _require_known(host, name, config, decoder_of(model).rotary_emb.rope_type, first.head_dim)
+    return name
+
+
+def _require_known(host: str, name: str, config: Any, rope: str, head_dim: int) -> None:
+    if config.hidden_act not in ACTIVATIONS.get(host, ("silu", "swish")):
+        raise _refusal(host, f"the runtime's {name} has no activation {config.hidden_act!r}")
+    if name != "phi2" and _rotated(config, head_dim) != head_dim:
+        raise _refusal(host, f"the runtime's {name} rotates whole heads, this one a part of each")
+    if rope == "dynamic" or (name == "phi2" and rope != "default"):
+        raise _refusal(host, f"rope_type {rope!r} is none that the runtime's {name} computes")
 
 
 def _refusal(host: str, reason: str) -> UserError:
@@ -209,4 +219,4 @@ def _refusal(host: str, reason: str) -> UserError:
 def _context(config: Any) -> int:
     """Most tokens for which the runtime computes the same: it knows no sliding window in these architectures."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return min(int(config.max_position_embeddings), int(window or math.inf) if window else config.max_position_embeddings)
+    return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..card import named
+from ..checks import require_valid
 from ..disk import require_space
 from ..errors import UserError, disk_full
 from ..models.anatomy import decoder_of
@@ -18,7 +19,7 @@ from ..runtime.files import whole_file
 from ..schema import DeployConfig
 from . import check, decoders, files, vision
 from .measure import speeds
-from .runtime import require_installed, version
+from .runtime import version
 from .vocabulary import vocabulary
 
 README, MODELFILE = "README.md", "Modelfile"
@@ -45,9 +46,7 @@ def describe(checkpoint: Any, config: DeployConfig) -> Content:
     Raises:
         UserError: It cannot; says why and what would help.
     """
-    require_installed()
-    for kind in config.types:
-        files.require_type(kind)
+    require_valid(config, "deploy.")
     model = checkpoint.model
     rows = decoder_of(model).embed_tokens.num_embeddings
     return Content(
@@ -115,7 +114,7 @@ def write(checkpoint: Any, folder: Path, config: DeployConfig) -> dict[str, Any]
 
 
 @contextmanager
-def _room(folder: Path) -> Any:
+def _room(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -142,7 +141,7 @@ def deploy(
 
     Returns:
         What `write` says, and: ``runtime``; per type ``agreement`` (see `efficientllava.deploy.check.compare`) and
-        ``speed`` by ``dense`` and ``pruned``; of the image side ``cosine``.
+        ``speed`` by ``dense`` and ``exported``; of the image side ``cosine``.
 
     Raises:
         UserError: It cannot be exported, the runtime does not take it, or it computes something else.
@@ -151,7 +150,7 @@ def deploy(
     describe(checkpoint, config)
     both = dense is not None and config.measure
     require_space(folder, needed_bytes(checkpoint.model, config, both), "deploy=gguf", "export fewer deploy.types")
-    made = write(checkpoint, folder, config) | {"runtime": version()}
+    made = write(checkpoint, folder, config) | ({"runtime": version()} if config.check or config.measure else {})
     paths = {kind: folder / entry["file"] for kind, entry in made["files"].items()}
     if config.check:
         _check(checkpoint, folder, made, paths, questions)
@@ -181,7 +180,7 @@ def _measure(made: dict[str, Any], paths: dict[str, Path], config: DeployConfig,
         for kind, path in paths.items():
             measured = {"dense": Path(scratch) / beside[kind]} if beside else {}
             context = min(512, made["context"])
-            made["files"][kind]["speed"] = speeds({**measured, "pruned": path}, context, config.repeats)
+            made["files"][kind]["speed"] = speeds({**measured, "exported": path}, context, config.repeats)
 
 
 def remarks(made: dict[str, Any]) -> list[str]:
@@ -190,14 +189,15 @@ def remarks(made: dict[str, Any]) -> list[str]:
     for kind, entry in made["files"].items():
         if entry["fallback"]:
             lines.append(
-                f"{kind}: {len(entry['fallback'])} tensors stay in {files.FALLBACK} and the file grows, since their rows "
-                f"are no multiple of {files.BLOCK}, such as {entry['fallback'][0]}; prune with prune.round_to={kind}"
+                f"{kind}: {len(entry['fallback'])} tensors stay in {files.FALLBACK} and the file grows, since their "
+                f"rows are no multiple of {files.BLOCK}, such as {entry['fallback'][0]}; prune.round_to={kind} helps"
             )
     if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < check.SAME:
         equal = all(entry["agreement"]["text"]["greedy_equal"] for entry in _tight(made))
         lines.append(
             f"image side differs in the installed runtime (cosine {made['mmproj']['cosine']:.3f}), text side "
-            f"{'equal' if equal else 'not equal in its greedy answers'}; the file follows the model, the runtime does not"
+            f"{'equal' if equal else 'not equal in its greedy answers'}; the file follows the model, the runtime does "
+            "not"
         )
     for entry in _tight(made):
         resized = entry["agreement"].get("resized")
@@ -223,18 +223,24 @@ def tell(folder: Path, name: str, made: dict[str, Any]) -> None:
     """
     model = next(iter(made["files"].values()))["file"]
     image = f" --mmproj {made['mmproj']['file']}" if "mmproj" in made else ""
-    table = ["| type | file | MiB | KL, nats | same top token | decode, tokens per CPU second |", "|---|---|---:|---:|---:|---:|"]
+    table = [
+        "| type | file | MiB | KL, nats | same top token | decode, tokens per CPU second |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for kind, entry in made["files"].items():
         text = entry.get("agreement", {}).get("text", {})
         speed = {key: f"{value['decode']:.0f}" for key, value in entry.get("speed", {}).items()}
         cells = [kind, f"`{entry['file']}`", f"{entry['bytes'] / 2**20:.1f}"]
         cells += [f"{text['kl']:.2g}", f"{100 * text['top1']:.0f} %"] if text else ["-", "-"]
-        cells.append(f"{speed['pruned']} (dense {speed['dense']})" if "dense" in speed else speed.get("pruned", "-"))
+        cells.append(
+            f"{speed['exported']} (dense {speed['dense']})" if "dense" in speed else speed.get("exported", "-")
+        )
         table.append("| " + " | ".join(cells) + " |")
+    told = f"checked and measured with {made['runtime']}" if "runtime" in made else "not checked"
     lines = [
         f"# {name} for llama.cpp",
         "",
-        f"Architecture `{made['architecture']}`, context {made['context']} tokens. Checked with {made['runtime']}.",
+        f"Architecture `{made['architecture']}`, context {made['context']} tokens, {told}.",
         "",
         *table,
         "",
@@ -242,12 +248,16 @@ def tell(folder: Path, name: str, made: dict[str, Any]) -> None:
         "",
         "```",
         f"llama-server -m {model}{image} --jinja",
-        *([f'llama-mtmd-cli -m {model}{image} --jinja --image picture.png -p "What is in this picture?"'] if image else []),
+        *(
+            [f'llama-mtmd-cli -m {model}{image} --jinja --image picture.png -p "What is in this picture?"']
+            if image
+            else []
+        ),
         f"ollama create {name.lower()} -f {MODELFILE}",
         "```",
         "",
-        "KL and the same top token: the next token against transformers, on prompts of text. K-quants are made of the f16 "
-        f"file by llama.cpp's own program: `llama-quantize {name}-F16.gguf {name}-Q4_K_M.gguf Q4_K_M`.",
+        "KL and the same top token: the next token against transformers, on prompts of text. K-quants are made of the "
+        f"f16 file by llama.cpp's own program: `llama-quantize {name}-F16.gguf {name}-Q4_K_M.gguf Q4_K_M`.",
         "",
     ]
     for file, text in ((README, "\n".join(lines)), (MODELFILE, _modelfile(made))):
@@ -257,4 +267,7 @@ def tell(folder: Path, name: str, made: dict[str, Any]) -> None:
 
 def _modelfile(made: dict[str, Any]) -> str:
     names = [next(iter(made["files"].values()))["file"], *([made["mmproj"]["file"]] if "mmproj" in made else [])]
-    return "".join(f"FROM ./{name}\n" for name in names) + f"PARAMETER temperature 0\nPARAMETER num_ctx {made['context']}\n"
+    return (
+        "".join(f"FROM ./{name}\n" for name in names)
+        + f"PARAMETER temperature 0\nPARAMETER num_ctx {made['context']}\n"
+    )

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..errors import UserError
+from ..schema import BLOCKS, GGUF_TYPES
 
 PLAIN = ("f32", "f16", "bf16")
-QUANTIZED = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # that the gguf package writes itself
-TYPES = (*PLAIN, *QUANTIZED)
-K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
+QUANTIZED = tuple(kind for kind in GGUF_TYPES if kind in BLOCKS)
 BLOCK = 32  # weights of a row that share a scale, of all in QUANTIZED
 FALLBACK = "f16"  # of a tensor whose rows are no whole number of blocks
 HEAD = "q8_0"  # of the embedding and the head where the others have fewer bits, as llama-quantize keeps them wider
@@ -26,10 +24,10 @@ def storage(name: str, shape: tuple[int, ...], kind: str) -> str:
     Args:
         name: Its name in the file.
         shape: Its shape; the last dimension is that of a row.
-        kind: One of `TYPES`, that of the file.
+        kind: One of `efficientllava.schema.GGUF_TYPES`, that of the file.
     """
-    if len(shape) < 2 or name.startswith("rope_"):
-        return "f32"  # norms, biases and rotary factors: the runtime computes with nothing else
+    if len(shape) < 2 or name.startswith("rope_") or "position_embd" in name:
+        return "f32"  # norms, biases, positions and rotary factors: the runtime adds and multiplies nothing else
     if kind in PLAIN:
         return kind
     if len(shape) > 2 or shape[-1] % BLOCK:
@@ -51,7 +49,7 @@ def write(
         architecture: ``general.architecture``.
         metadata: Further keys; lists and bytes are arrays.
         tensors: Names, and what makes the tensors.
-        kind: One of `TYPES`.
+        kind: One of `efficientllava.schema.GGUF_TYPES`.
 
     Returns:
         Names of the tensors that are stored in `FALLBACK`, since their rows are no whole number of blocks.
@@ -88,18 +86,3 @@ def _file_type(kind: str) -> str:
     if kind == "f32":
         return "ALL_F32"
     return f"MOSTLY_{kind.upper()}"
-
-
-def require_type(kind: str, source: str = "<the f16 file>") -> None:
-    """Refuse what is not written.
-
-    Raises:
-        UserError: Says what is; for a K-quant, which program makes it of a file.
-    """
-    if kind in K_QUANTS:
-        raise UserError(
-            f"deploy.types: {kind} is made by llama.cpp's own program: llama-quantize {source} <file> {kind.upper()}; "
-            f"choose of {', '.join(TYPES)}"
-        )
-    if kind not in TYPES:
-        raise UserError(f"deploy.types: {kind!r} is not known; choose of {', '.join(TYPES)}")

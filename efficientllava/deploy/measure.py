@@ -19,7 +19,7 @@ def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, d
     """Measure files side by side, on one thread.
 
     Args:
-        files: By name, such as ``dense`` and ``pruned``.
+        files: By name, such as ``dense`` and ``exported``.
         context: Tokens that all of them have room for, >= 8.
         repeats: Rounds over all files; medians are reported.
 

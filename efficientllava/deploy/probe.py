@@ -97,7 +97,9 @@ def cosines(
             found = [_read(runtime, image, index + MARGIN - closed) for index in sample]
     finally:
         file.unlink(missing_ok=True)
-    return [float(torch.cosine_similarity(vector, features[index], 0)) for index, vector in zip(sample, found, strict=True)]
+    return [
+        float(torch.cosine_similarity(vector, features[index], 0)) for index, vector in zip(sample, found, strict=True)
+    ]
 
 
 def _read(runtime: Runtime, image: Image.Image, words: int) -> Tensor:

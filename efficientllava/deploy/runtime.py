@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import subprocess
@@ -21,25 +20,8 @@ from PIL import Image
 
 from ..errors import UserError
 
-PACKAGES = ("gguf", "xllamacpp")
-INSTALL = "pip install -c constraints.txt -e '.[gguf]'"
 SERVER = Path(__file__).with_name("server.py")
 TIMEOUT = 3600.0  # seconds for one answer
-
-
-def missing() -> list[str]:
-    """Packages of the extra that are not installed."""
-    return [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-
-
-def require_installed() -> None:
-    """Refuse an export without its packages.
-
-    Raises:
-        UserError: Names what is missing and how it is installed.
-    """
-    if absent := missing():
-        raise UserError(f"deploy=gguf: {' and '.join(absent)} not installed; {INSTALL}, or set deploy=none")
 
 
 def version() -> str:
@@ -74,7 +56,9 @@ class Runtime:
         self._process.wait()
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
-        told = [line for line in lines if "error" in line.lower() or "assert" in line.lower()] or lines or ["no message"]
+        told = (
+            [line for line in lines if "error" in line.lower() or "assert" in line.lower()] or lines or ["no message"]
+        )
         return UserError(f"{self._path}: {version()} does not take it: {told[0][:300]}")
 
     def cpu(self) -> float:
@@ -144,7 +128,13 @@ def _png(image: Image.Image) -> str:
 
 @contextmanager
 def serve(
-    model: Path, mmproj: Path | None = None, *, context: int, threads: int = 1, embeddings: bool = False, exact: bool = False
+    model: Path,
+    mmproj: Path | None = None,
+    *,
+    context: int,
+    threads: int = 1,
+    embeddings: bool = False,
+    exact: bool = False,
 ) -> Iterator[Runtime]:
     """Load files into the runtime.
 

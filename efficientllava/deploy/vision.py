@@ -97,7 +97,10 @@ def _metadata(config: Any, images: Any, internvl: bool) -> dict[str, Any]:
     _feature_layer(config, blocks, last=True)
     keys["clip.vision.projector.scale_factor"] = round(1 / config.downsample_ratio)
     if getattr(images, "crop_to_patches", False):
-        keys |= {"clip.vision.preproc_min_tiles": images.min_patches, "clip.vision.preproc_max_tiles": images.max_patches}
+        keys |= {
+            "clip.vision.preproc_min_tiles": images.min_patches,
+            "clip.vision.preproc_max_tiles": images.max_patches,
+        }
     return keys
 
 

@@ -41,7 +41,9 @@ def vocabulary(processor: Any, size: int, end: Sequence[int]) -> dict[str, Any]:
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     texts = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(texts) >= size:
-        raise UserError(f"deploy=gguf: the tokenizer has token {max(texts)}, the embedding has {size} rows; mend either")
+        raise UserError(
+            f"deploy=gguf: the tokenizer has token {max(texts)}, the embedding has {size} rows; mend either"
+        )
     kind = raw["model"]["type"]
     if kind not in _KINDS:
         raise UserError(f"deploy=gguf: the runtime has no {kind} tokenizer; it has {', '.join(_KINDS)}")
@@ -84,7 +86,8 @@ def chat_template(processor: Any) -> str:
     for text in ("m['content']", "c['text']"):
         marked = f"{text}.replace('{CLOSED}', {json.dumps(CLOSED + behind)}) if '{MARKER}' in {text} else {text}"
         template = template.replace(f"{{{{ {text} }}}}", f"{{{{ {marked} }}}}") if behind else template
-    return template
+    blank = "" if before.startswith("<") else lead(processor.tokenizer)
+    return f"{{{{ '{blank}' }}}}{template}" if blank else template
 
 
 def _bytes(raw: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
@@ -130,14 +133,27 @@ def _pieces(raw: Mapping[str, Any], merges: list[str], tokens: list[str], types:
         "tokens": tokens,
         "token_type": types,
         "scores": [-float(rank.get(token, len(merges))) for token in tokens],
-        "add_space_prefix": _space_first(raw),
+        "add_space_prefix": _blank(raw) == "always",
     }
 
 
-def _space_first(raw: Mapping[str, Any]) -> bool:
+def _blank(raw: Mapping[str, Any]) -> str:
+    """Where a blank is put before text: ``always`` (also behind special tokens), ``first`` or ``never``."""
     nodes = [raw.get("normalizer") or {}, raw.get("pre_tokenizer") or {}]
     nodes += [part for node in nodes for part in node.get("normalizers", [])]
-    return any(node.get("type") == "Prepend" or node.get("prepend_scheme") in ("always", "first") for node in nodes)
+    if any(node.get("type") == "Prepend" for node in nodes):
+        return "always"
+    return next((node["prepend_scheme"] for node in nodes if "prepend_scheme" in node), "never")
+
+
+def lead(tokenizer: Any) -> str:
+    """What has to stand before a text so that the runtime splits it as the tokenizer does.
+
+    SentencePiece tokenizers that put a blank before the first text alone are written without: the runtime would put one
+    behind every special token.
+    """
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    return " " if raw["model"].get("byte_fallback") and _blank(raw) == "first" else ""
 
 
 def _whole_words(raw: Mapping[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:

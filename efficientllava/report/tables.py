@@ -209,6 +209,46 @@ def tabulate_quantized(results: Results) -> Iterator[Table]:
     yield table
 
 
+def tabulate_deployed(results: Results) -> Iterator[Table]:
+    """The files for llama.cpp, a row per type: size, agreement with transformers, and speed beside the dense model's.
+
+    Args:
+        results: Output of `results.build` or `results.read`.
+
+    Yields:
+        One table; none where nothing was exported.
+    """
+    made = results.get("deploy")
+    if not made:
+        return
+    image = f"; image features: cosine {made['mmproj']['cosine']:.3f}" if "cosine" in made.get("mmproj", {}) else ""
+    said = f"{made.get('runtime', 'not checked')}, architecture {made['architecture']}{image}"
+    caption = f"{said}\ntokens per second of CPU, on one thread"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_style="dim")
+    for head in (
+        "llama.cpp",
+        "MiB",
+        "KL, nats",
+        "same\ntop token",
+        "prefill",
+        "decode",
+        "dense\nMiB",
+        "prefill",
+        "decode",
+    ):
+        table.add_column(head, justify="right" if head != "llama.cpp" else "left", no_wrap=True)
+    for kind, entry in made["files"].items():
+        text, speed = find(entry, "agreement", "text"), entry.get("speed", {})
+        cells = [f"{text['kl']:.2g}", percent(text["top1"])] if text else [ABSENT, ABSENT]
+        pruned, dense = (
+            [f"{speed[side][key]:.0f}" for key in ("prefill", "decode")] if side in speed else [ABSENT] * 2
+            for side in ("exported", "dense")
+        )
+        before = _mebibytes(speed["dense"]["bytes"]) if "dense" in speed else ABSENT
+        table.add_row(kind, _mebibytes(entry["bytes"]), *cells, *pruned, before, *dense)
+    yield table
+
+
 def _conditions(stages: Sequence[Mapping[str, Any]]) -> str | None:
     """What speed was measured on."""
     setup = next((found for stage in stages if (found := stage.get("setup"))), None)

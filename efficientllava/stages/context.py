@@ -126,6 +126,10 @@ class Context:
             require_images(self.base.model, shown)
         if open_data(settings) != self.files:
             raise UserError("data.path, or calibration.path: has changed while it was opened; run again")
+        if settings.deploy.name != "none":
+            from .deploy import prepare
+
+            prepare(self)
         drawn = len(self.recovery.records) if self.recovery else 0
         self.samples = {"calibration": len(self.calibration), "report": len(self.reported), "recovery": drawn}
 

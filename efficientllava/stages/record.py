@@ -13,21 +13,21 @@ from .context import Context
 from .evaluate import Evaluation
 
 
-def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[str], keys: Mapping[str, str]) -> None:
+def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[str], keys: Mapping[str, Any]) -> None:
     """Measure sizes and speeds, write ``results.json`` and ``samples.png``, and print the table.
 
     Args:
         context: What the stages shared.
         evaluation: Metrics and answers of all stages.
         overrides: What the user typed.
-        keys: Digests that a finished run is recognised by.
+        keys: Digests that a finished run is recognised by, and what `efficientllava.stages.deploy.deploy` said.
     """
     from ..card import usage
     from ..evaluation.generation import set_aside
     from ..models.pruned import is_per_layer
     from ..pruning.plan import PruningPlan
     from ..report.samples import draw_samples
-    from ..report.tables import tabulate, tabulate_quantized
+    from ..report.tables import tabulate, tabulate_deployed, tabulate_quantized
     from ..results import build, write
 
     stages = _efficiency(context)
@@ -65,7 +65,14 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
         records = list(context.tasks[0].records())[: context.settings.evaluate.limit]
         shown = {stage: answers for stage, answers in evaluation.answers.items() if stage in STAGES}
         draw_samples(records, shown, context.folder / "samples.png")
-    say("", tabulate(results), *tabulate_quantized(results), "", f"everything lies in [bold]{context.folder}[/bold]")
+    say(
+        "",
+        tabulate(results),
+        *tabulate_quantized(results),
+        *tabulate_deployed(results),
+        "",
+        f"everything lies in [bold]{context.folder}[/bold]",
+    )
     for last in staying(context.settings)[-1:]:
         per_layer = is_per_layer(context.models[last].config.get_text_config())
         say("", usage(str(context.folder / last), per_layer))

@@ -144,10 +144,3 @@ def test_a_sliding_window_limits_the_context() -> None:
 )
 def test_type_of_a_tensor(shape: tuple[int, ...], kind: str, stored: str) -> None:
     assert files.storage("blk.0.ffn_down.weight", shape, kind) == stored
-
-
-def test_types_that_are_not_written() -> None:
-    with pytest.raises(UserError, match="llama-quantize .* Q4_K_M"):
-        files.require_type("q4_k_m")
-    with pytest.raises(UserError, match="'q9_0' is not known; choose of f32, f16"):
-        files.require_type("q9_0")

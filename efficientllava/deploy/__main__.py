@@ -1,0 +1,61 @@
+"""``python -m efficientllava.deploy <checkpoint> [--types f16 q8_0] [--out folder]``: files for llama.cpp.
+
+Writes them into ``gguf/`` of the checkpoint's folder, with a README.md that says how to run them, compares them with
+transformers in the installed runtime, and measures them beside the checkpoint that this one was pruned from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..console import quiet_libraries, say
+from ..outcome import exit_code
+from ..schema import DeployConfig
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Export one checkpoint.
+
+    Args:
+        arguments: Of the command line.
+
+    Raises:
+        UserError: It cannot be exported; says why.
+    """
+    plain = DeployConfig()
+    parser = argparse.ArgumentParser(prog="python -m efficientllava.deploy", description="Files for llama.cpp.")
+    parser.add_argument("checkpoint", help="folder, hub id, or builtin:<name>")
+    parser.add_argument("--types", nargs="+", default=plain.types, help="of the files: f32 f16 bf16 q8_0 q5_1 … q4_0")
+    parser.add_argument("--out", type=Path, help="folder of the files; default: gguf/ in the checkpoint's folder")
+    parser.add_argument("--dense", help="checkpoint to measure beside it; default: the one that it was pruned from")
+    parser.add_argument("--repeats", type=int, default=plain.repeats, help="rounds of measuring")
+    for name in ("mmproj", "check", "measure"):
+        parser.add_argument(f"--no-{name}", action="store_false", dest=name)
+    told = vars(parser.parse_args(arguments))
+    path, out, dense = (told.pop(name) for name in ("checkpoint", "out", "dense"))
+    export(path, out, DeployConfig(name="gguf", **told), dense)
+
+
+def export(path: str, out: Path | None, config: DeployConfig, dense: str | None = None) -> None:
+    """Export the checkpoint of a path and say what was found; see `main`."""
+    from ..checkpoint import load
+    from ..checks import require_valid
+    from ..hub import origin_of
+    from ..report.tables import tabulate_deployed
+    from .export import deploy, remarks
+
+    quiet_libraries()
+    require_valid(config, "deploy.")
+    local = Path(path).expanduser()
+    out = out or (local if local.is_dir() else Path()) / "gguf"
+    if dense is None and config.measure and (origin := origin_of(local)):
+        dense = origin[0]
+    made = deploy(load(path, "float32"), out, config, dense and load(dense, "float32"))
+    say(*tabulate_deployed({"deploy": made}), *remarks(made), f"everything lies in [bold]{out}[/bold]")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))
