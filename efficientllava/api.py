@@ -42,6 +42,7 @@ from .runtime.content import digest
 from .runtime.files import remove
 from .runtime.store import Store, growing
 from .schema import (
+    BLOCKS,
     CalibrationConfig,
     DataConfig,
     DeployConfig,
@@ -69,6 +70,7 @@ def _with(config: Any, options: dict[str, Any], key: str) -> Any:
 
 def _pruning(options: dict[str, Any], key: str, samples: int, seed: int) -> PruneConfig:
     config = _with(WIDTHWISE, options, key)
+    config = replace(config, round_to=BLOCKS.get(config.round_to, config.round_to))
     require_valid(RunConfig(seed=seed, prune=config, calibration=CalibrationConfig(samples=samples)), "")
     if config.method not in ("layerwise", "widthwise"):
         raise UserError(f"prune.method={config.method}: must be layerwise or widthwise; a search is a run of its own")

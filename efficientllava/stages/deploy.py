@@ -6,7 +6,6 @@ from typing import Any
 
 from .. import processes
 from ..console import say
-from ..errors import UserError
 from ..runtime.files import whole_folder
 from .context import Context
 
@@ -25,23 +24,18 @@ def prepare(context: Context) -> None:
     """
     from ..deploy import decoders, export, files
     from ..disk import require_space
+    from ..models.anatomy import layers_of
 
     settings = context.settings
     export.describe(context.base, settings.deploy)
     needed = export.needed_bytes(context.base.model, settings.deploy, settings.prune.method != "none")
     require_space(context.folder, needed, "deploy=gguf", "export fewer deploy.types")
-    refused = []
-    for option in context.forecast.plan.options:
-        try:
-            decoders.architecture(context.base.model, option)
-            break
-        except UserError as error:
-            refused.append(error)
-    else:
-        raise refused[0]
-    width = decoders.layers_of(context.base.model)[0].attention.width
-    odd = {groups * width for groups, _ in option if groups * width % files.BLOCK}
-    odd |= {channels for _, channels in option if channels % files.BLOCK}
+    options = context.forecast.plan.options
+    for option in options:
+        decoders.architecture(context.base.model, option)
+    width = layers_of(context.base.model)[0].attention.width
+    odd = {groups * width for groups, _ in options[0] if groups * width % files.BLOCK}
+    odd |= {channels for _, channels in options[0] if channels % files.BLOCK}
     if odd and not {*settings.deploy.types}.isdisjoint(files.QUANTIZED):
         quantized = next(kind for kind in settings.deploy.types if kind in files.QUANTIZED)
         say(

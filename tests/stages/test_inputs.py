@@ -50,7 +50,7 @@ NOT = {
 }
 # What is of no stage by itself: it leads to content, or is of the run and not of its numbers.
 NEITHER = {
-    *("name", "optimized_metric", "dry_run", "reuse", "keep", "pretrain", "sweep.*", "paths.*", "logger.*"),
+    *("name", "optimized_metric", "dry_run", "reuse", "keep", "pretrain", "sweep.*", "paths.*", "logger.*", "deploy.*"),
     *("model.*", "data.path", "data.image_root", "data.test_questions", "data.max_bad_fraction", "data.num_workers"),
     *("evaluate.tasks", "evaluate.root", "evaluate.namespace", "evaluate.protocol", "evaluate.quantization"),
     *("evaluate.efficiency", "evaluate.repeats", "evaluate.new_tokens", "evaluate.speed_batches"),
