@@ -150,7 +150,9 @@ def deploy(
     describe(checkpoint, config)
     both = dense is not None and config.measure
     require_space(folder, needed_bytes(checkpoint.model, config, both), "deploy=gguf", "export fewer deploy.types")
-    made = write(checkpoint, folder, config) | ({"runtime": version()} if config.check or config.measure else {})
+    made = write(checkpoint, folder, config)
+    if config.check or config.measure:
+        made["runtime"] = version()
     paths = {kind: folder / entry["file"] for kind, entry in made["files"].items()}
     if config.check:
         _check(checkpoint, folder, made, paths, questions)
