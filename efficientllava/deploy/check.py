@@ -210,11 +210,7 @@ def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, 
     if each.image is not None and isinstance(each.text, str):
         asked = runtime.prompt(each.text.replace(placeholder, runtime.marker), [each.image])
     # The positions of one text follow each other: what the runtime has read of it stays.
-    answer = runtime.complete(asked, top=len(each.logprobs), ignore_eos=True, cached=each.greedy is None)
-    theirs = torch.full_like(each.logprobs, -torch.inf)
-    for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-        theirs[entry["id"]] = entry["logprob"]
-    theirs = theirs.double().log_softmax(0)  # the runtime sums a large vocabulary in float32
+    theirs, length = runtime.next_token(asked, len(each.logprobs), cached=each.greedy is None)
     best = each.logprobs.topk(min(TOP, len(theirs))).indices
     error = float((theirs - each.logprobs)[best].abs().max())
     terms = each.logprobs.exp() * (each.logprobs - theirs)
@@ -222,7 +218,7 @@ def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, 
     greedy = None
     if each.greedy is not None:
         greedy = runtime.complete(asked, tokens=ANSWER)["tokens"] == each.greedy
-    return kl, int(theirs.argmax()) == int(best[0]), error, greedy, answer["tokens_evaluated"] == each.tokens
+    return kl, int(theirs.argmax()) == int(best[0]), error, greedy, length == each.tokens
 
 
 def require_close(found: dict[str, Any], kind: str) -> None:

@@ -25,7 +25,7 @@ def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, d
 
     Returns:
         By name: ``bytes`` on disk, ``load_seconds`` (file in memory already), and tokens per second of CPU of a prompt
-        (``prefill``) and of the tokens behind it (``decode``).
+        (``prefill``) and of the tokens behind it (``decode``; ``decode_ms``: milliseconds of CPU for one).
     """
     prompt = min(PROMPT, context // 2)
     answer = min(ANSWER, context - prompt - 1)
@@ -45,6 +45,7 @@ def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, d
             "load_seconds": loads[name],
             "prefill": prompt / statistics.median(first for first, _ in times[name]),
             "decode": answer / statistics.median(later for _, later in times[name]),
+            "decode_ms": 1e3 / answer * statistics.median(later for _, later in times[name]),
         }
         for name, file in files.items()
     }

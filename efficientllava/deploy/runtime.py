@@ -16,11 +16,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from ..errors import UserError
 
 SERVER = Path(__file__).with_name("server.py")
+GREEDY = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "return_tokens": True}
 TIMEOUT = 3600.0  # seconds for one answer
 
 
@@ -103,21 +106,35 @@ class Runtime:
         message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         return self.ask("apply-template", messages=[message])["prompt"]
 
-    def complete(
-        self, prompt: Any, tokens: int = 1, top: int = 0, ignore_eos: bool = False, cached: bool = False
-    ) -> dict[str, Any]:
+    def complete(self, prompt: Any, tokens: int = 1, ignore_eos: bool = False) -> dict[str, Any]:
         """Greedy continuation of a prompt.
 
         Args:
             prompt: Text, token ids, or output of `prompt`.
             tokens: Of the continuation at most, >= 1.
-            top: Of each of them, log-probabilities of so many tokens, by the model alone.
             ignore_eos: Go on behind an end.
+        """
+        return self.ask(
+            "completion", prompt=prompt, n_predict=tokens, ignore_eos=ignore_eos, cache_prompt=False, **GREEDY
+        )
+
+    def next_token(self, prompt: Any, vocabulary: int, cached: bool = False) -> tuple[Tensor, int]:
+        """Log-probabilities of the token behind a prompt, ``(vocabulary,)``, and the prompt's length.
+
+        Args:
+            prompt: As for `complete`.
+            vocabulary: Number of tokens.
             cached: Do not read again what the last prompt begins with.
         """
-        greedy = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "ignore_eos": ignore_eos}
-        options = {"cache_prompt": cached, "return_tokens": True, **greedy}
-        return self.ask("completion", prompt=prompt, n_predict=tokens, n_probs=top, **options)
+        # What is drawn does not matter, as long as it is neither an end nor a part of a letter: of such the server says
+        # nothing. The bias is of the drawing alone.
+        plain = [[self.tokens("a", special=False)[-1], 1e6]]
+        options = {"n_predict": 1, "n_probs": vocabulary, "logit_bias": plain, "cache_prompt": cached}
+        answer = self.ask("completion", prompt=prompt, **options, **GREEDY)
+        found = torch.full((vocabulary,), -torch.inf, dtype=torch.float64)
+        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+            found[entry["id"]] = entry["logprob"]
+        return found.log_softmax(0), answer["tokens_evaluated"]  # it sums a large vocabulary in float32
 
 
 def _png(image: Image.Image) -> str:

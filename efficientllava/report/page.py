@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..results import STAGES, metric_keys, scores
 from ..runtime.files import whole_file
+from ..schema import GGUF_TYPES
 from .plots import Plot
 from .runs import Arm, Run, counted, in_units, score_scale, sweep_command, unfinished
 from .tables import mean_spread
@@ -164,6 +165,8 @@ def _columns(arms: Sequence[Arm], metric: str) -> list[tuple[str, tuple[str, ...
         (f"parameters, {giga}", ("parameters",), True, 1 / count, 3),
         (f"checkpoint, {unit}", ("checkpoint_bytes",), True, 1 / size, 2),
         ("ms per token", ("latency_ms", "decode"), True, 1, 2),
+        *((f"{kind} file, {unit}", ("gguf", kind, "bytes"), True, 1 / size, 2) for kind in GGUF_TYPES),
+        *((f"{kind}, ms of CPU per token", ("gguf", kind, "decode_ms"), True, 1, 2) for kind in GGUF_TYPES),
         ("prune, s", ("seconds", "prune"), False, 1, 0),
         ("recover, s", ("seconds", "recover"), False, 1, 0),
     ]

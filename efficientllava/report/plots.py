@@ -10,6 +10,7 @@ from typing import Any
 
 from ..curves import read_curve
 from ..results import metric_keys
+from ..schema import GGUF_TYPES
 from .drawing import CYCLE, FAINT, Point, draw_curves, halo, label_ends, new_axes, style
 from .maps import WIDEST, kept, matrix
 from .runs import AXES, Arm, data_share, in_units, score_scale
@@ -61,6 +62,12 @@ def _draw(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
         [size for arm in arms for size in arm.values("stages", "base", "checkpoint_bytes")], 1024, "iB"
     )
     yield from _front(arms, metric, ("checkpoint_bytes",), "bytes", "size", (unit, f"checkpoint, {name}"))
+    for kind in GGUF_TYPES:
+        place, named = ("gguf", kind), f"in llama.cpp, {kind}"
+        size = unit, f"file of the decoder, {kind}, {name}"
+        yield from _front(arms, metric, (*place, "bytes"), f"gguf_{kind}_bytes", f"size {named}", size)
+        speed = 1.0, f"{kind}, ms of CPU per token"
+        yield from _front(arms, metric, (*place, "decode_ms"), f"gguf_{kind}_decode", f"decoding {named}", speed)
     yield from _data_fraction(arms, metric)
     caption = f"Retained {metric}, %, mean over seeds; a row per configuration, a column per recovery."
     if axes := matrix(arms, metric):

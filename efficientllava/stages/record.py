@@ -33,6 +33,11 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
     stages = _efficiency(context)
     for stage, metrics in evaluation.metrics.items():
         stages[stage]["metrics"] = metrics
+    last = next(stage for stage in reversed(STAGES) if stage in stages)
+    for kind, made in keys.get("deploy", {}).get("files", {}).items():
+        for side, stage in (("dense", "base"), ("exported", last)):
+            if side in made.get("speed", {}):
+                stages[stage].setdefault("gguf", {})[kind] = made["speed"][side]
     for stage, loss in evaluation.losses.items():
         stages[stage]["report_loss"] = loss
     reports = {name: entry.record for name, entry in context.entries.items() if name in ("prune", "recover")}

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from efficientllava.deploy import decoders, files
 from efficientllava.deploy.runtime import serve
@@ -54,15 +53,7 @@ def differences(
     ours = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     with serve(path, context=context, exact=True) as runtime:
         found = [
-            (theirs(runtime.complete(ids[:end], top=ours.shape[1], ignore_eos=True), ours.shape[1]) - ours[end - 1])
+            runtime.next_token(ids[:end], ours.shape[1])[0] - ours[end - 1]
             for end in ends or (1, len(ids) // 2, len(ids))
         ]
     return decoder.architecture, float(torch.stack(found).abs().max())
-
-
-def theirs(answer: dict[str, Any], size: int) -> Tensor:
-    """Log-probabilities of the next token as the runtime gives them."""
-    found = torch.full((size,), -torch.inf)
-    for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-        found[entry["id"]] = entry["logprob"]
-    return found

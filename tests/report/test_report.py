@@ -97,6 +97,20 @@ def test_every_plot_that_has_data_is_drawn_and_no_other(sweep):
     assert cells == ["88.9", "94.0", "82.9", "87.9", "88.9", "93.0"]
 
 
+def test_files_for_llama_cpp_have_plots_and_columns(sweep):
+    for number in range(8):
+        results = read(sweep / str(number))
+        for stage in results["stages"].values():
+            size = stage["checkpoint_bytes"] / 2
+            stage["gguf"] = {"q8_0": {"bytes": size, "decode_ms": size / 1000, "decode": 1e6 / size}}
+        write(results, sweep / str(number) / "results.json")
+    names = [plot.name for plot in draw(arms_of(load_runs(sweep)), METRIC)]
+    assert [name for name in names if "gguf" in name] == ["gguf_q8_0_bytes", "gguf_q8_0_decode"]
+    report(sweep, METRIC)
+    page = (sweep / "report.html").read_text()
+    assert "q8_0, ms of CPU per token" in page and "f16 file" not in page
+
+
 def test_one_run_and_one_ratio_have_plots_of_their_own(tmp_path):
     save_run(tmp_path / "0", 0.3, "sft", 0)
     arms = arms_of(load_runs(tmp_path))
