@@ -26,7 +26,7 @@ from .surgery import achieved_ratio, check_plan, cut, rebuild
 
 log = logging.getLogger(__name__)
 
-WORTH = 2.0  # a shape whose units cost more than this times the cheapest one's is not tried
+WORTH = 1.9  # a shape whose units cost more than this times the cheapest one's is not tried
 FEW = 4  # KV groups of a layer below which the loss of one everywhere is told
 COARSE = 6  # splits between heads and channels that are tried before the best one's neighbours
 

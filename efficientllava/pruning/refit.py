@@ -34,6 +34,7 @@ from .fluctuation import layer_moments, mean_written
 from .plan import LayerPlan
 from .spd import DAMPING, damping_of, divide, factorise
 from .statistics import (
+    POSITIONS,
     STRIP,
     CalibrationStream,
     Gram,
@@ -509,11 +510,11 @@ class _Sums:
         self._gram.add(rows, weights)
         for cross, target in zip(self._crosses, targets, strict=True):
             add_product(cross, target, rows, weights)
-        for first, last, share in zip(
-            targets[0].split(STRIP), targets[-1].split(STRIP), weights.split(STRIP), strict=True
-        ):
-            pairs = ((first, first), (first, last), (last, last))
-            self._powers += torch.stack([(a.double() * b).sum(1) @ share.double() for a, b in pairs]).cpu()
+        parts = (each.split(POSITIONS) for each in (targets[0], targets[-1], weights))
+        for first, last, share in zip(*parts, strict=True):
+            own, wanted = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (first, last))
+            rows = torch.stack([(a * b).sum(1) for a, b in ((own, own), (own, wanted), (wanted, wanted))])
+            self._powers += (rows.double() @ share.double()).cpu()
 
     def close(self, reduce: Reduce) -> Moments:
         """Close the sums over all processes; takes their memory."""
