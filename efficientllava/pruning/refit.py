@@ -510,9 +510,9 @@ class _Sums:
         self._gram.add(rows, weights)
         for cross, target in zip(self._crosses, targets, strict=True):
             add_product(cross, target, rows, weights)
-        parts = (each.split(POSITIONS) for each in (targets[0], targets[-1], weights))
-        for first, last, share in zip(*parts, strict=True):
-            own, wanted = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (first, last))
+        first, last = (target.split(POSITIONS) for target in (targets[0], targets[-1]))
+        for mine, repaired, share in zip(first, last, weights.split(POSITIONS), strict=True):
+            own, wanted = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (mine, repaired))
             rows = torch.stack([(a * b).sum(1) for a, b in ((own, own), (own, wanted), (wanted, wanted))])
             self._powers += (rows.double() @ share.double()).cpu()
 
