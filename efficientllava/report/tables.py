@@ -228,8 +228,8 @@ def tabulate_deployed(results: Results) -> Iterator[Table]:
     for head in (
         "llama.cpp",
         "MiB",
-        "KL, nats",
-        "same\ntop token",
+        "KL,\nnats",
+        "same\ntop",
         "prefill",
         "decode",
         "dense\nMiB",

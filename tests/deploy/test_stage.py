@@ -70,6 +70,7 @@ def test_a_type_is_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_runtime
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "efficientllava.deploy"]
     options = ["--types", "f32", "--no-check", "--no-measure", "--no-mmproj", "--out", str(tmp_path / "out")]
