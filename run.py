@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from efficientllava.config import register_schema
 from efficientllava.outcome import exit_code
+from efficientllava.processes import adopt_srun
 
 register_schema()
 
@@ -32,6 +33,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
+    adopt_srun()
     if int(os.environ.get("RANK", "0")) > 0:
         # Only the first process owns the run's folder and its log.
         quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]

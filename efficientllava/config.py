@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from .presets import register_presets
 from .runtime.content import digest
 from .schema import BLOCKS, PathsConfig, RecoverConfig, RunConfig, WandbConfig
 
+SWEEP_NAME = "EFFICIENTLLAVA_SWEEP"  # variable that tells a job the name of its sweep
 LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
 
 
@@ -35,8 +37,9 @@ def register_schema() -> None:
 
 
 def sweep_digest() -> str:
-    """Digest of what was typed, in any order; not of how and where the sweep runs."""
-    return digest(sorted(typed for typed in sys.argv[1:] if not typed.startswith(("-", "hydra", "paths."))))
+    """Digest of what was typed, in any order; not of how and where the sweep runs. A job is told its sweep's."""
+    told = os.environ.get(SWEEP_NAME)
+    return told or digest(sorted(typed for typed in sys.argv[1:] if not typed.startswith(("-", "hydra", "paths."))))
 
 
 def instantiate(node: Any, **overrides: Any) -> Any:
@@ -117,6 +120,12 @@ def _unknown(config: DictConfig) -> Iterator[str]:
                 yield from walk(node[key], child, f"{prefix}{key}.")
 
     yield from walk(config, RunConfig, "")
+
+
+def quoted(value: object) -> str:
+    """A value as it has to be typed: Hydra's grammar wants quotes around most signs, and letters beyond ASCII."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w./@%+:-]+", text, re.ASCII) else "'" + text.replace("'", "\\'") + "'"
 
 
 def key_of(override: str) -> str:

@@ -59,5 +59,6 @@ def quiet_libraries() -> None:
         "predict returned None.*",
         ".*Checkpoint directory.*",
         ".*gradient_checkpointing.* is deprecated.*",
+        ".*`srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -21,6 +21,8 @@ from .runtime.files import aside, discard, remove
 from .runtime.store import TAKEN
 from .schema import RunConfig
 
+# Options of NFS and Lustre with which flock(2) is not told to the server.
+LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
 KEPT = "kept"  # marks an entry of the cache that a run with keep=all has used
 LARGE = ("prune", "recover", "targets", "levels")  # folders of the cache that hold tensors
 FIX = "free the disk, set keep=recovered or keep=none for your sweeps, or set paths.output_dir elsewhere"
@@ -121,10 +123,38 @@ def alone_in(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
     except Timeout:
         tell(f"{folder}: another process is at work here; waiting for it")
         lock.acquire()
+    except NotImplementedError as error:
+        raise UserError(
+            f"paths.output_dir={folder}: this file system knows no file locks; choose another one"
+        ) from error
     try:
         yield
     finally:
         lock.release()
+
+
+def require_shared_locks(folder: Path, mounts: Path = Path("/proc/mounts")) -> None:
+    """Refuse a folder for several machines where each would see its own locks only.
+
+    Args:
+        folder: Where they are to work.
+        mounts: What is mounted here.
+
+    Raises:
+        UserError: Says how it is mounted.
+    """
+    place, found = folder.absolute(), (Path("/"), "", "")
+    for line in mounts.read_text("utf-8").splitlines() if mounts.is_file() else ():
+        _, where, kind, options = line.split(" ")[:4]
+        point = Path(where.replace("\\040", " "))
+        if place.is_relative_to(point) and len(point.parts) >= len(found[0].parts):
+            found = (point, kind, options)
+    told = LOCAL_LOCKS & {*found[2].split(",")}
+    if told:
+        raise UserError(
+            f"paths.output_dir={folder}: {found[0]} ({found[1]}) is mounted with {', '.join(sorted(told))}, so that "
+            "machines do not see each other's locks; mount it without, or choose another file system"
+        )
 
 
 @contextlib.contextmanager
@@ -136,8 +166,14 @@ def at_work(cache: Path, clean: bool) -> Iterator[None]:
         clean: Remove what no longer needs to stay when the block ends well and nobody else is at work.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / "at_work.lock").open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_SH)
+    with (cache / "at_work.lock").open("a+") as handle:  # network file systems share locks of readable files only
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        except OSError as error:
+            raise UserError(
+                f"paths.cache_dir={cache}: this file system knows no file locks ({error.strerror}); "
+                "on Lustre they need the mount option flock; choose another one"
+            ) from error
         yield
         if not clean:
             return

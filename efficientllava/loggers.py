@@ -35,7 +35,8 @@ def make_trainer(
     if processes.sharded(node) and not training:
         node["strategy"] = "ddp"
     if processes.launched():
-        node["devices"] = processes.world_size() // int(node.get("num_nodes", 1))
+        node["num_nodes"] = processes.nodes(node)
+        node["devices"] = processes.world_size() // node["num_nodes"]
     options = {"default_root_dir": str(folder), "enable_checkpointing": False}
     options |= {"use_distributed_sampler": False, **overrides}
     if not node.get("plugins"):

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from difflib import get_close_matches
 
@@ -54,10 +54,10 @@ def hand_over(error: BaseException) -> None:
     _failure.append(error)
 
 
-def job_failed(number: int, error: BaseException) -> None:
+def job_failed(number: int, lines: Iterable[str]) -> None:
     """Print why a job of a sweep has failed; the others go on."""
     _failed_jobs.append(number)
-    for line in _lines(error):
+    for line in lines:
         print(f"error: job {number}: {line}", file=sys.stderr)
 
 
@@ -130,12 +130,13 @@ def exit_code(main: Callable[[], object]) -> int:
             _close_sweeps()
             print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
             return 1
+        _close_sweeps(complete=False)
         if any("torchvision::" in str(cause) for cause in _causes(error)):
             error = UserError("torchvision: is not built for this torch; install the one that is, or pip uninstall it")
         elif isinstance(error, OSError) and not (_failure or of_hydra(error) or disk_full(error)):
             # Hydra makes the run's folder before anything of ours runs.
             error = UserError(f"paths.output_dir: {error.filename}: {error.strerror}; set it to a folder of yours")
-        for line in _lines(error):
+        for line in lines_of(error):
             print(f"error: {line}", file=sys.stderr)
         return error.exit_code if isinstance(error, UserError) else 2 if of_hydra(error) else 1
     finally:
@@ -143,9 +144,9 @@ def exit_code(main: Callable[[], object]) -> int:
     return 0
 
 
-def _close_sweeps() -> None:
+def _close_sweeps(complete: bool = True) -> None:
     for close in _sweeps:
-        close(not _failed_jobs)
+        close(complete and not _failed_jobs)
 
 
 def of_hydra(error: BaseException) -> bool:
@@ -160,7 +161,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _lines(error: BaseException) -> Iterator[str]:
+def lines_of(error: BaseException) -> Iterator[str]:
     """What to tell about an error, one line per problem."""
     if isinstance(error, UserError):
         yield from str(error).splitlines()

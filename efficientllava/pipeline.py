@@ -65,6 +65,7 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = (), in_s
 def _work(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path:
     """Run all stages, alone in the folder; returns it, or that of the first of several processes."""
     processes.on_gpu(settings.trainer)  # refuses what is not there
+    processes.require_nodes(settings.trainer)
     alone = contextlib.nullcontext() if processes.launched() else disk.alone_in(folder, say)
     with alone, disk.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
         # Another process may have been at work until now.

@@ -66,14 +66,67 @@ def launched() -> bool:
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
+def adopt_srun() -> None:
+    """Take the place that ``srun`` has given this process, as torchrun would say it, and let nobody else look for one.
+
+    Lightning would believe every process of an allocation to be a task of its own, and refuse or recommend options of
+    srun. ``MASTER_ADDR`` and ``MASTER_PORT`` may be set where the names of nodes lead nowhere.
+    """
+    told = os.environ
+    tasks, interactive = int(told.get("SLURM_STEP_NUM_TASKS", 1)), told.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if tasks > 1 and not (launched() or interactive):
+        from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+        nodes = int(told["SLURM_STEP_NUM_NODES"])
+        step = int(told["SLURM_JOB_ID"]) * 16 + int(told["SLURM_STEP_ID"])
+        place = {"WORLD_SIZE": tasks, "RANK": told["SLURM_PROCID"], "LOCAL_RANK": told["SLURM_LOCALID"]}
+        place |= {"GROUP_RANK": told["SLURM_NODEID"], "LOCAL_WORLD_SIZE": tasks // nodes}
+        told.update({key: str(value) for key, value in place.items()})
+        first = SLURMEnvironment.resolve_root_node_address(told["SLURM_STEP_NODELIST"])
+        told.setdefault("MASTER_ADDR", first)
+        told.setdefault("MASTER_PORT", str(20000 + step % 12000))  # steps of one node do not meet
+    for name in ("SLURM_NTASKS", "SLURM_NPROCS"):
+        told.pop(name, None)
+
+
+def nodes(trainer: Mapping[str, Any]) -> int:
+    """Number of machines that this run's processes were started on.
+
+    Args:
+        trainer: The trainer node, which is believed where whoever launched them does not say it.
+    """
+    if not launched():
+        return 1
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    return int(os.environ["WORLD_SIZE"]) // int(local) if local else int(trainer.get("num_nodes", 1))
+
+
+def require_nodes(trainer: Mapping[str, Any]) -> None:
+    """Refuse a run that was not started on as many machines as its trainer asks for.
+
+    Args:
+        trainer: The trainer node; ``num_nodes`` may be missing.
+
+    Raises:
+        UserError: Says how to start it.
+    """
+    asked, found = int(trainer.get("num_nodes", 1)), nodes(trainer)
+    if asked not in (1, found):
+        raise UserError(
+            f"trainer.num_nodes={asked}: this run was started on {found}; start it with -m hydra/launcher=slurm, with "
+            "srun --nodes --ntasks-per-node, or with torchrun"
+        )
+
+
 def environment() -> list[Any]:
     """Plugins of a Trainer that runs in this process alone, or in one that was launched.
 
     Lightning would look for a cluster, and recommend ``srun`` wherever it is installed.
     """
     from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
-    return [] if launched() or "SLURM_NTASKS" in os.environ else [LightningEnvironment()]
+    return [TorchElasticEnvironment() if launched() else LightningEnvironment()]
 
 
 def connect(trainer: Mapping[str, Any]) -> None:

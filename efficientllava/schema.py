@@ -294,7 +294,7 @@ class PathsConfig:
 class GpuPoolConfig:
     """``hydra.launcher`` of ``hydra/launcher=gpu_pool``, which runs every job of a sweep as a process of its own."""
 
-    _target_: str = "hydra_plugins.gpu_pool.launcher.GpuPoolLauncher"
+    _target_: str = "hydra_plugins.launchers.GpuPoolLauncher"
     gpus_per_job: int | None = None  # GPUs of one job, >= 1; None: as many as trainer.devices asks for
     slots: int | None = None  # jobs at once where they use no GPU, >= 1; None: one per core
     timeout_min: float | None = None  # minutes after which a job counts as hanging and is ended, > 0

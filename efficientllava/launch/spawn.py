@@ -13,14 +13,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UserError
-from ..outcome import DEBUG, TRACEBACKS
+from ..runtime import state
 
 LOG = "job.log"  # what a job prints, in its folder, after its command
 PROMPT = "\n$ "
+ABOVE = "see the messages above"  # end of a message that says less than those before it
 GRACE = 10.0  # seconds between the polite and the certain end of a job
 POLL = 0.1  # seconds between two looks at the jobs
 
@@ -34,30 +35,43 @@ class Job:
         name: What tells it from the others, such as its overrides.
         command: What to run.
         folder: Its folder; made if it does not exist. What it prints is appended to ``job.log`` in it.
+        environment: What it is told beside the environment of the process that starts the sweep.
     """
 
     number: int
     name: str
     command: tuple[str, ...]
     folder: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
-class Running:
+class AtWork:
     """A job at work.
 
     Args:
         job: The job.
-        slot: Index of the slot that it has leased.
-        process: Its process, leader of a group.
+        slot: Where: the index of the slot that it has leased, or what a cluster calls it.
         started: Moment of its start, of `time.monotonic`.
-        late: Moment after which it counts as hanging; None: never.
     """
 
     job: Job
+    slot: int | str
+    started: float
+
+
+@dataclass
+class Running(AtWork):
+    """A job at work in a process that this one has started.
+
+    Args:
+        slot: Index of the slot that it has leased.
+        process: Its process, leader of a group.
+        late: Moment after which it counts as hanging; None: never.
+    """
+
     slot: int
     process: subprocess.Popen[bytes]
-    started: float
     late: float | None
 
 
@@ -71,6 +85,7 @@ class Ended:
         seconds: How long it took.
         hung: Whether it was ended because it took too long.
         before: Whether it was finished before and no process was started.
+        told: Why it failed, from whoever has ended it; empty: its own last words count.
     """
 
     job: Job
@@ -78,6 +93,7 @@ class Ended:
     seconds: float = 0.0
     hung: bool = False
     before: bool = False
+    told: str = ""
 
     @property
     def failed(self) -> bool:
@@ -86,12 +102,14 @@ class Ended:
 
     def reason(self) -> str:
         """Why it failed, in one line: its own last error line if it has told one."""
+        if self.told:
+            return self.told
         if self.hung:
             return f"ended after {self.seconds / 60:.1f} min without result (hydra.launcher.timeout_min)"
         lines = (self.job.folder / LOG).read_text("utf-8", "replace").rpartition(PROMPT)[2].splitlines()
         told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         if told:
-            return told[-1]
+            return next((line for line in reversed(told) if not line.endswith(ABOVE)), told[-1])
         signs = "out of memory, if nobody has ended it" if self.code == -signal.SIGKILL else "see its log"
         how = f"signal {signal.Signals(-self.code).name}" if self.code < 0 else f"exit code {self.code}"
         return f"ended by {how}, {signs}: {self.job.folder / LOG}"
@@ -109,7 +127,7 @@ class Progress:
     """
 
     total: int
-    running: tuple[Running, ...]
+    running: tuple[AtWork, ...]
     ended: tuple[Ended, ...]
     slots: int
 
@@ -214,27 +232,40 @@ def run_jobs(
             if not changed:
                 time.sleep(POLL)
     finally:
-        stop(running)
+        stop([entry.process for entry in running])
     by_job = {entry.job.number: entry for entry in ended}
     return [by_job[job.number] for job in jobs]
 
 
 def _start(job: Job, slot: int, slots: Sequence[Mapping[str, str]], timeout: float | None) -> Running:
+    process, now = start(job, {**os.environ, **job.environment, **slots[slot]}), time.monotonic()
+    return Running(job, slot, now, process, None if timeout is None else now + timeout)
+
+
+def start(
+    job: Job, environment: Mapping[str, str], log: str = LOG, before: Callable[[], None] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a job as the leader of a process group.
+
+    Args:
+        job: The job.
+        environment: All of its environment.
+        log: Name of the file in its folder that what it prints is appended to, after its command.
+        before: Called in the new process before the command takes over.
+    """
     job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / LOG).open("ab") as log:  # two sweeps may be at work in one folder
-        log.write(f"{PROMPT}{shlex.join(job.command)}\n".encode())
-        log.flush()
-        process = subprocess.Popen(
+    with (job.folder / log).open("ab") as handle:  # two sweeps may be at work in one folder
+        handle.write(f"{PROMPT}{shlex.join(job.command)}\n".encode())
+        handle.flush()
+        return subprocess.Popen(
             job.command,
-            # Tracebacks are for those who ask for them; the sweep's own process has them on for itself.
-            env={**os.environ, **slots[slot], DEBUG: os.environ.get(TRACEBACKS, "0")},
+            env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=handle,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=before,
         )
-    now = time.monotonic()
-    return Running(job, slot, process, now, None if timeout is None else now + timeout)
 
 
 def _is_over(entry: Running) -> bool:
@@ -243,26 +274,29 @@ def _is_over(entry: Running) -> bool:
 
 def _end(entry: Running) -> Ended:
     hung = entry.process.poll() is None
-    stop([entry])
-    return Ended(entry.job, entry.process.returncode, time.monotonic() - entry.started, hung)
+    stop([entry.process])
+    ended = Ended(entry.job, entry.process.returncode, time.monotonic() - entry.started, hung)
+    if ended.failed:
+        state.write(entry.job.folder, state="failed", reason=ended.reason())
+    return ended
 
 
-def stop(running: Sequence[Running]) -> None:
+def stop(leaders: Sequence[subprocess.Popen[bytes]]) -> None:
     """End jobs with everything that they have started: politely, and after a grace period for certain.
 
     Args:
-        running: Jobs; those that are over lose only what they have left behind.
+        leaders: Leaders of process groups; those that are over lose only what they have left behind.
     """
-    for entry in running:
-        _signal(entry, signal.SIGTERM)
+    for process in leaders:
+        _signal(process, signal.SIGTERM)
     deadline = time.monotonic() + GRACE
-    for entry in running:
+    for process in leaders:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            entry.process.wait(max(0.0, deadline - time.monotonic()))
-        _signal(entry, signal.SIGKILL)
-        entry.process.wait()
+            process.wait(max(0.0, deadline - time.monotonic()))
+        _signal(process, signal.SIGKILL)
+        process.wait()
 
 
-def _signal(entry: Running, number: int) -> None:
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # the group is empty: nothing is left to end
-        os.killpg(entry.process.pid, number)
+        os.killpg(process.pid, number)

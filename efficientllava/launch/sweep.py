@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,12 +17,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..checks import check_sweep
-from ..config import at_home, key_of, typed
+from ..config import SWEEP_NAME, at_home, key_of, quoted, typed
 from ..errors import UserError
-from ..outcome import SweepRefused, at_end, hand_over, job_failed
+from ..outcome import SweepRefused, at_end, hand_over, job_failed, lines_of
+from ..runtime import state
 
 
 class ReportSweep(Callback):
@@ -38,20 +40,49 @@ class ReportSweep(Callback):
             check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job]), job))
         except UserError as error:
             raise SweepRefused(error) from error
-        held = ExitStack()
+        held, folder = ExitStack(), _settle(config)
         if not config.dry_run:
             held.enter_context(at_work(Path(at_home(config.paths.cache_dir)), clean=config.keep != "all"))
-        at_end(partial(_close, Path(config.hydra.sweep.dir), held))
+            trials = config.hydra.sweeper.get("n_trials")  # of a sweeper that makes up its jobs as it goes
+            state.write(folder, state.SWEEP, jobs=[[]] * trials if trials else jobs(config))
+        at_end(partial(_close, folder, held))
+
+    def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
+        """Note that a job of a sweep is at work."""
+        if _in_sweep(config):
+            state.begin(Path(config.hydra.runtime.output_dir), list(config.hydra.overrides.task))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
-        """Print why a job of a sweep has failed; hand the failure of a single run over."""
-        if job_return.status != JobStatus.FAILED:
+        """Note and print why a job of a sweep has failed; hand the failure of a single run over."""
+        failed, sweeping = job_return.status == JobStatus.FAILED, config.hydra.mode == RunMode.MULTIRUN
+        in_sweep = _in_sweep(config)
+        lines = [*lines_of(job_return._return_value)] if failed and (in_sweep or sweeping) else []
+        if in_sweep:
+            state.end(Path(config.hydra.runtime.output_dir), "; ".join(lines) or None)
+        if not failed:
             return
-        if config.hydra.mode == RunMode.MULTIRUN:
-            job_failed(int(config.hydra.job.num), job_return._return_value)
+        if sweeping:
+            job_failed(int(config.hydra.job.num), lines)
             return
         hand_over(job_return._return_value)
         job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+
+
+def _settle(config: DictConfig) -> Path:
+    """Resolve name and folder of a sweep here, once, and let both travel with every job, whatever launches it.
+
+    Launchers compose the configuration of a job anew in its own process, where other words were typed.
+    """
+    folder, given = Path(config.hydra.sweep.dir).absolute(), config.hydra.overrides.hydra
+    with open_dict(config):
+        given.extend([f"hydra.sweep.dir={quoted(folder)}", f"+hydra.job.env_set.{SWEEP_NAME}={config.sweep.name}"])
+    return folder
+
+
+def _in_sweep(config: DictConfig) -> bool:
+    """Whether this process is to say how a job of a sweep stands: others of the same run, and dry runs, are not."""
+    first = int(os.environ.get("RANK", "0")) == 0
+    return first and not (config.dry_run or OmegaConf.is_missing(config.hydra.job, "num"))
 
 
 class FailedJob(JobReturn):
@@ -66,7 +97,7 @@ class FailedJob(JobReturn):
     def __init__(self, number: int, reason: str, **known: Any) -> None:
         super().__init__(status=JobStatus.FAILED, **known)
         self._return_value = UserError(f"job {number}: {reason}")
-        job_failed(number, UserError(reason))
+        job_failed(number, [reason])
 
     @property
     def return_value(self) -> Any:
@@ -122,7 +153,7 @@ def _close(folder: Path, held: ExitStack, complete: bool) -> None:
         from ..dry_run import tell_sweep
 
         tell_sweep(folder, folder.name)
-    if next(folder.glob("*/results.json"), None):
+    if any(entry.state in (state.DONE, state.FAILED) for entry in state.standings(folder)):
         from ..disk import alone_in
         from ..report.__main__ import report
 

@@ -1,5 +1,7 @@
 """``python -m efficientllava.report <folder> [metric]``: one table and one page from all runs below a folder.
 
+With ``--watch``: how the jobs of a sweep stand, until the last one has ended; nothing is touched or written.
+
 Writes ``results.csv``, ``results.md``, ``report.html`` and ``plots/`` into the folder and prints the table: a row per
 configuration, mean and standard deviation over its seeds. The runs of an experiment of which the structural study
 prints numbers get a second table and a plot with both.
@@ -9,11 +11,17 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..results import STAGES, Results, metric_keys, scores
 from .tables import markdown
+from .watch import watch
+
+if TYPE_CHECKING:
+    from .runs import Unfinished
 
 METRIC = "digits_vqa/accuracy"
 
@@ -48,14 +56,19 @@ def main(arguments: list[str]) -> None:
     """Tabulate a folder of runs.
 
     Args:
-        arguments: The folder and, optionally, ``task/metric``.
+        arguments: The folder and, optionally, ``task/metric`` and ``--watch``.
 
     Raises:
         UserError: There is no finished run below the folder.
     """
+    watching = "--watch" in arguments
+    arguments = [argument for argument in arguments if argument != "--watch"]
     if not 1 <= len(arguments) <= 2:
-        raise UserError("usage: python -m efficientllava.report <folder of runs> [task/metric]")
+        raise UserError("usage: python -m efficientllava.report <folder of runs> [task/metric] [--watch]")
     folder = Path(arguments[0])
+    if watching:
+        watch(folder)
+        return
     print(report(folder, arguments[1] if len(arguments) == 2 else None), end="")
 
 
@@ -76,8 +89,11 @@ def report(folder: Path, metric: str | None = None) -> str:
     from .advisor import advise
     from .page import page, write_page
     from .plots import draw
-    from .runs import arms_of, by_model, load_runs
+    from .runs import arms_of, by_model, load_runs, unfinished
 
+    without = unfinished(folder)
+    if without and not next(folder.rglob("results.json"), None):
+        return _of_none(folder, without)
     runs = load_runs(folder)
     results = [run.results for run in runs]
     known = scores(results)
@@ -88,17 +104,44 @@ def report(folder: Path, metric: str | None = None) -> str:
     metric = metric or next(iter(known), METRIC)
     table = rows(results, metric)
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, fieldnames=list(table[0]))
+        writer = csv.DictWriter(handle, fieldnames=[*table[0], *(("state", "reason") if without else ())])
         writer.writeheader()
         writer.writerows(table)
+        for run in without:
+            writer.writerow({"overrides": " ".join(run.overrides), "state": run.state, "reason": run.reason})
     panels = study.panels_of(runs, metric)
     arms = arms_of(runs)
-    text = "\n".join([markdown(arms, metric), *([study.markdown(panels)] if panels else [])])
+    text = "\n".join([markdown(arms, metric), *([study.markdown(panels)] if panels else []), *_without(without)])
     (folder / "results.md").write_text(text, encoding="utf-8")
     models = by_model(runs)
     plots = [*study.draw(panels), *(plot for model, own in models.items() for plot in draw(own, metric, model))]
     advice = {model: lines for model, own in models.items() if (lines := advise(own, metric))}
     write_page(folder / "report.html", page(folder, arms, metric, plots, advice), plots)
+    return text
+
+
+def _without(runs: Sequence[Unfinished]) -> list[str]:
+    """A table of the runs without results, if there are any."""
+    if not runs:
+        return []
+    lines = ["| run without results | typed | how it stands |", "|---|---|---|"]
+    for run in runs:
+        name, _, how = run.told().partition(": ")
+        lines.append(f"| {name} | `{' '.join(run.overrides)}` | {_cell(how)} |")
+    return ["\n".join(lines) + "\n"]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _of_none(folder: Path, without: Sequence[Unfinished]) -> str:
+    """Table and page of a sweep none of whose runs has results."""
+    from .page import page, write_page
+
+    [text] = _without(without)
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    write_page(folder / "report.html", page(folder, [], METRIC, [], {}), [])
     return text
 
 

@@ -88,11 +88,11 @@ def page(
         advice: By model, lines of HTML, see `efficientllava.report.advisor`.
     """
     title = html.escape(folder.resolve().name)
-    failed = list(unfinished(folder))
+    failed = unfinished(folder)
     body = [*_head(folder, title, arms, metric)]
     if failed:
         items = "".join(
-            f"<li><code>{html.escape(command)}</code><br>{html.escape(why)}</li>" for command, why in failed
+            f"<li><code>{html.escape(run.command)}</code><br>{html.escape(run.told())}</li>" for run in failed
         )
         body.append(f'<h2>{counted(len(failed), "run")} without results</h2><div class="card"><ul>{items}</ul></div>')
     if advice:
@@ -103,9 +103,11 @@ def page(
         body.append(f'<p class="soft small">{ADVICE}</p></div>')
     if plots:
         body.append(f'<h2>Plots</h2><div class="plots">{"".join(map(_card, plots))}</div>')
-    body.append(f'<h2>Table</h2><p class="soft small">{TABLE}</p><div class="card scroll">{_table(arms, metric)}</div>')
-    runs = "".join(_details(arm, run) for arm in arms for run in arm.runs)
-    body.append(f'<h2>Runs</h2><div class="card">{runs}</div>')
+    if arms:
+        table = _table(arms, metric)
+        body.append(f'<h2>Table</h2><p class="soft small">{TABLE}</p><div class="card scroll">{table}</div>')
+        runs = "".join(_details(arm, run) for arm in arms for run in arm.runs)
+        body.append(f'<h2>Runs</h2><div class="card">{runs}</div>')
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'

@@ -12,9 +12,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..config import key_of
+from ..config import SWEEP_NAME, key_of
 from ..errors import UserError
 from ..results import STAGES, Results, find, last_stage, metric_keys, read
+from ..runtime import state
 
 # Keys that say where and how a run was done, not what.
 PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "keep")
@@ -101,31 +102,64 @@ def load_runs(folder: Path) -> list[Run]:
     """
     files = sorted(folder.rglob("results.json"), key=lambda file: [(len(part), part) for part in file.parts])
     if not files:
-        failed = [why for _, why in unfinished(folder)]
+        failed = [run.told() for run in unfinished(folder)]
         why = f" ({counted(len(failed), 'run')} without results, the first: {failed[0]})" if failed else ""
         raise UserError(f"{folder}: no results.json below this folder{why}; give a folder of finished runs")
     return [Run(file.parent, read(file), _config(file.parent)) for file in files]
 
 
-def unfinished(folder: Path) -> Iterator[tuple[str, str]]:
-    """Command and last message of every run below a folder that has left no results.
+@dataclass(frozen=True)
+class Unfinished:
+    """A run that has left no results.
+
+    Args:
+        folder: Its folder.
+        overrides: What was typed for it.
+        state: ``failed``, ``running`` or ``waiting``.
+        reason: Why, in its last words or in those of whoever has ended it.
+    """
+
+    folder: Path
+    overrides: tuple[str, ...]
+    state: str
+    reason: str
+
+    @property
+    def command(self) -> str:
+        """The line that makes this run."""
+        return shlex.join(["python", "run.py", *self.overrides])
+
+    def told(self) -> str:
+        """Its number, how it stands and where its words are, in one line."""
+        log = next((log for log in (self.folder / "job.log", self.folder / "run.log") if log.exists()), None)
+        return f"{self.folder.name}: {self.state}: {self.reason or 'nothing was told'}{f' ({log})' if log else ''}"
+
+
+def unfinished(folder: Path) -> list[Unfinished]:
+    """Every run below a folder that has begun or was submitted and has left no results.
 
     Args:
         folder: A sweep.
     """
-    for file in sorted(folder.rglob(".hydra/overrides.yaml")):
-        run = file.parents[1]
-        if not (run / "results.json").exists():
-            logs = [
-                log.read_text("utf-8", errors="replace").split("\n")
-                for log in (run / "job.log", run / "run.log")
-                if log.exists()
-            ]
-            lines = [line.strip() for log in logs for line in reversed(log) if line.strip()]
-            told = next(
-                (line for line in lines if line.startswith("error:")), "nothing was told; it may still be at work"
-            )
-            yield shlex.join(["python", "run.py", *_yaml(file)]), f"{run.name}: {told}"
+    known = {entry.folder: entry for entry in state.standings(folder) if (entry.folder / state.JOB).exists()}
+    begun = {file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")}
+    found = []
+    for run in sorted({*known, *begun}, key=lambda run: [(len(part), part) for part in run.parts]):
+        entry = known.get(run)
+        if (run / "results.json").exists() and not (entry and entry.state == state.FAILED):
+            continue
+        typed = _yaml(run / ".hydra" / "overrides.yaml") if run in begun else entry.overrides if entry else ()
+        how, why = (entry.state, entry.reason) if entry else _last_words(run)
+        found.append(Unfinished(run, tuple(typed), how, why))
+    return found
+
+
+def _last_words(run: Path) -> tuple[str, str]:
+    """How a run stands that nobody has kept a note of, from its logs."""
+    logs = [log.read_text("utf-8", errors="replace") for log in (run / "job.log", run / "run.log") if log.exists()]
+    lines = [line.strip() for log in logs for line in reversed(log.split("\n"))]
+    told = next((line.removeprefix("error: ") for line in lines if line.startswith("error:")), None)
+    return (state.FAILED, told) if told else (state.RUNNING, "nothing was told; it may still be at work")
 
 
 def sweep_command(folder: Path) -> str | None:
@@ -134,7 +168,9 @@ def sweep_command(folder: Path) -> str | None:
     if not file.exists():
         return None
     overrides = _yaml(file)["hydra"]["overrides"]
-    launcher = [item for item in overrides["hydra"] if not item.startswith("hydra.mode=")]
+    told = overrides["hydra"]
+    told = told[:-2] if told and SWEEP_NAME in told[-1] else told  # what the sweep itself adds for its jobs
+    launcher = [item for item in told if not item.startswith("hydra.mode=")]
     return shlex.join(["python", "run.py", "-m", *launcher, *overrides["task"]])
 
 

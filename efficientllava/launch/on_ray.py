@@ -1,0 +1,228 @@
+"""Ray: one actor per job, which holds its CPUs and GPUs and goes on when whoever has started it is gone.
+
+A task of Ray ends with the process that has called it; a detached actor does not, and its creation alone waits for
+resources. On a cluster of our own (``ray.init.address=null``) nothing stays: it ends with this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..disk import require_shared_locks
+from ..errors import UserError
+from ..runtime import state
+from .cluster import Work, asked_devices
+from .spawn import Job
+
+NAMESPACE = "efficientllava"
+DECIDED = ("RAY_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+LINGER = 60.0  # seconds after its end in which an actor gives its result to somebody who waits
+
+
+def require(options: Mapping[str, Any]) -> None:
+    """Refuse options that cannot work here.
+
+    Args:
+        options: ``hydra.launcher.ray``.
+
+    Raises:
+        UserError: Says which and why.
+    """
+    try:
+        import ray  # noqa: F401  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError("hydra/launcher=ray: needs ray; pip install -c constraints.txt -e '.[ray]'") from error
+    for name in ("num_cpus", "num_gpus"):
+        value = options["remote"].get(name)
+        if value is not None and value < 0:
+            raise UserError(f"hydra.launcher.ray.remote.{name}={value}: must be 0 or more, or null")
+
+
+class Host:
+    """The actor of one job.
+
+    Args:
+        job: The job.
+        environment: The environment of the process that has started the sweep.
+        folder: Its working directory.
+    """
+
+    def __init__(self, job: Job, environment: Mapping[str, str], folder: str) -> None:
+        os.chdir(folder)
+        self._code: int | None = None
+        self._work = Work(job, merged({**environment, **job.environment}, os.environ))
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._code = self._work.wait()
+        time.sleep(LINGER)
+        os._exit(0)
+
+    def wait(self) -> int:
+        """Wait for the end of the job; returns its exit code."""
+        while self._code is None:
+            time.sleep(0.2)
+        return self._code
+
+    def stop(self) -> None:
+        """End the job."""
+        self._work.stop()
+
+
+class Ray:
+    """A Ray cluster, for the time of a sweep.
+
+    Args:
+        options: ``hydra.launcher.ray``.
+        trainers: The trainer node of every job that is not finished.
+    """
+
+    name = "ray"
+
+    def __init__(self, options: Mapping[str, Any], trainers: Sequence[Mapping[str, Any]]) -> None:
+        self._init = {key: value for key, value in options["init"].items() if value is not None}
+        self._remote = {**options["remote"]}
+        for key, value in _resources(trainers).items():
+            if self._remote.get(key) is None:
+                self._remote[key] = value
+        address = self._init.get("address", os.environ.get("RAY_ADDRESS"))
+        self.stays = address not in (None, "", "local")
+        self._actors: dict[str, Any] = {}
+        self._ends: dict[str, Any] = {}
+
+    def __enter__(self) -> Ray:
+        import ray  # pyright: ignore[reportMissingImports]
+
+        own = {} if self.stays else {"include_dashboard": False}
+        try:
+            ray.init(
+                **{"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE, **own, **self._init}
+            )
+        except Exception as error:
+            address = self._init.get("address", "local")
+            raise UserError(f"hydra.launcher.ray.init.address={address}: {' '.join(str(error).split())}") from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray  # pyright: ignore[reportMissingImports]
+
+        ray.shutdown()
+
+    def submit(self, jobs: Sequence[Job]) -> list[str]:
+        """Make an actor per job; each waits for its resources."""
+        import ray  # pyright: ignore[reportMissingImports]
+
+        if self.stays:
+            require_shared_locks(jobs[0].folder)
+        actor, environment = ray.remote(Host), ray.put(dict(os.environ))
+        life = {"lifetime": "detached"} if self.stays else {}
+        ids = []
+        for job in jobs:
+            key = f"{job.folder.parent.name}/{job.number}/{time.time_ns():x}"
+            options = {"max_restarts": 0, "max_concurrency": 4, **self._remote, **life, "name": key}
+            self._watch(key, actor.options(**options).remote(job, environment, os.getcwd()))
+            ids.append(key)
+        return ids
+
+    def _watch(self, key: str, actor: Any) -> None:
+        self._actors[key], self._ends[key] = actor, actor.wait.remote()
+
+    def look(self, ids: Sequence[str]) -> dict[str, tuple[bool, str]] | None:
+        """What has become of jobs; nothing of those whose actors are gone."""
+        import ray  # pyright: ignore[reportMissingImports]
+
+        found: dict[str, tuple[bool, str]] = {}
+        for key in ids:
+            if key not in self._ends:
+                try:
+                    self._watch(key, ray.get_actor(key, NAMESPACE))
+                except ValueError:
+                    continue
+        over, _ = ray.wait(list(self._ends.values()), num_returns=len(self._ends), timeout=0) if self._ends else ([], 0)
+        for key in (key for key in ids if key in self._ends):
+            found[key] = (self._ends[key] not in over, self._word(key) if self._ends[key] in over else "")
+        return found
+
+    def _word(self, key: str) -> str:
+        """Why an actor is gone; nothing where its job has ended by itself. It gives its resources back."""
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
+
+        try:
+            ray.get(self._ends[key])
+        except RayError as error:
+            return f"Ray: {' '.join(str(error).split())[:200]}"
+        ray.kill(self._actors[key])
+        return ""
+
+    def cancel(self, ids: Sequence[str]) -> None:
+        """End jobs, politely where they run."""
+        import ray  # pyright: ignore[reportMissingImports]
+
+        running = [self._actors[key] for key in ids if key in self._actors]
+        ray.wait([actor.stop.remote() for actor in running], num_returns=len(running), timeout=15)
+        for actor in running:
+            ray.kill(actor)
+
+    def how_to_cancel(self, ids: Sequence[str], folder: Path) -> str:
+        """The line that does so later."""
+        return f"{sys.executable} -m efficientllava.launch.on_ray {folder}"
+
+
+def merged(given: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """The environment that was sent along, with what Ray has decided here.
+
+    Args:
+        given: What was sent.
+        own: The environment here.
+    """
+    kept = {name: value for name, value in given.items() if not name.startswith(DECIDED)}
+    return {**kept, **{name: value for name, value in own.items() if name.startswith(DECIDED)}}
+
+
+def _resources(trainers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """CPUs and GPUs of a job, from what the trainers ask for."""
+    several = [int(trainer.get("num_nodes", 1)) for trainer in trainers]
+    if max(several, default=1) > 1:
+        raise UserError(f"trainer.num_nodes={max(several)}: a job of hydra/launcher=ray is on one machine; take slurm")
+    devices = max((asked_devices(trainer, 1) for trainer in trainers), default=1)
+    on_gpu = any(str(trainer.get("accelerator")) in ("gpu", "cuda") for trainer in trainers)
+    return {"num_cpus": devices, "num_gpus": devices if on_gpu else 0}
+
+
+def cancel(folder: Path) -> int:
+    """End all jobs of a sweep that are on the Ray cluster of ``RAY_ADDRESS``, or on that of this machine.
+
+    Args:
+        folder: The sweep's folder.
+
+    Returns:
+        Their number.
+    """
+    import ray  # pyright: ignore[reportMissingImports]
+
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    count = 0
+    for place in sorted(file.parent for file in folder.glob(f"*/{state.CLUSTER}")):
+        try:
+            actor = ray.get_actor(state.read(place, state.CLUSTER).get("ray", ""), NAMESPACE)
+        except ValueError:
+            continue  # over
+        ray.wait([actor.stop.remote()], timeout=15)
+        ray.kill(actor)
+        if state.read(place).get("state") != state.DONE:
+            state.write(place, state=state.FAILED, reason="cancelled")
+        count += 1
+    return count
+
+
+if __name__ == "__main__":
+    print(f"{cancel(Path(sys.argv[1]))} jobs cancelled")

@@ -1,0 +1,70 @@
+"""How a sweep stands, seen from elsewhere: the small files in its folders are read, its jobs are not touched."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from ..runtime import state
+from ..runtime.state import Standing
+
+POLL = 5.0  # seconds between two looks
+
+
+def watch(folder: Path, poll: float = POLL) -> None:
+    """Print how a sweep stands whenever it changes, and why jobs fail, until the last one has ended.
+
+    Args:
+        folder: The sweep's folder.
+        poll: Seconds between two looks.
+
+    Raises:
+        UserError: There is no sweep.
+    """
+    told: set[tuple[str, str]] = set()
+    before = ""
+    while True:
+        jobs = state.standings(folder)
+        if not jobs:
+            raise UserError(f"{folder}: no jobs of a sweep in this folder; give outputs/sweeps/<name>")
+        for job in jobs:
+            if job.state == state.FAILED and (job.name, job.reason) not in told:
+                told.add((job.name, job.reason))
+                print(f"job {job.name} failed: {job.reason}  {' '.join(job.overrides)}", flush=True)
+        line = summary(jobs)
+        if line != before:
+            print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+            before = line
+        if all(job.state in (state.DONE, state.FAILED) for job in jobs):
+            return
+        time.sleep(poll)
+
+
+def summary(jobs: Sequence[Standing]) -> str:
+    """Counts by state and the time that is left, in one line.
+
+    Args:
+        jobs: The jobs of a sweep.
+    """
+    counts = Counter(job.state for job in jobs)
+    line = ", ".join(f"{counts[name]} {name}" for name in (state.DONE, state.FAILED, state.RUNNING, state.WAITING))
+    seconds = left(jobs)
+    return line if seconds is None else f"{line}, about {max(1, round(seconds / 60))} min left"
+
+
+def left(jobs: Sequence[Standing]) -> float | None:
+    """Estimate of the seconds until all have ended, from those that are done; None where these say nothing.
+
+    Args:
+        jobs: The jobs of a sweep; as many are believed to run at once as do now.
+    """
+    took = [job.seconds for job in jobs if job.state == state.DONE and job.seconds]
+    running = [job.seconds or 0.0 for job in jobs if job.state == state.RUNNING]
+    if not took or not running:
+        return None
+    mean = sum(took) / len(took)
+    waiting = mean * sum(job.state == state.WAITING for job in jobs)
+    return (waiting + sum(max(mean - seconds, 0.0) for seconds in running)) / len(running)

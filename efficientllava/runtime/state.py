@@ -1,0 +1,123 @@
+"""What is known of the jobs of a sweep, from anywhere: small files that are written by whoever knows.
+
+``jobs.json`` in the sweep's folder says what the jobs are; ``job.json`` in a job's folder how it stands: its own
+process writes its beginning and its end, whoever has started it what it could not tell itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import whole_file
+
+JOB, SWEEP, RESULTS = "job.json", "jobs.json", "results.json"
+CLUSTER = "cluster.json"  # what a cluster calls a job; written once, by who has submitted it
+WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+BORN = time.time()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a job stands.
+
+    Args:
+        name: Its folder's name, which is its number.
+        state: ``waiting``, ``running``, ``done`` or ``failed``.
+        overrides: What tells it from the others.
+        reason: Why it has failed, or what it waits for.
+        seconds: How long it took, or has been running; None: not known.
+        folder: Its folder.
+    """
+
+    name: str
+    state: str
+    overrides: tuple[str, ...]
+    reason: str
+    seconds: float | None
+    folder: Path
+
+
+def write(folder: Path, file: str = JOB, /, **facts: Any) -> None:
+    """Add facts to a small file in a folder, which is made if it does not exist."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {**read(folder, file), **facts}
+    with whole_file(folder / file) as part:
+        part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, file: str = JOB) -> dict[str, Any]:
+    """What a small file in a folder says; nothing where it is missing or damaged."""
+    try:
+        known = json.loads((folder / file).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def begin(folder: Path, overrides: Sequence[str]) -> None:
+    """Say that a job is at work in this process."""
+    here = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+    write(folder, state=RUNNING, reason="", seconds=None, overrides=list(overrides), **here)
+
+
+def end(folder: Path, reason: str | None) -> None:
+    """Say that the job of this process has ended.
+
+    Args:
+        folder: Its folder.
+        reason: Why it has failed; None: it has not.
+    """
+    seconds = time.time() - read(folder).get("started", BORN)
+    write(folder, state=DONE if reason is None else FAILED, reason=reason or "", seconds=seconds)
+
+
+def standings(folder: Path) -> list[Standing]:
+    """How the jobs of a sweep stand, in their order; those that have not begun and were not submitted come last.
+
+    Args:
+        folder: The sweep's folder.
+    """
+    found = [_standing(place) for place in sorted(_places(folder), key=lambda place: (len(place.name), place.name))]
+    named = {entry.name for entry in found}
+    planned = enumerate(read(folder, SWEEP).get("jobs", []))
+    rest = [
+        Standing(str(number), WAITING, tuple(overrides), "", None, folder / str(number))
+        for number, overrides in planned
+        if str(number) not in named
+    ]
+    return found + rest
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    return iter({file.parent for name in (JOB, RESULTS) for file in folder.glob(f"*/{name}")})
+
+
+def _standing(folder: Path) -> Standing:
+    facts, results = read(folder), (folder / RESULTS).is_file()
+    state = facts.get("state", DONE if results else WAITING)
+    reason, seconds = facts.get("reason", ""), facts.get("seconds")
+    if state == RUNNING:
+        seconds = time.time() - facts.get("started", time.time())
+        if not alive(facts):
+            state, reason = FAILED, "its process is gone and has left no word"
+    return Standing(folder.name, state, tuple(facts.get("overrides", ())), reason, seconds, folder)
+
+
+def alive(facts: dict[str, Any]) -> bool:
+    """Whether the process of a job that says to be running is there, as far as it can be seen from this machine."""
+    if facts.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(int(facts["pid"]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True

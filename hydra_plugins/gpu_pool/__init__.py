@@ -1,1 +1,0 @@
-"""``hydra/launcher=gpu_pool``: every job of a sweep is one process on leased GPUs or cores."""
