@@ -79,7 +79,8 @@ def open_data(config: RunConfig) -> dict[str, str]:
     # What no stage reads is not opened, which may mean fetched.
     read = {"prune": _source(config.data, config.calibration)} if config.prune.method != "none" else {}
     read |= {"recover": _source(config.data)} if config.recover.name != "none" else {}
-    read |= {"evaluate": _source(config.data)} if config.data.path is not None else {}  # losses of its minival
+    reports = read and config.data.path is not None  # losses of its minival
+    read |= {"evaluate": _source(config.data)} if reports else {}
     return {stage: "" if table is None else f"{table.key}:{table.image_root}" for stage, table in read.items()}
 
 
@@ -228,6 +229,8 @@ def keep_back(config: RunConfig, records: Sequence[Record], collate: Any = None)
         The calibration records that remain, and the ones to report on, which may be none.
     """
     own, data = config.calibration, config.data
+    if config.prune.method == config.recover.name == "none":
+        return list(records), []  # there is nothing to compare with the base
 
     def unseen(pool: Sequence[Record], count: int) -> list[Record]:
         near = [pool[index] for index in range(min(len(pool), len(records) + LOOKED_AT * count))]
