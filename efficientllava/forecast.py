@@ -59,8 +59,9 @@ class Forecast:
     @cached_property
     def configs(self) -> list[Any]:
         """Configurations of the models that the plan may lead to; the first one is typical."""
-        biased = self.settings.prune.biased
-        return [pruned_config(self.base, range(len(option)), option, biased) for option in self.plan.options]
+        prune = self.settings.prune
+        how = (prune.biased, prune.heads)
+        return [pruned_config(self.base, range(len(option)), option, *how) for option in self.plan.options]
 
     @cached_property
     def pruned(self) -> nn.Module:

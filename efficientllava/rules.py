@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "prune.ratio": SHARE,
     "prune.importance": _one_of(*IMPORTANCES),
     "prune.selection": _one_of("shape", "local", "floor", "global"),
+    "prune.heads": _one_of("group", "query"),
     "prune.prefix": _one_of("dense", "pruned"),
     "prune.refit_target": _one_of("adaptive", "layer", "residual"),
     "prune.damping": POSITIVE,
@@ -262,6 +263,7 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         "set prune.refit=true or prune.importance=obs",
     ),
     ("prune.refit_target", lambda c: c.prune.refit, "set prune.refit=true"),
+    ("prune.heads", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
     ("prune.bias", lambda c: c.prune.method == "widthwise", "it belongs to prune=widthwise"),
     (
         "prune.prefix",

@@ -77,6 +77,7 @@ class PruneConfig:
     ratio: float | None = 0.3  # share of language-model parameters to remove, [0, 1)
     importance: str = "obs"  # widthwise: see schema.IMPORTANCES
     selection: str = "shape"  # widthwise: shape | local | floor | global
+    heads: str = "group"  # widthwise: group: whole KV groups go | query: one query head of every KV group at a time
     prefix: str = "dense"  # widthwise: scores look at what the dense model gives a layer, or the layers pruned before
     refit: bool = False  # least-squares refit of o_proj and down_proj on the kept set
     # layer: the layer's own output; residual: the dense model's residual stream; adaptive: between the two, writer by

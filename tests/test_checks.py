@@ -119,6 +119,7 @@ def test_several_problems_come_at_once():
         (["prune=auto", "search.budget.target=0.3", "prune.ratio=0.3"], "prune.ratio"),
         (["prune=layerwise", "prune.damping=0.1"], "prune.damping"),
         (["prune=auto", "prune.bias=true"], "prune.bias"),
+        (["prune=auto", "prune.heads=query"], "prune.heads"),
         (["prune=widthwise", "prune.importance=magnitude", "prune.prefix=pruned"], "prune.prefix"),
         (["prune.importance=random", "prune.refit=false", "prune.tokens=image"], "prune.tokens"),
         (["prune=auto", "search.granularity=2:4", "prune.refit=true"], "prune.refit"),

@@ -1,8 +1,9 @@
 """Where a backbone keeps its decoder, heads, channels and projector: the only place that knows attribute names.
 
 A decoder layer has two prunable *components*: ``attention``, whose units are KV groups (one key/value head with all the
-query heads that share it), and ``mlp``, whose units are channels. A component is described by its *readers* (linear
-layers whose rows belong to the units; fused projections appear once per part, as row offsets) and its *writer* (the
+query heads that share it) or query heads (of which one of every group goes at a time), and ``mlp``, whose units are
+channels. A component is described by its *readers* (linear layers whose rows belong to the units; fused projections
+appear once per part, as row offsets) and its *writer* (the
 linear layer whose columns belong to the units). Scoring, refit and surgery are written against components alone.
 
 To support another decoder, add one row to `DECODERS`.
@@ -106,8 +107,10 @@ class Component:
         module: The module that owns the projections.
         readers: Projections whose rows belong to the units.
         writer: Projection whose columns belong to the units.
-        units: Number of KV groups or channels.
+        units: Number of KV groups, query heads or channels.
         width: Columns of the writer per unit.
+        groups: Where the units are query heads: KV groups, each with as many successive ones. One head of every group
+            goes at a time, so that the grouping stays. None: units go one by one.
     """
 
     kind: str
@@ -116,6 +119,16 @@ class Component:
     writer: nn.Linear
     units: int
     width: int
+    groups: int | None = None
+
+    @property
+    def steps(self) -> int:
+        """How often units can go: `units` times, or once for each query head of a KV group."""
+        return self.units // (self.groups or 1)
+
+    def step_price(self, biased: bool = False) -> int:
+        """Parameters that go at a time, where all linear layers have biases if ``biased``."""
+        return self.unit_price(biased) * (self.groups or 1)
 
     @property
     def unit_parameters(self) -> int:
@@ -168,7 +181,7 @@ class Layer:
 
     Args:
         module: The layer.
-        attention: Its attention component; units are KV groups.
+        attention: Its attention component.
         mlp: Its MLP component; units are channels.
         heads_per_group: Query heads per KV group.
         head_dim: Width of one head.
@@ -246,18 +259,24 @@ def language_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def layers_of(model: nn.Module) -> list[Layer]:
-    """Describe every decoder layer as it is now; sizes are read off the weights, so pruned models are seen as cut."""
+def layers_of(model: nn.Module, heads: str = "group") -> list[Layer]:
+    """Describe every decoder layer as it is now; sizes are read off the weights, so pruned models are seen as cut.
+
+    Args:
+        model: The model.
+        heads: Units of attentions, see `describe_layer`.
+    """
     decoder = decoder_of(model)
-    return [describe_layer(module, decoder.config) for module in decoder.layers]
+    return [describe_layer(module, decoder.config, heads) for module in decoder.layers]
 
 
-def describe_layer(module: Any, text_config: Any) -> Layer:
+def describe_layer(module: Any, text_config: Any, heads: str = "group") -> Layer:
     """Describe one decoder layer.
 
     Args:
         module: A decoder layer; need not be part of a model.
         text_config: The decoder's configuration; only its ``model_type`` is read.
+        heads: ``group``: units of the attention are KV groups; ``query``: query heads, where a group has several.
     """
     names = DECODERS[host_type(text_config)]
     attention, mlp = module.self_attn, module.mlp
@@ -271,6 +290,10 @@ def describe_layer(module: Any, text_config: Any) -> Layer:
         qkv = tuple(Reader(fused, offset, width) for offset, width in zip(offsets, widths, strict=True))
     else:
         qkv = tuple(Reader(getattr(attention, n), 0, width) for n, width in zip(names.qkv, widths, strict=True))
+    unit = Component("attention", attention, qkv, writer, groups, per_group * head_dim)
+    if heads == "query" and per_group > 1:
+        queries = (Reader(qkv[0].linear, 0, head_dim),)
+        unit = Component("attention", attention, queries, writer, groups * per_group, head_dim, groups)
     mlp_writer = getattr(mlp, names.mlp_out)
     channels = mlp_writer.in_features
     inputs = [getattr(mlp, name) for name in names.mlp_in]
@@ -279,7 +302,7 @@ def describe_layer(module: Any, text_config: Any) -> Layer:
         readers = (Reader(inputs[0], 0, 1), Reader(inputs[0], channels, 1))
     return Layer(
         module=module,
-        attention=Component("attention", attention, qkv, writer, groups, per_group * head_dim),
+        attention=unit,
         mlp=Component("mlp", mlp, readers, mlp_writer, channels, 1),
         heads_per_group=per_group,
         head_dim=head_dim,

@@ -108,7 +108,7 @@ def flap_ranking(component: Component, fluctuations: Tensor, biased: bool, metri
         scores = scores.square()
     spread = scores.std().clamp(min=torch.finfo(torch.float64).tiny)
     standard = component.reduce_columns((scores - scores.mean()) / spread) / component.width
-    return Ranking.from_scores(standard * component.unit_price(biased))
+    return Ranking.from_scores(standard * component.unit_price(biased), component.groups)
 
 
 def mean_written(component: Component, units: Sequence[int], mean: Tensor) -> Tensor:

@@ -25,24 +25,30 @@ class Ranking:
     Args:
         order: All units, first to go first.
         costs: Marginal cost of each removal, in this order.
+        groups: See `efficientllava.models.anatomy.Component`: so many units go at a removal. None: one.
     """
 
     order: tuple[int, ...]
     costs: tuple[float, ...]
+    groups: int | None = None
 
     def kept(self, count: int) -> tuple[int, ...]:
-        """The ``count`` units that go last, ascending."""
-        return tuple(sorted(self.order[len(self.order) - count :]))
+        """The units that the last ``count`` removals take, ascending."""
+        return tuple(sorted(self.order[len(self.order) - count * (self.groups or 1) :]))
 
     @classmethod
-    def from_scores(cls, scores: Tensor) -> Ranking:
+    def from_scores(cls, scores: Tensor, groups: int | None = None) -> Ranking:
         """Rank by score, lowest first; ties go by index.
 
         Args:
             scores: ``(units,)``.
+            groups: See the class; units are ranked within their group.
         """
-        order = torch.sort(scores.double().cpu(), stable=True)
-        return cls(tuple(order.indices.tolist()), tuple(order.values.tolist()))
+        by_group = scores.double().cpu().view(groups or 1, -1)
+        order = torch.sort(by_group, stable=True)
+        first = torch.arange(len(by_group)).unsqueeze(1) * by_group.shape[1]
+        units = (order.indices + first).T.flatten()
+        return cls(tuple(units.tolist()), tuple(order.values.sum(0).tolist()), groups)
 
 
 def activation_scores(component: Component, gram: Tensor) -> Tensor:
@@ -112,7 +118,13 @@ class Elimination:
 
 
 def eliminate(
-    weight: Tensor, gram: Tensor, width: int, damping: float, counts: Iterable[int], what: str = "writer"
+    weight: Tensor,
+    gram: Tensor,
+    width: int,
+    damping: float,
+    counts: Iterable[int],
+    what: str = "writer",
+    groups: int | None = None,
 ) -> Iterator[Elimination]:
     """Remove units down to each of some counts, one round per count, always those that cost least.
 
@@ -131,6 +143,8 @@ def eliminate(
         damping: Share of each column's own power that is added to ``gram``, > 0.
         counts: Units to keep after each round, descending.
         what: Layer and component, for errors.
+        groups: Units are in so many groups of successive ones, and never are two more left of one than of another;
+            a round then takes one unit. None: any go.
 
     Yields:
         The state after each round.
@@ -144,7 +158,7 @@ def eliminate(
     alive = torch.arange(len(gram) // width, device=gram.device)
     for count in counts:
         scores = _block_scores(columns, inverse, width)
-        lowest = torch.argsort(scores, stable=True)[: len(alive) - count]
+        lowest = torch.argsort(_eligible(scores, alive, len(gram) // width, groups), stable=True)[: len(alive) - count]
         stay = torch.ones(len(alive), dtype=torch.bool, device=gram.device)
         stay[lowest] = False
         gone, alive = alive[lowest], alive[stay]
@@ -167,12 +181,27 @@ def eliminate(
         yield Elimination(gone, scores[lowest].clamp(min=0), alive, columns)
 
 
+def _eligible(scores: Tensor, alive: Tensor, units: int, groups: int | None) -> Tensor:
+    """Scores, infinite for the units of groups that have lost one more than others."""
+    if groups is None:
+        return scores
+    group = alive // (units // groups)
+    left = torch.bincount(group, minlength=groups)
+    return scores.masked_fill(left[group] < left.max(), torch.inf)
+
+
 def obs_ranking(
-    weight: Tensor, gram: Tensor, width: int, damping: float, rounds: int = OBS_ROUNDS, what: str = "writer"
+    weight: Tensor,
+    gram: Tensor,
+    width: int,
+    damping: float,
+    rounds: int = OBS_ROUNDS,
+    what: str = "writer",
+    groups: int | None = None,
 ) -> Ranking:
     """Rank units by the exact rise of the output error after optimal compensation, greedily.
 
-    Channels go in rounds of equal size, KV groups one by one.
+    Channels go in rounds of equal size, KV groups and query heads one by one.
 
     Args:
         weight: See `eliminate`, like all others.
@@ -181,6 +210,7 @@ def obs_ranking(
         damping: See `eliminate`.
         rounds: Rounds in which all channels would go.
         what: See `eliminate`.
+        groups: See `eliminate`.
 
     Returns:
         Removal order of all units; costs are rises of the mean square output error.
@@ -189,10 +219,11 @@ def obs_ranking(
     step = 1 if width > 1 else max(1, units // rounds)
     order: list[int] = []
     costs: list[float] = []
-    for state in eliminate(weight, gram, width, damping, [*range(units - step, 0, -step), 0], what):
+    for state in eliminate(weight, gram, width, damping, [*range(units - step, 0, -step), 0], what, groups):
         order += state.gone.tolist()
         costs += state.costs.tolist()
-    return Ranking(tuple(order), tuple(costs))
+    together = groups or 1
+    return Ranking(tuple(order), tuple(sum(costs[i : i + together]) for i in range(0, len(costs), together)), groups)
 
 
 def _expand(units: Tensor, width: int) -> Tensor:

@@ -31,7 +31,7 @@ from .selection import (
     uniform_candidates,
 )
 
-Counts = tuple[tuple[int, int], ...]  # kept KV groups and channels, layer by layer
+Counts = tuple[tuple[int, int], ...]  # kept KV groups, or query heads of each, and channels, layer by layer
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Outline:
     """Sizes of a plan.
 
     Args:
-        options: Kept KV groups and channels of every kept layer, for each shape that the data choose from; the first
-            one takes most alike of both. One option is exact.
+        options: Kept KV groups, or query heads of each, and channels of every kept layer, for each shape that the data
+            choose from; the first one takes most alike of both. One option is exact.
         total: Parameters of the language model before.
         removed: Fewest and most parameters of it that go.
         largest: Largest share of language-model parameters that could be asked for in this way.
@@ -74,8 +74,8 @@ def outline(model: nn.Module, config: PruneConfig) -> Outline:
     Raises:
         UserError: Names the feasible range.
     """
-    layers = layers_of(model)
-    whole: Counts = tuple((layer.attention.units, layer.mlp.units) for layer in layers)
+    layers = layers_of(model, config.heads)
+    whole: Counts = tuple((layer.attention.steps, layer.mlp.steps) for layer in layers)
     total = language_parameters(model)
     if config.method == "layerwise":
         count, sizes = blocks_to_drop(model, config), sorted(_droppable(model, layers))
@@ -115,11 +115,11 @@ def _ragged(config: PruneConfig) -> bool:
 
 
 def candidate_shapes(space: Space, first: Layer, config: PruneConfig) -> list[tuple[int, int]]:
-    """Kept groups and channels of unprotected layers that a widthwise plan chooses from.
+    """Kept groups, or query heads of each, and channels of unprotected layers that a widthwise plan chooses from.
 
     Args:
         space: What can be removed.
-        first: A layer, for the width of heads.
+        first: A layer, for its heads.
         config: Share, selection, ratio.
 
     Returns:
@@ -130,7 +130,8 @@ def candidate_shapes(space: Space, first: Layer, config: PruneConfig) -> list[tu
         UserError: No shape meets the ratio.
     """
     if config.share is not None:
-        return [nominal_shape(space, config.share, first.head_dim, first.heads_per_group)]
+        together = first.attention.groups or first.heads_per_group
+        return [nominal_shape(space, config.share, first.head_dim, together)]
     if config.selection == "local":
         return [local_shape(space, config.ratio or 0.0)]
     if config.selection == "floor":
@@ -152,7 +153,7 @@ def prune_space(model: nn.Module, config: PruneConfig) -> Space:
             f"prune.bias=true: the {writer} of a {decoder_of(model).config.model_type} decoder can have no bias; set "
             "prune.bias=false"
         )
-    return Space.of(model, attention, mlp, config.round_to, config.biased)
+    return Space.of(model, attention, mlp, config.round_to, config.biased, config.heads)
 
 
 def blocks_to_drop(model: nn.Module, config: PruneConfig) -> int:

@@ -18,11 +18,14 @@ class LayerPlan:
         index: Index of the layer in the checkpoint that is pruned.
         groups: Kept KV groups, ascending. A group is one key/value head with the query heads that share it.
         channels: Kept MLP channels, ascending.
+        heads: Kept query heads, ascending, equally many of every KV group; empty: all of the kept groups'. Where some
+            go, all groups stay.
     """
 
     index: int
     groups: tuple[int, ...]
     channels: tuple[int, ...]
+    heads: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,7 +63,7 @@ class PruningPlan:
     @property
     def uniform(self) -> bool:
         """Whether all kept layers have the same shape, so that a stock class can hold them."""
-        return len({layer.shape for layer in self.layers}) == 1
+        return len({(layer.shape, len(layer.heads)) for layer in self.layers}) == 1
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -86,7 +89,10 @@ class PruningPlan:
         """
         try:
             raw = json.loads(text)
-            layers = tuple(LayerPlan(v["index"], tuple(v["groups"]), tuple(v["channels"])) for v in raw.pop("layers"))
+            layers = tuple(
+                LayerPlan(v["index"], tuple(v["groups"]), tuple(v["channels"]), tuple(v.get("heads", ())))
+                for v in raw.pop("layers")
+            )
             units = tuple((groups, channels) for groups, channels in raw.pop("source_units", ()))
             return cls(layers=layers, calibration_ids=tuple(raw.pop("calibration_ids")), source_units=units, **raw)
         except (ValueError, KeyError, TypeError) as error:

@@ -22,7 +22,7 @@ from .refit import LayerError, SequentialPruner
 from .scores import Calibration, open_stream, rank_units
 from .selection import Space, global_counts, imbalance, ranked_plan
 from .statistics import BlockInfluence, CalibrationStream, Reduce
-from .surgery import achieved_ratio, check_plan, cut, rebuild
+from .surgery import achieved_ratio, check_plan, cut, kept_units, rebuild
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +140,9 @@ def plan_ratio(model: nn.Module, plans: Sequence[LayerPlan], biased: bool = Fals
         if plan is None:
             removed += sum(p.numel() for p in layer.module.parameters())
             continue
-        for component, kept in zip(layer.components, map(len, (plan.groups, plan.channels)), strict=True):
-            removed += (component.units - kept) * component.unit_parameters
-            removed -= component.added_biases(kept) if biased else 0
+        for component, kept in kept_units(layer.module, decoder_of(model).config, plan):
+            removed += (component.units - len(kept)) * component.unit_price(biased)
+        removed -= sum(component.added_biases(component.units) for component in layer.components) if biased else 0
     return removed / language_parameters(model)
 
 
@@ -266,7 +266,8 @@ def _widthwise(
     model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int, report: PruneReport
 ) -> tuple[LayerPlan, ...]:
     space = prune_space(model, config)
-    shapes = candidate_shapes(space, layers_of(model)[0], config)
+    first = layers_of(model, config.heads)[0]
+    shapes = candidate_shapes(space, first, config)
     chooses = len(shapes) > 1 and any(gather(len(calibration.compared)))
     counts = space.counts(*shapes[0]) if len(shapes) == 1 else ()
     outside = calibration.compared if chooses else ()
@@ -296,16 +297,22 @@ def _widthwise(
         tried = sorted(verdicts, key=shapes.index)
         best = shapes.index(tried[simplest([verdicts[s] for s in tried], [imbalance(space, s) for s in tried])])
         report.candidates = [
-            {"groups": g, "channels": c, "kl": verdicts[g, c].mean, "loss": verdicts[g, c].loss} for g, c in tried
+            {
+                "heads" if first.attention.groups else "groups": g,
+                "channels": c,
+                "kl": verdicts[g, c].mean,
+                "loss": verdicts[g, c].loss,
+            }
+            for g, c in tried
         ]
         report.loss_compared = verdicts[shapes[best]].loss
         report.loss_compared_dense = comparison.dense_loss
     groups, whole = shapes[best][0], max(space.groups)
-    if groups < whole <= FEW and not space.whole_attention:
+    if groups < whole <= FEW and first.attention.groups is None and not space.whole_attention:
         log.warning(
             "prune: every layer loses %d of its %d KV groups, and all query heads with them, %.0f %% of its attention; "
             "with so few that costs much (2.8 nats for one of three on SmolLM2-135M, before the refit); "
-            "prune.selection=global decides it layer by layer",
+            "prune.selection=global decides it layer by layer, prune.heads=query keeps all groups",
             whole - groups,
             whole,
             100 * (1 - groups / whole),

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, Layer, decoder_of, describe_layer, names_of
+from ..models.anatomy import Component, decoder_of, describe_layer, names_of
 from ..processes import gather
 from ..runtime.finite import require_finite
 from .fluctuation import layer_moments, mean_written
@@ -46,7 +46,7 @@ from .statistics import (
     no_reduce,
     total_weight,
 )
-from .surgery import add_bias, cut_component
+from .surgery import add_bias, cut_component, kept_units
 
 TARGETS = {"layer": 0.0, "residual": 1.0, "adaptive": None}  # how far earlier losses are repaired; None: as validated
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # among these the validated one is chosen
@@ -349,12 +349,12 @@ class SequentialPruner:
     def _cut_layer(
         self, layer: nn.Module, plan: LayerPlan, flow: _Flow, errors: list[LayerError], commit: bool
     ) -> None:
-        whole = describe_layer(layer, self._config)
-        attention, biases = whole.attention, self._biases(whole, plan, flow)
-        moments = self._moments(attention, plan.groups, flow.touched)
-        kept_inputs = self._run_attention(layer, plan, attention, flow, moments)
-        write = self._write(attention, plan.groups, plan.index, moments, errors, commit, biases[0])
-        flow.touched |= len(plan.groups) < attention.units
+        (attention, heads), _ = kept_units(layer, self._config, plan)
+        biases = self._biases(layer, plan, flow)
+        moments = self._moments(attention, heads, flow.touched)
+        kept_inputs = self._run_attention(layer, plan.index, attention, heads, flow, moments)
+        write = self._write(attention, heads, plan.index, moments, errors, commit, biases[0])
+        flow.touched |= len(heads) < attention.units
         with contextlib.ExitStack() as trial:
             trial.enter_context(_replayed(attention.module, write, kept_inputs))
             mlp = describe_layer(layer, self._config).mlp
@@ -371,13 +371,14 @@ class SequentialPruner:
             else:
                 flow.pruned = list(flow.dense)
 
-    def _biases(self, layer: Layer, plan: LayerPlan, flow: _Flow) -> tuple[Tensor | None, Tensor | None]:
+    def _biases(self, layer: nn.Module, plan: LayerPlan, flow: _Flow) -> tuple[Tensor | None, Tensor | None]:
         """What the writers of a whole layer lose on average; moves the dense stream through it."""
         if flow.whole is None:
             return None, None
-        means = [moments.close()[0].mean(0) for moments in layer_moments(self._stream, layer, plan.index, flow.whole)]
-        first, second = zip(layer.components, (plan.groups, plan.channels), means, strict=True)
-        return mean_written(*first), mean_written(*second)
+        whole = describe_layer(layer, self._config)
+        means = [moments.close()[0].mean(0) for moments in layer_moments(self._stream, whole, plan.index, flow.whole)]
+        attention, mlp = kept_units(layer, self._config, plan)
+        return mean_written(*attention, means[0]), mean_written(*mlp, means[1])
 
     def _moments(self, component: Component, units: Sequence[int], touched: bool) -> tuple[_Sums, _Sums] | None:
         """Sums of what is fitted and of what is held back; None where there is nothing to solve."""
@@ -405,24 +406,30 @@ class SequentialPruner:
             moments[batch in self._held].add(*parts, self._stream.weights(batch, residual))
 
     def _run_attention(
-        self, layer: nn.Module, plan: LayerPlan, attention: Component, flow: _Flow, moments: tuple[_Sums, _Sums] | None
+        self,
+        layer: nn.Module,
+        index: int,
+        attention: Component,
+        heads: Sequence[int],
+        flow: _Flow,
+        moments: tuple[_Sums, _Sums] | None,
     ) -> list[Tensor]:
         """Move the dense stream through the layer, which is still whole; return what the kept heads write from."""
         stream, result = self._stream, []
-        kept = attention.columns(plan.groups).to(attention.writer.weight.device)
+        kept = attention.columns(heads).to(attention.writer.weight.device)
         for batch, stored in enumerate(flow.pruned):
             inputs, wanted = stream.load(stored), None
             seen = _Seen()
             if flow.dense is not None:
                 start = stream.load(flow.dense[batch])
                 with _captured(attention.writer, seen):
-                    after = stream.call(layer, plan.index, batch, start)
+                    after = stream.call(layer, index, batch, start)
                 flow.dense[batch] = stream.store(after)
                 # What the attention would have to write for the residual stream to equal the dense model's.
                 wanted = start + seen.output - inputs
             if flow.dense is None or flow.touched:
                 with _captured(attention.writer, seen, stop=True):
-                    stream.call(layer, plan.index, batch, inputs)
+                    stream.call(layer, index, batch, inputs)
             if moments is not None:
                 self._add(moments, batch, seen.inputs, seen.output, wanted, inputs + seen.output)
             result.append(stream.store(seen.inputs[..., kept]))

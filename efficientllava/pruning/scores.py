@@ -121,13 +121,13 @@ def rank_units(
     without: Collection[int] = (),
     counts: Sequence[tuple[int, int]] = (),
 ) -> tuple[list[LayerScores], CalibrationStream, list[Tensor]]:
-    """Score every KV group and channel of every layer.
+    """Score every unit of the attention and every channel of every layer.
 
     Args:
         model: The model in eval mode.
         calibration: Batches and how to run them.
-        config: ``importance``, ``damping``, ``tokens``, ``taylor_mean``; ``prefix``: whether a layer reads what the
-            dense model gives it, or what the layers before leave that keep their best units only.
+        config: ``importance``, ``heads``, ``damping``, ``tokens``, ``taylor_mean``; ``prefix``: whether a layer reads
+            what the dense model gives it, or what the layers before leave that keep their best units only.
         seed: Seed of random importance.
         without: Batches that stay outside the statistics.
         counts: Units that every layer will keep; needed for ``prefix=pruned``.
@@ -136,11 +136,15 @@ def rank_units(
         Rankings of all layers, the calibration stream for reuse, and the dense model's outputs of the last layer by
         batch where the scores needed them (else empty).
     """
-    layers = layers_of(model)
+    layers = layers_of(model, config.heads)
     stream = open_stream(model, calibration, config)
     if config.importance in TAYLOR:
-        scores = TaylorScores(stream, config.importance, config.taylor_mean).run(calibration.reduce)
-        return [LayerScores(Ranking.from_scores(a), Ranking.from_scores(m)) for a, m in scores], stream, []
+        scores = TaylorScores(stream, config.importance, config.taylor_mean, config.heads).run(calibration.reduce)
+        ranked = [
+            LayerScores(*(Ranking.from_scores(s, c.groups) for s, c in zip(pair, layer.components, strict=True)))
+            for pair, layer in zip(scores, layers, strict=True)
+        ]
+        return ranked, stream, []
     looks = config.importance not in ("magnitude", "random")
     felt = None
     if config.importance == "obs" and config.method == "widthwise" and config.selection == "global":
@@ -244,7 +248,12 @@ def _rank(index: int, component: Component, gram: Tensor, config: PruneConfig, o
         if outputs is not None:
             weight = weight.to(gram.dtype) * outputs.to(gram).sqrt().unsqueeze(1)
         return obs_ranking(
-            weight, gram, component.width, config.damping or DAMPING, what=f"layer {index}, {component.kind}"
+            weight,
+            gram,
+            component.width,
+            config.damping or DAMPING,
+            what=f"layer {index}, {component.kind}",
+            groups=component.groups,
         )
     scores = activation_scores if config.importance == "activation" else wanda_scores
     return _levelled(component, scores(component, gram))
@@ -252,6 +261,6 @@ def _rank(index: int, component: Component, gram: Tensor, config: PruneConfig, o
 
 def _levelled(component: Component, scores: Tensor) -> Ranking:
     """Rank by scores that have no common unit: a parameter costs 1 on average in every component of every layer."""
-    ranking = Ranking.from_scores(scores)
-    scale = component.unit_parameters * len(ranking.costs) / (sum(ranking.costs) or 1.0)
+    ranking = Ranking.from_scores(scores, component.groups)
+    scale = component.unit_parameters * component.units / (sum(ranking.costs) or 1.0)
     return replace(ranking, costs=tuple(cost * scale for cost in ranking.costs))

@@ -23,9 +23,9 @@ class Space:
     """What a widthwise plan can remove from a model.
 
     Args:
-        groups: KV groups of every layer.
+        groups: KV groups of every layer, or query heads of each group.
         channels: MLP channels of every layer.
-        group_cost: Parameters of one KV group, per layer.
+        group_cost: Parameters of one KV group, or of one query head of every group, per layer.
         channel_cost: Parameters of one channel, per layer.
         total: Parameters of the language model, embeddings and head included.
         whole_attention: Layers whose heads are protected.
@@ -52,6 +52,7 @@ class Space:
         protect_mlp: Sequence[int] = (),
         round_to: int = 1,
         biased: bool = False,
+        heads: str = "group",
     ) -> Space:
         """Read the space off a model.
 
@@ -61,21 +62,22 @@ class Space:
             protect_mlp: Layers whose channels stay.
             round_to: See the class.
             biased: Whether all linear layers of the cut model have biases.
+            heads: Units of attentions, see `efficientllava.models.anatomy.describe_layer`.
 
         Raises:
             UserError: A protected layer does not exist.
         """
-        layers: list[Layer] = layers_of(model)
+        layers: list[Layer] = layers_of(model, heads)
         return cls(
-            tuple(layer.attention.units for layer in layers),
-            tuple(layer.mlp.units for layer in layers),
-            tuple(layer.attention.unit_price(biased) for layer in layers),
-            tuple(layer.mlp.unit_price(biased) for layer in layers),
+            tuple(layer.attention.steps for layer in layers),
+            tuple(layer.mlp.steps for layer in layers),
+            tuple(layer.attention.step_price(biased) for layer in layers),
+            tuple(layer.mlp.step_price(biased) for layer in layers),
             language_parameters(model),
             _indices("prune.protect or prune.protect_attention", protect_attention, len(layers)),
             _indices("prune.protect or prune.protect_mlp", protect_mlp, len(layers)),
             round_to,
-            sum(c.added_biases(c.units) for layer in layers for c in layer.components) if biased else 0,
+            sum(c.added_biases(c.units) for layer in layers_of(model) for c in layer.components) if biased else 0,
         )
 
     @property
@@ -106,7 +108,7 @@ class Space:
 
     @property
     def smallest(self) -> list[tuple[int, int]]:
-        """The least that every layer can keep: one KV group and ``round_to`` channels."""
+        """The least that every layer can keep: one KV group, or query head of each, and ``round_to`` channels."""
         return self.counts(1, self.round_to)
 
     @property
@@ -260,13 +262,20 @@ def ranked_plan(
     """Keep the highest-ranked units of every layer.
 
     Args:
-        counts: Kept groups and channels of every layer.
-        rankings: Removal orders of groups and channels of every layer.
+        counts: Kept groups, or query heads of each group, and channels of every layer.
+        rankings: Removal orders of the attention's units and of channels of every layer.
     """
     return tuple(
-        LayerPlan(i, rank[0].kept(groups), rank[1].kept(channels))
-        for i, ((groups, channels), rank) in enumerate(zip(counts, rankings, strict=True))
+        _layer_plan(index, *kept, *pair) for index, (kept, pair) in enumerate(zip(counts, rankings, strict=True))
     )
+
+
+def _layer_plan(index: int, heads: int, channels: int, attention: Ranking, mlp: Ranking) -> LayerPlan:
+    units = attention.kept(heads)
+    if attention.groups is None:
+        return LayerPlan(index, units, mlp.kept(channels))
+    some = units if len(units) < len(attention.order) else ()
+    return LayerPlan(index, tuple(range(attention.groups)), mlp.kept(channels), some)
 
 
 def global_counts(

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, decoder_of, language_parameters, layers_of, reader_rows
+from ..models.anatomy import Component, decoder_of, describe_layer, language_parameters, layers_of, reader_rows
 from ..models.pruned import LayerShape, text_config_for
-from .plan import PruningPlan
+from .plan import LayerPlan, PruningPlan
+
+Kept = tuple[Component, Sequence[int]]
+
+
+def kept_units(module: nn.Module, text_config: Any, plan: LayerPlan) -> tuple[Kept, Kept]:
+    """Attention and MLP of a layer as it is, each with the units that a plan keeps.
+
+    Args:
+        module: The layer.
+        text_config: See `efficientllava.models.anatomy.describe_layer`.
+        plan: The layer's plan.
+    """
+    layer = describe_layer(module, text_config, "query" if plan.heads else "group")
+    return (layer.attention, plan.heads or plan.groups), (layer.mlp, plan.channels)
 
 
 def cut_component(component: Component, units: Sequence[int], writer_weight: Tensor | None = None) -> None:
@@ -23,30 +38,33 @@ def cut_component(component: Component, units: Sequence[int], writer_weight: Ten
         units: Kept units, ascending.
         writer_weight: Refitted columns of the writer, ``(out_features, len(units) * width)``; None keeps the old ones.
     """
-    for linear, rows in reader_rows(component, units):
-        index = rows.to(linear.weight.device)
+    gone = sorted({*range(component.units)} - {*units})
+    for linear, rows in reader_rows(component, gone):  # a fused projection may have rows that belong to no unit
+        stay = torch.ones(linear.out_features, dtype=torch.bool)
+        stay[rows] = False
+        index = stay.nonzero().squeeze(1).to(linear.weight.device)
         linear.weight = nn.Parameter(linear.weight.detach()[index], requires_grad=linear.weight.requires_grad)
         if linear.bias is not None:
             linear.bias = nn.Parameter(linear.bias.detach()[index], requires_grad=linear.bias.requires_grad)
-        linear.out_features = len(rows)
+        linear.out_features = len(index)
     writer = component.writer
     if writer_weight is None:
         writer_weight = writer.weight.detach()[:, component.columns(units).to(writer.weight.device)]
     writer.weight = nn.Parameter(writer_weight.to(writer.weight.dtype), requires_grad=writer.weight.requires_grad)
     writer.in_features = writer_weight.shape[1]
     if component.kind == "attention":
-        _resize_heads(component.module, len(units))
+        _resize_heads(component.module, writer.in_features, component.groups or len(units))
 
 
 def add_bias(component: Component, written: Tensor) -> None:
-    """Give all linear layers of a whole component a bias, in place: zeros for the readers that have none.
+    """Give all linear layers of a whole component a bias, in place: zeros where there was none.
 
     Args:
         component: See `cut_component`.
         written: What is added to the writer's bias, ``(out_features,)``.
     """
-    for linear in (*(reader.linear for reader in component.readers), component.writer):
-        if linear.bias is None:
+    for linear in component.module.modules():
+        if isinstance(linear, nn.Linear) and linear.bias is None:
             zeros = linear.weight.new_zeros(linear.out_features)
             linear.bias = nn.Parameter(zeros, requires_grad=linear.weight.requires_grad)
     bias: nn.Parameter = component.writer.bias
@@ -54,12 +72,13 @@ def add_bias(component: Component, written: Tensor) -> None:
         bias.add_(written.to(bias))
 
 
-def _resize_heads(attention: Any, groups: int) -> None:
+def _resize_heads(attention: Any, width: int, groups: int) -> None:
+    heads = width // attention.head_dim
     # Phi3 slices its fused projection by the head counts of its configuration, so every layer gets its own copy.
     config = copy.copy(attention.config)
-    config.num_attention_heads = groups * attention.num_key_value_groups
+    config.num_attention_heads = heads
     config.num_key_value_heads = groups
-    attention.config = config
+    attention.config, attention.num_key_value_groups = config, heads // groups
     if hasattr(attention, "num_key_value_heads"):
         attention.num_key_value_heads = groups
 
@@ -78,10 +97,9 @@ def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
         ValueError: The plan was made for other sizes.
     """
     check_plan(model, plan)
-    layers = layers_of(model)
+    decoder = decoder_of(model)
     for entry in plan.layers:
-        layer = layers[entry.index]
-        for component, units in ((layer.attention, entry.groups), (layer.mlp, entry.channels)):
+        for component, units in kept_units(decoder.layers[entry.index], decoder.config, entry):
             if len(units) < component.units:
                 cut_component(component, units)
     return rebuild(model, plan.kept_layers)
@@ -93,36 +111,53 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
     Raises:
         ValueError: Names the first unit that the model lacks.
     """
-    layers = layers_of(model)
-    if len(layers) != plan.source_layers or not plan.layers:
-        raise ValueError(f"plan is for {plan.source_layers} layers, the model has {len(layers)}")
+    decoder = decoder_of(model)
+    if len(decoder.layers) != plan.source_layers or not plan.layers:
+        raise ValueError(f"plan is for {plan.source_layers} layers, the model has {len(decoder.layers)}")
     for entry in plan.layers:
-        layer = layers[entry.index]
-        for component, units in ((layer.attention, entry.groups), (layer.mlp, entry.channels)):
+        for component, units in kept_units(decoder.layers[entry.index], decoder.config, entry):
             if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= component.units:
                 raise ValueError(
                     f"plan: {component.kind} of layer {entry.index} must keep some of 0..{component.units - 1}"
                 )
+            groups = component.groups or 1
+            found = Counter(unit // (component.units // groups) for unit in units)
+            if component.groups and (len(found) < groups or len({*found.values()}) > 1 or len(entry.groups) < groups):
+                raise ValueError(
+                    f"plan: layer {entry.index} must keep as many query heads of each of {groups} KV groups"
+                )
 
 
 def pruned_config(
-    model: nn.Module, kept: Sequence[int], counts: Sequence[tuple[int, int]], biased: bool = False
+    model: nn.Module,
+    kept: Sequence[int],
+    counts: Sequence[tuple[int, int]],
+    biased: bool = False,
+    heads: str = "group",
 ) -> Any:
     """The configuration of the model that a plan leaves.
 
     Args:
         model: The model before, also on the meta device; unchanged.
         kept: Indices of the kept layers.
-        counts: Their KV groups and channels.
+        counts: Their KV groups, or query heads of each, and channels.
         biased: Whether the plan gives all linear layers biases.
+        heads: Units of attentions, see `efficientllava.models.anatomy.describe_layer`.
 
     Raises:
         UserError: The decoder can have no configuration with these sizes.
     """
+    layers, shapes = layers_of(model, heads), []
+    for index, (count, channels) in zip(kept, counts, strict=True):
+        groups = layers[index].attention.groups
+        per_group = layers[index].heads_per_group if groups is None else count
+        shapes.append(LayerShape(per_group * (groups or count), groups or count, channels))
+    return _config_of(model, kept, shapes, biased)
+
+
+def _config_of(model: nn.Module, kept: Sequence[int], shapes: Sequence[LayerShape], biased: bool) -> Any:
     config: Any = copy.deepcopy(model.config)
-    first = layers_of(model)[0]
-    shapes = [LayerShape(groups * first.heads_per_group, groups, channels) for groups, channels in counts]
-    text = text_config_for(config.get_text_config(), kept, shapes, first.head_dim, biased)
+    text = text_config_for(config.get_text_config(), kept, shapes, layers_of(model)[0].head_dim, biased)
     text._attn_implementation = decoder_of(model).config._attn_implementation
     config.text_config = text
     return config
@@ -141,8 +176,9 @@ def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
         The model that `transformers.AutoModelForImageTextToText.from_pretrained` would give for its saved folder.
     """
     layers = layers_of(model)
-    counts = [(layers[i].attention.units, layers[i].mlp.units) for i in kept]
-    config = pruned_config(model, kept, counts, all(c.writer.bias is not None for c in layers[kept[0]].components))
+    units = [(layers[i].attention.units, layers[i].mlp.units, layers[i].heads_per_group) for i in kept]
+    shapes = [LayerShape(groups * per_group, groups, channels) for groups, channels, per_group in units]
+    config = _config_of(model, kept, shapes, all(c.writer.bias is not None for c in layers[kept[0]].components))
     decoder = decoder_of(model)
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in kept)
     with torch.device("meta"):

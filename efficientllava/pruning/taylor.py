@@ -35,18 +35,25 @@ class TaylorScores:
         variant: ``param_first``, ``param_second``, ``param_mix`` or ``vectorize``.
         mean: ``sample``: scores of every batch's own gradient, averaged; the layer inputs of one batch are
             kept. ``batch``: the score of the gradient of the one loss over all batches, as published; those of all are.
+        heads: Units of attentions, see `efficientllava.models.anatomy.describe_layer`.
 
     Raises:
         ValueError: Unknown variant or mean.
     """
 
-    def __init__(self, stream: CalibrationStream, variant: str = "param_first", mean: str = "sample") -> None:
+    def __init__(
+        self,
+        stream: CalibrationStream,
+        variant: str = "param_first",
+        mean: str = "sample",
+        heads: str = "group",
+    ) -> None:
         if variant not in TAYLOR:
             raise ValueError(f"variant must be one of {TAYLOR}, got {variant!r}")
         if mean not in ("sample", "batch"):
             raise ValueError(f"mean must be sample or batch, got {mean!r}")
         self._stream, self._variant, self._mean = stream, variant, mean
-        self._layers = layers_of(stream.model)
+        self._layers = layers_of(stream.model, heads)
         self._scores: dict[Tensor, Tensor] = {}
 
     def run(self, reduce: Reduce = no_reduce) -> list[tuple[Tensor, Tensor]]:
@@ -56,7 +63,7 @@ class TaylorScores:
             reduce: Sums over processes.
 
         Returns:
-            Per layer, scores of its KV groups and of its channels.
+            Per layer, scores of its attention's units and of its channels.
 
         Raises:
             UserError: No batch has a supervised token.

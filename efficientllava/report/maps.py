@@ -92,6 +92,8 @@ def shares(folder: Path, kind: str) -> list[float] | None:
     if not plan.get("source_units"):
         return None
     kept, whole = {layer["index"]: len(layer[kind]) for layer in plan["layers"]}, int(kind == "channels")
+    if kind == "groups":  # in query heads, of which every KV group has as many
+        kept |= {v["index"]: len(v["heads"]) / plan["heads_per_group"] for v in plan["layers"] if v.get("heads")}
     return [100 * kept.get(index, 0) / units[whole] for index, units in enumerate(plan["source_units"])]
 
 
