@@ -98,8 +98,12 @@ class Store:
         self._reuse, self._together, self._fix = reuse, together, fix
 
     def place(self, kind: str, inputs: Any) -> Path:
-        """The folder of an entry, which may not exist."""
-        return self.root / kind / digest(inputs)
+        """The folder of an entry, which may not exist; what is no folder there is set aside."""
+        folder = self.root / kind / digest(inputs)
+        if self._leads and os.path.lexists(folder) and not folder.is_dir():
+            _warn(folder, "no folder")
+            set_aside(folder)
+        return folder
 
     def entry(
         self,

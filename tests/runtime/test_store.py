@@ -506,3 +506,11 @@ def test_a_full_disk_while_sharing_leaves_the_old_folder(tmp_path, monkeypatch):
         store.share(entry.folder / "pruned", target)
     assert (target / "file").read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "target"]
+
+
+def test_what_is_no_folder_in_the_place_of_one_is_set_aside(tmp_path, caplog):
+    place = Store(tmp_path).place("targets", {"of": 1})
+    place.parent.mkdir()
+    place.write_text("damage")
+    assert Store(tmp_path).place("targets", {"of": 1}) == place and not place.exists()
+    assert len(caplog.records) == 1 and "set aside" in caplog.text
