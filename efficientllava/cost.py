@@ -200,7 +200,7 @@ def _pruning(plan: Forecast) -> float:
             passes += 3 + evaluations(search.rounds, search.generations) * COMPARED  # with the costs' gradients
         else:
             passes += 1 + search.rounds * search.generations * search.population * sum(search.stages)
-        cuts += search.finalists if search.finalists > 1 and search.granularity == "structured" else 0
+        cuts += search.finalists + 1 if search.finalists > 1 and search.granularity == "structured" else 0
     elif config.importance in TAYLOR:
         passes += 3  # the forward pass again, layer by layer, and the gradients of inputs and weights
     if config.method == "widthwise" and len(plan.plan.options) > 1:
