@@ -292,7 +292,7 @@ def test_runs_without_results_are_told_with_their_last_error(sweep):
     report(sweep)
     page = (sweep / "report.html").read_text()
     assert "1 run without results" in page and page.count("<details>") == 7
-    assert "python run.py recover=sft &#x27;x=a b&#x27;</code><br>3: error: out of memory &lt;0&gt;" in page
+    assert "python run.py recover=sft &#x27;x=a b&#x27;</code><br>3: failed: out of memory &lt;0&gt; (" in page
 
 
 def test_the_command_of_a_sweep_can_be_typed_again(sweep):

@@ -55,8 +55,13 @@ NEITHER = {
     *("evaluate.tasks", "evaluate.root", "evaluate.namespace", "evaluate.protocol", "evaluate.quantization"),
     *("evaluate.efficiency", "evaluate.repeats", "evaluate.new_tokens", "evaluate.speed_batches"),
     *("evaluate.num_workers", "evaluate.judge.*", "evaluate.lmms_eval.*"),
-    *("trainer.accelerator", "trainer.devices", "trainer.log_every_n_steps", "trainer.enable_model_summary"),
-    *("trainer.num_sanity_val_steps", "callbacks.learning_rate.*", "callbacks.progress.*"),
+    *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
+    *(
+        "trainer.enable_model_summary",
+        "trainer.num_sanity_val_steps",
+        "callbacks.learning_rate.*",
+        "callbacks.progress.*",
+    ),
 }
 CONTENT = {
     "evaluate": ("model", "device", "processes", "task", "questions", "images", "lmms"),
