@@ -50,7 +50,7 @@ test-gpu: install-test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
 bench: install ## Print measured ratios of time and memory
-	$(BIN)/python -m efficientllava.bench
+	$(BIN)/python -m experiments.speed
 
 lint: install-dev ## Check format and style
 	$(BIN)/ruff format --check .

@@ -15,9 +15,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from efficientllava.config import register_schema
-from efficientllava.outcome import exit_code
-from efficientllava.processes import adopt_srun
+from efficientllava.runtime.exit_codes import exit_code
+from efficientllava.runtime.processes import adopt_srun
+from efficientllava.settings.compose import register_schema
 
 register_schema()
 

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._registration import register_when_transformers_loads
+from .checkpoint.registration import register_when_transformers_loads
 
 if TYPE_CHECKING:
-    from .api import load, plan, prune, recover, save, to_gguf
+    from .api import (
+        load,
+        plan,
+        prune,
+        recover,
+        save,
+        to_gguf,
+    )
 
 __version__ = "0.1.0"
 __all__ = ["load", "plan", "prune", "recover", "save", "to_gguf"]

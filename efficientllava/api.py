@@ -18,18 +18,19 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, load, round_weights, save, weights_digest
-from .checks import require_valid
-from .config import own_length
-from .console import quiet_libraries
+from .checkpoint.folder import (
+    Checkpoint,
+    load,
+    round_weights,
+    save,
+    weights_digest,
+)
 from .data.collator import Collator
-from .data.conversations import Record
 from .data.datamodule import RecoveryData
+from .data.records import Record
 from .data.splits import calibration_records, open_data
 from .data.stamps import image_stamps
-from .errors import UserError
 from .models.forward import to_device
-from .processes import environment
 from .pruning.memory import micro_batch
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
@@ -38,10 +39,15 @@ from .recovery.caching import open_teacher, teacher_digest
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
 from .recovery.trainable import require_trainable
+from .runtime.console import quiet_libraries
 from .runtime.content import digest
+from .runtime.errors import UserError
 from .runtime.files import remove
+from .runtime.processes import environment
 from .runtime.store import Store, growing
-from .schema import (
+from .settings.checks import require_valid
+from .settings.compose import own_length
+from .settings.schema import (
     BLOCKS,
     CalibrationConfig,
     DataConfig,
@@ -104,7 +110,7 @@ def plan(
         records: Calibration records; None draws them from the embedded digits.
         samples: Number of calibration records drawn where none are given.
         seed: Seed of the draw and of random importance.
-        **options: Fields of `efficientllava.schema.PruneConfig`: ``ratio``, ``method``, ``importance``, ``selection`` …
+        **options: Fields of `PruneConfig`: ``ratio``, ``method``, ``importance``, ``selection`` …
 
     Returns:
         The plan.
@@ -132,7 +138,7 @@ def prune(
         records: Calibration records of the refit; None draws them from the embedded digits.
         samples: Number of calibration records drawn where none are given.
         seed: Seed of the draw.
-        **options: Fields of `efficientllava.schema.PruneConfig` that concern the refit.
+        **options: Fields of `efficientllava.settings.schema.PruneConfig` that concern the refit.
 
     Returns:
         The smaller checkpoint, its weights rounded to the storage type.
@@ -164,7 +170,7 @@ def recover(
         seed: Seed of the draw and of the order.
         workdir: Folder of what a killed recovery goes on from, and of a cached teacher's answers, both by all that they
             depend on; a temporary one by default.
-        **options: Fields of `efficientllava.schema.RecoverConfig`: ``weights``, ``train``, ``lr``, ``steps`` …
+        **options: Fields of `efficientllava.settings.schema.RecoverConfig`: ``weights``, ``train``, ``lr``, ``steps`` …
 
     Returns:
         What was minimised, for how long, and the final losses.
@@ -225,7 +231,7 @@ def to_gguf(
         checkpoint: What to export, on the CPU in float32.
         folder: Where the files go.
         dense: The checkpoint that it was pruned from, measured beside it.
-        **options: Fields of `efficientllava.schema.DeployConfig`: ``types``, ``mmproj``, ``check``, ``measure`` …
+        **options: Fields of `DeployConfig`: ``types``, ``mmproj``, ``check``, ``measure`` …
 
     Returns:
         What was written and found, see `efficientllava.deploy.export.deploy`.

@@ -12,19 +12,24 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from . import disk, processes
-from .checks import check
-from .config import typed
-from .console import say
-from .curves import read_curve
-from .errors import UserError
-from .identity import finished, nothing_to_do, run_key, settings_key
 from .launch.ranks import relaunch
-from .outcome import sweeping
-from .schema import RunConfig
+from .record import read_curve
+from .runtime import keeping, processes
+from .runtime.console import say
+from .runtime.errors import UserError
+from .runtime.exit_codes import sweeping
+from .settings.checks import check
+from .settings.compose import instantiate, typed
+from .settings.schema import RunConfig
 from .stages.context import Context
 from .stages.deploy import deploy
 from .stages.evaluate import Evaluation
+from .stages.identity import (
+    finished,
+    nothing_to_do,
+    run_key,
+    settings_key,
+)
 from .stages.prune import prune
 from .stages.record import write_record
 from .stages.recover import recover
@@ -49,9 +54,9 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = (), in_s
     check(settings, () if in_sweep else overrides)
     folder = Path(output_dir)
     if settings.pretrain:
-        return _pretrain(settings, folder)
+        return instantiate(settings.pretrain, _partial_=True)(folder=folder)
     if settings.dry_run:
-        from .dry_run import dry_run, plan_job
+        from .estimate.dry_run import dry_run, plan_job
 
         (plan_job if sweeping() else dry_run)(settings, folder)
         return None
@@ -66,12 +71,12 @@ def _work(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path:
     """Run all stages, alone in the folder; returns it, or that of the first of several processes."""
     processes.on_gpu(settings.trainer)  # refuses what is not there
     processes.require_nodes(settings.trainer)
-    alone = contextlib.nullcontext() if processes.launched() else disk.alone_in(folder, say)
-    with alone, disk.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
+    alone = contextlib.nullcontext() if processes.launched() else keeping.alone_in(folder, say)
+    with alone, keeping.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
         # Another process may have been at work until now.
         if settings.reuse and not processes.launched() and finished(settings, folder):
             _tell_finished(folder)
-            disk.tidy(folder, settings.keep)
+            keeping.tidy(folder, settings.keep)
             return folder
         return _launch(settings, folder, overrides)
 
@@ -98,7 +103,7 @@ def _launch(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path
 
 
 def _objective(settings: RunConfig, folder: Path) -> float | None:
-    from .results import lookup, read
+    from .record import lookup, read
 
     if settings.optimized_metric is None:
         return None
@@ -107,19 +112,6 @@ def _objective(settings: RunConfig, folder: Path) -> float | None:
     except UserError as error:
         error.exit_code = 1
         raise
-
-
-def _pretrain(settings: RunConfig, folder: Path) -> float | None:
-    from .models.pretraining import pretrain
-    from .schema import PretrainConfig
-
-    try:
-        recipe = PretrainConfig(**settings.pretrain)
-    except TypeError as error:
-        raise UserError(f"pretrain: {error}; see efficientllava/models/pretraining.py") from error
-    score = pretrain(recipe, folder / recipe.name)["all"]
-    say(f"test accuracy {score['accuracy']:.4f} over {score['n']:.0f} questions: {folder / recipe.name}")
-    return score["accuracy"]
 
 
 def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
@@ -135,7 +127,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     """
     from lightning.pytorch import seed_everything
 
-    from .tracking import Tracking, track
+    from .report.tracking import Tracking, track
 
     context = Context(settings, folder)
     # As it is now: whoever replaces a file while the run is at work has another run.
@@ -163,9 +155,9 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
         if processes.rank() == 0:
             write_record(context, evaluate, overrides, keys)
             tracking.results(folder)
-            disk.tidy(folder, settings.keep)
+            keeping.tidy(folder, settings.keep)
             if settings.keep == "none" and "recover" in context.entries:
-                disk.drop(context.entries["recover"].folder)
+                keeping.drop(context.entries["recover"].folder)
         processes.barrier()
         failed = False
     except UserError as error:

@@ -12,10 +12,18 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from efficientllava.errors import UserError
 from efficientllava.launch.launcher import ProcessLauncher
-from efficientllava.launch.spawn import Ended, Job, Show, cores, cpu_slots, gpu_slots, run_jobs
-from efficientllava.schema import GpuPoolConfig
+from efficientllava.launch.spawn import (
+    Ended,
+    Job,
+    Show,
+    cores,
+    cpu_slots,
+    gpu_slots,
+    run_jobs,
+)
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import GpuPoolConfig
 
 # Hydra runs this file before it is a module, so that no dataclass can be made here.
 ConfigStore.instance().store(group="hydra/launcher", name="gpu_pool", node=GpuPoolConfig, provider="gpu_pool")
@@ -25,9 +33,9 @@ class GpuPoolLauncher(ProcessLauncher):
     """As many jobs at once as this machine has slots.
 
     Args:
-        gpus_per_job: See `efficientllava.schema.GpuPoolConfig`.
-        slots: See `efficientllava.schema.GpuPoolConfig`.
-        timeout_min: See `efficientllava.schema.GpuPoolConfig`.
+        gpus_per_job: See `efficientllava.settings.schema.GpuPoolConfig`.
+        slots: See `efficientllava.settings.schema.GpuPoolConfig`.
+        timeout_min: See `efficientllava.settings.schema.GpuPoolConfig`.
     """
 
     def __init__(self, gpus_per_job: int | None, slots: int | None, timeout_min: float | None) -> None:
@@ -49,7 +57,7 @@ class GpuPoolLauncher(ProcessLauncher):
 
     def _environments(self, trainers: Sequence[Any]) -> list[dict[str, str]]:
         """The slots that the trainers of the jobs call for."""
-        from efficientllava.processes import on_gpu, wanted
+        from efficientllava.runtime.processes import on_gpu, wanted
 
         if not any(on_gpu(trainer) for trainer in trainers):
             return cpu_slots(min(self._slots or cores(), len(trainers)))

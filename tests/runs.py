@@ -12,8 +12,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from efficientllava.config import register_schema
-from efficientllava.schema import MASKED
+from efficientllava.settings.compose import register_schema
+from efficientllava.settings.schema import MASKED
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = [sys.executable, str(ROOT / "run.py")]
@@ -36,8 +36,8 @@ SMALL = (
 
 def save_tiny(folder: Path, name: str = "tiny_llava", layers: int = 3, seed: int = 0) -> Path:
     """A random checkpoint in half precision, of fewer layers than the shipped one."""
-    from efficientllava.models import tiny
-    from efficientllava.models.pretraining import initialise
+    from experiments.tiny_models import tiny
+    from experiments.tiny_models.pretraining import initialise
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "LAYERS", layers)

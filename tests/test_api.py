@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import efficientllava as ev
-from efficientllava.errors import UserError
 from efficientllava.recovery.module import RecoveryModule
-from efficientllava.schema import DataConfig, TeacherConfig, WeightsConfig
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import DataConfig, TeacherConfig, WeightsConfig
 
 from .runs import save_tiny
 

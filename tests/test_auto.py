@@ -15,7 +15,12 @@ from safetensors.torch import load_file
 
 from efficientllava.data import splits
 
-from .runs import RUN, run, save_tiny, small
+from .runs import (
+    RUN,
+    run,
+    save_tiny,
+    small,
+)
 
 QUICK = (
     *("prune=auto", "prune.ratio=0.3", "recover=none", "evaluate=none", "evaluate.efficiency=false"),

@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from efficientllava import pipeline
-from efficientllava.errors import UserError
 from efficientllava.runtime.content import MEMO
+from efficientllava.runtime.errors import UserError
 
 from .runs import composed, save_tiny
 
@@ -83,7 +83,7 @@ def nothing_written(tmp_path):
 
 
 def test_good_data_runs(model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("efficientllava.reload.reload_gate", lambda *_: None)
+    monkeypatch.setattr("efficientllava.checkpoint.reload.reload_gate", lambda *_: None)
     data[1]()
     run(model, tmp_path)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -175,7 +175,7 @@ def test_a_file_that_is_no_list_of_records(model, data, tmp_path, content, told)
 
 def test_corrupt_records_are_counted_and_tolerated_up_to_the_limit(model, data, tmp_path, caplog):
     from efficientllava.data.splits import load_split
-    from efficientllava.schema import DataConfig
+    from efficientllava.settings.schema import DataConfig
 
     records, write = data
     roles(records, tmp_path)

@@ -8,7 +8,12 @@ import sys
 
 import pytest
 
-from .runs import ROOT, RUN, save_tiny, small
+from .runs import (
+    ROOT,
+    RUN,
+    save_tiny,
+    small,
+)
 
 
 @pytest.fixture
@@ -153,7 +158,7 @@ def test_a_full_disk_is_told_as_such(cli, monkeypatch):
 
 
 def test_a_bad_job_of_a_sweep_fails_alone(cli, monkeypatch):
-    from efficientllava.errors import UserError
+    from efficientllava.runtime.errors import UserError
 
     done = []
 

@@ -10,13 +10,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from efficientllava.checks import check
-from efficientllava.config import register_schema, typed
-from efficientllava.forecast import forecast
+from efficientllava.estimate.forecast import forecast
 from efficientllava.launch import sweep
 from efficientllava.launch.sweep import jobs_of
 from efficientllava.report.runs import load_runs
 from efficientllava.report.study import PUBLISHED, panels_of
+from efficientllava.settings.checks import check
+from efficientllava.settings.compose import register_schema, typed
 
 from .evaluation.published import publish
 from .runs import ROOT, RUN, save_tiny

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientllava import checkpoint
-from efficientllava.data.conversations import open_images
+from efficientllava.checkpoint.folder import load
+from efficientllava.data.records import open_images
 from efficientllava.data.table import read_conversations
-from efficientllava.errors import UserError
-from efficientllava.evaluation.predictions import read
+from efficientllava.evaluation.answers import read
+from efficientllava.runtime.errors import UserError
 
 from .runs import save_tiny
 
@@ -139,7 +139,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(model):
-    return checkpoint.load(model).model.state_dict()
+    return load(model).model.state_dict()
 
 
 def changed(model, folder, name, rng, most=None):
@@ -158,7 +158,7 @@ def test_files_that_describe_a_model(model, tmp_path, kinds):
     names = sorted(file.name for file in model.glob("*.json") if file.name != "tokenizer.json")
     for number in range(EACH):
         changed(model, tmp_path, names[number % len(names)], rng)
-        refused(kinds, "descriptions", lambda: checkpoint.load(tmp_path))
+        refused(kinds, "descriptions", lambda: load(tmp_path))
     assert kinds["descriptions refused"], kinds
 
 
@@ -168,7 +168,7 @@ def test_headers_of_weights(model, weights, tmp_path, kinds):
     header = int.from_bytes((model / "model.safetensors").read_bytes()[:8], "little") + 8
     for _ in range(EACH):
         changed(model, tmp_path, "model.safetensors", rng, header)
-        found = refused(kinds, "headers", lambda: checkpoint.load(tmp_path))
+        found = refused(kinds, "headers", lambda: load(tmp_path))
         if found is not None:
             state = found.model.state_dict()
             assert all(torch.equal(state[name], value) for name, value in weights.items())

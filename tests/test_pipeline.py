@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from efficientllava import results
-from efficientllava.errors import UserError
 from efficientllava.pruning.plan import PruningPlan
+from efficientllava.record import REQUIRED
+from efficientllava.runtime.errors import UserError
 
 from .runs import run, save_tiny, small
 
@@ -50,7 +50,7 @@ def test_the_folder_of_a_run(first):
         files = {p.name for p in (folder / stage).iterdir()}
         assert files >= {"config.json", "model.safetensors", "README.md", "tokenizer.json", "processor_config.json"}
     assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
-    assert set(results.REQUIRED) <= set(record)
+    assert set(REQUIRED) <= set(record)
     assert set(record["stages"]) == {"base", "pruned", "recovered"}
     for name, stage in record["stages"].items():
         assert set(stage) >= {"parameters", "language_parameters", "checkpoint_bytes", "metrics", "latency_ms", "flops"}
@@ -222,7 +222,7 @@ def test_the_export_is_refused_when_the_reloaded_model_differs(model, tmp_path, 
     def differ(*_):
         raise RuntimeError("logits differ by 1")
 
-    monkeypatch.setattr("efficientllava.reload.reload_gate", differ)
+    monkeypatch.setattr("efficientllava.checkpoint.reload.reload_gate", differ)
     typed = small(model, tmp_path / "out", "recover=none")
     with pytest.raises(RuntimeError, match="logits differ"):
         pipeline.run(composed(*typed), str(tmp_path / "run"), typed)

@@ -13,8 +13,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from efficientllava import api
-from efficientllava.checks import check
-from efficientllava.config import register_schema, typed
+from efficientllava.settings.checks import check
+from efficientllava.settings.compose import register_schema, typed
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 
 from efficientllava.recovery.module import RecoveryModule
 
-from .runs import RUN, run, save_tiny, small
+from .runs import (
+    RUN,
+    run,
+    save_tiny,
+    small,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.usefixtures("without_fresh_processes")]
 STEPS = 60

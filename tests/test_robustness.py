@@ -110,7 +110,7 @@ def small_disk(tmp_path):
 
 FULL = """
 import runpy, sys
-import efficientllava.checkpoint as checkpoint
+import efficientllava.checkpoint.folder as checkpoint
 write = checkpoint.write
 
 def full(*given, **named):

@@ -10,9 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import UserError
-from .conversations import Record, Turn, image_key, open_images
+from ..runtime.errors import UserError
 from .prompts import IGNORE, Prompts, images_of
+from .records import (
+    Record,
+    Turn,
+    image_key,
+    open_images,
+)
 
 
 @dataclass

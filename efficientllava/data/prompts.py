@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-from ..errors import UserError
-from .conversations import Turn
+from ..runtime.errors import UserError
+from .records import Turn
 
 IGNORE = -100
 # Short prompts come again and again in the embedded data; long conversations do not, and would fill the memory.

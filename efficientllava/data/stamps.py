@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..runtime.content import Memo, digest, stamp
-from .conversations import Record, image_key
-from .subset import conversations_of
+from .records import Record, image_key
+from .splits import conversations_of
 
 
 def image_stamps(records: Sequence[Record], indices: Sequence[int] | None = None) -> list[str]:

@@ -17,13 +17,24 @@ import datasets.config
 import numpy as np
 import pyarrow as pa
 
-from ..errors import UserError
 from ..runtime.content import Stamp, digest, stamp
+from ..runtime.errors import UserError
 from ..runtime.store import Store, library_versions, source_digest
-from .conversations import AnyImage, Record, StoredImage, Turn
-from .faults import report_bad
-from .rows import BadRecordError, row_of
-from .sources import Part, locate, parts_of, raw_records
+from .records import (
+    AnyImage,
+    Record,
+    StoredImage,
+    Turn,
+)
+from .sources import (
+    BadRecordError,
+    Part,
+    locate,
+    parts_of,
+    raw_records,
+    report_bad,
+    row_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +121,7 @@ def read_conversations(
 ) -> Conversations:
     """Open LLaVA-style JSON or JSONL, Hugging Face ``images`` and ``messages`` in JSON or parquet, or an InternVL list.
 
-    The accepted records are those of `efficientllava.data.rows.row_of`, the accepted paths those of
+    The accepted records are those of `efficientllava.data.sources.row_of`, the accepted paths those of
     `efficientllava.data.sources.parts_of`. Large files are read once and kept as Arrow beside the caches of the
     `datasets` library, by content. No image is opened.
 
@@ -140,7 +151,7 @@ def read_conversations(
         raise UserError(f"{key}: {str(path)!r} cannot be read ({error}); give an existing file") from error
     facts = [(content, p.root, p.source, p.share, p.repeats) for content, p in zip(contents, parts, strict=True)]
     # How rows are made of them, in `_batches`.
-    inputs = [facts, source_digest(*(f"data/{name}.py" for name in ("rows", "sources", "table")))]
+    inputs = [facts, source_digest(*(f"data/{name}.py" for name in ("sources", "table")))]
     if small:
         rows = datasets.Dataset(pa.Table.from_batches(_batches(parts, key), COLUMNS))
     else:

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..console import quiet_libraries, say
-from ..outcome import exit_code
-from ..schema import DeployConfig
+from ..runtime.console import quiet_libraries, say
+from ..runtime.exit_codes import exit_code
+from ..settings.schema import DeployConfig
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -41,10 +41,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def export(path: str, out: Path | None, config: DeployConfig, dense: str | None = None) -> None:
     """Export the checkpoint of a path and say what was found; see `main`."""
-    from ..checkpoint import load
-    from ..checks import require_valid
-    from ..hub import origin_of
+    from ..checkpoint.folder import load
+    from ..checkpoint.hub import origin_of
     from ..report.tables import tabulate_deployed
+    from ..settings.checks import require_valid
     from .export import deploy, remarks
 
     quiet_libraries()

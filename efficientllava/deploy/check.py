@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.collator import prompt
-from ..data.conversations import Turn
 from ..data.prompts import Prompts
-from ..errors import UserError
+from ..data.records import Turn
 from ..models.anatomy import decoder_of
 from ..models.forward import going_on, stock_inputs
+from ..runtime.errors import UserError
 from . import probe, vision
 from .runtime import Runtime, serve
 from .vocabulary import MARKER, lead

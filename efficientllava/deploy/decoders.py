@@ -14,8 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..models.anatomy import Component, Layer, Reader, decoder_of, final_norm_of, host_type, layers_of
+from ..models.anatomy import (
+    Component,
+    Layer,
+    Reader,
+    decoder_of,
+    final_norm_of,
+    host_type,
+    layers_of,
+)
+from ..runtime.errors import UserError
 
 PARTS = {"attention": ("attn_q", "attn_k", "attn_v"), "mlp": ("ffn_gate", "ffn_up"), "plain": ("ffn_up",)}
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "phi3")

@@ -10,14 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..card import named
-from ..checks import require_valid
-from ..disk import require_space
-from ..errors import UserError, disk_full
+from ..checkpoint.card import named
 from ..models.anatomy import decoder_of
+from ..runtime.errors import UserError, disk_full
 from ..runtime.files import whole_file
-from ..schema import DeployConfig
-from . import check, decoders, files, vision
+from ..runtime.keeping import require_space
+from ..settings.checks import require_valid
+from ..settings.schema import DeployConfig
+from . import (
+    check,
+    decoders,
+    files,
+    vision,
+)
 from .measure import speeds
 from .runtime import version
 from .vocabulary import vocabulary

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..schema import BLOCKS, GGUF_TYPES
+from ..settings.schema import BLOCKS, GGUF_TYPES
 
 PLAIN = ("f32", "f16", "bf16")
 QUANTIZED = tuple(kind for kind in GGUF_TYPES if kind in BLOCKS)
@@ -24,7 +24,7 @@ def storage(name: str, shape: tuple[int, ...], kind: str) -> str:
     Args:
         name: Its name in the file.
         shape: Its shape; the last dimension is that of a row.
-        kind: One of `efficientllava.schema.GGUF_TYPES`, that of the file.
+        kind: One of `efficientllava.settings.schema.GGUF_TYPES`, that of the file.
     """
     if len(shape) < 2 or name.startswith("rope_") or "position_embd" in name:
         return "f32"  # norms, biases, positions and rotary factors: the runtime adds and multiplies nothing else
@@ -49,7 +49,7 @@ def write(
         architecture: ``general.architecture``.
         metadata: Further keys; lists and bytes are arrays.
         tensors: Names, and what makes the tensors.
-        kind: One of `efficientllava.schema.GGUF_TYPES`.
+        kind: One of `efficientllava.settings.schema.GGUF_TYPES`.
 
     Returns:
         Names of the tensors that are stored in `FALLBACK`, since their rows are no whole number of blocks.

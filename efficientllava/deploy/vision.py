@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.anatomy import projector_of
+from ..runtime.errors import UserError
 
 Tensors = Iterator[tuple[str, Callable[[], Tensor]]]
 

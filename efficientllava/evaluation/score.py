@@ -17,11 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import UserError
-from ..schema import DataConfig, EvaluateConfig
+from ..runtime.errors import UserError
+from ..settings.schema import DataConfig, EvaluateConfig
 from . import tasks
+from .answers import GOLD_ALIASES, read
 from .benchmark import BenchmarkTask
-from .predictions import GOLD_ALIASES, read
 from .scorers import PROTOCOLS, Record, Scorer, vqa
 
 # Scorers without a benchmark of their own.
@@ -83,8 +83,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _export(records: Sequence[Record], options: argparse.Namespace) -> None:
-    from ..schema import JUDGED, JudgeConfig
-    from .judges.request import requests, write_requests
+    from ..settings.schema import JUDGED, JudgeConfig
+    from .judges.prompts import requests, write_requests
 
     if options.task not in JUDGED:
         raise UserError(f"--requests: {options.task} has no judge; only {', '.join(JUDGED)} have")
@@ -136,6 +136,6 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from ..outcome import exit_code
+    from ..runtime.exit_codes import exit_code
 
     sys.exit(exit_code(lambda: main(sys.argv[1:])))

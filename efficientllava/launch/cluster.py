@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..runtime import state
-from .spawn import LOG, AtWork, Ended, Job, Progress, Show, start, stop
+from .spawn import (
+    LOG,
+    AtWork,
+    Ended,
+    Job,
+    Progress,
+    Show,
+    start,
+    stop,
+)
 
 GRACE = 10.0  # seconds in which a second Ctrl-C cancels the jobs
 LOOKS = 2  # at a job that has left the queue, until its folder has the last word: shared file systems are late

@@ -19,9 +19,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ..config import quoted
-from ..errors import UserError
-from ..outcome import DEBUG, TRACEBACKS
+from ..runtime.errors import UserError
+from ..runtime.exit_codes import DEBUG, TRACEBACKS
+from ..settings.compose import quoted
 from .spawn import Ended, Job, Show
 
 
@@ -124,9 +124,9 @@ def _config_flags(config: DictConfig) -> list[str]:
 
 def _is_finished(job: Job, config: DictConfig) -> bool:
     """Whether a job has nothing to do; what is wrong with one, its own process tells."""
-    from ..checks import check
-    from ..config import typed
-    from ..identity import nothing_to_do
+    from ..settings.checks import check
+    from ..settings.compose import typed
+    from ..stages.identity import nothing_to_do
 
     task, overrides = copy.deepcopy(config), list(config.hydra.overrides.task)
     with open_dict(task):
@@ -140,7 +140,7 @@ def _is_finished(job: Job, config: DictConfig) -> bool:
 
 
 def _result(config: DictConfig, entry: Ended) -> JobReturn:
-    from ..results import lookup, read
+    from ..record import lookup, read
     from .sweep import FailedJob
 
     known = {"overrides": config.hydra.overrides.task, "cfg": config, "working_dir": str(entry.job.folder)}

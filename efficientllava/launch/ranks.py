@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from ..outcome import TRACEBACKS
+from ..runtime.exit_codes import TRACEBACKS
 
 GRACE = 10.0  # seconds between the failure of one process and the end of the others, politely and then for certain
 

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..disk import require_shared_locks
-from ..errors import UserError
 from ..runtime import state
+from ..runtime.errors import UserError
+from ..runtime.keeping import require_shared_locks
 from .cluster import STOPPED, Work, asked_devices
 from .spawn import Job
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import UserError
 from ..runtime import state
+from ..runtime.errors import UserError
 
 LOG = "job.log"  # what a job prints, in its folder, after its command
 PROMPT = "\n$ "

@@ -19,11 +19,23 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ..checks import check_sweep
-from ..config import SWEEP_NAME, at_home, key_of, quoted, typed
-from ..errors import UserError
-from ..outcome import SweepRefused, at_end, hand_over, job_failed, lines_of
 from ..runtime import state
+from ..runtime.errors import UserError
+from ..runtime.exit_codes import (
+    SweepRefused,
+    at_end,
+    hand_over,
+    job_failed,
+    lines_of,
+)
+from ..settings.checks import check_sweep
+from ..settings.compose import (
+    SWEEP_NAME,
+    at_home,
+    key_of,
+    quoted,
+    typed,
+)
 
 
 class ReportSweep(Callback):
@@ -34,7 +46,7 @@ class ReportSweep(Callback):
 
         Hydra does not say that a sweep has ended where a job has failed.
         """
-        from ..disk import at_work
+        from ..runtime.keeping import at_work
 
         try:
             check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job]), job))
@@ -149,13 +161,13 @@ def _close(folder: Path, held: ExitStack, complete: bool) -> None:
     """Write table, plots and page of a sweep that has finished runs; a complete one lets go of the cache."""
     if complete:
         held.close()
-    if "efficientllava.dry_run" in sys.modules:
-        from ..dry_run import tell_sweep
+    if "efficientllava.estimate.dry_run" in sys.modules:
+        from ..estimate.dry_run import tell_sweep
 
         tell_sweep(folder, folder.name)
     if any(entry.state in (state.DONE, state.FAILED) for entry in state.standings(folder)):
-        from ..disk import alone_in
         from ..report.__main__ import report
+        from ..runtime.keeping import alone_in
 
         with alone_in(folder, print):
             report(folder)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 PROJECTORS = ("multi_modal_projector", "connector", "visual.merger")
 

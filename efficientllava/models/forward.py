@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..errors import UserError, memory_full
+from ..runtime.errors import UserError, memory_full
 from .anatomy import decoder_of, projector_of
 
 Batch = Mapping[str, Any]

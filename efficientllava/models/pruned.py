@@ -20,8 +20,13 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-from ..errors import UserError
-from .anatomy import ALWAYS, DECODERS, PER_LAYER_PREFIX, host_type
+from ..runtime.errors import UserError
+from .anatomy import (
+    ALWAYS,
+    DECODERS,
+    PER_LAYER_PREFIX,
+    host_type,
+)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.anatomy import final_norm_of
 from ..models.forward import supervised_positions
-from ..processes import gather
+from ..runtime.errors import UserError
+from ..runtime.processes import gather
 from .statistics import ANSWERS, CalibrationStream
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.anatomy import Component, Layer
-from ..processes import gather
+from ..runtime.errors import UserError
+from ..runtime.processes import gather
 from .importance import Ranking
 from .statistics import STRIP, CalibrationStream
 

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from ..models.anatomy import Component
-from .spd import UnsolvedError, damping_of, divide, factorise, invert, inverts
+from .spd import (
+    UnsolvedError,
+    damping_of,
+    divide,
+    factorise,
+    invert,
+    inverts,
+)
 
 OBS_ROUNDS = 20  # a round removes 5 % of the channels; finer rounds gain nothing (shared measurement, 25-50 % removed)
 

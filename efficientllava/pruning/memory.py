@@ -19,12 +19,22 @@ from typing import Any
 
 from torch import nn
 
-from ..models.anatomy import Layer, decoder_of, final_norm_of, layers_of
+from ..models.anatomy import (
+    Layer,
+    decoder_of,
+    final_norm_of,
+    layers_of,
+)
 from ..models.forward import Batch
-from ..schema import TAYLOR, PruneConfig
+from ..settings.schema import TAYLOR, PruneConfig
 from .fluctuation import METRICS
 from .importance import OBS_ROUNDS
-from .statistics import ANSWERS, POSITIONS, STRIP, gram_dtype
+from .statistics import (
+    ANSWERS,
+    POSITIONS,
+    STRIP,
+    gram_dtype,
+)
 
 MARGIN = 1.26  # pruning on one device needs at most this many times the weights
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from ..data.splits import split_folds
 from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
-from ..processes import sum_over
-from ..schema import PruneConfig
+from ..runtime.processes import sum_over
+from ..settings.schema import PruneConfig
 from .control import reinitialise
 from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan

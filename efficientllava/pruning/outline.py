@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import UserError
 from ..models.anatomy import (
     Layer,
     decoder_of,
@@ -17,7 +16,8 @@ from ..models.anatomy import (
     pinned_layers,
     writer_without_bias,
 )
-from ..schema import PruneConfig
+from ..runtime.errors import UserError
+from ..settings.schema import PruneConfig
 from .selection import (
     TOLERANCE,
     Space,

@@ -10,19 +10,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..models.anatomy import decoder_of, final_norm_of, language_parameters, layers_of, pinned_layers
-from ..processes import gather
-from ..schema import PruneConfig
+from ..models.anatomy import (
+    decoder_of,
+    final_norm_of,
+    language_parameters,
+    layers_of,
+    pinned_layers,
+)
+from ..runtime.errors import UserError
+from ..runtime.processes import gather
+from ..settings.schema import PruneConfig
 from .comparison import Comparison, Verdict, simplest
 from .importance import Ranking
 from .outline import blocks_to_drop, candidate_shapes, prune_space
 from .plan import LayerPlan, PruningPlan
 from .refit import LayerError, SequentialPruner
 from .scores import Calibration, open_stream, rank_units
-from .selection import Space, global_counts, imbalance, ranked_plan
+from .selection import (
+    Space,
+    global_counts,
+    imbalance,
+    ranked_plan,
+)
 from .statistics import BlockInfluence, CalibrationStream, Reduce
-from .surgery import achieved_ratio, check_plan, cut, kept_units, rebuild
+from .surgery import (
+    achieved_ratio,
+    check_plan,
+    cut,
+    kept_units,
+    rebuild,
+)
 
 log = logging.getLogger(__name__)
 

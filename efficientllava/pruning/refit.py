@@ -27,12 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, decoder_of, describe_layer, names_of
-from ..processes import gather
+from ..models.anatomy import (
+    Component,
+    decoder_of,
+    describe_layer,
+    names_of,
+)
 from ..runtime.finite import require_finite
+from ..runtime.processes import gather
 from .fluctuation import layer_moments, mean_written
 from .plan import LayerPlan
-from .spd import DAMPING, damping_of, divide, factorise
+from .spd import (
+    DAMPING,
+    damping_of,
+    divide,
+    factorise,
+)
 from .statistics import (
     POSITIONS,
     STRIP,

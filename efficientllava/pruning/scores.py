@@ -14,12 +14,32 @@ from torch import Tensor, nn
 from ..models.anatomy import Component, Layer, layers_of
 from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
-from ..schema import TAYLOR, PruneConfig
-from .fluctuation import METRICS, flap_ranking, fluctuation, layer_moments
-from .importance import Ranking, activation_scores, magnitude_scores, obs_ranking, random_scores, wanda_scores
+from ..settings.schema import TAYLOR, PruneConfig
+from .fluctuation import (
+    METRICS,
+    flap_ranking,
+    fluctuation,
+    layer_moments,
+)
+from .importance import (
+    Ranking,
+    activation_scores,
+    magnitude_scores,
+    obs_ranking,
+    random_scores,
+    wanda_scores,
+)
 from .sensitivity import Sensitivity, sensitivity
 from .spd import DAMPING
-from .statistics import ALONE, Beginning, CalibrationStream, Gram, Reduce, narrowed, no_reduce
+from .statistics import (
+    ALONE,
+    Beginning,
+    CalibrationStream,
+    Gram,
+    Reduce,
+    narrowed,
+    no_reduce,
+)
 from .taylor import TaylorScores
 
 Weigh = Callable[[int], Sequence[Tensor]]  # weights of a batch's counted positions, of attention and MLP

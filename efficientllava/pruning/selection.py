@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..errors import UserError
 from ..models.anatomy import Layer, language_parameters, layers_of
+from ..runtime.errors import UserError
 from .importance import Ranking
 from .plan import LayerPlan
 

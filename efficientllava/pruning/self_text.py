@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..data.conversations import Record, Turn
 from ..data.prompts import IGNORE, Prompts
-from ..errors import UserError
+from ..data.records import Record, Turn
 from ..models.anatomy import decoder_of, layers_of
 from ..models.forward import Batch
-from ..schema import CalibrationConfig
+from ..runtime.errors import UserError
+from ..settings.schema import CalibrationConfig
 from .scores import Tick, silent
 
 WRITTEN = 48  # sequences where nobody says how many

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 DAMPING = 0.3  # where nothing says better; of 0.01 to 3 the best on SmolLM2-135M (experiments/real_weights)
 # Largest relative error of what a factor gives back of a random vector.

@@ -18,11 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.anatomy import decoder_of, final_norm_of
-from ..models.forward import Batch, FeatureCache, feature_cache, forward_hidden, supervised_positions, to_device
+from ..models.forward import (
+    Batch,
+    FeatureCache,
+    feature_cache,
+    forward_hidden,
+    supervised_positions,
+    to_device,
+)
 from ..models.offload import Offload
-from ..processes import gather
+from ..runtime.errors import UserError
+from ..runtime.processes import gather
 
 STRIP = 64  # rows of a matrix that are worked on at once where a whole copy would cost too much
 POSITIONS = 2048  # positions that are widened to float32 or float64 at once

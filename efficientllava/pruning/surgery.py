@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, decoder_of, describe_layer, language_parameters, layers_of, reader_rows
+from ..models.anatomy import (
+    Component,
+    decoder_of,
+    describe_layer,
+    language_parameters,
+    layers_of,
+    reader_rows,
+)
 from ..models.pruned import LayerShape, text_config_for
 from .plan import LayerPlan, PruningPlan
 

@@ -20,11 +20,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.anatomy import Layer, final_norm_of, layers_of
 from ..models.forward import supervised_positions
-from ..schema import TAYLOR
-from .statistics import ANSWERS, CalibrationStream, Reduce, no_reduce
+from ..runtime.errors import UserError
+from ..settings.schema import TAYLOR
+from .statistics import (
+    ANSWERS,
+    CalibrationStream,
+    Reduce,
+    no_reduce,
+)
 
 
 class TaylorScores:

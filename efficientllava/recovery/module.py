@@ -12,13 +12,17 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.anatomy import decoder_of, projector_of
 from ..models.forward import FeatureCache, feature_cache, forward_hidden
+from ..runtime.errors import UserError
 from ..runtime.finite import NotFiniteError
-from .alignment import Match, captured
-from .objective import build_terms, divisors, positions, term_sums
-from .teacher import TeacherSource
+from .losses import (
+    build_terms,
+    divisors,
+    positions,
+    term_sums,
+)
+from .teacher import Match, TeacherSource, captured
 from .trainable import parameter_groups, trainable, weights_of
 
 RECENT = 20
@@ -55,7 +59,7 @@ class RecoveryModule(L.LightningModule):
 
     Args:
         student: The pruned model, after `trainable.prepare`.
-        cfg: A `efficientllava.schema.RecoverConfig`.
+        cfg: A `efficientllava.settings.schema.RecoverConfig`.
         total_steps: Optimiser steps of the whole run, for the schedule.
         teacher: The frozen teacher, or its cached answers; needed by the distillation losses.
         matches: Pairs of layers of the hidden-state loss, from `alignment.match_layers`.

@@ -1,29 +1,122 @@
-"""The recovery stage: a pruned model, a datamodule and a configuration in; the recovered model and its numbers out."""
+"""The recovery stage: a pruned model, a datamodule and a configuration in; the recovered model and its numbers out.
+
+A training stream that can stop anywhere and go on at the same batch, and the files it goes on from.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from torch import nn
+from torch.utils.data import DataLoader
 
-from ..errors import UserError
 from ..models.anatomy import decoder_of
 from ..models.forward import feature_cache
-from .alignment import Match, match_layers
-from .caching import TargetCache, TargetStats, cached_teacher
-from .losses import HiddenStateKDLoss
+from ..runtime.errors import UserError
+from ..runtime.files import put
+from ..runtime.processes import gather
+from .caching import TargetCache, TargetStats, Wanted, cached_teacher
+from .losses import HiddenStateKDLoss, Term, build_terms, describe
 from .module import RecoveryModule
-from .objective import Term, build_terms, describe
 from .sharding import Sharding
-from .stream import RESUME_POINT, BatchStream, ResumePoint, used_records
-from .targets import Wanted
-from .teacher import Teacher, check_teacher
+from .teacher import Match, Teacher, check_teacher, match_layers
 from .trainable import prepare, trainable
+
+RESUME_POINT = "last.ckpt"
+
+
+def _endless(sampler: Any, start: int) -> Iterator[list[int]]:
+    """Index batches of all epochs from a position on."""
+    epoch, skip = divmod(start, len(sampler))
+    for number in itertools.count(epoch):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(number)
+        yield from itertools.islice(iter(sampler), skip, None)
+        skip = 0
+
+
+def used_records(loader: DataLoader, total: int) -> list[int]:
+    """Indices of the records that a `BatchStream` of ``total`` batches serves on any process, ascending."""
+    batches = itertools.islice(_endless(loader.batch_sampler, 0), min(total, len(loader)))
+    mine = {index for batch in batches for index in batch}
+    return sorted(set().union(*gather(mine)))
+
+
+class BatchStream:
+    """A given number of batches, over as many epochs as that takes, resumable by the global batch index.
+
+    Lightning sees one epoch of ``total`` batches and saves the position with its own loop state. Skipped batches are
+    never collated.
+
+    Args:
+        loader: A map-style loader whose batch sampler yields the order of one epoch; where it has ``set_epoch``, that
+            is called before each epoch.
+        total: Number of batches.
+    """
+
+    def __init__(self, loader: DataLoader, total: int) -> None:
+        self._loader = loader
+        self._total = total
+        self._position = 0
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = self._loader
+        batches = DataLoader(
+            loader.dataset,
+            batch_sampler=_endless(loader.batch_sampler, self._position),  # pyright: ignore[reportArgumentType]
+            collate_fn=loader.collate_fn,
+            num_workers=loader.num_workers,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            prefetch_factor=loader.prefetch_factor,
+        )
+        for batch in itertools.islice(batches, self._total - self._position):
+            self._position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of batches handed out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches of ``state``."""
+        self._position = state["position"]
+
+
+class ResumePoint(L.Callback):
+    """Saves what a killed run goes on from, under a temporary name that is renamed when whole.
+
+    Args:
+        folder: Folder of the file ``last.ckpt``.
+        every: Optimiser steps between saves, >= 1.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self._path = folder / RESUME_POINT
+        self._every = every
+        self._saved = -1
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Save after every ``every``-th optimiser step, once."""
+        step = trainer.global_step
+        if step == self._saved or step == 0 or step % self._every:
+            return
+        self._saved = step
+        part = self._path.with_name(f".{RESUME_POINT}.part")
+        trainer.save_checkpoint(part)
+        if trainer.is_global_zero:
+            put(part, self._path)  # sharded strategies write folders
+        trainer.strategy.barrier("resume point")
 
 
 @dataclass(frozen=True)
@@ -77,7 +170,7 @@ def recover(
         student: The pruned model; changed in place, adapters merged at the end, storage types kept.
         datamodule: Gives the training loader: map-style, its batch sampler sharded over processes and, where it has
             ``set_epoch``, in an order of the epoch's own.
-        cfg: A `efficientllava.schema.RecoverConfig`.
+        cfg: A `efficientllava.settings.schema.RecoverConfig`.
         trainer_factory: Makes a trainer from keyword arguments: ``callbacks`` (to be added to the user's own),
             ``max_epochs``, ``default_root_dir``, ``enable_checkpointing``, ``use_distributed_sampler``.
         workdir: Folder of the resume point; only the caller knows when it may be deleted.

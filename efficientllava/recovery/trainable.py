@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.conversations import Record
-from ..data.subset import show_images
-from ..errors import UserError
+from ..data.records import Record
+from ..data.splits import show_images
 from ..models.anatomy import decoder_of, projector_of
+from ..runtime.errors import UserError
 
 _DROPOUT_RATES = ("attention_dropout", "dropout", "drop_prob", "drop_path_rate")
 
@@ -58,7 +58,7 @@ def prepare(model: nn.Module, cfg: Any, seed: int = 0, train_head: bool = True) 
 
     Args:
         model: The student; changed in place.
-        cfg: A `efficientllava.schema.RecoverConfig`; reads ``train``, ``lora`` and ``gradient_checkpointing``.
+        cfg: A `efficientllava.settings.schema.RecoverConfig`; reads ``train``, ``lora`` and ``gradient_checkpointing``.
         seed: Seed of the adapters' initial values.
         train_head: Train the head in mode ``full``; False when no loss reads logits (it would get no gradient).
 

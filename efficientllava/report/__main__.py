@@ -15,8 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
-from ..results import STAGES, Results, metric_keys, scores
+from ..record import (
+    STAGES,
+    Results,
+    metric_keys,
+    scores,
+)
+from ..runtime.errors import UserError
 from .tables import markdown
 from .watch import watch
 
@@ -89,7 +94,12 @@ def report(folder: Path, metric: str | None = None) -> str:
     from .advisor import advise
     from .page import page, write_page
     from .plots import draw
-    from .runs import arms_of, by_model, load_runs, unfinished
+    from .runs import (
+        arms_of,
+        by_model,
+        load_runs,
+        unfinished,
+    )
 
     without = unfinished(folder)
     if without and not next(folder.rglob("results.json"), None):
@@ -146,6 +156,6 @@ def _of_none(folder: Path, without: Sequence[Unfinished]) -> str:
 
 
 if __name__ == "__main__":
-    from ..outcome import exit_code
+    from ..runtime.exit_codes import exit_code
 
     sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -10,8 +10,13 @@ import html
 import math
 from collections.abc import Iterator, Sequence
 
-from ..results import last_stage, metric_keys
-from .runs import BUDGET, Arm, counted, data_share
+from ..record import last_stage, metric_keys
+from .runs import (
+    BUDGET,
+    Arm,
+    counted,
+    data_share,
+)
 
 POINTS = 0.025  # achieved ratios that are this near count as one budget
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; above these the normal one is near enough.

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 
 def definition() -> dict[str, Any]:
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
     entity, slash, project = "".join(arguments[:1]).partition("/")
     if len(arguments) != 1 or not (slash and entity and project) or "/" in project:
         raise UserError("usage: python -m efficientllava.report.dashboard <entity>/<project>")
-    from ..tracking import logged_in
+    from .tracking import logged_in
 
     made = workspace(entity, project)
     if not logged_in():
@@ -93,6 +93,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from ..outcome import exit_code
+    from ..runtime.exit_codes import exit_code
 
     sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -9,11 +9,19 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ..results import STAGES, metric_keys, scores
+from ..record import STAGES, metric_keys, scores
 from ..runtime.files import whole_file
-from ..schema import GGUF_TYPES
+from ..settings.schema import GGUF_TYPES
 from .plots import Plot
-from .runs import Arm, Run, counted, in_units, score_scale, sweep_command, unfinished
+from .runs import (
+    Arm,
+    Run,
+    counted,
+    in_units,
+    score_scale,
+    sweep_command,
+    unfinished,
+)
 from .tables import mean_spread
 
 STYLE = """

@@ -1,21 +1,262 @@
-"""Plots over the runs of a sweep; each is left out where the sweep has nothing for it."""
+"""Plots over the runs of a sweep; each is left out where the sweep has nothing for it.
+
+What the plots of a report share: figures, colours, and labels that stand beside their curves.
+
+Heat maps over the runs of a sweep: recoveries against configurations, and what each layer keeps.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from ..curves import read_curve
-from ..results import metric_keys
-from ..schema import GGUF_TYPES
-from .drawing import CYCLE, FAINT, Point, draw_curves, halo, label_ends, new_axes, style
-from .maps import WIDEST, kept, matrix
-from .runs import AXES, Arm, data_share, in_units, score_scale
+from ..record import metric_keys, read_curve
+from ..settings.schema import GGUF_TYPES
+from .runs import (
+    AXES,
+    Arm,
+    data_share,
+    in_units,
+    score_scale,
+)
 
 MOST_ROWS = 40  # of a dot plot
+CYCLE = ("#1b6ca8", "#d1495b", "#2e8b57", "#b8860b", "#6a4c93", "#3a3a3a", "#00918f", "#c2185b", "#5d7183", "#7f5539")
+MARKS = "osD^vPX*<>"
+FAINT = "#b4bec9"
+LINE = 11.0  # points that a line of a label takes
+WRAP = 26  # characters of a line of a label
+
+Point = tuple[float, float, float]  # x, mean, standard deviation
+
+
+def new_axes(width: float = 5.6, height: float = 3.9) -> Any:
+    """Axes of a figure of their own, in inches, with a faint grid."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.grid(color="#e3e7ec", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8.5)
+    return axes
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour and marker of the series with this index."""
+    return {"color": CYCLE[index % len(CYCLE)], "marker": MARKS[index // len(CYCLE) % len(MARKS)]}
+
+
+def halo() -> list[Any]:
+    """Path effects that keep a text readable above lines."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=3, foreground="white")]
+
+
+def draw_curves(axes: Any, curves: Mapping[str, Sequence[Point]], styles: Sequence[str]) -> None:
+    """Curves with error bars, labelled at their right ends; beyond ten, the lower ones are faint and share a label.
+
+    Args:
+        axes: Where to.
+        curves: Points in ascending x, by label.
+        styles: Labels in the order of their colours, over all panels of a plot.
+    """
+    ranked = sorted(curves, key=lambda label: -sum(y for _, y, _ in curves[label]) / len(curves[label]))
+    shown, ends = ranked[: len(CYCLE)], []
+    for label in reversed(ranked):
+        x, y, spread = zip(*curves[label], strict=True)
+        look = style(styles.index(label)) if label in shown else {"color": FAINT, "marker": "."}
+        axes.errorbar(
+            x, y, spread if any(spread) else None, lw=1.6 if label in shown else 0.8, ms=4, capsize=2.5, **look
+        )
+        if label in shown:
+            ends.append((x[-1], y[-1], label, look["color"]))
+    if len(ranked) > len(shown):
+        x, y, _ = curves[ranked[-1]][-1]
+        ends.append((x, y, f"{len(ranked) - len(shown)} others", "#7b8794"))
+    if len(ranked) > 1:
+        label_ends(axes, ends)
+
+
+def label_ends(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write labels right of the axes, pushed apart, each joined to its point.
+
+    Args:
+        axes: With its final limits and scales in y.
+        ends: x, y, text and colour of each.
+    """
+    axes.figure.draw_without_rendering()
+    height = axes.get_window_extent().height * 72 / axes.figure.dpi
+    to_axes = axes.transData + axes.transAxes.inverted()
+    labels = sorted(
+        (to_axes.transform((x, y))[1], x, y, textwrap.fill(text, WRAP), colour) for x, y, text, colour in ends
+    )
+    sizes = [LINE * (1 + text.count("\n")) / height for _, _, _, text, _ in labels]
+    for place, (_, x, y, text, colour) in zip(spread([label[0] for label in labels], sizes), labels, strict=True):
+        line = {
+            "arrowstyle": "-",
+            "color": colour,
+            "lw": 0.6,
+            "alpha": 0.5,
+            "shrinkA": 0,
+            "shrinkB": 3,
+            "relpos": (0, 0.5),
+        }
+        at = {"xytext": (1.04, place), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
+        axes.annotate(text, (x, y), fontsize=8, linespacing=1.0, color=colour, arrowprops=line, **at)
+
+
+def spread(wanted: Sequence[float], sizes: Sequence[float]) -> list[float]:
+    """Centres near the wanted ones, so that neighbours do not overlap.
+
+    Args:
+        wanted: In ascending order, within [0, 1].
+        sizes: Room that each needs.
+
+    Returns:
+        Ascending centres; below 0 only where the sizes exceed 1 together.
+    """
+    places, floor = [], 0.0
+    for centre, size in zip(wanted, sizes, strict=True):
+        places.append(max(centre, floor + size / 2))
+        floor = places[-1] + size / 2
+    ceiling = 1.0
+    for index in reversed(range(len(places))):
+        places[index] = min(places[index], ceiling - sizes[index] / 2)
+        ceiling = places[index] - sizes[index] / 2
+    return places
+
+
+def heat(axes: Any, cells: Sequence[Sequence[float]], label: str, limits: tuple[float, float], text: bool) -> None:
+    """A heat map whose values can be read; NaN cells stay empty.
+
+    Args:
+        axes: Where to.
+        cells: Rows.
+        label: Of the colour bar.
+        limits: Values of the lightest and the darkest colour.
+        text: Whether values are written into their cells.
+    """
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    image = axes.imshow(cells, cmap="YlGnBu", aspect="auto", vmin=limits[0], vmax=limits[1])
+    broken = any(round(value, 1) % 1 for row in cells for value in row if value == value)
+    for y, row in enumerate(cells):
+        for x, value in enumerate(row):
+            if text and value == value:
+                dark = value - limits[0] > 0.55 * (limits[1] - limits[0])
+                digits = int(broken and value < 99.95)
+                colour = "white" if dark else "#1f2933"
+                axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
+    for index in range(1, len(cells)):
+        axes.axhline(index - 0.5, color="white", lw=2)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    bar.set_label(label, fontsize=8.5)
+    bar.ax.tick_params(labelsize=8)
+    bar.outline.set_visible(False)
+
+
+MOST_STRIPS = 20  # arms whose kept units are drawn
+MOST_TEXT = 10  # layers up to which values are written into the cells
+WIDEST = 40  # characters of a line beside a map
+
+
+def matrix(arms: Sequence[Arm], metric: str) -> Any:
+    """Axes with the retained score of every recovery; None with fewer than two recoveries."""
+    known = [arm for arm in arms if arm.mean("retained", metric, last=True)]
+    columns = list(dict.fromkeys(arm.settings.get("recover.name") for arm in known))
+    taught = [arm for arm in known if arm.settings.get("recover.name") != "none"] or known
+    rows = dict(list({_row(arm): arm.label("recover.name") for arm in taught}.items())[:MOST_ROWS])
+    if len(columns) < 2:
+        return None
+    cells = [[float("nan")] * len(columns) for _ in rows]
+    for arm in known:
+        for index, row in enumerate(rows):
+            # A run without recovery has no share of data: it stands in the row of every share.
+            if row == _row(arm) or (arm.settings["recover.name"] == "none" and {*_row(arm)} <= {*row}):
+                mean, _ = arm.mean("retained", metric, last=True) or (float("nan"), 0.0)
+                cells[index][columns.index(arm.settings["recover.name"])] = 100 * mean
+    values = [value for row in cells for value in row if value == value]
+    axes = new_axes(2.6 + 0.85 * len(columns), 1.0 + 0.34 * len(rows))
+    heat(axes, cells, "retained, %", (min(values), max(values)), text=True)
+    axes.set_xticks(range(len(columns)), [str(column) for column in columns])
+    axes.set_yticks(range(len(rows)), [textwrap.fill(label, WIDEST) for label in rows.values()])
+    return axes
+
+
+def _row(arm: Arm) -> tuple[str, ...]:
+    return arm.words("recover.name")
+
+
+def kept(arms: Sequence[Arm], kind: str) -> tuple[Any, int] | None:
+    """What every layer keeps, a row per plan; None where nothing was pruned.
+
+    Args:
+        arms: Arms of the sweep.
+        kind: ``groups`` or ``channels``.
+
+    Returns:
+        Axes, and how many plans had no room.
+    """
+    plans: dict[str, list[float]] = {}
+    for arm in arms:
+        label = arm.label("data_frac", *(key for key in arm.settings if key.startswith("recover.")))
+        row = plans.get(label) or shares(arm.runs[0].folder, kind)
+        if row:
+            plans[label] = row
+    rows = list(plans.items())[:MOST_STRIPS]
+    if not rows:
+        return None
+    depth = max(len(row) for _, row in rows)
+    labels = [textwrap.fill(label, WIDEST) for label, _ in rows]
+    lines = max(label.count("\n") for label in labels) + 1
+    axes = new_axes(6.2, 1.3 + (0.16 + 0.13 * lines) * len(rows))
+    cells = [row + [float("nan")] * (depth - len(row)) for _, row in rows]
+    heat(axes, cells, "kept, %", (0, 100), text=depth <= MOST_TEXT)
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_xticks(range(0, depth, max(1, -(-depth // 16))))
+    axes.set(xlabel="layer")
+    return axes, len(plans) - len(rows)
+
+
+def shares(folder: Path, kind: str) -> list[float] | None:
+    """What every layer of a run keeps, in percent; 0 for a dropped layer.
+
+    Args:
+        folder: The run's folder, with ``plan.json``, and ``search.json`` where weights were masked.
+        kind: ``groups``, or the weights of the attention that are not masked; ``channels``, or those of the MLP.
+
+    Returns:
+        None where nothing was pruned, or an earlier version wrote the plan: it does not say how many units there were.
+    """
+    file = folder / "plan.json"
+    plan = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if "sparsity" in (plan.get("details") or {}):
+        return _unmasked(folder / "search.json", "attention" if kind == "groups" else "mlp")
+    if not plan.get("source_units"):
+        return None
+    kept, whole = {layer["index"]: len(layer[kind]) for layer in plan["layers"]}, int(kind == "channels")
+    if kind == "groups":  # in query heads, of which every KV group has as many
+        kept |= {v["index"]: len(v["heads"]) / plan["heads_per_group"] for v in plan["layers"] if v.get("heads")}
+    return [100 * kept.get(index, 0) / units[whole] for index, units in enumerate(plan["source_units"])]
+
+
+def _unmasked(file: Path, kind: str) -> list[float]:
+    record = json.loads(file.read_text("utf-8"))
+    genes = zip(record["genes"], record["best"], strict=True)
+    return [100 * (1 - gene["amounts"][level]) for gene, level in genes if gene["kind"] == kind]
+
+
 MOST_TOGETHER = 5  # series in one panel; more get a panel for each paradigm
 ALIKE = 0.005  # costs that differ by no more are one
 REMOVED, ZEROS = ("ratio", "achieved"), ("ratio", "sparsity")  # of structured plans and of masks

@@ -12,10 +12,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from ..config import SWEEP_NAME, key_of
-from ..errors import UserError
-from ..results import STAGES, Results, find, last_stage, metric_keys, read
+from ..record import (
+    STAGES,
+    Results,
+    find,
+    last_stage,
+    metric_keys,
+    read,
+)
 from ..runtime import state
+from ..runtime.errors import UserError
+from ..settings.compose import SWEEP_NAME, key_of
 
 # Keys that say where and how a run was done, not what.
 PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "keep")

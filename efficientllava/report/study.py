@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from ..results import find, last_stage, metric_keys
-from .drawing import label_ends, new_axes, style
-from .plots import Plot
+from ..record import find, last_stage, metric_keys
+from .plots import Plot, label_ends, new_axes, style
 from .runs import Run
 
 PUBLISHED = Path(__file__).with_name("published.yaml")

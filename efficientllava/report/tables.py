@@ -9,8 +9,14 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from ..errors import UserError
-from ..results import STAGES, Results, find, is_score, metric_keys
+from ..record import (
+    STAGES,
+    Results,
+    find,
+    is_score,
+    metric_keys,
+)
+from ..runtime.errors import UserError
 from .runs import Arm, score_scale
 
 ABSENT = "-"

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
 from ..runtime import state
+from ..runtime.errors import UserError
 from ..runtime.state import Standing
 
 POLL = 5.0  # seconds between two looks

@@ -13,7 +13,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from .errors import UserError
 from .files import sha256
 from .lines import Lines
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UserError, disk_full
+from .errors import UserError, disk_full
 
 SUMS = "SHA256SUMS"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import UserError
+from .errors import UserError
 
 CHUNK = 1 << 24  # elements that are counted at once
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..errors import UserError
+from .errors import UserError
 from .files import aside, whole_file
 
 log = logging.getLogger(__name__)

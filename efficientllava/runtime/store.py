@@ -26,10 +26,26 @@ from typing import Any
 
 from filelock import FileLock
 
-from ..errors import UserError
-from ..processes import barrier, from_first, rank
-from .content import MEMO, Memo, digest, settle
-from .files import SUMS, as_umask, aside, remove, seal, sealed, set_aside, sha256, whole_file, whole_folder
+from .content import (
+    MEMO,
+    Memo,
+    digest,
+    settle,
+)
+from .errors import UserError
+from .files import (
+    SUMS,
+    as_umask,
+    aside,
+    remove,
+    seal,
+    sealed,
+    set_aside,
+    sha256,
+    whole_file,
+    whole_folder,
+)
+from .processes import barrier, from_first, rank
 
 log = logging.getLogger(__name__)
 

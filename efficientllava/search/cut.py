@@ -9,12 +9,19 @@ import torch
 from torch import nn
 
 from ..models.anatomy import layers_of
-from ..processes import gather
 from ..pruning.comparison import Comparison, Verdict
 from ..pruning.plan import PruningPlan
-from ..pruning.pruner import PruneReport, apply_plan, dense_outputs, plan_for, sequential_pruner, whole_layers
+from ..pruning.pruner import (
+    PruneReport,
+    apply_plan,
+    dense_outputs,
+    plan_for,
+    sequential_pruner,
+    whole_layers,
+)
 from ..pruning.scores import Calibration, layer_statistics, open_stream
-from ..schema import PruneConfig
+from ..runtime.processes import gather
+from ..settings.schema import PruneConfig
 from .levels import LevelTable
 from .recipe import Recipe
 from .space import Policy

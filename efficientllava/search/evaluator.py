@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import processes
-from ..errors import UserError
 from ..models.anatomy import decoder_of, layers_of
 from ..pruning.statistics import CalibrationStream
+from ..runtime import processes
+from ..runtime.errors import UserError
 from .candidate import Answers, LayerShell, without_unseen
 from .objective import Risk
 from .space import Gene, Policy

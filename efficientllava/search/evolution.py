@@ -17,11 +17,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..schema import SearchConfig
+from ..runtime.errors import UserError
+from ..settings.schema import SearchConfig
 from .objective import Objective, Risk
 from .space import Policy, SearchSpace
-from .state import State, identity_of, read, write
+from .state import (
+    State,
+    identity_of,
+    read,
+    write,
+)
 
 TRIES = 10  # draws until a child is given up that has been seen before
 

@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 from .space import Policy
 
 CONFIDENCE = 0.05  # delta of the PAC-Bayes bound: it holds with probability 1 - delta

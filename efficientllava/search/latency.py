@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import processes
 from ..models.anatomy import Component, language_parameters, layers_of
 from ..models.forward import Batch
 from ..pruning.statistics import CalibrationStream
+from ..runtime import processes
 from ..runtime.files import whole_file
-from ..schema import PruneConfig, SearchConfig
+from ..settings.schema import PruneConfig, SearchConfig
 from .generalization import LinearNorms
 from .space import Budget
 from .timing import Modules, first_prompt, measure

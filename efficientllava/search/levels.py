@@ -22,13 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import UserError
 from ..models.anatomy import Layer, layers_of
-from ..processes import barrier, rank
 from ..pruning.plan import LayerPlan
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from ..pruning.sensitivity import sensitivity
+from ..runtime.errors import UserError
 from ..runtime.files import whole_folder
+from ..runtime.processes import barrier, rank
 from ..runtime.store import Store
 from .generalization import LinearNorms
 from .recipe import Recipe

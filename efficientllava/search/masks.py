@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..models.anatomy import Component
 from ..pruning.spd import damping_of, factorise
-from ..schema import MASKED
+from ..settings.schema import MASKED
 from .generalization import LinearNorms
 from .recipe import Level, squares
 

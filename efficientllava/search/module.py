@@ -16,21 +16,31 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .. import processes
 from ..data.splits import split_folds
 from ..models.anatomy import layers_of, projector_of
-from ..models.forward import Batch, FeatureCache, feature_cache, to_device
+from ..models.forward import (
+    Batch,
+    FeatureCache,
+    feature_cache,
+    to_device,
+)
 from ..pruning.comparison import simplest
 from ..pruning.control import reinitialise
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, block_influences
-from ..pruning.scores import Calibration, Tick, open_stream, silent
+from ..pruning.scores import (
+    Calibration,
+    Tick,
+    open_stream,
+    silent,
+)
 from ..pruning.selection import Space, uniform_candidates
 from ..pruning.self_text import position_share
 from ..pruning.spd import DAMPING
 from ..pruning.statistics import Beginning, CalibrationStream
+from ..runtime import processes
 from ..runtime.files import whole_file
-from ..schema import PruneConfig, SearchConfig
+from ..settings.schema import PruneConfig, SearchConfig
 from .cut import cut_policy, plan_of, trials
 from .evaluator import Evaluator
 from .evolution import Search

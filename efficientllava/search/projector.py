@@ -20,9 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import decoder_of, projector_of
-from ..models.forward import Batch, FeatureCache, forward_hidden, supervised_positions
+from ..models.forward import (
+    Batch,
+    FeatureCache,
+    forward_hidden,
+    supervised_positions,
+)
 from ..pruning.scores import Tick, silent
-from ..schema import SearchConfig
+from ..settings.schema import SearchConfig
 from .evaluator import Components, Evaluator
 from .space import Policy
 

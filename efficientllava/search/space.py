@@ -15,7 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 Policy = tuple[int, ...]  # one level per gene
 

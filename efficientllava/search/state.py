@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
 from ..runtime.content import digest
+from ..runtime.errors import UserError
 from ..runtime.files import whole_file
-from ..schema import SearchConfig
+from ..settings.schema import SearchConfig
 from .objective import Objective
 from .space import Policy, SearchSpace
 

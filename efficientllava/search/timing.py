@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import layers_of
-from ..models.forward import IMAGE_INPUTS, Batch, going_on, stock_inputs, to_device
+from ..models.forward import (
+    IMAGE_INPUTS,
+    Batch,
+    going_on,
+    stock_inputs,
+    to_device,
+)
 from .projector import assembled
 from .space import Gene, Policy
 

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import disk, processes
-from ..console import quiet_libraries
-from ..curves import CURVE
-from ..errors import ConfigError, UserError
+from ..record import CURVE
+from ..runtime import keeping, processes
+from ..runtime.console import quiet_libraries
+from ..runtime.errors import ConfigError, UserError
 from ..runtime.store import Entry, Store
-from ..schema import RunConfig
+from ..settings.schema import RunConfig
 from .inputs import inputs_of
 
 # What a run's folder gets of a stage.
@@ -31,7 +31,7 @@ class Context:
         forecast: Sizes of what the run will make.
         device: Where models run.
         home: Where whole models are between stages: with offload, one that is too large for the GPU is on the host.
-        trainer: Makes a Lightning trainer; see `efficientllava.loggers.make_trainer`.
+        trainer: Makes a Lightning trainer; see `efficientllava.report.tracking.make_trainer`.
         base: The checkpoint to start from. Once it is pruned, only the shapes of its model remain.
         tasks: Benchmarks.
         models: Models by stage, as long as something will still be measured on them.
@@ -53,13 +53,13 @@ class Context:
     def __init__(self, settings: RunConfig, folder: Path) -> None:
         import torch
 
-        from ..checkpoint import load
+        from ..checkpoint.folder import load
         from ..data.splits import open_data
+        from ..estimate.forecast import forecast
+        from ..estimate.memory import require_memory
         from ..evaluation import judges, tasks
         from ..evaluation.efficiency import sizes
-        from ..forecast import forecast
-        from ..loggers import make_trainer
-        from ..memory import require_memory
+        from ..report.tracking import make_trainer
 
         quiet_libraries()
         if settings.threads:
@@ -99,8 +99,8 @@ class Context:
         from ..data.collator import Collator
         from ..data.datamodule import RecoveryData
         from ..data.splits import calibration_records, keep_back, open_data
+        from ..estimate.memory import require_memory
         from ..evaluation import lmms
-        from ..memory import require_memory
         from ..models.forward import feature_cache, require_images
         from ..recovery.caching import require_teacher
         from ..recovery.recover import accumulation
@@ -157,7 +157,7 @@ class Context:
     def mark(self, entry: Path) -> None:
         """Say that an entry of the cache stays, if this run keeps its checkpoints."""
         if self.settings.keep == "all" and processes.rank() == 0:
-            disk.mark(entry)
+            keeping.mark(entry)
 
     def require_space(self, folder: Path, resume: int = 0) -> None:
         """Refuse a stage that has no room for its checkpoint.
@@ -169,19 +169,19 @@ class Context:
         Raises:
             UserError: There is too little space; says what is needed.
         """
-        from ..forecast import weight_bytes
+        from ..estimate.forecast import weight_bytes
 
         stage, checkpoint = folder.parent.name, weight_bytes(self.forecast.pruned, self.forecast.storage)
-        disk.require_space(folder.parent, resume + max(resume, checkpoint), stage)
+        keeping.require_space(folder.parent, resume + max(resume, checkpoint), stage)
         if folder.parent.stat().st_dev != self.folder.stat().st_dev:  # where there are no links, but copies
-            disk.require_space(self.folder, checkpoint, stage)
+            keeping.require_space(self.folder, checkpoint, stage)
 
     def export(
         self, folder: Path, model: Any, source: Any, step: dict[str, Any], kept: Sequence[int] | None = None
     ) -> None:
         """Round, save, and compare with what a fresh process loads."""
-        from ..checkpoint import round_weights, write
-        from ..reload import reload_gate
+        from ..checkpoint.folder import round_weights, write
+        from ..checkpoint.reload import reload_gate
 
         round_weights(model.to(self.home), source.storage)
         if processes.rank() == 0:
@@ -192,7 +192,7 @@ class Context:
     def probe(self) -> dict[str, Any]:
         """A prompt with an image, as a stock forward pass takes it."""
         from ..data.collator import prompt
-        from ..data.conversations import open_image
+        from ..data.records import open_image
         from ..data.splits import load_split
         from ..models.forward import stock_inputs
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import processes
-from ..console import say
+from ..runtime import processes
+from ..runtime.console import say
 from ..runtime.files import whole_folder
 from .context import Context
 
@@ -23,8 +23,8 @@ def prepare(context: Context) -> None:
         UserError: Says why, and what would help.
     """
     from ..deploy import decoders, export, files
-    from ..disk import require_space
     from ..models.anatomy import layers_of
+    from ..runtime.keeping import require_space
 
     settings = context.settings
     export.describe(context.base, settings.deploy)
@@ -56,7 +56,7 @@ def deploy(context: Context, checkpoint: Any) -> dict[str, Any]:
     """
     import torch
 
-    from ..checkpoint import load
+    from ..checkpoint.folder import load
     from ..deploy.export import deploy as export
     from ..deploy.export import remarks
 
@@ -78,7 +78,7 @@ def deploy(context: Context, checkpoint: Any) -> dict[str, Any]:
 
 def _questions(context: Context) -> list[Any]:
     """Questions of the run's own records, with and without an image."""
-    from ..data.conversations import open_image
+    from ..data.records import open_image
 
     records = [*context.calibration, *(record for task in context.tasks for record in task.records()[:100])]
     found: dict[bool, list[Any]] = {True: [], False: []}

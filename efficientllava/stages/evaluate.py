@@ -9,13 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .. import processes
-from ..console import say
-from ..errors import UserError
-from ..results import STAGES
+from ..record import STAGES
+from ..runtime import processes
+from ..runtime.console import say
 from ..runtime.content import digest
+from ..runtime.errors import UserError
 from ..runtime.store import Entry, source_digest
-from ..schema import JUDGED
+from ..settings.schema import JUDGED
 from .context import Context
 
 
@@ -67,16 +67,16 @@ class Evaluation:
         self._context.seconds["evaluate"] += time.perf_counter() - started
         kind = self._context.settings.evaluate.quantization
         if kind != "none" and stage in STAGES:
-            from ..evaluation.quantization import quantized
+            from ..evaluation.efficiency import quantized
 
-            made_by = f"{kind}-torchao-{metadata.version('torchao')}-{source_digest('evaluation/quantization.py')}"
+            made_by = f"{kind}-torchao-{metadata.version('torchao')}-{source_digest('evaluation/efficiency.py')}"
             twin = {"model": quantized(checkpoint.model, kind), "content": f"{checkpoint.digest}-{made_by}"}
             self(f"{stage}_{kind}", replace(checkpoint, **twin))
 
     def _loss(self, checkpoint: Any) -> float:
         """Answer loss of a model on the records that no choice has seen."""
         from ..data.stamps import image_contents
-        from ..evaluation.generation import mean_loss
+        from ..evaluation.answers import mean_loss
 
         context = self._context
 
@@ -102,12 +102,12 @@ class Evaluation:
     def _answer(self, stage: str, checkpoint: Any, task: Any) -> Entry:
         """A model's answers to a benchmark, as a file in the cache; an interrupted call goes on where it was."""
         from ..data.stamps import image_stamps
-        from ..evaluation.module import answer
+        from ..evaluation.answers import answer
 
         config = self._context.settings.evaluate
 
         def compute(folder: Path, work: Path) -> dict[str, Any]:
-            from ..evaluation.predictions import write
+            from ..evaluation.answers import write
 
             trainer = self._context.trainer(logger=False, what=f"{stage} {task.name}")
             model, processor = checkpoint.model, checkpoint.processor
@@ -133,7 +133,7 @@ class Evaluation:
     def _score(self, stage: str, task: Any, entry: Entry) -> dict[str, float]:
         """Metrics of a benchmark's answers, which are put into the run's folder; on the first process only."""
         from ..evaluation import judges
-        from ..evaluation.predictions import read
+        from ..evaluation.answers import read
 
         context, name = self._context, f"{task.name}.jsonl"
         config, cache = context.settings.evaluate, Path(context.settings.paths.cache_dir) / "verdicts"

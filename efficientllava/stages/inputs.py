@@ -13,7 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..runtime.store import library_versions, source_digest
-from ..schema import RunConfig
+from ..settings.schema import RunConfig
 
 # Settings that decide no number of any stage: how fast, how often saved, where weights wait, what an option is called.
 NEUTRAL = (
@@ -49,11 +49,11 @@ NOT_ANSWERS = (
 NOT_TRAINED = (*PLACES, "test_questions", "max_bad_fraction")
 # Our own code that makes a stage's result.
 SOURCES = {
-    "evaluate": ("evaluation/generation.py", "evaluation/module.py", "evaluation/predictions.py"),
+    "evaluate": ("evaluation/answers.py",),
     "prune": ("pruning",),
     "search": ("search", "pruning"),
     "recover": ("recovery",),
-    "targets": tuple(f"recovery/{name}.py" for name in ("alignment", "caching", "losses", "targets", "teacher")),
+    "targets": tuple(f"recovery/{name}.py" for name in ("caching", "losses", "teacher")),
 }
 
 
@@ -68,7 +68,7 @@ def inputs_of(stage: str, settings: RunConfig, **content: Any) -> dict[str, Any]
             ``device`` (``cpu`` or ``cuda``) and ``processes``, which decide the order of sums.
     """
     shared = {
-        "source": source_digest(*SOURCES[stage], f"stages/{_module(stage)}.py", "models", "data", "checkpoint.py"),
+        "source": source_digest(*SOURCES[stage], f"stages/{_module(stage)}.py", "models", "data", "checkpoint"),
         "libraries": library_versions(),
         "dtype": settings.model.dtype,
         "threads": settings.threads,

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import processes
-from ..console import Tick, progress
+from ..runtime import processes
+from ..runtime.console import Tick, progress
 from ..runtime.content import digest
 from .context import Context
 
@@ -40,7 +40,7 @@ def prune(context: Context) -> Any:
         if processes.rank() == 0:
             (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
             if searches:
-                from ..report.search import draw_search
+                from ..report.pictures import draw_search
 
                 (folder / "search.json").write_text(json.dumps(module.record) + "\n", encoding="utf-8")
                 draw_search(module.record, folder / "search.png")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..console import say
-from ..disk import staying
-from ..results import STAGES
+from ..record import STAGES
+from ..runtime.console import say
 from ..runtime.content import digest
+from ..runtime.keeping import staying
 from .context import Context
 from .evaluate import Evaluation
 
@@ -22,13 +22,13 @@ def write_record(context: Context, evaluation: Evaluation, overrides: Sequence[s
         overrides: What the user typed.
         keys: Digests that a finished run is recognised by, and what `efficientllava.stages.deploy.deploy` said.
     """
-    from ..card import usage
-    from ..evaluation.generation import set_aside
+    from ..checkpoint.card import usage
+    from ..evaluation.answers import set_aside
     from ..models.pruned import is_per_layer
     from ..pruning.plan import PruningPlan
-    from ..report.samples import draw_samples
+    from ..record import build, write
+    from ..report.pictures import draw_samples
     from ..report.tables import tabulate, tabulate_deployed, tabulate_quantized
-    from ..results import build, write
 
     stages = _efficiency(context)
     for stage, metrics in evaluation.metrics.items():
@@ -97,9 +97,8 @@ def _efficiency(context: Context) -> dict[str, dict[str, Any]]:
 
     With offload one model at a time is on the device: two may not fit.
     """
-    from ..checkpoint import resolve
-    from ..evaluation.efficiency import checkpoint_bytes, measure
-    from ..evaluation.quantization import quantized
+    from ..checkpoint.folder import resolve
+    from ..evaluation.efficiency import checkpoint_bytes, measure, quantized
 
     model, stages, kind = context.settings.model, context.sizes, context.settings.evaluate.quantization
     if kind != "none":

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import processes
-from ..console import say
-from ..curves import CURVE, read_curve, write_curve
+from ..record import CURVE, read_curve, write_curve
+from ..runtime import processes
+from ..runtime.console import say
 from ..runtime.content import digest
 from .context import Context
 from .inputs import taught
@@ -26,9 +26,9 @@ def recover(context: Context, student: Any) -> Any:
         The recovered checkpoint, loaded from the run's folder.
     """
     from ..data.stamps import image_stamps
-    from ..forecast import resume_bytes
+    from ..estimate.forecast import resume_bytes
     from ..recovery.caching import teacher_digest
-    from ..recovery.objective import describe
+    from ..recovery.losses import describe
     from ..recovery.recover import recover as train
 
     config, data, seed = context.settings.recover, context.settings.data, context.settings.seed

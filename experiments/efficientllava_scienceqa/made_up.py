@@ -19,9 +19,9 @@ from datasets import Dataset, Image
 from PIL.Image import Image as Picture
 from tokenizers import AddedToken
 
-from efficientllava.checkpoint import load
-from efficientllava.data.conversations import Record, Turn
-from efficientllava.data.digits import Digits
+from efficientllava.checkpoint.folder import load
+from efficientllava.data.embedded.digits import Digits
+from efficientllava.data.records import Record, Turn
 from efficientllava.evaluation.tasks.scienceqa import BENCHMARK
 
 LETTERS = "ABCDE"

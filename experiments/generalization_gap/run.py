@@ -20,12 +20,11 @@ from scipy.stats import spearmanr
 
 import efficientllava as ev
 from efficientllava.data.collator import Collator
-from efficientllava.data.digits import Digits
+from efficientllava.data.embedded.digits import Digits
 from efficientllava.data.splits import calibration_records
 from efficientllava.models.anatomy import language_parameters
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.statistics import CalibrationStream
-from efficientllava.schema import CalibrationConfig, DataConfig
 from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.generalization import GAPS, gap_of
 from efficientllava.search.latency import removed_costs
@@ -33,6 +32,7 @@ from efficientllava.search.levels import open_table
 from efficientllava.search.objective import Objective
 from efficientllava.search.space import Budget, SearchSpace
 from efficientllava.search.structured import Structured
+from efficientllava.settings.schema import CalibrationConfig, DataConfig
 
 RATIOS, SAMPLES, WEIGHTS, RISKS = (0.3, 0.5), (16, 32, 64, 128), (0.0, 0.1, 0.3, 1.0, 3.0), ("loss", "kl", "error")
 QUESTIONS = 1  # per held-out image; search samples have 10

@@ -13,10 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficientllava.checkpoint import load
+from efficientllava.checkpoint.folder import load
 from efficientllava.data.collator import Collator
 from efficientllava.data.table import read_conversations
-from efficientllava.evaluation.generation import mean_loss
+from efficientllava.evaluation.answers import mean_loss
 from efficientllava.models.forward import feature_cache
 
 ROWS = 8

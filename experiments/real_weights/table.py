@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .measure import nats
+from experiments.real_weights.measure import nats
 
 ROOT = Path(__file__).parents[2]
 METHODS = {
@@ -60,7 +60,7 @@ def pruned(decoder: str, work: Path, draw: Path, overrides: list[str]) -> tuple[
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     (folder,) = work.glob("runs/*/*/pruned")
-    from efficientllava.results import read
+    from efficientllava.record import read
 
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return folder, read(folder.parent)["ratio"]["achieved"], seconds

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from efficientllava.bench import pruning as bench
-from efficientllava.config import register_schema, typed
-from efficientllava.forecast import forecast
+from efficientllava.estimate.forecast import forecast
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.importance import OBS_ROUNDS, eliminate
 from efficientllava.pruning.memory import CalibrationSize, micro_batch, pruning_memory
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
 from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
-from efficientllava.schema import PruneConfig
+from efficientllava.settings.compose import register_schema, typed
+from efficientllava.settings.schema import PruneConfig
+from experiments.speed import pruning as bench
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)

@@ -23,12 +23,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor
 
-from efficientllava.checkpoint import stock_config
-from efficientllava.config import register_schema, typed
-from efficientllava.forecast import meta_model
-from efficientllava.models.templates import vicuna_template
-from efficientllava.models.tiny import tiny_llava
-from tests.models.originals import BUNNY, INTERNVL, bunny_tokenizer, internvl_tokenizer
+from efficientllava.checkpoint.folder import stock_config
+from efficientllava.estimate.forecast import meta_model
+from efficientllava.models.processors import vicuna_template
+from efficientllava.settings.compose import register_schema, typed
+from experiments.tiny_models.tiny import tiny_llava
+from tests.models.originals import (
+    BUNNY,
+    INTERNVL,
+    bunny_tokenizer,
+    internvl_tokenizer,
+)
 
 ROOT, LAYERS, SIDE = Path(__file__).resolve().parents[2], 2, 448
 # Stock names to published ones, replaced in this order.

@@ -9,12 +9,11 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from efficientllava.checkpoint import stock_config
-from efficientllava.config import register_schema, typed
+from efficientllava.checkpoint.folder import stock_config
+from efficientllava.estimate.forecast import meta_model, plan_outline
 from efficientllava.evaluation.efficiency import parameters
-from efficientllava.forecast import meta_model, plan_outline
-from efficientllava.presets import FAMILIES, SHARES
-from efficientllava.schema import RunConfig
+from efficientllava.settings.compose import FAMILIES, SHARES, register_schema, typed
+from efficientllava.settings.schema import RunConfig
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 # Billions of parameters left, by label: widthwise and layerwise.

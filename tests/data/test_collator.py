@@ -8,13 +8,13 @@ from PIL import Image
 from tokenizers import AddedToken
 
 from efficientllava.data.collator import Collator, GenerationCollator, prompt
-from efficientllava.data.conversations import Record, Turn, image_key
-from efficientllava.data.digits import Digits
+from efficientllava.data.embedded.digits import Digits
 from efficientllava.data.prompts import IGNORE
-from efficientllava.errors import UserError
+from efficientllava.data.records import Record, Turn, image_key
 from efficientllava.models.forward import answer_loss, forward_hidden
-from efficientllava.models.pretraining import initialise
-from efficientllava.models.tiny import BUILDERS, PHI3
+from efficientllava.runtime.errors import UserError
+from experiments.tiny_models.pretraining import initialise
+from experiments.tiny_models.tiny import BUILDERS, PHI3
 
 IMAGE = Image.new("RGB", (32, 32), (200, 60, 60))
 # The template of the hub's LLaVA-1.5: no end token after an answer, a blank after every text.

@@ -7,14 +7,12 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 
-from efficientllava.data.checks import usable
 from efficientllava.data.collator import Collator
-from efficientllava.data.datamodule import RecoveryData
-from efficientllava.data.samplers import ShardedBatches
-from efficientllava.data.splits import digest, load_split
-from efficientllava.errors import UserError
-from efficientllava.models.tiny import BUILDERS
-from efficientllava.schema import DataConfig
+from efficientllava.data.datamodule import RecoveryData, ShardedBatches
+from efficientllava.data.splits import digest, load_split, usable
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import DataConfig
+from experiments.tiny_models.tiny import BUILDERS
 
 DATA = DataConfig(name="digits_vqa", images=60, batch_size=4)
 

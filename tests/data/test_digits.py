@@ -6,9 +6,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from efficientllava.data.digits import IMAGE_KINDS, KINDS, TEXT_KINDS, Digits
-from efficientllava.data.scenes import strokes
-from efficientllava.errors import UserError
+from efficientllava.data.embedded.digits import (
+    IMAGE_KINDS,
+    KINDS,
+    TEXT_KINDS,
+    Digits,
+)
+from efficientllava.data.embedded.scenes import strokes
+from efficientllava.runtime.errors import UserError
 
 
 def test_records_are_the_same_on_every_machine() -> None:

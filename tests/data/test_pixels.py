@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientllava.data.conversations import Record, open_image
 from efficientllava.data.pixels import rgb
-from efficientllava.errors import UserError
+from efficientllava.data.records import Record, open_image
+from efficientllava.runtime.errors import UserError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 GREY = np.repeat(RAMP[..., None], 3, -1)

@@ -5,8 +5,21 @@ from collections import Counter, defaultdict
 import pytest
 from numpy.random import PCG64, Generator
 
-from efficientllava.data.questions import KINDS, NOTHING, TEXT_KINDS, ask, vocabulary
-from efficientllava.data.scenes import COLOURS, PLACES, WORDS, Glyph, Scene, compose
+from efficientllava.data.embedded.questions import (
+    KINDS,
+    NOTHING,
+    TEXT_KINDS,
+    ask,
+    vocabulary,
+)
+from efficientllava.data.embedded.scenes import (
+    COLOURS,
+    PLACES,
+    WORDS,
+    Glyph,
+    Scene,
+    compose,
+)
 
 SCENE: Scene = (Glyph(7, "red", 0, 0), Glyph(3, "blue", 1, 0), Glyph(9, "red", 3, 0))
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from efficientllava.data.samplers import GroupedBatches
+from efficientllava.data.datamodule import GroupedBatches
 
 LENGTHS = np.array([(1 + 7 * i % 90) * (-1 if i % 5 == 0 else 1) for i in range(200)])  # every fifth is text-only
 

@@ -3,7 +3,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.random import PCG64, Generator
 
-from efficientllava.data.scenes import CELL, COLOURS, FULL, GLYPH, Glyph, compose, draw, strokes
+from efficientllava.data.embedded.scenes import (
+    CELL,
+    COLOURS,
+    FULL,
+    GLYPH,
+    Glyph,
+    compose,
+    draw,
+    strokes,
+)
 
 
 def test_parts_share_no_digit_image_and_cover_all() -> None:

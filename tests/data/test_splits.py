@@ -6,12 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.data.conversations import Record, Turn
-from efficientllava.data.digits import Digits
-from efficientllava.data.splits import calibration_records, digest, draw, groups_of, keep_back, load_split, split_folds
-from efficientllava.data.subset import Subset
-from efficientllava.errors import UserError
-from efficientllava.schema import CalibrationConfig, DataConfig, RunConfig
+from efficientllava.data.embedded.digits import Digits
+from efficientllava.data.records import Record, Turn
+from efficientllava.data.splits import (
+    Subset,
+    calibration_records,
+    digest,
+    draw,
+    groups_of,
+    keep_back,
+    load_split,
+    split_folds,
+)
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import CalibrationConfig, DataConfig, RunConfig
 
 DIGITS = DataConfig(name="digits_vqa", images=200, test_questions=50)
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from efficientllava.deploy import decoders, files
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import decoder_of
-from tests.conftest import make_model
-from tests.deploy.conftest import differences, needs_runtime, pruned
+from efficientllava.runtime.errors import UserError
+
+from ..conftest import make_model
+from .conftest import differences, needs_runtime, pruned
 
 IDS = [3 + 7 * position % 30 for position in range(24)]
 PER_LAYER = ((0, 4, 64), (1, 1, 10), (3, 3, 33))

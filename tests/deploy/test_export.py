@@ -10,11 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.checkpoint import load
-from efficientllava.deploy import check, export, files, measure, vision
-from efficientllava.errors import ConfigError, UserError
-from efficientllava.schema import DeployConfig
-from tests.deploy.conftest import needs_runtime, pruned
+from efficientllava.checkpoint.folder import load
+from efficientllava.deploy import (
+    check,
+    export,
+    files,
+    measure,
+    vision,
+)
+from efficientllava.runtime.errors import ConfigError, UserError
+from efficientllava.settings.schema import DeployConfig
+
+from .conftest import needs_runtime, pruned
 
 PER_LAYER = ((0, 8, 136), (1, 1, 33), (3, 5, 64), (4, 2, 96))
 F32 = DeployConfig(name="gguf", types=["f32"], measure=False)
@@ -132,7 +139,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "write", full)
-    monkeypatch.setattr("efficientllava.checks._installed", lambda _: [])
+    monkeypatch.setattr("efficientllava.settings.checks._installed", lambda _: [])
     with pytest.raises(UserError, match="the disk is full; free some space"):
         export.write(load("builtin:tiny_internvl"), tmp_path, F32)
 

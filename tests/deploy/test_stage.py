@@ -9,13 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.checks import check
-from efficientllava.config import typed
-from efficientllava.errors import ConfigError, UserError
-from efficientllava.identity import finished
 from efficientllava.report.tables import tabulate_deployed
-from tests.deploy.conftest import needs_runtime
-from tests.runs import ROOT, composed, run, small
+from efficientllava.runtime.errors import ConfigError, UserError
+from efficientllava.settings.checks import check
+from efficientllava.settings.compose import typed
+from efficientllava.stages.identity import finished
+
+from ..runs import (
+    ROOT,
+    composed,
+    run,
+    small,
+)
+from .conftest import needs_runtime
 
 ALONE = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "deploy=gguf", "deploy.repeats=1")
 
@@ -61,7 +67,7 @@ def test_what_is_not_allowed(override: str, problem: str) -> None:
 def test_a_type_is_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert typed(composed("prune.round_to=q8_0")).prune.round_to == 32
     assert typed(composed("prune.round_to=q4_k_m")).prune.round_to == 256
-    monkeypatch.setattr("efficientllava.checks._installed", lambda _: [])
+    monkeypatch.setattr("efficientllava.settings.checks._installed", lambda _: [])
     masks = ["prune=auto", "search.granularity=unstructured", "deploy=gguf"]
     with pytest.raises(ConfigError, match="masks make no file for llama"):
         check(typed(composed(*masks), masks), masks)

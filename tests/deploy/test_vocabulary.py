@@ -12,12 +12,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from efficientllava.checkpoint import load
+from efficientllava.checkpoint.folder import load
 from efficientllava.deploy import check, probe, vocabulary
 from efficientllava.deploy import files as gguf_files
 from efficientllava.deploy.runtime import serve
-from efficientllava.errors import UserError
-from tests.deploy.conftest import needs_runtime
+from efficientllava.runtime.errors import UserError
+
+from .conftest import needs_runtime
 
 CORPUS = [
     check.TEXT,

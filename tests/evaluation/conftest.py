@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
-from efficientllava.models.tiny import BUILDERS
+from experiments.tiny_models.tiny import BUILDERS
 
 from .published import publish
 

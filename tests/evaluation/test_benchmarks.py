@@ -11,16 +11,15 @@ from datasets import Dataset
 from lightning.pytorch import Trainer
 from PIL import Image
 
-from efficientllava.data.conversations import StoredImage, open_image
-from efficientllava.errors import UserError
+from efficientllava.data.records import StoredImage, open_image
 from efficientllava.evaluation import tasks
-from efficientllava.evaluation.module import evaluate
-from efficientllava.evaluation.predictions import as_record, line, write
+from efficientllava.evaluation.answers import as_record, evaluate, line, write
+from efficientllava.evaluation.benchmark import Source
 from efficientllava.evaluation.score import main
 from efficientllava.evaluation.scorers import PROTOCOLS
 from efficientllava.evaluation.scorers.averages import COLUMNS
-from efficientllava.evaluation.sources import Source
-from efficientllava.schema import DataConfig, EvaluateConfig
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import DataConfig, EvaluateConfig
 
 from .published import png, tables
 from .published import write as write_table

@@ -3,10 +3,15 @@ import torch
 from torch import nn
 
 from efficientllava.data.collator import prompt
-from efficientllava.errors import UserError
 from efficientllava.evaluation import efficiency
-from efficientllava.evaluation.efficiency import checkpoint_bytes, measure, parameters, prefill_flops
-from efficientllava.schema import EvaluateConfig
+from efficientllava.evaluation.efficiency import (
+    checkpoint_bytes,
+    measure,
+    parameters,
+    prefill_flops,
+)
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import EvaluateConfig
 
 CFG = EvaluateConfig(repeats=3, new_tokens=3, speed_batches=[1])
 

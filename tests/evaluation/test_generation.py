@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from efficientllava.checkpoint import load
+from efficientllava.checkpoint.folder import load
+from efficientllava.checkpoint.hub import local_folder
 from efficientllava.data.collator import Collator, GenerationCollator
-from efficientllava.errors import UserError
-from efficientllava.evaluation.generation import (
+from efficientllava.evaluation.answers import (
     MEANINGLESS,
     generate,
     greedy_config,
@@ -17,8 +17,13 @@ from efficientllava.evaluation.generation import (
     reference_losses,
     set_aside,
 )
-from efficientllava.hub import local_folder
-from efficientllava.models.forward import answer_loss, decoder_inputs, to_device, vision_features
+from efficientllava.models.forward import (
+    answer_loss,
+    decoder_inputs,
+    to_device,
+    vision_features,
+)
+from efficientllava.runtime.errors import UserError
 
 
 def _features(model, batch):

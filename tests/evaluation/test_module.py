@@ -5,12 +5,19 @@ import pytest
 from lightning.pytorch import Trainer
 
 from efficientllava.data.collator import GenerationCollator
-from efficientllava.evaluation.module import EvaluationModule, answer, evaluate, in_order
-from efficientllava.evaluation.predictions import as_record, keep, resume
+from efficientllava.evaluation.answers import (
+    EvaluationModule,
+    answer,
+    as_record,
+    evaluate,
+    in_order,
+    keep,
+    resume,
+)
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import feature_cache
-from efficientllava.schema import EvaluateConfig
+from efficientllava.settings.schema import EvaluateConfig
 
 CFG = EvaluateConfig(batch_size=7, max_new_tokens=4)
 TASK = DigitsVQA(24)

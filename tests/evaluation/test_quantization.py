@@ -5,14 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from efficientllava.checks import check
-from efficientllava.config import typed
-from efficientllava.errors import UserError
 from efficientllava.evaluation import efficiency
-from efficientllava.evaluation.quantization import GROUP, quantized
+from efficientllava.evaluation.efficiency import GROUP, quantized
 from efficientllava.models.anatomy import decoder_of
-from tests.runs import composed, run, small
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.checks import check
+from efficientllava.settings.compose import typed
 
+from ..runs import composed, run, small
 from .conftest import build
 
 

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.evaluation.score import main
+from efficientllava.runtime.errors import UserError
 
 
 def _lines(path, *rows):

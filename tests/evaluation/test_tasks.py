@@ -2,12 +2,12 @@ import random
 
 import pytest
 
-from efficientllava.data.conversations import Record, Turn
-from efficientllava.data.digits import IMAGE_KINDS, TEXT_KINDS
-from efficientllava.errors import UserError
+from efficientllava.data.embedded.digits import IMAGE_KINDS, TEXT_KINDS
+from efficientllava.data.records import Record, Turn
 from efficientllava.evaluation import tasks
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
-from efficientllava.schema import DataConfig, EvaluateConfig
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import DataConfig, EvaluateConfig
 
 
 def _predictions(records, wrong=lambda record: False):

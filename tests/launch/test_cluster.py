@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from efficientllava import disk, processes
-from efficientllava.config import quoted
-from efficientllava.errors import UserError
 from efficientllava.launch import on_ray, slurm
+from efficientllava.runtime import keeping, processes
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.compose import quoted
 
 from ..runs import composed
 
@@ -51,10 +51,10 @@ def test_a_folder_whose_locks_other_machines_do_not_see_is_refused(tmp_path, opt
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/x / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 {options} 0 0\n")
     if not refused:
-        disk.require_shared_locks(tmp_path / "outputs", mounts)
+        keeping.require_shared_locks(tmp_path / "outputs", mounts)
         return
     with pytest.raises(UserError, match="do not see each other's locks"):
-        disk.require_shared_locks(tmp_path / "outputs", mounts)
+        keeping.require_shared_locks(tmp_path / "outputs", mounts)
 
 
 def test_srun_is_torchrun_by_another_name(monkeypatch):

@@ -19,12 +19,17 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.launch import cluster, slurm
 from efficientllava.launch.spawn import Job
 from efficientllava.runtime import state
+from efficientllava.runtime.errors import UserError
 
-from ..runs import ROOT, RUN, save_tiny, small
+from ..runs import (
+    ROOT,
+    RUN,
+    save_tiny,
+    small,
+)
 from . import slurmd
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]

@@ -11,11 +11,18 @@ import time
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.launch import spawn as pool
 from efficientllava.launch.progress import jobs_table
-from efficientllava.launch.spawn import Ended, Job, cores, cpu_slots, gpu_slots, run_jobs
-from efficientllava.outcome import terminable
+from efficientllava.launch.spawn import (
+    Ended,
+    Job,
+    cores,
+    cpu_slots,
+    gpu_slots,
+    run_jobs,
+)
+from efficientllava.runtime.errors import UserError
+from efficientllava.runtime.exit_codes import terminable
 
 
 def job(number, folder, body):

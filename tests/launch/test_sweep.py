@@ -10,11 +10,19 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from efficientllava import identity, pipeline
-from efficientllava.config import sweep_digest, typed
-from efficientllava.errors import UserError
+from efficientllava import pipeline
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.compose import sweep_digest, typed
+from efficientllava.stages import identity
 
-from ..runs import ROOT, RUN, composed, run, save_tiny, small
+from ..runs import (
+    ROOT,
+    RUN,
+    composed,
+    run,
+    save_tiny,
+    small,
+)
 
 BARE = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "prune.selection=local")
 

@@ -54,10 +54,9 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from efficientllava.data.collator import Collator
-from efficientllava.data.conversations import Record, Turn
+from efficientllava.data.records import Record, Turn
 from efficientllava.models.anatomy import decoder_of, projector_of
-from efficientllava.models.processors import InternVLStills, stills
-from efficientllava.models.templates import PHI3, chat_template
+from efficientllava.models.processors import PHI3, InternVLStills, chat_template, stills
 
 LAYERS, CHANNELS, GROUPS = 4, 64, 4
 ROLES = {

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import (
     decoder_of,
     final_norm_of,
@@ -16,7 +15,18 @@ from efficientllava.models.anatomy import (
     projector_of,
     reader_rows,
 )
-from tests.conftest import CHANNELS, FAMILIES, HEAD_DIM, HIDDEN, LAYERS, logits_of, make_batch, make_model
+from efficientllava.runtime.errors import UserError
+
+from ..conftest import (
+    CHANNELS,
+    FAMILIES,
+    HEAD_DIM,
+    HIDDEN,
+    LAYERS,
+    logits_of,
+    make_batch,
+    make_model,
+)
 
 
 def test_sizes_are_read_off_the_weights(family):

@@ -9,10 +9,10 @@ from transformers import AutoModelForImageTextToText
 
 import efficientllava
 from efficientllava.data.collator import GenerationCollator
-from efficientllava.data.digits import KINDS, Digits
-from efficientllava.evaluation.generation import generate
+from efficientllava.data.embedded.digits import KINDS, Digits
+from efficientllava.evaluation.answers import generate
 from efficientllava.models.processors import load_processor
-from efficientllava.models.tiny import BUILDERS
+from experiments.tiny_models.tiny import BUILDERS
 
 ASSETS = Path(efficientllava.__file__).parent / "assets"
 TARGETS = {"tiny_llava": 0.97, "tiny_bunny": 0.95, "tiny_internvl": 0.95}

@@ -10,12 +10,22 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from efficientllava.checkpoint import Checkpoint, load, save
+from efficientllava.checkpoint.folder import Checkpoint, load, save
 from efficientllava.data.collator import Collator, GenerationCollator, prompt
-from efficientllava.errors import UserError
-from efficientllava.evaluation.generation import generate
-from efficientllava.models.anatomy import language_parameters, layers_of, pinned_layers, projector_of
-from efficientllava.models.forward import TOKEN_TYPES, answer_loss, feature_cache, forward_hidden, stock_inputs
+from efficientllava.evaluation.answers import generate
+from efficientllava.models.anatomy import (
+    language_parameters,
+    layers_of,
+    pinned_layers,
+    projector_of,
+)
+from efficientllava.models.forward import (
+    TOKEN_TYPES,
+    answer_loss,
+    feature_cache,
+    forward_hidden,
+    stock_inputs,
+)
 from efficientllava.models.pruned import is_per_layer
 from efficientllava.pruning.outline import outline
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
@@ -23,7 +33,8 @@ from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.surgery import cut
 from efficientllava.recovery.recover import recover
-from efficientllava.schema import PruneConfig, RecoverConfig, WeightsConfig
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import PruneConfig, RecoverConfig, WeightsConfig
 
 from .families import (
     BUILDERS,
@@ -35,7 +46,6 @@ from .families import (
     make_batch,
     make_records,
     picture,
-    without_num2words,  # noqa: F401
 )
 
 STOCK_ONLY = ("qwen2_5_vl",)

@@ -13,7 +13,13 @@ from efficientllava.models.forward import (
     to_device,
     vision_features,
 )
-from tests.conftest import logits_of, make_batch, make_model, make_packed
+
+from ..conftest import (
+    logits_of,
+    make_batch,
+    make_model,
+    make_packed,
+)
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from efficientllava.models.anatomy import language_parameters, layers_of
 from efficientllava.models.offload import Offload
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
-from efficientllava.schema import PruneConfig
-from tests.conftest import make_batches, make_model
+from efficientllava.settings.schema import PruneConfig
+
+from ..conftest import make_batches, make_model
 
 
 class Shelf(Offload):

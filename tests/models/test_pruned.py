@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import DECODERS
 from efficientllava.models.pruned import (
     LayerShape,
@@ -19,7 +18,16 @@ from efficientllava.models.pruned import (
 )
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.surgery import cut
-from tests.conftest import FAMILIES, HEAD_DIM, HIDDEN, LAYERS, make_model, text_config
+from efficientllava.runtime.errors import UserError
+
+from ..conftest import (
+    FAMILIES,
+    HEAD_DIM,
+    HIDDEN,
+    LAYERS,
+    make_model,
+    text_config,
+)
 
 
 def shapes(family: str, *groups: int) -> list[LayerShape]:

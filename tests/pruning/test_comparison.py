@@ -7,7 +7,8 @@ from efficientllava.models.anatomy import decoder_of
 from efficientllava.models.forward import answer_loss, forward_hidden
 from efficientllava.pruning.comparison import Comparison, Verdict, simplest
 from efficientllava.pruning.statistics import CalibrationStream
-from tests.conftest import make_batches, make_model
+
+from ..conftest import make_batches, make_model
 
 
 def verdict(*kl: float) -> Verdict:

@@ -15,7 +15,8 @@ from efficientllava.pruning.importance import (
     random_scores,
     wanda_scores,
 )
-from tests.conftest import make_model
+
+from ..conftest import make_model
 
 DAMPING = 1e-10
 

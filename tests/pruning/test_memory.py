@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from efficientllava.bench import pruning as bench
-from efficientllava.config import typed
-from efficientllava.forecast import forecast
+from efficientllava.estimate.forecast import forecast
 from efficientllava.pruning.memory import (
     MARGIN,
     CalibrationSize,
@@ -17,9 +15,12 @@ from efficientllava.pruning.memory import (
 )
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
-from efficientllava.schema import PruneConfig
-from tests.conftest import make_batches
-from tests.runs import composed
+from efficientllava.settings.compose import typed
+from efficientllava.settings.schema import PruneConfig
+from experiments.speed import pruning as bench
+
+from ..conftest import make_batches
+from ..runs import composed
 
 LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)
 WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)

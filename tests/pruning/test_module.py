@@ -12,12 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from efficientllava.data.splits import split_folds
-from efficientllava.processes import sum_over
 from efficientllava.pruning.module import PruningModule
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
-from efficientllava.schema import PruneConfig
-from tests.conftest import make_batch, make_batches, make_model
+from efficientllava.runtime.processes import sum_over
+from efficientllava.settings.schema import PruneConfig
+
+from ..conftest import make_batch, make_batches, make_model
 
 CONFIG = PruneConfig(method="widthwise", ratio=0.3, refit=True, selection="shape", importance="param_first")
 

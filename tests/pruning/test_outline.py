@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import language_parameters
 from efficientllava.pruning.outline import outline
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.surgery import cut, pruned_config
-from efficientllava.schema import PruneConfig
-from tests.conftest import make_batches, make_model
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import PruneConfig
+
+from ..conftest import make_batches, make_model
 
 EXACT = {
     "local": {"method": "widthwise", "selection": "local", "ratio": 0.3},

@@ -10,17 +10,40 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from efficientllava.errors import UserError
-from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of, writer_without_bias
-from efficientllava.pruning.fluctuation import METRICS, RecordMoments, fluctuation, layer_moments
+from efficientllava.models.anatomy import (
+    decoder_of,
+    language_parameters,
+    layers_of,
+    writer_without_bias,
+)
+from efficientllava.pruning.fluctuation import (
+    METRICS,
+    RecordMoments,
+    fluctuation,
+    layer_moments,
+)
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import apply_plan, make_plan, plan_for, plan_ratio
+from efficientllava.pruning.pruner import (
+    apply_plan,
+    make_plan,
+    plan_for,
+    plan_ratio,
+)
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.statistics import CalibrationStream
-from efficientllava.schema import PruneConfig
-from tests.conftest import CHANNELS, FAMILIES, logits_of, make_batch, make_batches, make_model
-from tests.pruning.test_surgery import masked
-from tests.pruning.test_vectors import published_model
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import PruneConfig
+
+from ..conftest import (
+    CHANNELS,
+    FAMILIES,
+    logits_of,
+    make_batch,
+    make_batches,
+    make_model,
+)
+from .test_surgery import masked
+from .test_vectors import published_model
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "peers_tiny_llama.json").read_text())
 BIASED = [family for family in FAMILIES if family in ("llama", "llama_gqa", "phi")]

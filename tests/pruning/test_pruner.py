@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of
 from efficientllava.models.forward import answer_loss
 from efficientllava.pruning.plan import PruningPlan
@@ -21,8 +20,17 @@ from efficientllava.pruning.pruner import (
 )
 from efficientllava.pruning.scores import Calibration, rank_units
 from efficientllava.pruning.selection import TOLERANCE
-from efficientllava.schema import IMPORTANCES, PruneConfig
-from tests.conftest import LAYERS, logits_of, make_batch, make_batches, make_model, make_packed
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import IMPORTANCES, PruneConfig
+
+from ..conftest import (
+    LAYERS,
+    logits_of,
+    make_batch,
+    make_batches,
+    make_model,
+    make_packed,
+)
 
 
 def widthwise(**options: Any) -> PruneConfig:

@@ -17,9 +17,17 @@ from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import apply_plan, make_plan, plan_for
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.surgery import check_plan, cut, pruned_config
-from efficientllava.schema import IMPORTANCES, PruneConfig
-from tests.conftest import CHANNELS, FAMILIES, logits_of, make_batch, make_batches, make_model
-from tests.pruning.test_importance import problem, residual
+from efficientllava.settings.schema import IMPORTANCES, PruneConfig
+
+from ..conftest import (
+    CHANNELS,
+    FAMILIES,
+    logits_of,
+    make_batch,
+    make_batches,
+    make_model,
+)
+from .test_importance import problem, residual
 
 GROUPED = [family for family, (_, heads, groups, _) in FAMILIES.items() if heads > groups]
 SIZES = {"num_attention_heads": 12, "num_key_value_heads": 4}  # three query heads in each group, as in SmolLM2

@@ -12,9 +12,25 @@ from torch import nn
 from efficientllava.models.anatomy import Component, describe_layer, layers_of
 from efficientllava.pruning.plan import LayerPlan
 from efficientllava.pruning.pruner import whole_layers
-from efficientllava.pruning.refit import DAMPINGS, Moments, RefitResult, SequentialPruner, Target, solve, validate
+from efficientllava.pruning.refit import (
+    DAMPINGS,
+    Moments,
+    RefitResult,
+    SequentialPruner,
+    Target,
+    solve,
+    validate,
+)
 from efficientllava.pruning.statistics import CalibrationStream
-from tests.conftest import FAMILIES, LAYERS, logits_of, make_batches, make_model, make_packed
+
+from ..conftest import (
+    FAMILIES,
+    LAYERS,
+    logits_of,
+    make_batches,
+    make_model,
+    make_packed,
+)
 
 TARGETS = ["layer", "residual"]
 

@@ -5,7 +5,8 @@ import torch
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.scores import layer_statistics
 from efficientllava.pruning.statistics import CalibrationStream
-from tests.conftest import make_batches, make_model
+
+from ..conftest import make_batches, make_model
 
 
 @torch.no_grad()

@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import COARSE, lowest, plan_ratio, search_length, whole_layers
+from efficientllava.pruning.pruner import (
+    COARSE,
+    lowest,
+    plan_ratio,
+    search_length,
+    whole_layers,
+)
 from efficientllava.pruning.selection import (
     TOLERANCE,
     Space,
@@ -18,7 +23,9 @@ from efficientllava.pruning.selection import (
     uniform_candidates,
 )
 from efficientllava.pruning.surgery import achieved_ratio, cut
-from tests.conftest import CHANNELS, LAYERS, make_model
+from efficientllava.runtime.errors import UserError
+
+from ..conftest import CHANNELS, LAYERS, make_model
 
 RATIOS = (0.05, 0.2, 0.35, 0.5)
 

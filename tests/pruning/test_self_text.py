@@ -10,13 +10,18 @@ import torch
 from PIL import Image
 
 import efficientllava
-from efficientllava.data.conversations import Record, Turn
-from efficientllava.errors import UserError
+from efficientllava.data.records import Record, Turn
 from efficientllava.models.forward import forward_hidden
 from efficientllava.pruning import self_text
-from efficientllava.pruning.self_text import WRITTEN, position_share, sequences, write_text
+from efficientllava.pruning.self_text import (
+    WRITTEN,
+    position_share,
+    sequences,
+    write_text,
+)
 from efficientllava.pruning.statistics import Beginning, CalibrationStream
-from efficientllava.schema import CalibrationConfig
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import CalibrationConfig
 
 LENGTH = 40
 MODELS = ("tiny_llava", "tiny_bunny", "tiny_internvl")

@@ -8,7 +8,8 @@ from efficientllava.models.forward import forward_hidden, supervised_positions
 from efficientllava.pruning.scores import silent
 from efficientllava.pruning.sensitivity import sensitivity
 from efficientllava.pruning.statistics import CalibrationStream, no_reduce
-from tests.conftest import make_batches, make_model
+
+from ..conftest import make_batches, make_model
 
 
 def test_gradients_are_those_of_sampled_answers_by_what_writers_write(family):

@@ -5,7 +5,14 @@ import torch
 
 from efficientllava.pruning import spd
 from efficientllava.pruning.importance import eliminate, obs_ranking
-from efficientllava.pruning.spd import UnsolvedError, damping_of, divide, factorise, invert, inverts
+from efficientllava.pruning.spd import (
+    UnsolvedError,
+    damping_of,
+    divide,
+    factorise,
+    invert,
+    inverts,
+)
 
 
 def gram(size: int, spread: float = 2.0, dtype: torch.dtype = torch.float64, rows: int | None = None) -> torch.Tensor:

@@ -5,8 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.errors import UserError
-from efficientllava.models.forward import FeatureCache, answer_loss, forward_hidden, vision_features
+from efficientllava.models.forward import (
+    FeatureCache,
+    answer_loss,
+    forward_hidden,
+    vision_features,
+)
 from efficientllava.pruning.statistics import (
     TOKENS,
     Beginning,
@@ -16,7 +20,15 @@ from efficientllava.pruning.statistics import (
     counted_positions,
     recorded_calls,
 )
-from tests.conftest import IMAGE_TOKEN, make_batch, make_batches, make_model, make_packed
+from efficientllava.runtime.errors import UserError
+
+from ..conftest import (
+    IMAGE_TOKEN,
+    make_batch,
+    make_batches,
+    make_model,
+    make_packed,
+)
 
 
 @pytest.mark.parametrize("make", [make_batch, make_packed])

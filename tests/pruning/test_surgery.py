@@ -16,7 +16,16 @@ from efficientllava.models.anatomy import decoder_of, language_parameters, layer
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import plan_for, whole_layers
 from efficientllava.pruning.surgery import check_plan, cut
-from tests.conftest import CHANNELS, FAMILIES, IMAGE_TOKEN, LAYERS, logits_of, make_batch, make_model
+
+from ..conftest import (
+    CHANNELS,
+    FAMILIES,
+    IMAGE_TOKEN,
+    LAYERS,
+    logits_of,
+    make_batch,
+    make_model,
+)
 
 LOAD = """
 import json, sys, torch

@@ -5,13 +5,14 @@ import weakref
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import layers_of
 from efficientllava.models.forward import answer_loss
 from efficientllava.pruning.statistics import CalibrationStream, no_reduce
 from efficientllava.pruning.taylor import TaylorScores
-from efficientllava.schema import TAYLOR
-from tests.conftest import make_batches, make_model
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import TAYLOR
+
+from ..conftest import make_batches, make_model
 
 
 def taylor(model, batches, variant="param_first", mean="sample", reduce=no_reduce):

@@ -18,8 +18,9 @@ from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.selection import Space, nominal_shape, ranked_plan
 from efficientllava.pruning.statistics import CalibrationStream
 from efficientllava.pruning.taylor import TaylorScores
-from efficientllava.schema import PruneConfig
-from tests.conftest import llava, logits_of
+from efficientllava.settings.schema import PruneConfig
+
+from ..conftest import llava, logits_of
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "pruning_tiny_llama.json").read_text())
 RECIPE, CHECK, INFLUENCE = VECTORS["recipe"], VECTORS["check"], VECTORS["block_influence"]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from efficientllava.schema import RecoverConfig, WeightsConfig
+from efficientllava.settings.schema import RecoverConfig, WeightsConfig
 
 VOCAB, IMAGE_TOKEN, IMAGE_TOKENS, SEQ = 37, 36, 4, 14
 LAYERS = 4

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import decoder_of
 from efficientllava.models.forward import forward_hidden
-from efficientllava.recovery.alignment import Match, captured, match_layers
+from efficientllava.recovery.teacher import Match, captured, match_layers
+from efficientllava.runtime.errors import UserError
 
 from .conftest import make_batch, make_model
 

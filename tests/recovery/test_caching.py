@@ -10,15 +10,22 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from efficientllava.errors import UserError
 from efficientllava.models import forward
 from efficientllava.recovery import caching
-from efficientllava.recovery.caching import TargetCache
+from efficientllava.recovery.caching import TargetCache, TargetStore, Wanted
 from efficientllava.recovery.recover import RecoveryStats, recover
-from efficientllava.recovery.targets import TargetStore, Wanted
 from efficientllava.recovery.teacher import Teacher
+from efficientllava.runtime.errors import UserError
 
-from .conftest import VOCAB, Data, drop_layers, make_cfg, make_factory, make_model, perturb
+from .conftest import (
+    VOCAB,
+    Data,
+    drop_layers,
+    make_cfg,
+    make_factory,
+    make_model,
+    perturb,
+)
 
 ALL = {"sft": 0.2, "logit": 0.3, "hidden": 0.5, "hidden_layers": "all"}
 

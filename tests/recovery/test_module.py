@@ -7,14 +7,20 @@ import pytest
 import torch
 
 from efficientllava.models.forward import answer_loss
-from efficientllava.recovery.alignment import match_layers
 from efficientllava.recovery.module import RecoveryModule, learning_rate_factor
-from efficientllava.recovery.teacher import Teacher
+from efficientllava.recovery.teacher import Teacher, match_layers
 from efficientllava.recovery.trainable import prepare, trainable
 
 from ..conftest import make_model as make_family
 from ..conftest import make_packed
-from .conftest import LAYERS, drop_layers, make_batch, make_cfg, make_model, perturb
+from .conftest import (
+    LAYERS,
+    drop_layers,
+    make_batch,
+    make_cfg,
+    make_model,
+    perturb,
+)
 
 ALL = {"sft": 0.2, "logit": 0.3, "hidden": 0.5, "hidden_layers": "all"}
 

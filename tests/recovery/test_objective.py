@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from efficientllava.errors import UserError
-from efficientllava.recovery.losses import LogitKDLoss, SFTLoss
-from efficientllava.recovery.objective import build_terms, describe, divisors, logit_sums, positions, term_sums
+from efficientllava.recovery.losses import (
+    LogitKDLoss,
+    SFTLoss,
+    build_terms,
+    describe,
+    divisors,
+    logit_sums,
+    positions,
+    term_sums,
+)
+from efficientllava.runtime.errors import UserError
 
 from .conftest import make_cfg
 

@@ -11,15 +11,23 @@ import lightning as L
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import answer_loss
-from efficientllava.recovery.recover import accumulation, optimiser_steps, recover
-from efficientllava.recovery.stream import RESUME_POINT
+from efficientllava.recovery.recover import RESUME_POINT, accumulation, optimiser_steps, recover
+from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.finite import NotFiniteError
-from efficientllava.schema import LoraConfig
+from efficientllava.settings.schema import LoraConfig
 
-from .conftest import VOCAB, Data, drop_layers, make_batch, make_cfg, make_factory, make_model, perturb
+from .conftest import (
+    VOCAB,
+    Data,
+    drop_layers,
+    make_batch,
+    make_cfg,
+    make_factory,
+    make_model,
+    perturb,
+)
 
 HIDDEN = {"sft": 0.5, "hidden": 0.5}
 
@@ -199,11 +207,11 @@ import copy, sys, torch
 from pathlib import Path
 from tests.recovery.conftest import Data, make_cfg, make_factory, make_model, perturb
 from tests.recovery.test_recover import Kill, KilledError
-from efficientllava.processes import connect, finish, rank
+from efficientllava.runtime.processes import connect, finish, rank
 from efficientllava.recovery.caching import TargetCache
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.sharding import Sharding
-from efficientllava.schema import LoraConfig
+from efficientllava.settings.schema import LoraConfig
 
 torch.set_num_threads(1)
 out, world, strategy, train = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from efficientllava.models.anatomy import decoder_of, projector_of
 from efficientllava.recovery.sharding import units_of
 from efficientllava.recovery.trainable import prepare, weights_of
-from efficientllava.schema import LoraConfig
+from efficientllava.settings.schema import LoraConfig
 
 from ..runs import RUN, save_tiny, small
 from .conftest import make_cfg, make_model

@@ -10,7 +10,14 @@ from efficientllava.models.forward import feature_cache, supervised_positions
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.teacher import Teacher
 
-from .conftest import Data, make_batch, make_cfg, make_factory, make_model, perturb
+from .conftest import (
+    Data,
+    make_batch,
+    make_cfg,
+    make_factory,
+    make_model,
+    perturb,
+)
 
 
 def storages(*models) -> set[int]:

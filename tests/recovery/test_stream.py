@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from efficientllava.recovery.stream import BatchStream
+from efficientllava.recovery.recover import BatchStream
 
 from .conftest import Data
 

@@ -5,13 +5,28 @@ import copy
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.models import forward as module
 from efficientllava.models.anatomy import projector_of
-from efficientllava.models.forward import HostMemory, feature_cache, forward_hidden, supervised_positions
-from efficientllava.recovery.teacher import Teacher, check_teacher, record_keys, same_tower
+from efficientllava.models.forward import (
+    HostMemory,
+    feature_cache,
+    forward_hidden,
+    supervised_positions,
+)
+from efficientllava.recovery.teacher import (
+    Teacher,
+    check_teacher,
+    record_keys,
+    same_tower,
+)
+from efficientllava.runtime.errors import UserError
 
-from .conftest import Samples, collate, make_batch, make_model
+from .conftest import (
+    Samples,
+    collate,
+    make_batch,
+    make_model,
+)
 
 
 def everywhere(batch):

@@ -8,7 +8,12 @@ import torch
 from efficientllava.models.forward import forward_hidden
 from efficientllava.recovery.trainable import parameter_groups, prepare, trainable
 
-from .conftest import LAYERS, make_batch, make_cfg, make_model
+from .conftest import (
+    LAYERS,
+    make_batch,
+    make_cfg,
+    make_model,
+)
 
 
 def names(model) -> set[str]:

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from efficientllava.errors import UserError
+from efficientllava.record import (
+    build,
+    metric_keys,
+    read,
+    write,
+)
 from efficientllava.report.__main__ import report
 from efficientllava.report.advisor import advise
-from efficientllava.report.drawing import spread
-from efficientllava.report.maps import shares
-from efficientllava.report.plots import draw, pareto, smoothed
+from efficientllava.report.plots import draw, pareto, shares, smoothed, spread
 from efficientllava.report.runs import arms_of, load_runs
-from efficientllava.results import build, metric_keys, read, write
+from efficientllava.runtime.errors import UserError
 
 METRIC = "digits_vqa/accuracy"
 

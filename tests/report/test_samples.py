@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientllava.data.conversations import Record, Turn
-from efficientllava.errors import UserError
+from efficientllava.data.records import Record, Turn
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
-from efficientllava.report.samples import choose, draw_samples
+from efficientllava.report.pictures import choose, draw_samples
+from efficientllava.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")

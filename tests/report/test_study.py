@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
+from efficientllava.record import build, read, write
 from efficientllava.report import study
 from efficientllava.report.__main__ import report
 from efficientllava.report.runs import Run, load_runs
-from efficientllava.results import build, read, write
 
 METRIC = "digits_vqa/accuracy"
 SPECS = OmegaConf.to_container(OmegaConf.load(study.PUBLISHED))

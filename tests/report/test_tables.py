@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from efficientllava.errors import UserError
+from efficientllava.record import build
 from efficientllava.report.runs import Run, arms_of
-from efficientllava.report.tables import markdown, quantity, tabulate, tabulate_quantized
-from efficientllava.results import build
+from efficientllava.report.tables import (
+    markdown,
+    quantity,
+    tabulate,
+    tabulate_quantized,
+)
+from efficientllava.runtime.errors import UserError
 
 SETUP = {
     "device": "cpu",

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from efficientllava.hub import digest
+from efficientllava.checkpoint.hub import digest
 from efficientllava.runtime import content
 from efficientllava.runtime.content import Memo, settle
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import run, save_tiny, small
+from ..runs import run, save_tiny, small
 
 pytestmark = pytest.mark.usefixtures("without_fresh_processes")
 TYPED = ("recover=kd_hidden", "recover.teacher.source=cached", "evaluate.efficiency=false", "prune.selection=local")
@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("made")
     save_tiny(place / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllava.reload.reload_gate", lambda *_: None)
+        patch.setattr("efficientllava.checkpoint.reload.reload_gate", lambda *_: None)
         go(place, "first")
     return place
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from efficientllava.errors import UserError
+from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.finite import CHUNK, NotFiniteError, require_finite
 
 

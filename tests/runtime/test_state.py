@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.report.watch import left, summary, watch
 from efficientllava.runtime import state
+from efficientllava.runtime.errors import UserError
 
 
 def test_a_sweep_is_read_from_its_folders(tmp_path):

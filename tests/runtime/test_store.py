@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.runtime import store as module
 from efficientllava.runtime.content import Memo
-from efficientllava.runtime.files import SUMS, seal, whole_file, whole_folder
-from efficientllava.runtime.store import RECORD, Store, growing, source_digest
+from efficientllava.runtime.errors import UserError
+from efficientllava.runtime.files import (
+    SUMS,
+    seal,
+    whole_file,
+    whole_folder,
+)
+from efficientllava.runtime.store import (
+    RECORD,
+    Store,
+    growing,
+    source_digest,
+)
 
 
 class Stage:

@@ -15,7 +15,8 @@ from efficientllava.pruning.sensitivity import sensitivity
 from efficientllava.pruning.statistics import CalibrationStream, no_reduce
 from efficientllava.search.levels import LevelTable, build_table
 from efficientllava.search.recipe import Recipe
-from tests.conftest import make_batches
+
+from ..conftest import make_batches
 
 IDENTITY = {"model": "m", "calibration": "c"}
 

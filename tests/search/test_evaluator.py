@@ -15,14 +15,19 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava import processes
-from efficientllava.errors import UserError
-from efficientllava.models.anatomy import decoder_of, describe_layer, layers_of, projector_of
+from efficientllava.models.anatomy import (
+    decoder_of,
+    describe_layer,
+    layers_of,
+    projector_of,
+)
 from efficientllava.models.forward import forward_hidden
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import plan_ratio
 from efficientllava.pruning.statistics import CalibrationStream
 from efficientllava.pruning.surgery import cut, cut_component
+from efficientllava.runtime import processes
+from efficientllava.runtime.errors import UserError
 from efficientllava.search.candidate import without_unseen
 from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.masks import Masks
@@ -30,8 +35,17 @@ from efficientllava.search.objective import Risk
 from efficientllava.search.projector import assembled
 from efficientllava.search.space import Gene, Policy
 from efficientllava.search.structured import Structured
-from tests.conftest import CHANNELS, IMAGE_TOKEN, LAYERS, make_batch, make_batches, make_model, make_packed
-from tests.search.tables import make_table
+
+from ..conftest import (
+    CHANNELS,
+    IMAGE_TOKEN,
+    LAYERS,
+    make_batch,
+    make_batches,
+    make_model,
+    make_packed,
+)
+from .tables import make_table
 
 GENES = 2 * LAYERS
 WIDTHS = (CHANNELS, 48, 30, 9)

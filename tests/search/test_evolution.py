@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from efficientllava.errors import UserError
-from efficientllava.schema import SearchConfig
+from efficientllava.runtime.errors import UserError
 from efficientllava.search.evolution import Search
 from efficientllava.search.objective import Risk
-from efficientllava.search.space import Budget, Gene, Policy, SearchSpace
+from efficientllava.search.space import (
+    Budget,
+    Gene,
+    Policy,
+    SearchSpace,
+)
+from efficientllava.settings.schema import SearchConfig
 
 from .test_space import make_space
 

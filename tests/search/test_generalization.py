@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from efficientllava.errors import UserError
+from efficientllava.runtime.errors import UserError
 from efficientllava.search.generalization import GAPS, LinearNorms, gap_of
 
 DENSE = [LinearNorms(100, 4.0, 4.0, 0.0), LinearNorms(300, 9.0, 9.0, 0.0)]

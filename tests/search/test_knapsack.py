@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from efficientllava.schema import SearchConfig
 from efficientllava.search.knapsack import KnapsackSearch, Prices
 from efficientllava.search.objective import Risk
 from efficientllava.search.space import Budget, Gene, SearchSpace
+from efficientllava.settings.schema import SearchConfig
 
 LEVELS = 5
 GENES = tuple(

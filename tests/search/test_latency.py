@@ -16,14 +16,27 @@ from efficientllava.models.anatomy import language_parameters, layers_of
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.statistics import CalibrationStream
 from efficientllava.pruning.surgery import cut
-from efficientllava.schema import PruneConfig, SearchBudgetConfig, SearchConfig
 from efficientllava.search import timing
 from efficientllava.search.generalization import LinearNorms
-from efficientllava.search.latency import _falling, budget_of, flops_costs, latency_costs, mean_length
+from efficientllava.search.latency import (
+    _falling,
+    budget_of,
+    flops_costs,
+    latency_costs,
+    mean_length,
+)
 from efficientllava.search.space import Gene, SearchSpace
 from efficientllava.search.timing import first_prompt
+from efficientllava.settings.schema import PruneConfig, SearchBudgetConfig, SearchConfig
 
-from ..conftest import IMAGE_TOKEN, LAYERS, make_batch, make_batches, make_model, make_packed
+from ..conftest import (
+    IMAGE_TOKEN,
+    LAYERS,
+    make_batch,
+    make_batches,
+    make_model,
+    make_packed,
+)
 
 
 class Sized:

@@ -8,19 +8,34 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.bench.rows import peak_memory
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.plan import LayerPlan
 from efficientllava.pruning.pruner import whole_layers
 from efficientllava.pruning.refit import Target, solve
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.surgery import cut_component, rebuild
+from efficientllava.runtime.errors import UserError
 from efficientllava.search.levels import build_table, load_table, open_table
 from efficientllava.search.masks import Masks
 from efficientllava.search.structured import Structured
-from tests.conftest import CHANNELS, LAYERS, logits_of, make_batches, make_model, make_packed
-from tests.search.tables import IDENTITY, components, gram_of_inputs, linears, make_table, steps
+from experiments.speed.rows import peak_memory
+
+from ..conftest import (
+    CHANNELS,
+    LAYERS,
+    logits_of,
+    make_batches,
+    make_model,
+    make_packed,
+)
+from .tables import (
+    IDENTITY,
+    components,
+    gram_of_inputs,
+    linears,
+    make_table,
+    steps,
+)
 
 RECIPES = [Structured(), Masks(0.5), Masks(None)]
 DAMPING = 0.02

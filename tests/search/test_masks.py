@@ -3,9 +3,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efficientllava.search.masks import BLOCK, Masks, lowest, sparsify
-from tests.conftest import make_model
-from tests.search.tables import components, gram_of_inputs, linears, make_table, steps
+from efficientllava.search.masks import (
+    BLOCK,
+    Masks,
+    lowest,
+    sparsify,
+)
+
+from ..conftest import make_model
+from .tables import (
+    components,
+    gram_of_inputs,
+    linears,
+    make_table,
+    steps,
+)
 
 DAMPING = 0.02
 

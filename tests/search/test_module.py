@@ -10,14 +10,15 @@ import lightning
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.models.anatomy import layers_of, projector_of
-from efficientllava.report.search import draw_search
-from efficientllava.schema import PruneConfig, SearchBudgetConfig, SearchConfig
+from efficientllava.report.pictures import draw_search
+from efficientllava.runtime.errors import UserError
 from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.evolution import Search
 from efficientllava.search.module import SearchInputs, SearchModule
-from tests.conftest import make_batch, make_model
+from efficientllava.settings.schema import PruneConfig, SearchBudgetConfig, SearchConfig
+
+from ..conftest import make_batch, make_model
 
 PRUNE = PruneConfig(method="auto", ratio=0.4, refit=True)
 SMALL = {"rounds": 2, "generations": 2, "population": 6, "parents": 2, "mutants": 3, "crossovers": 2}

@@ -5,8 +5,13 @@ import random
 
 import pytest
 
-from efficientllava.errors import UserError
-from efficientllava.search.space import Budget, Gene, Policy, SearchSpace
+from efficientllava.runtime.errors import UserError
+from efficientllava.search.space import (
+    Budget,
+    Gene,
+    Policy,
+    SearchSpace,
+)
 
 
 def make_space(

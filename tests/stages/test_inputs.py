@@ -14,16 +14,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientllava import identity
-from efficientllava.config import typed
 from efficientllava.data.splits import draw, load_split
 from efficientllava.data.stamps import image_contents, image_stamps
 from efficientllava.runtime import store
 from efficientllava.runtime.content import Memo, digest
-from efficientllava.schema import RunConfig
-from efficientllava.stages import inputs
-from efficientllava.stages.inputs import asked, inputs_of, numbers, places
-from tests.runs import composed, run, save_tiny, small
+from efficientllava.settings.compose import typed
+from efficientllava.settings.schema import RunConfig
+from efficientllava.stages import identity, inputs
+from efficientllava.stages.inputs import (
+    asked,
+    inputs_of,
+    numbers,
+    places,
+)
+
+from ..runs import (
+    composed,
+    run,
+    save_tiny,
+    small,
+)
 
 STAGES = ("evaluate", "prune", "search", "recover", "targets")
 EVERYWHERE = {"model.dtype", "threads", "trainer.precision", "trainer.deterministic", "trainer._target_"}

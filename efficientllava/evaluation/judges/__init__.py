@@ -15,16 +15,15 @@ from typing import Any
 
 from rich.markup import escape
 
-from ...console import say
-from ...schema import JudgeConfig
+from ...runtime.console import say
+from ...settings.schema import JudgeConfig
 from ..scorers import Outcome, Record, Scorer
 from ..scorers.averages import over_runs
 from ..scorers.judged import llava_bench, mmvet
 from ..scorers.text import mathvista
 from . import prompts
-from .asking import judge
-from .client import api_key
-from .request import Request, requests, write_requests
+from .asking import api_key, judge
+from .prompts import Request, requests, write_requests
 
 SCORERS: dict[str, Scorer] = {"mmvet": mmvet, "llava_bench": llava_bench, "mathvista": mathvista}
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...checks import require_valid
-from ...outcome import exit_code
-from ...schema import JudgeConfig
+from ...runtime.exit_codes import exit_code
+from ...settings.checks import require_valid
+from ...settings.schema import JudgeConfig
 from ..score import Parser
 from . import api_key, score_requests
-from .request import read_requests
+from .prompts import read_requests
 
 
 def main(arguments: Sequence[str]) -> None:

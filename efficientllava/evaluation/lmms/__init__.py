@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import UserError
 from ...models.forward import FeatureCache
-from ...schema import EvaluateConfig
+from ...runtime.errors import UserError
+from ...settings.schema import EvaluateConfig
 
 Results = tuple[dict[str, dict[str, float]], dict[str, list[Any]]]
 

@@ -14,14 +14,14 @@ from lmms_eval.utils import simple_parse_args_string  # pyright: ignore[reportMi
 from PIL import Image
 from torch import nn
 
-from ...checkpoint import load
+from ...checkpoint.folder import load
 from ...data.collator import GenerationCollator
-from ...data.conversations import Record, Turn
 from ...data.pixels import rgb
-from ...data.rows import in_place
-from ...errors import UserError
+from ...data.records import Record, Turn
+from ...data.sources import in_place
 from ...models.forward import FeatureCache, feature_cache, to_device
-from ..generation import generate
+from ...runtime.errors import UserError
+from ..answers import generate
 
 LONGEST = 1024  # tokens of an answer where a task sets no limit, as in lmms-eval's wrappers
 
@@ -62,7 +62,7 @@ class EfficientLLaVA(lmms):
 
         Args:
             arg_string: ``pretrained=<folder or hub id>``, and at will ``dtype``, ``revision``, ``protocol``,
-                ``max_new_tokens``; see `efficientllava.checkpoint.load`.
+                ``max_new_tokens``; see `efficientllava.checkpoint.folder.load`.
             additional_config: ``batch_size`` and ``device`` from the command line.
 
         Raises:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import UserError
+from ...runtime.errors import UserError
 
 PROTOCOLS = ("llava", "lmms_eval")
 Record = Mapping[str, Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from ...errors import UserError
+from ...runtime.errors import UserError
 from . import mean
 
 # Column: task, metric, factor to a scale of 0 to 100. The study does not say which POPE metric it prints; its 86.99 for

@@ -8,8 +8,17 @@ import string
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import UserError
-from . import Outcome, Record, Scores, means, predicted, sequence, tally, value
+from ...runtime.errors import UserError
+from . import (
+    Outcome,
+    Record,
+    Scores,
+    means,
+    predicted,
+    sequence,
+    tally,
+    value,
+)
 
 LETTERS = string.ascii_uppercase
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}

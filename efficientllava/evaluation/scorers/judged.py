@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...errors import UserError
-from . import Outcome, Record, Scores, mean, tally, value
+from ...runtime.errors import UserError
+from . import (
+    Outcome,
+    Record,
+    Scores,
+    mean,
+    tally,
+    value,
+)
 
 FAILED = (-1.0, -1.0)
 

@@ -6,7 +6,14 @@ import re
 import string
 from collections.abc import Sequence
 
-from . import Record, Scores, predicted, sequence, tally, value
+from . import (
+    Record,
+    Scores,
+    predicted,
+    sequence,
+    tally,
+    value,
+)
 
 ANLS_THRESHOLD = 0.5
 LETTER = re.compile(r"\(?([A-Z])(?:[).:]+(?:\s.*)?)?", re.DOTALL)

@@ -9,8 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from ...errors import UserError
-from . import Record, Scores, predicted, sequence, tally
+from ...runtime.errors import UserError
+from . import (
+    Record,
+    Scores,
+    predicted,
+    sequence,
+    tally,
+)
 
 ANSWERS = 10
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'

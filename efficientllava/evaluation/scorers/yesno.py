@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from ...errors import UserError
-from . import Outcome, Record, Scores, mean, predicted, value
+from ...runtime.errors import UserError
+from . import (
+    Outcome,
+    Record,
+    Scores,
+    mean,
+    predicted,
+    value,
+)
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")

@@ -13,9 +13,9 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any, Protocol
 
-from ...data.conversations import Record
-from ...errors import UserError
-from ...schema import DataConfig, EvaluateConfig
+from ...data.records import Record
+from ...runtime.errors import UserError
+from ...settings.schema import DataConfig, EvaluateConfig
 from ..benchmark import BenchmarkTask
 from ..scorers import Record as Answered
 from ..scorers import Scores

@@ -6,10 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from ...data.conversations import Record
-from ...data.digits import IMAGE_KINDS, KINDS, TEXT_KINDS, Digits
-from ...schema import DataConfig
-from ..scorers import Outcome, Scores, mean, predicted, value
+from ...data.embedded.digits import (
+    IMAGE_KINDS,
+    KINDS,
+    TEXT_KINDS,
+    Digits,
+)
+from ...data.records import Record
+from ...settings.schema import DataConfig
+from ..scorers import (
+    Outcome,
+    Scores,
+    mean,
+    predicted,
+    value,
+)
 from ..scorers import Record as Answered
 from . import single_questions
 
@@ -43,7 +54,7 @@ class DigitsVQA:
         return {"dataset": "digits_vqa", "split": "test"}
 
     def records(self) -> Sequence[Record]:
-        """The first ones of the test split of `efficientllava.data.digits`."""
+        """The first ones of the test split of `efficientllava.data.embedded.digits`."""
         return _questions(self.questions)
 
     def score(self, records: Sequence[Answered]) -> Scores:

@@ -5,7 +5,12 @@ with its "format" prompt, which wants nothing else. A judge extracts the answers
 model write 16384 tokens, which for these models means one that has lost its end: it is stopped sooner here.
 """
 
-from ..benchmark import LETTER, Benchmark, Row, lettered
+from ..benchmark import (
+    LETTER,
+    Benchmark,
+    Row,
+    lettered,
+)
 from ..scorers.text import mathvista
 
 WANTED = {

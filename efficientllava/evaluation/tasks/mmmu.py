@@ -7,7 +7,13 @@ first image only. ``lmms_eval`` differs in the form of the options, and shows al
 
 import re
 
-from ..benchmark import LETTER, SHORT, Benchmark, Row, lettered
+from ..benchmark import (
+    LETTER,
+    SHORT,
+    Benchmark,
+    Row,
+    lettered,
+)
 from ..scorers import sequence
 from ..scorers.choice import mmmu
 

@@ -1,6 +1,11 @@
 """ScienceQA (arXiv 2209.09513): 4241 multiple-choice questions of school science, 2017 of them with an image."""
 
-from ..benchmark import LETTER, Benchmark, Row, lettered
+from ..benchmark import (
+    LETTER,
+    Benchmark,
+    Row,
+    lettered,
+)
 from ..scorers.choice import scienceqa
 
 

@@ -5,9 +5,9 @@ from email.utils import format_datetime
 
 import pytest
 
-from efficientllava.errors import UserError
-from efficientllava.evaluation.judges.client import Client, Fault, _retry_after
-from efficientllava.schema import JudgeConfig
+from efficientllava.evaluation.judges.asking import Client, Fault, _retry_after
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import JudgeConfig
 
 from .conftest import KEY, Handler
 

@@ -6,11 +6,16 @@ import threading
 
 import pytest
 
-from efficientllava.errors import ConfigError, UserError
 from efficientllava.evaluation import score as scoring
 from efficientllava.evaluation.judges import __main__ as command
-from efficientllava.evaluation.judges import prepare, requests, score, score_requests
-from efficientllava.schema import JudgeConfig
+from efficientllava.evaluation.judges import (
+    prepare,
+    requests,
+    score,
+    score_requests,
+)
+from efficientllava.runtime.errors import ConfigError, UserError
+from efficientllava.settings.schema import JudgeConfig
 
 from .conftest import KEY
 

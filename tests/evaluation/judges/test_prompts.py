@@ -4,9 +4,15 @@ import json
 
 import pytest
 
-from efficientllava.errors import UserError
-from efficientllava.evaluation.judges.prompts import FILES, SETTINGS, again, load, request
-from efficientllava.schema import JUDGED
+from efficientllava.evaluation.judges.prompts import (
+    FILES,
+    SETTINGS,
+    again,
+    load,
+    request,
+)
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import JUDGED
 
 MMVET = {"id": "v1_0", "question": "What?", "answer": "a<AND>b<OR>c", "prediction": "d\ne", "capability": "ocr"}
 BENCH = {

@@ -5,8 +5,8 @@ import multiprocessing
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.evaluation.judges.asking import Verdicts
+from efficientllava.runtime.errors import UserError
 
 
 def test_verdicts_outlive_the_process(tmp_path):

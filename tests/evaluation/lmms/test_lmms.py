@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from efficientllava.errors import UserError
 from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
 from efficientllava.models.forward import feature_cache
-from efficientllava.schema import EvaluateConfig, LmmsConfig
+from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import EvaluateConfig, LmmsConfig
 
 pytest.importorskip("lmms_eval")
 pytestmark = pytest.mark.timeout(600)
@@ -77,7 +77,7 @@ def tasks(tmp_path_factory, digits):
 
 @pytest.fixture(scope="session")
 def checkpoint():
-    from efficientllava.checkpoint import load
+    from efficientllava.checkpoint.folder import load
 
     return load("builtin:tiny_llava")
 
@@ -88,7 +88,7 @@ def _config(tasks, *names, **options):
 
 def test_answers_and_score_are_those_of_our_own_evaluation(tasks, checkpoint, digits):
     from efficientllava.data.collator import GenerationCollator
-    from efficientllava.evaluation.generation import generate
+    from efficientllava.evaluation.answers import generate
     from efficientllava.evaluation.lmms import evaluate, prepare
 
     config = _config(tasks)

@@ -2,8 +2,14 @@
 
 import pytest
 
-from efficientllava.errors import UserError
-from efficientllava.evaluation.scorers.averages import COLUMNS, average, average_percent, over_runs, study
+from efficientllava.evaluation.scorers.averages import (
+    COLUMNS,
+    average,
+    average_percent,
+    over_runs,
+    study,
+)
+from efficientllava.runtime.errors import UserError
 
 # MMMU, SQA, MathV, AI2D, MME-C, MME-P, POPE, DocVQA, GQA as printed; then AVG and AVG-%.
 DENSE = (35.10, 68.67, 26.70, 54.80, 363.21, 1511.33, 86.99, 28.10, 61.98), 53.70, 100.00

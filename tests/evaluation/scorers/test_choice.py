@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.evaluation.scorers.choice import (
     ai2d,
     mmmu,
@@ -14,6 +13,7 @@ from efficientllava.evaluation.scorers.choice import (
     scienceqa,
     scienceqa_letter,
 )
+from efficientllava.runtime.errors import UserError
 
 OPTIONS = ["red cat", "cat", "blue dog", "fish"]
 

@@ -2,8 +2,14 @@
 
 import pytest
 
-from efficientllava.errors import UserError
-from efficientllava.evaluation.scorers.judged import FAILED, llava_bench, llava_bench_pair, mmvet, mmvet_grade
+from efficientllava.evaluation.scorers.judged import (
+    FAILED,
+    llava_bench,
+    llava_bench_pair,
+    mmvet,
+    mmvet_grade,
+)
+from efficientllava.runtime.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.evaluation import tasks
 from efficientllava.evaluation.score import EXTRA, scorer
 from efficientllava.evaluation.scorers import PROTOCOLS, mean, means
+from efficientllava.runtime.errors import UserError
 
 MATH = {"question_type": "multi_choice", "answer_type": "text", "choices": ["red", "blue"]}
 # Per task: records with a perfect prediction, and the metric that such predictions bring to its maximum.

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.errors import UserError
 from efficientllava.evaluation.scorers.vqa import (
     CONTRACTIONS,
     normalise_evalai,
@@ -14,6 +13,7 @@ from efficientllava.evaluation.scorers.vqa import (
     vizwiz,
     vqav2,
 )
+from efficientllava.runtime.errors import UserError
 
 VECTORS = Path(__file__).parents[2] / "vectors"
 

@@ -2,7 +2,12 @@
 
 import pytest
 
-from efficientllava.evaluation.scorers.yesno import mme, mme_answer, pope, pope_answer
+from efficientllava.evaluation.scorers.yesno import (
+    mme,
+    mme_answer,
+    pope,
+    pope_answer,
+)
 
 
 @pytest.mark.parametrize(

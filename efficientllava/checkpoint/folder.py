@@ -1,0 +1,537 @@
+"""Checkpoints: Hugging Face folders or hub ids, loaded strictly and saved whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from torch import nn
+
+from ..models.anatomy import decoder_of
+from ..models.processors import load_processor
+from ..models.pruned import is_per_layer, require_supported
+from ..runtime.content import Memo
+from ..runtime.errors import UserError
+from ..runtime.files import as_umask, whole_folder
+from ..runtime.finite import require_finite
+from ..settings.schema import ModelConfig
+from .card import about, model_card
+from .convert import (
+    layout_config,
+    layout_of,
+    require_whole,
+    stock_folder,
+    with_protocol,
+    with_system,
+)
+from .convert.shards import shard_files
+from .hub import (
+    PROVENANCE,
+    UNQUANTIZED,
+    described,
+    digest,
+    download,
+    local_folder,
+    read_json,
+    with_config,
+)
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHARD = "4GB"  # of weights per file; a file is copied to the host before it is written
+
+
+@dataclass
+class Checkpoint:
+    """A model with its processor and where it comes from.
+
+    Args:
+        model: An image-text-to-text model in eval mode.
+        processor: Its processor.
+        path: Folder or hub id as given.
+        storage: Type the weights are stored in; exports keep it.
+        content: Content digest of the folder, or what finds it out when it is first asked for.
+        provenance: Base checkpoint, original layer indices and history; see `Checkpoint.original_layers`.
+        revision: Hub revision as given.
+        about: Name and licence, see `efficientllava.checkpoint.card.about`.
+    """
+
+    model: Any
+    processor: Any
+    path: str
+    storage: torch.dtype
+    content: str | Callable[[], str]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+    about: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Content digest of the folder."""
+        if callable(self.content):
+            self.content = self.content()
+        return self.content
+
+    @property
+    def original_layers(self) -> list[int]:
+        """For every decoder layer, its index in the original unpruned model."""
+        return self.provenance["original_layers"]
+
+    @property
+    def base(self) -> dict[str, str]:
+        """Path, digest, name, licence and revision, where there are, of the original unpruned checkpoint.
+
+        This checkpoint's own when it was never pruned.
+        """
+        if "base" in self.provenance:
+            return self.provenance["base"]
+        # A folder is found again from wherever the next run is started.
+        local = Path(self.path).expanduser()
+        path = str(local.resolve()) if local.is_dir() else self.path
+        revision = {"revision": self.revision} if self.revision else {}
+        return {"path": path, "digest": self.digest, **revision, **self.about}
+
+    def after(self, model: Any, step: Mapping[str, Any], kept: Sequence[int] | None = None) -> Checkpoint:
+        """The checkpoint that a stage makes of this one.
+
+        Args:
+            model: The stage's model.
+            step: What the stage did, for the provenance.
+            kept: Indices of the layers that are left; None where none was dropped.
+        """
+        original = self.original_layers
+        provenance = {
+            **self.provenance,
+            "base": self.base,
+            "original_layers": original if kept is None else [original[index] for index in kept],
+            "history": [*self.provenance.get("history", []), dict(step)],
+        }
+        return replace(self, model=model, content="", provenance=provenance)
+
+
+def resolve(path: str, revision: str | None = None) -> Path:
+    """Find the folder of a checkpoint.
+
+    Args:
+        path: A folder, a hub id, or ``builtin:<name>``.
+        revision: Hub revision.
+
+    Returns:
+        A local folder with a ``config.json``; hub ids are downloaded, original layouts are converted.
+
+    Raises:
+        UserError: There is no such checkpoint, or a file of it is missing or truncated.
+    """
+    folder = local_folder(path)
+    if folder is None:
+        # The weights may be many GB; whether they are of any use, config.json says.
+        folder = described(path, revision)
+        with _of(path, folder):
+            layout = layout_of(folder)
+        if layout is None:
+            read_config(folder, path)
+        folder = download(path, revision)
+    with _of(path, folder):
+        folder = stock_folder(with_config(folder, path))
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
+    with _of(path, folder):
+        require_whole(folder)
+        _require_plain(folder)
+    return folder
+
+
+def _require_plain(folder: Path) -> None:
+    """Refuse weights that are stored twice, and those of a few bits, whose scales the model would be loaded without."""
+    places: dict[str, Path] = {}
+    for file in (file for file in shard_files(folder) if file.suffix == ".safetensors"):
+        with safe_open(file, "pt") as handle:
+            kinds = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 - no mapping
+        if twice := places.keys() & kinds.keys():
+            name = min(twice)
+            raise UserError(
+                f"{folder}: tensor {name} is in {places[name].name} and in {file.name}; get the original files"
+            )
+        places |= dict.fromkeys(kinds, file)
+        found = next((name for name, kind in kinds.items() if kind.startswith(("F8_", "F6_", "F4", "I8", "U8"))), None)
+        if found is not None:
+            raise UserError(f"{folder}: its weights are quantized ({found}: {kinds[found]}); {UNQUANTIZED}")
+
+
+@contextmanager
+def _of(path: str, folder: Path) -> Iterator[None]:
+    """Start what is said about a folder with the key that the user has typed."""
+    try:
+        yield
+    except UserError as error:
+        reason = str(error).removeprefix(f"model.path={path}: ").removeprefix(f"{folder}: ").replace(f"{folder}/", "")
+        raise UserError(f"model.path={path}: {reason}") from error
+
+
+def compute_dtype(name: str, storage: torch.dtype, device: str) -> torch.dtype:
+    """Type that a model computes in: float32 on a CPU and the stored type elsewhere, unless named."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if device == "cpu" else storage
+
+
+def stock_config(model: ModelConfig, complete: bool = True) -> Any:
+    """Find the configuration of a checkpoint; weights are not read.
+
+    Args:
+        model: ``path``, ``revision``, and the facts in ``architecture``, which count for the hub id that they name.
+        complete: Fetch the whole of a hub id where its config.json alone does not say enough.
+
+    Returns:
+        The configuration of an image-text-to-text model that stock transformers loads.
+
+    Raises:
+        UserError: There is no configuration, it cannot be read, or the model is not supported.
+    """
+    from transformers import AutoConfig
+
+    folder, facts = local_folder(model.path), dict(model.architecture or {})
+    if folder is None and facts.pop("_name_or_path", None) == model.path:
+        try:
+            return AutoConfig.for_model(**facts)
+        except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+            raise UserError(f"model.architecture: is no configuration ({_first_line(error)}); mend it") from error
+    if folder is None:
+        folder = described(model.path, model.revision)
+        with _of(model.path, folder):
+            original = layout_of(folder) is not None
+        if original and not complete:
+            raise UserError(f"model.path={model.path}: is in its original layout; give a local copy as model.path=…")
+        folder = resolve(model.path, model.revision) if original else folder
+    with _of(model.path, folder):
+        config = layout_config(folder)
+    return config or read_config(folder, model.path)[0]
+
+
+def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:
+    """Read what a checkpoint says about its model.
+
+    Args:
+        folder: The checkpoint's folder, see `resolve`.
+        path: What the user has given, for messages.
+
+    Returns:
+        The configuration, and the type that the weights are stored in.
+
+    Raises:
+        UserError: It cannot be read, or the model is not supported.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # a configuration's class raises whatever its code stumbles over
+        raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}; mend it") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise UserError(
+            f"model.path={path}: a {config.model_type!r} model takes no images; give an image-text-to-text checkpoint"
+        )
+    require_supported(config.get_text_config())
+    storage = getattr(config, "dtype", None) or torch.float32
+    if storage not in DTYPES.values():
+        raise UserError(
+            f"model.path={path}: config.json: dtype={str(storage).removeprefix('torch.')}: must be "
+            f"{', '.join(DTYPES)}; mend it, where the weights are of one of these"
+        )
+    return config, storage
+
+
+def load(
+    path: str | Path,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    protocol: str | None = None,
+    system: str | None = None,
+    host: bool = False,
+    memo: Memo | None = None,
+) -> Checkpoint:
+    """Load a checkpoint, strictly: every tensor of the model is in the folder, and the other way round.
+
+    Args:
+        path: A folder, a hub id, or ``builtin:<name>``.
+        dtype: ``auto``, ``float32``, ``float16`` or ``bfloat16``; see `compute_dtype`.
+        device: Device that the weights are loaded to.
+        revision: Hub revision.
+        protocol: ``vicuna_v1`` gives a LLaVA-1.5 its own preprocessing and prompt; None leaves them as the folder says.
+        system: System sentence of every prompt, written into the processor; None leaves the chat template's.
+        host: Leave the weights in host memory, in the type that the device computes in.
+        memo: See `efficientllava.checkpoint.hub.digest`.
+
+    Returns:
+        The checkpoint; its model is in eval mode.
+
+    Raises:
+        UserError: Missing, unexpected or mismatched tensors, weights that are not finite, an unsupported model, or an
+            unreadable folder.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    path = str(path)
+    folder = resolve(path, revision)
+    config, storage = read_config(folder, path)
+    processor, tokens = _processor(folder, path, protocol), _tokens_alone(folder, path)
+    # Many a tokenizer knows no limit; the decoder's positions are one.
+    said = processor.tokenizer.model_max_length
+    limit = getattr(config.get_text_config(), "max_position_embeddings", said)
+    if not all(type(each) in (int, float) and each >= 1 for each in (said, limit)):
+        raise UserError(
+            f"model.path={path}: model_max_length={said!r} of tokenizer_config.json, or max_position_embeddings="
+            f"{limit!r} of config.json, is no number of tokens; mend it"
+        )
+    processor.tokenizer.model_max_length = min(said, limit)
+    if system is not None:
+        processor.chat_template = with_system(processor, system)
+    with _load_report() as report:
+        try:
+            model, info = AutoModelForImageTextToText.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+                folder,
+                config=config,
+                generation_config=tokens,
+                dtype=compute_dtype(dtype, storage, device),
+                output_loading_info=True,
+                device_map=None if device == "cpu" or host else {"": device},
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"model.path={path}: the weights do not fit into the memory of {device}; prune.offload=true "
+                "prunes from host memory, trainer=cpu does everything there"
+            ) from error
+        except Exception as error:  # safetensors, transformers and torch raise different kinds for a broken folder
+            reason = next((line for line in report if "MISMATCH" in line), None) or _first_line(error)
+            raise UserError(
+                f"model.path={path}: the weights cannot be loaded: {reason}; get the complete folder, or mend its "
+                "config.json"
+            ) from error
+    problems = {name: sorted(map(str, keys)) for name, keys in info.items() if keys}
+    if problems:
+        listed = "; ".join(f"{name}: {', '.join(keys[:3])} ({len(keys)})" for name, keys in problems.items())
+        raise UserError(f"model.path={path}: the weights do not fit config.json ({listed}); get the complete folder")
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        require_finite(tensor, f"model.path={path}: tensor {name}", "get the complete folder, or another model.dtype")
+    provenance = _provenance(folder, path, len(decoder_of(model).layers))
+    spoken = system and hashlib.blake2b(system.encode(), digest_size=4).hexdigest()
+
+    def content() -> str:
+        _tell_changed(folder, path, provenance, memo or Memo())
+        return "-".join(filter(None, [digest(folder, memo), protocol, spoken]))
+
+    told = about(local_folder(path) or folder, path)
+    return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision, told)
+
+
+def _processor(folder: Path, path: str, protocol: str | None) -> Any:
+    try:
+        processor = load_processor(folder)
+    except ImportError as error:
+        raise UserError(f"model.path={path}: {_first_line(error)}") from error
+    except Exception as error:  # as many kinds as there are tokenizers
+        raise UserError(
+            f"model.path={path}: the processor cannot be loaded: {_first_line(error)}; the folder needs the "
+            "tokenizer and processor files beside the weights"
+        ) from error
+    return processor if protocol is None else with_protocol(processor, protocol)
+
+
+def _tokens_alone(folder: Path, path: str) -> Any:
+    """The special tokens of a generation_config.json that transformers refuses for what else it says; else None.
+
+    Raises:
+        UserError: These are no token ids.
+    """
+    from transformers import GenerationConfig
+
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    tokens = {k: v for k, v in read_json(file, path).items() if k.endswith("_token_id") and v is not None}
+    for name, value in tokens.items():
+        if not all(type(each) is int for each in (value if isinstance(value, list) and value else [value])):
+            raise UserError(
+                f"model.path={path}: {file.name}: {name}={value!r} must be a token's number, or a list; mend it"
+            )
+    try:
+        GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # ValueError, TypeError and AttributeError of many fields
+        log.warning("model.path=%s: of %s only the special tokens count (%s)", path, file.name, _first_line(error))
+        return GenerationConfig(**tokens)
+    return None
+
+
+def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:
+    """What was done to a checkpoint before; of one that was never pruned, that its layers are the original ones."""
+    if not (folder / PROVENANCE).is_file():
+        return {"original_layers": list(range(layers))}
+    provenance = read_json(folder / PROVENANCE, path)
+    original, base = provenance.get("original_layers"), provenance.get("base")
+    if not isinstance(original, list) or not all(type(index) is int and index >= 0 for index in original):
+        reason = "original_layers is no list of numbers"
+    elif original != sorted({*original}):
+        reason = "original_layers do not rise"
+    elif len(original) != layers:
+        reason = f"it names {len(original)} layers, the model has {layers}"
+    elif not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("path", "digest")):
+        reason = "base has no path or no digest"
+    elif not isinstance(steps := provenance.get("history", []), list) or not all(isinstance(s, dict) for s in steps):
+        reason = "history is no list of objects"
+    elif not isinstance(provenance.get("weights", {}), dict):
+        reason = "weights is no object"
+    else:
+        return provenance
+    raise UserError(f"model.path={path}: {PROVENANCE} does not fit ({reason}); restore it, or remove it")
+
+
+def _tell_changed(folder: Path, path: str, provenance: Mapping[str, Any], memo: Memo) -> None:
+    """Warn of weights of ours that are not what was written: large ones may be links that others share."""
+    written = {folder / name: known for name, known in provenance.get("weights", {}).items()}
+    files = [file for file in written if file.is_file()]
+    changed = [file.name for file, found in zip(files, memo.digests(files), strict=True) if found != written[file]]
+    if changed:
+        log.warning(
+            "model.path=%s: %s has changed since it was written; if that was not you, something has written through a "
+            "link from another run's folder: make this one anew",
+            path,
+            changed[0],
+        )
+
+
+@contextmanager
+def _load_report() -> Iterator[list[str]]:
+    """Catch the table that transformers prints when tensors do not fit; we say the same in one line."""
+    lines: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" not in text:
+            return True
+        lines.extend(" ".join(line.split()) for line in text.splitlines())
+        return False
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(keep)
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, storage: torch.dtype) -> None:
+    """Round all floating weights to the storage type, in place, so that memory equals what is saved.
+
+    Raises:
+        NotFiniteError: Names a tensor that is not finite, or that the type cannot hold.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != storage and parameter.is_floating_point():
+            parameter.copy_(parameter.to(storage))
+        require_finite(parameter, f"tensor {name}, stored as {str(storage).removeprefix('torch.')}")
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> str:
+    """Digest of the weights that a model has in memory."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
+    """Save a checkpoint as a Hugging Face folder, whole or not at all.
+
+    Args:
+        checkpoint: What to save. Weights are stored as ``checkpoint.storage``; those in memory are rounded to it, so
+            that they equal the folder's.
+        folder: Target; replaced where it exists.
+        card: Facts for the model card, see `efficientllava.checkpoint.card.model_card`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The target is a file.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give a folder")
+    with whole_folder(folder) as partial:
+        write(checkpoint, partial, card)
+    return folder
+
+
+def write(
+    checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None = None, memo: Memo | None = None
+) -> None:
+    """Write all files of a checkpoint into an existing folder; see `save`.
+
+    Args:
+        checkpoint: As in `save`.
+        folder: The folder.
+        card: As in `save`.
+        memo: Where given, the provenance says what the weights were, and whoever loads them later is told of a change.
+    """
+    model, storage = checkpoint.model, checkpoint.storage
+    with _stored_as(model, storage):
+        model.save_pretrained(folder, max_shard_size=SHARD)
+    _declare_dtype(folder / "config.json", storage)
+    checkpoint.processor.save_pretrained(folder)
+    as_umask(folder)  # before the weights are digested: a change of permissions counts as one
+    provenance = {**checkpoint.provenance, "base": checkpoint.base, "original_layers": checkpoint.original_layers}
+    provenance.pop("weights", None)  # those of the checkpoint that this one was made of
+    if memo is not None:
+        weights = sorted(folder.glob("*.safetensors"))
+        provenance["weights"] = dict(zip((file.name for file in weights), memo.digests(weights), strict=True))
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    needs_import = is_per_layer(model.config.get_text_config())
+    (folder / "README.md").write_text(model_card(provenance, needs_import, card or {}), encoding="utf-8")
+
+
+@contextmanager
+def _stored_as(model: nn.Module, storage: torch.dtype) -> Iterator[None]:
+    """Hold weights in the type that they are stored in, one by one in place: there is never a second copy of all."""
+    changed = [(t, t.dtype) for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
+    changed = list({id(tensor): (tensor, dtype) for tensor, dtype in changed if dtype != storage}.values())
+    try:
+        for tensor, _ in changed:
+            tensor.data = tensor.data.to(storage)
+        yield
+    finally:
+        for tensor, dtype in changed:
+            tensor.data = tensor.data.to(dtype)
+
+
+def _declare_dtype(file: Path, storage: torch.dtype) -> None:
+    # save_pretrained writes the type that the model computes in, which is not the type of the tensors handed over.
+    def walk(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        return {
+            key: str(storage).removeprefix("torch.") if key == "dtype" else walk(value) for key, value in node.items()
+        }
+
+    file.write_text(json.dumps(walk(json.loads(file.read_text("utf-8"))), indent=2) + "\n", encoding="utf-8")

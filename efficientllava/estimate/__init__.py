@@ -1,0 +1,1 @@
+"""What a run would make and need, before it is started."""

@@ -1,0 +1,211 @@
+"""From exceptions to exit codes: the only place that does so."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from difflib import get_close_matches
+
+from hydra.errors import OverrideParseException
+
+from ..settings import schema
+from .errors import UserError, disk_full, memory_full
+
+DEBUG = "HYDRA_FULL_ERROR"
+TRACEBACKS = "EFFICIENTLLAVA_TRACEBACKS"  # what the user has set `DEBUG` to, for the processes of a run
+# Lines of Hydra's that mislead: an added key would be refused by the schema.
+QUOTES = "\"'"
+HINTS = (
+    "To append to your config use",
+    "Config search path",
+    "provider=",
+    "full_key:",
+    "object_type=",
+    "reference_type=",
+)
+_failed_jobs: list[int] = []
+_failure: list[BaseException] = []
+_sweeps: list[Callable[[bool], None]] = []  # what ends each
+
+
+class SweepRefused(BaseException):
+    """Something is wrong with a sweep as a whole: Hydra turns a callback's exceptions into warnings, but not this one.
+
+    Args:
+        error: What to tell the user.
+    """
+
+    def __init__(self, error: UserError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def hand_over(error: BaseException) -> None:
+    """Keep the failure of a single run for `exit_code`: Hydra would print a line of its own before it raises it."""
+    _failure.append(error)
+
+
+def job_failed(number: int, lines: Iterable[str]) -> None:
+    """Print why a job of a sweep has failed; the others go on."""
+    _failed_jobs.append(number)
+    for line in lines:
+        print(f"error: job {number}: {line}", file=sys.stderr)
+
+
+def at_end(close: Callable[[bool], None]) -> None:
+    """Say what ends a sweep that has begun.
+
+    Args:
+        close: Called when its jobs have ended, with whether all of them have succeeded.
+    """
+    _sweeps.append(close)
+
+
+def sweeping() -> bool:
+    """Whether a sweep runs its jobs in this process."""
+    return bool(_sweeps)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, once: what is open is closed, such as a W&B run."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def exit_code(main: Callable[[], object]) -> int:
+    """Run a program and report its failure in one line per problem.
+
+    Args:
+        main: The decorated Hydra application.
+
+    Returns:
+        0 on success; 2 for a fault that was found before the first stage; 1 for what happened later, and for a sweep of
+        which a job has failed. With ``HYDRA_FULL_ERROR=1`` the traceback is shown.
+    """
+    _failed_jobs.clear()
+    _failure.clear()
+    debug = os.environ.get(DEBUG) == "1"
+    # Hydra would print its own shortened traceback and exit with 1.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # of letters that the terminal does not know
+    os.environ |= {DEBUG: "1", TRACEBACKS: str(int(debug))}
+    try:
+        with terminable():
+            main()
+        if _failure:
+            raise _failure[0]
+        _close_sweeps()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader has seen enough (``| head``); Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (Exception, SweepRefused) as raised:
+        if debug:
+            raise
+        error = raised.error if isinstance(raised, SweepRefused) else raised
+        if _failed_jobs:
+            _close_sweeps()
+            print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
+            return 1
+        _close_sweeps(complete=False)
+        if any("torchvision::" in str(cause) for cause in _causes(error)):
+            error = UserError("torchvision: is not built for this torch; install the one that is, or pip uninstall it")
+        elif isinstance(error, OSError) and not (_failure or of_hydra(error) or disk_full(error)):
+            # Hydra makes the run's folder before anything of ours runs.
+            error = UserError(f"paths.output_dir: {error.filename}: {error.strerror}; set it to a folder of yours")
+        for line in lines_of(error):
+            print(f"error: {line}", file=sys.stderr)
+        return error.exit_code if isinstance(error, UserError) else 2 if of_hydra(error) else 1
+    finally:
+        _sweeps.clear()  # one that has failed lets go of the cache as it is
+    return 0
+
+
+def _close_sweeps(complete: bool = True) -> None:
+    for close in _sweeps:
+        close(complete and not _failed_jobs)
+
+
+def of_hydra(error: BaseException) -> bool:
+    """Whether Hydra or OmegaConf raised it: the configuration cannot be composed."""
+    return type(error).__module__.startswith(("hydra", "omegaconf"))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def lines_of(error: BaseException) -> Iterator[str]:
+    """What to tell about an error, one line per problem."""
+    if isinstance(error, UserError):
+        yield from str(error).splitlines()
+    elif typed := next((each.override for each in _causes(error) if isinstance(each, OverrideParseException)), None):
+        yield _unreadable(typed)
+    elif of_hydra(error):
+        cause = f"\n{error.__cause__}" if error.__cause__ and of_hydra(error.__cause__) else ""
+        yield f"{_one_line(f'{error}{cause}')}{_meant(str(error.__cause__))}; --help and --cfg job show what there is"
+    elif disk_full(error):
+        yield f"{getattr(error, 'filename', None) or 'writing'}: the disk is full; free some space and run again"
+    elif memory_full(error):
+        yield (
+            "out of memory; lower data.batch_size, calibration.batch_size or evaluate.batch_size, whichever belongs to "
+            f"the stage that was running; dry_run=true shows what each stage needs (details: {_keep(error)})"
+        )
+    else:
+        yield f"{type(error).__name__}: {_one_line(str(error))} (details: {_keep(error)})"
+
+
+def _unreadable(typed: str) -> str:
+    """What to do about an argument that Hydra's grammar does not take."""
+    key, separator, value = typed.partition("=")
+    if not separator:
+        return f"{typed}: is no key=value; --help shows the keys"
+    quoted = shlex.quote(f'{key}="{value.strip(QUOTES).replace(chr(34), chr(92) + chr(34))}"')
+    return f"{typed}: cannot be read: signs such as = [ ( {{ ~ and letters beyond ASCII need quotes; type {quoted}"
+
+
+def _meant(text: str) -> str:
+    """The keys that may have been meant by one that OmegaConf does not find."""
+    found = re.search(r"Key '(\w+)' not in '(\w+)'", text)
+    node = getattr(schema, found[2], None) if found else None
+    if not found or node is None:
+        return ""
+    keys = [field.name for field in fields(node)]
+    return f"; did you mean {' or '.join(get_close_matches(found[1], keys)) or 'one of ' + ', '.join(keys)}?"
+
+
+def _one_line(text: str) -> str:
+    kept = [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith(HINTS)]
+    return "; ".join(kept).replace(":; ", ": ").replace(".; ", "; ") or "no message"
+
+
+def _keep(error: BaseException) -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="efficientllava-", suffix=".log", delete=False) as handle:
+        handle.write("".join(traceback.format_exception(error)))
+    return handle.name

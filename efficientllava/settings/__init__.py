@@ -1,0 +1,1 @@
+"""What a run is told: its fields, their checks, and how they are composed."""

@@ -1,0 +1,60 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from efficientllava.checkpoint import folder as store
+from efficientllava.checkpoint.reload import CHECK, reload_gate
+from efficientllava.data.collator import prompt
+from efficientllava.data.embedded.digits import Digits
+from efficientllava.models.pruned import is_per_layer
+from efficientllava.pruning.plan import LayerPlan, PruningPlan
+from efficientllava.pruning.surgery import cut
+
+from ..runs import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
+
+
+@pytest.fixture
+def loaded(folder):
+    return store.load(str(folder))
+
+
+def probe(checkpoint):
+    return prompt(checkpoint.processor, "which digit ?", Digits("test", 1)[0].image)
+
+
+def test_the_same_weights_pass_in_a_process_without_this_package(loaded, folder):
+    reload_gate(folder, loaded.model, probe(loaded))
+    assert "-I" not in CHECK
+
+
+def test_other_weights_are_refused(loaded, folder):
+    with torch.no_grad():
+        loaded.model.lm_head.weight[5, 0] += 1e-3
+    with pytest.raises(RuntimeError, match="differs from the model in memory: logits differ by"):
+        reload_gate(folder, loaded.model, probe(loaded))
+
+
+def test_a_folder_that_does_not_load_is_refused(loaded, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="differs from the model in memory"):
+        reload_gate(tmp_path, loaded.model, probe(loaded))
+
+
+@pytest.mark.slow
+def test_layers_of_unequal_size_need_the_package_and_pass_with_it(loaded, tmp_path):
+    layers = (LayerPlan(0, tuple(range(4)), tuple(range(50))), LayerPlan(1, tuple(range(8)), tuple(range(90))))
+    plan = PruningPlan("widthwise", layers, 2, 1, None, 0.0, ())
+    smaller = cut(loaded.model, plan)
+    assert is_per_layer(smaller.config.get_text_config())
+    inputs = probe(loaded)
+    copy = store.save(loaded.after(smaller.eval(), {"stage": "prune"}, (0, 1)), tmp_path / "copy")
+    reload_gate(copy, smaller, inputs)
+    stock = f"from transformers import AutoModelForImageTextToText as A; A.from_pretrained({str(copy)!r})"
+    assert subprocess.run([sys.executable, "-I", "-c", stock], capture_output=True, check=False).returncode != 0

@@ -1,0 +1,70 @@
+"""Every configuration file composes, and what has a ``_target_`` can be built."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from efficientllava.settings.checks import check
+from efficientllava.settings.compose import instantiate, typed
+from efficientllava.settings.schema import RunConfig
+from experiments.tiny_models.pretraining_data import PretrainConfig
+from experiments.tiny_models.tiny import BUILDERS
+
+from ..runs import ROOT, composed
+
+GROUPS = sorted(p for p in (ROOT / "conf").iterdir() if p.is_dir())
+OPTIONS = [f"{group.name}={file.stem}" for group in GROUPS for file in sorted(group.glob("*.yaml"))]
+FILLED = {
+    "model=checkpoint": ["model.path=org/name"],
+    "experiment=efficientllava_scienceqa": ["dry_run=true"],
+}
+
+
+def test_no_group_is_empty():
+    assert len(OPTIONS) > 30
+    assert all(any(group.glob("*.yaml")) for group in GROUPS)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option, tmp_path):
+    records = tmp_path / "records.json"
+    records.write_text("[]")
+    typed_keys = [option, *FILLED.get(option, [])]
+    if option == "evaluate=lmms_eval":
+        pytest.importorskip("lmms_eval")
+    if option.startswith("search="):
+        typed_keys.append("prune=auto")
+    if (option.startswith("data=") and "digits" not in option) or (
+        option.startswith("model=") and "tiny" not in option
+    ):
+        typed_keys.append(f"data.path={records}")
+    settings = typed(composed(*typed_keys))
+    assert isinstance(settings, RunConfig)
+    check(settings, typed_keys)
+    OmegaConf.to_yaml(composed(*typed_keys), resolve=True)
+
+
+@pytest.mark.parametrize("option", [o for o in OPTIONS if o.startswith(("callbacks=", "logger=", "trainer="))])
+def test_every_target_can_be_built(option, tmp_path):
+    settings = typed(composed(option))
+    if option.startswith("callbacks="):
+        built = [instantiate(node) for node in (settings.callbacks or {}).values()]
+        assert all(hasattr(callback, "on_train_start") for callback in built)
+    elif option.startswith("trainer="):
+        # The accelerator of the option may be absent here.
+        trainer = instantiate({**settings.trainer, "accelerator": "cpu", "devices": 1, "logger": False})
+        assert trainer.log_every_n_steps == settings.trainer["log_every_n_steps"]
+    else:
+        from efficientllava.report.tracking import make_logger
+
+        logger = make_logger(settings, tmp_path)
+        assert logger is False if option == "logger=none" else hasattr(logger, "log_metrics")
+
+
+@pytest.mark.parametrize("model", BUILDERS)
+def test_training_recipes_fit_their_dataclass(model):
+    option = f"experiment=train_{model}"
+    settings = typed(composed(option))
+    check(settings, [option])
+    recipe = {key: value for key, value in settings.pretrain.items() if key != "_target_"}
+    assert PretrainConfig(**recipe).name == settings.model.name == model
+    assert composed(option, "seed=7").pretrain.seed == 7
