@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor
 
+from efficientllava.checkpoint import convert
 from efficientllava.checkpoint.convert import layouts, processing, shards
-from efficientllava.checkpoint import convert, load, save, stock_config
+from efficientllava.checkpoint.folder import load, save, stock_config
 from efficientllava.data.collator import Collator
 from efficientllava.data.records import Record, Turn
 from efficientllava.models.processors import load_processor

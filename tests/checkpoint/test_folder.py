@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from efficientllava.checkpoint.card import LICENSES, model_card, usage
 from efficientllava.checkpoint import folder as store
+from efficientllava.checkpoint.card import LICENSES, model_card, usage
 from efficientllava.data.prompts import Prompts
 from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError

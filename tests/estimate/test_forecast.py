@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 
+from efficientllava.checkpoint import convert
 from efficientllava.checkpoint.convert import layouts
-from efficientllava.checkpoint import convert, load, stock_config
+from efficientllava.checkpoint.folder import load, stock_config
 from efficientllava.checkpoint.hub import TELLING, local_folder
 from efficientllava.estimate.forecast import meta_model
 from efficientllava.evaluation.efficiency import parameters
