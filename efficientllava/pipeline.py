@@ -1,19 +1,19 @@
-"""The stages in order; the only module that knows them all.
+"""The chain: open, then evaluate what is there, prune, evaluate, recover, evaluate, deploy, record.
 
-A run loads a checkpoint, prunes it, recovers it, evaluates base, pruned and recovered alike, and writes
-``results.json``. Every stage goes through the store, so a killed or repeated run continues where it can.
+Every stage goes through the store, so that a killed or repeated run continues where it can.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
 from .launch.ranks import relaunch
-from .record import read_curve
+from .record import lookup, read, read_curve
 from .runtime import keeping, processes
 from .runtime.console import say
 from .runtime.errors import UserError
@@ -21,18 +21,7 @@ from .runtime.exit_codes import sweeping
 from .settings.checks import check
 from .settings.compose import instantiate, typed
 from .settings.schema import RunConfig
-from .stages.context import Context
-from .stages.deploy import deploy
-from .stages.evaluate import Evaluation
-from .stages.identity import (
-    finished,
-    nothing_to_do,
-    run_key,
-    settings_key,
-)
-from .stages.prune import prune
-from .stages.record import write_record
-from .stages.recover import recover
+from .stages.identity import finished, nothing_to_do, run_key, settings_key
 
 
 def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = (), in_sweep: bool = False) -> float | None:
@@ -65,6 +54,90 @@ def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = (), in_s
     else:
         _tell_finished(folder)
     return _objective(settings, folder)
+
+
+def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
+    """Run all stages and write the record.
+
+    Args:
+        settings: The checked configuration.
+        folder: The run's folder.
+        overrides: What the user typed.
+
+    Raises:
+        UserError: A fault that the user can mend; ``exit_code`` is 2 as long as no stage has begun, 1 afterwards.
+    """
+    # Here, since they take torch with them: a run that is finished, and a sweep's own process, do without.
+    from lightning.pytorch import seed_everything
+
+    from .estimate.forecast import expected, forecast
+    from .estimate.memory import require_memory
+    from .stages import deploy, evaluate, opened, prune, record, recover
+
+    plan, device = forecast(settings), opened.device_of(settings)
+    require_memory(plan, device)
+    run = opened.open_run(settings, folder, expected(plan))
+    if run.longest and settings.prune.method != "auto":
+        require_memory(plan, device, run.longest)
+    if settings.deploy.name != "none":
+        deploy.prepare(run)
+    # As it is now: whoever replaces a file while the run is at work has another run.
+    keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)} if processes.rank() == 0 else {}
+    seed_everything(settings.seed, verbose=False)
+    say(f"[bold]{settings.name}[/bold]  {run.base.path}  on {device}, seed {settings.seed}")
+    with _stages(settings, folder) as tracking:
+        chain = [opened.begin(run)]
+        scored = evaluate.evaluate(run, chain[0])
+        tracking.scores("base", scored[0].metrics)
+        for stage in _asked({prune.prune: settings.prune.method, recover.recover: settings.recover.name}):
+            chain.append(stage(run, chain[-1]))
+            _track(tracking, folder, chain[-1])
+            scored += (found := evaluate.evaluate(run, chain[-1], scored[0].metrics))
+            tracking.scores(chain[-1].stage, found[0].metrics)
+        if settings.deploy.name != "none":
+            keys |= {"deploy": deploy.deploy(run, chain[-1].checkpoint)}
+        if processes.rank() == 0:
+            record.write_record(run, chain, scored, overrides, keys)
+            tracking.results(folder)
+            _clean(settings, folder, chain[-1])
+        processes.barrier()
+
+
+def _asked(stages: Mapping[Any, str]) -> list[Any]:
+    return [stage for stage, name in stages.items() if name != "none"]
+
+
+@contextlib.contextmanager
+def _stages(settings: RunConfig, folder: Path) -> Iterator[Any]:
+    """While stages run: what is wrong is no longer found before the first one, and W&B is open."""
+    from .report.tracking import Tracking, track
+
+    tracking, failed = Tracking(), True
+    try:
+        tracking = track(settings, folder)
+        yield tracking
+        failed = False
+    except UserError as error:
+        error.exit_code = 1
+        raise
+    finally:
+        tracking.finish(failed)
+        processes.finish()
+
+
+def _track(tracking: Any, folder: Path, made: Any) -> None:
+    """Send what a stage has left in the run's folder."""
+    if made.stage == "pruned":
+        tracking.plan(folder)
+    elif made.entry.reused:
+        tracking.curve(read_curve(folder))
+
+
+def _clean(settings: RunConfig, folder: Path, last: Any) -> None:
+    """Remove the checkpoints that are not to stay."""
+    keeping.tidy(folder, settings.keep)
+    if settings.keep == "none" and last.stage == "recovered":
+        keeping.drop(last.entry.folder)
 
 
 def _work(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path:
@@ -103,8 +176,6 @@ def _launch(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path
 
 
 def _objective(settings: RunConfig, folder: Path) -> float | None:
-    from .record import lookup, read
-
     if settings.optimized_metric is None:
         return None
     try:
@@ -112,57 +183,3 @@ def _objective(settings: RunConfig, folder: Path) -> float | None:
     except UserError as error:
         error.exit_code = 1
         raise
-
-
-def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None:
-    """Run all stages and write the record.
-
-    Args:
-        settings: The checked configuration.
-        folder: The run's folder.
-        overrides: What the user typed.
-
-    Raises:
-        UserError: A fault that the user can mend; ``exit_code`` is 2 as long as no stage has begun, 1 afterwards.
-    """
-    from lightning.pytorch import seed_everything
-
-    from .report.tracking import Tracking, track
-
-    context = Context(settings, folder)
-    # As it is now: whoever replaces a file while the run is at work has another run.
-    keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)} if processes.rank() == 0 else {}
-    evaluate = Evaluation(context)
-    seed_everything(settings.seed, verbose=False)
-    say(f"[bold]{settings.name}[/bold]  {context.base.path}  on {context.device}, seed {settings.seed}")
-    tracking, failed = Tracking(), True
-    try:
-        tracking, current = track(settings, folder), context.base
-        evaluate("base", current)
-        tracking.scores("base", evaluate.metrics["base"])
-        if settings.prune.method != "none":
-            current = prune(context)
-            tracking.plan(folder)
-            evaluate("pruned", current)
-            tracking.scores("pruned", evaluate.metrics["pruned"])
-        if settings.recover.name != "none":
-            current = recover(context, current)
-            if context.entries["recover"].reused:
-                tracking.curve(read_curve(folder))
-            evaluate("recovered", current)
-        if settings.deploy.name != "none":
-            keys |= {"deploy": deploy(context, current)}
-        if processes.rank() == 0:
-            write_record(context, evaluate, overrides, keys)
-            tracking.results(folder)
-            keeping.tidy(folder, settings.keep)
-            if settings.keep == "none" and "recover" in context.entries:
-                keeping.drop(context.entries["recover"].folder)
-        processes.barrier()
-        failed = False
-    except UserError as error:
-        error.exit_code = 1
-        raise
-    finally:
-        tracking.finish(failed)
-        processes.finish()

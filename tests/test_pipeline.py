@@ -94,7 +94,7 @@ def test_a_second_run_takes_everything_from_the_cache_and_gives_the_same_numbers
     def never(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("efficientllava.recovery.recover.recover", never)
+    monkeypatch.setattr("efficientllava.stages.recover.train", never)
     monkeypatch.setattr("efficientllava.pruning.pruner.make_plan", never)
     again = run(place / "again", typed)
     assert numbers(again) == numbers(record)
@@ -222,7 +222,7 @@ def test_the_export_is_refused_when_the_reloaded_model_differs(model, tmp_path, 
     def differ(*_):
         raise RuntimeError("logits differ by 1")
 
-    monkeypatch.setattr("efficientllava.checkpoint.reload.reload_gate", differ)
+    monkeypatch.setattr("efficientllava.stages.opened.reload_gate", differ)
     typed = small(model, tmp_path / "out", "recover=none")
     with pytest.raises(RuntimeError, match="logits differ"):
         pipeline.run(composed(*typed), str(tmp_path / "run"), typed)

@@ -21,6 +21,7 @@ from ..runtime.errors import UserError
 from ..search.latency import asked_share
 from ..search.structured import Structured
 from ..settings.schema import RunConfig
+from ..stages.opened import Expected
 
 _MODELS: dict[tuple[str, torch.dtype], nn.Module] = {}  # what jobs of a sweep have in common
 OPTIMISER = {"adamw": 8, "sgd": 0}  # bytes of state per trained parameter
@@ -124,6 +125,12 @@ def weight_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 def resume_bytes(plan: Forecast) -> int:
     """Bytes that a killed training goes on from: trained parameters in fp32, and the state of the optimizer."""
     return plan.training[0] * (4 + OPTIMISER[plan.settings.recover.optimizer])
+
+
+def expected(plan: Forecast) -> Expected:
+    """What the stages of a run have to know of it."""
+    trains = plan.settings.recover.name != "none"
+    return Expected(weight_bytes(plan.pruned, plan.storage), resume_bytes(plan) if trains else 0, plan.plan.options)
 
 
 def forecast(settings: RunConfig) -> Forecast:

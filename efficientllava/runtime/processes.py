@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -174,6 +174,11 @@ def from_first(value: Any) -> Any:
     if dist := _group():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(compute: Callable[[], Any]) -> Any:
+    """Compute a value on the first process and return it on all of them."""
+    return from_first(compute() if rank() == 0 else None)
 
 
 def gather(value: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Pruning as a stage: a pruner or a policy search, run by Lightning, exported and shared through the cache."""
+"""Pruning as a stage: a pruner or a policy search, run by Lightning, exported and shared through the store."""
 
 from __future__ import annotations
 
@@ -8,122 +8,101 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..data.splits import load_split
+from ..data.stamps import image_contents
+from ..pruning.module import PruningModule
+from ..pruning.self_text import sequences, write_text
+from ..report.pictures import draw_search
 from ..runtime import processes
 from ..runtime.console import Tick, progress
 from ..runtime.content import digest
-from .context import Context
+from ..search.module import SearchInputs, SearchModule
+from .opened import Made, Run
 
 
-def prune(context: Context) -> Any:
-    """Prune the base checkpoint, by a criterion or by a search.
-
-    Args:
-        context: What the stages share; the model of its base is consumed.
-
-    Returns:
-        The pruned checkpoint, loaded from the run's folder.
-    """
-    settings = context.settings
+def prune(run: Run, _before: Made) -> Made:
+    """Prune the base checkpoint, by a criterion or by a search; its model is consumed."""
+    settings, base = run.settings, run.base
     searches = settings.prune.method == "auto"
 
     def compute(folder: Path, work: Path) -> dict[str, Any]:
         started = time.perf_counter()
-        context.require_space(folder)
+        run.require_space(folder)
         with progress() as tick:
-            module = _searcher(context, work, tick) if searches else _pruner(context, tick)
-            context.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
+            module = _searcher(run, work, tick) if searches else _pruner(run, tick)
+            run.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
         if searches:
-            context.mark(module.table)
+            run.mark(module.table)
         plan, pruned, report = module.plan, module.pruned, module.report
         assert plan is not None and pruned is not None and report is not None
-        context.export(folder / "pruned", pruned, context.base, plan.step, plan.kept_layers)
+        run.export(folder / "pruned", base.after(pruned, plan.step, plan.kept_layers))
         if processes.rank() == 0:
             (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
             if searches:
-                from ..report.pictures import draw_search
-
                 (folder / "search.json").write_text(json.dumps(module.record) + "\n", encoding="utf-8")
                 draw_search(module.record, folder / "search.png")
         return {"seconds": time.perf_counter() - started, "report": report.to_dict()}
 
-    entry = context.stage("prune", compute, model=context.base.digest, **_samples(context))
-    pruned = context.adopt("prune", "pruned", entry)
-    # The pruned model takes the base's place; of the base only shapes are still looked at.
-    context.features.follow(pruned.model)
-    context.models.pop("base", None)
-    context.base.model = context.base.model.to("meta")
-    return pruned
+    entry = run.entry("prune", compute, model=base.digest, **_samples(run))
+    made = run.made("pruned", entry)
+    base.model = base.model.to("meta")  # of the base only shapes are still looked at
+    return made
 
 
-def _samples(context: Context) -> dict[str, Any]:
+def _samples(run: Run) -> dict[str, Any]:
     """The calibration records as inputs."""
-    from ..data.stamps import image_contents
-
-    records, first = context.calibration, processes.rank() == 0
+    records = run.calibration
     return {
         "records": digest([record.id for record in records]),
-        "files": context.files["prune"],
-        "images": processes.from_first(image_contents(records, context.store.memo) if first else None),
-        "written": [count, context.settings.seed] if (count := _written(context)) else None,
+        "files": run.files["prune"],
+        "images": processes.on_first(lambda: image_contents(records, run.store.memo)),
+        "written": [count, run.settings.seed] if (count := _written(run)) else None,
     }
 
 
-def _written(context: Context) -> int:
+def _written(run: Run) -> int:
     """How many sequences the dense model writes."""
-    from ..pruning.self_text import sequences
-
-    settings = context.settings
-    solves = settings.prune.solves
-    return sequences(settings.calibration, context.calibration, context.base.processor) if solves else 0
+    settings = run.settings
+    return sequences(settings.calibration, run.calibration, run.base.processor) if settings.prune.solves else 0
 
 
-def _writer(context: Context, tick: Tick) -> Callable[[Any], list[Any]] | None:
+def _writer(run: Run, tick: Tick) -> Callable[[Any], list[Any]] | None:
     """What has the dense model write text for the statistics, if it is to."""
-    from ..pruning.self_text import write_text
-
-    config, processor = context.settings.calibration, context.base.processor
-    if not (count := _written(context)):
-        return None
-    how = (count, config.generate_length, context.settings.seed, config.batch_size, tick)
-    return lambda dense: write_text(dense, processor, *how)
+    config, count = run.settings.calibration, _written(run)
+    how = (count, config.generate_length, run.settings.seed, config.batch_size, tick)
+    return (lambda dense: write_text(dense, run.base.processor, *how)) if count else None
 
 
-def _pruner(context: Context, tick: Tick) -> Any:
-    from ..pruning.module import PruningModule
-
-    settings, model = context.settings, context.models.pop("base")
+def _pruner(run: Run, tick: Tick) -> Any:
+    settings, calibration = run.settings, run.settings.calibration
     return PruningModule(
-        model,
-        context.calibration,
-        context.collate,
+        run.base.model,
+        run.calibration,
+        run.collate,
         settings.prune,
-        settings.calibration.batch_size,
+        calibration.batch_size,
         settings.seed,
-        context.features,
+        run.features,
         tick,
-        context.device,
-        _writer(context, tick),
-        settings.calibration.generate_share,
+        run.device,
+        _writer(run, tick),
+        calibration.generate_share,
     )
 
 
-def _searcher(context: Context, work: Path, tick: Tick) -> Any:
-    from ..data.splits import load_split
-    from ..search.module import SearchInputs, SearchModule
-
-    settings, model = context.settings, context.base.digest
+def _searcher(run: Run, work: Path, tick: Tick) -> Any:
+    settings, model = run.settings, run.base.digest
     # Only the embedded data have held-out samples of their own; no training corpus is opened for a plot.
     holdout = load_split(settings.data, "minival") if settings.data.name == "digits_vqa" else []
     inputs = SearchInputs(
-        context.calibration,
-        [holdout[index] for index in range(min(len(context.calibration), len(holdout)))],
-        context.collate,
+        run.calibration,
+        [holdout[index] for index in range(min(len(run.calibration), len(holdout)))],
+        run.collate,
         settings.calibration.batch_size,
-        {"model": model, "samples": digest(context.inputs("search", model=model, **_samples(context)))},
-        Path(settings.paths.cache_dir) / "levels",
+        {"model": model, "samples": digest(run.inputs("search", model=model, **_samples(run)))},
+        run.store.root / "levels",
         work,
-        _writer(context, tick),
+        _writer(run, tick),
         settings.calibration.generate_share,
     )
-    dense = context.models.pop("base")
-    return SearchModule(dense, inputs, settings.prune, settings.search, settings.seed, context.features, tick)
+    return SearchModule(run.base.model, inputs, settings.prune, settings.search, settings.seed, run.features, tick)

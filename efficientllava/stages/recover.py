@@ -1,4 +1,4 @@
-"""Recovery as a stage: training with its teacher, exported and shared through the cache."""
+"""Recovery as a stage: training with its teacher, exported and shared through the store."""
 
 from __future__ import annotations
 
@@ -7,81 +7,74 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.folder import Checkpoint
+from ..data.stamps import image_stamps
 from ..record import CURVE, read_curve, write_curve
+from ..recovery.caching import open_teacher, teacher_digest
+from ..recovery.losses import describe
+from ..recovery.recover import recover as train
 from ..runtime import processes
 from ..runtime.console import say
 from ..runtime.content import digest
-from .context import Context
 from .inputs import taught
+from .opened import Made, Run
 
 
-def recover(context: Context, student: Any) -> Any:
-    """Give a checkpoint its skill back.
-
-    Args:
-        context: What the stages share.
-        student: The checkpoint to train; its model is consumed.
-
-    Returns:
-        The recovered checkpoint, loaded from the run's folder.
-    """
-    from ..data.stamps import image_stamps
-    from ..estimate.forecast import resume_bytes
-    from ..recovery.caching import teacher_digest
-    from ..recovery.losses import describe
-    from ..recovery.recover import recover as train
-
-    config, data, seed = context.settings.recover, context.settings.data, context.settings.seed
+def recover(run: Run, before: Made) -> Made:
+    """Give a checkpoint its skill back; its model is consumed."""
+    settings, student = run.settings, before.checkpoint
+    config, data, recovery = settings.recover, settings.data, run.recovery
+    assert recovery is not None
+    samples = len(recovery.records)
     say(
         f"recovery minimises [bold]{describe(config)}[/bold], trains {config.train}, "
-        f"{context.samples['recovery']} samples (data_frac {context.settings.data_frac:g})"
+        f"{samples} samples (data_frac {settings.data_frac:g})"
     )
 
     def compute(folder: Path, work: Path) -> dict[str, Any]:
-        context.require_space(folder, resume_bytes(context.forecast))
+        run.require_space(folder, run.expected.resume)
         stats = train(
             student.model,
-            context.recovery,
+            recovery,
             config,
-            partial(context.trainer, training=True),
+            partial(run.trainer, training=True),
             work,
             batch_size=data.batch_size,
             global_batch_size=data.global_batch_size,
-            teacher=_teacher(context, student, teacher) if teacher else None,
+            teacher=_teacher(run, student, teacher) if teacher else None,
             original_layers=student.original_layers,
-            seed=seed,
+            seed=settings.seed,
         )
-        step = {**stats.step, "samples": context.samples["recovery"]}
-        context.export(folder / "recovered", student.model, student, step)
+        run.export(folder / "recovered", student.after(student.model, {**stats.step, "samples": samples}))
         if processes.rank() == 0:
-            write_curve(read_curve(context.folder), folder / CURVE)
+            write_curve(read_curve(run.folder), folder / CURVE)
         return {"seconds": stats.seconds, "stats": asdict(stats)}
 
-    first = processes.rank() == 0
-    teacher = processes.from_first(
-        teacher_digest(config.teacher, student.base, context.store.memo) if first and taught(context.settings) else None
-    )
-    entry = context.stage(
+    teacher = None
+    if taught(settings):
+        teacher = processes.on_first(lambda: teacher_digest(config.teacher, student.base, run.store.memo))
+    entry = run.entry(
         "recover",
         compute,
         model=student.digest,
         original_layers=student.original_layers,
         teacher=teacher,
-        files=context.files["recover"],
-        images=processes.from_first(digest(image_stamps(context.recovery.records)) if first else None),
+        files=run.files["recover"],
+        images=processes.on_first(lambda: digest(image_stamps(recovery.records))),
     )
-    return context.adopt("recover", "recovered", entry)
+    made = run.made("recovered", entry)
+    if not settings.evaluate.efficiency:  # else both are measured side by side
+        student.model = student.model.to("meta")
+    return made
 
 
-def _teacher(context: Context, student: Any, content: str) -> Any:
+def _teacher(run: Run, student: Checkpoint, content: str) -> Any:
     """The teacher's model, or where its answers are kept."""
-    from ..recovery.caching import open_teacher
-
-    config = context.settings.recover.teacher
+    config = run.settings.recover.teacher
     # The student's base prepares the images, and its tower may be the teacher's.
-    known = {"model": context.base.digest, "teacher": content, "files": context.files["recover"]}
-    folder = context.store.place("targets", context.inputs("targets", **known))
+    known = {"model": run.base.digest, "teacher": content, "files": run.files["recover"]}
+    folder = run.store.place("targets", run.inputs("targets", **known))
     if config.source == "cached":
         folder.mkdir(parents=True, exist_ok=True)
-        context.mark(folder)
-    return open_teacher(config, student.base, context.device, folder, context.store.memo)
+        run.mark(folder)
+    return open_teacher(config, student.base, run.device, folder, run.store.memo)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -293,12 +292,6 @@ def make(name: str) -> tuple[Any, Any]:
 def picture(width: int, height: int) -> Image.Image:
     noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
-
-
-@pytest.fixture
-def without_num2words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SmolVLM's processor wants a package that it needs for videos alone."""
-    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", str)
 
 
 def make_records(seed: int = 0) -> list[Record]:

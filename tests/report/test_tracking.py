@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import wandb
 
-from efficientllava import pipeline
 from efficientllava.report import dashboard, tracking
 from efficientllava.runtime.errors import ConfigError, UserError
 from efficientllava.settings.checks import check
@@ -110,7 +109,7 @@ def model(tmp_path_factory):
 def job(tmp_path_factory):
     """A searched and recovered job of a sweep with ``logger=wandb``: its folder, and what was written."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllava.checkpoint.reload.reload_gate", lambda *_: None)
+        patch.setattr("efficientllava.stages.opened.reload_gate", lambda *_: None)
         for name in ("WANDB_API_KEY", "WANDB_MODE"):
             patch.delenv(name, raising=False)
         patch.setenv("NETRC", "/nowhere")
@@ -218,7 +217,7 @@ def test_a_failed_job_is_finished_and_goes_on_in_the_same_run_from_the_cache(mod
         raise stopped
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline, "write_record", stop)
+        patch.setattr("efficientllava.stages.record.write_record", stop)
         run(tmp_path / "run", typed)
     assert wandb.run is None
     run(tmp_path / "run", typed)

@@ -1,0 +1,268 @@
+"""What a run has opened before its first stage, and the value that each stage gives to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.folder import Checkpoint, load, round_weights, write
+from ..checkpoint.reload import reload_gate
+from ..data.collator import Collator, prompt
+from ..data.datamodule import RecoveryData
+from ..data.records import Record, open_image
+from ..data.splits import calibration_records, keep_back, load_split, open_data
+from ..evaluation import judges, lmms, tasks
+from ..evaluation.efficiency import sizes
+from ..models.forward import feature_cache, require_images, stock_inputs
+from ..record import CURVE
+from ..recovery.caching import require_teacher
+from ..recovery.recover import accumulation
+from ..recovery.trainable import require_trainable
+from ..report.tracking import make_trainer
+from ..runtime import keeping, processes
+from ..runtime.console import quiet_libraries
+from ..runtime.errors import ConfigError, UserError
+from ..runtime.store import Entry, Store
+from ..settings.schema import RunConfig
+from .inputs import inputs_of
+
+# What a run's folder gets of a stage.
+TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png", CURVE)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the run will make, as far as its stages have to know.
+
+    Args:
+        checkpoint: Bytes of the pruned checkpoint.
+        resume: Bytes that a killed recovery goes on from.
+        shapes: KV groups and channels of every layer, for each plan that may come out.
+    """
+
+    checkpoint: int
+    resume: int
+    shapes: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage has made.
+
+    Args:
+        stage: ``base``, ``pruned`` or ``recovered``.
+        checkpoint: Its checkpoint; the next stage consumes the model.
+        sizes: Parameters, see `efficientllava.evaluation.efficiency.sizes`.
+        entry: Its result in the store; None for the base.
+    """
+
+    stage: str
+    checkpoint: Checkpoint
+    sizes: dict[str, Any]
+    entry: Entry | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a run has opened; the stages read it, and change nothing in it.
+
+    Args:
+        settings: The checked configuration.
+        folder: The run's folder.
+        store: Finished stages by content.
+        device: Where models run.
+        base: The checkpoint to start from. Once it is pruned, only the shapes of its model remain.
+        files: By stage, the digest of the data behind its records.
+        tasks: Benchmarks.
+        collate: Turns records into batches.
+        features: Vision features by image.
+        calibration: Records that pruning looks at.
+        reported: Records that no choice of the run sees, for the losses of its checkpoints.
+        recovery: Data that recovery trains on, or None.
+        expected: What will come out.
+    """
+
+    settings: RunConfig
+    folder: Path
+    store: Store
+    device: str
+    base: Checkpoint
+    files: dict[str, str]
+    tasks: Sequence[Any]
+    collate: Collator
+    features: Any
+    calibration: Sequence[Record]
+    reported: Sequence[Record]
+    recovery: RecoveryData | None
+    expected: Expected
+
+    @property
+    def home(self) -> str:
+        """Where whole models are between stages: with offload, one that is too large for the GPU is on the host."""
+        return "cpu" if self.settings.prune.offload else self.device
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest calibration record; None where there are none."""
+        return max(map(self.collate.check, self.calibration), default=None)
+
+    def trainer(self, **arguments: Any) -> Any:
+        """A Lightning trainer, see `efficientllava.stages.trainer.make_trainer`."""
+        return make_trainer(self.settings, self.folder, **arguments)
+
+    def inputs(self, stage: str, **content: Any) -> dict[str, Any]:
+        """What a stage depends on, see `efficientllava.stages.inputs.inputs_of`; where it runs is added here."""
+        where = {"device": self.device.partition(":")[0], "processes": processes.world_size()}
+        return inputs_of(stage, self.settings, **where, **content)
+
+    def entry(self, stage: str, compute: Callable[[Path, Path], dict[str, Any]], **content: Any) -> Entry:
+        """A stage's result through the store; its checkpoint and plan are put into the run's folder.
+
+        Args:
+            stage: ``evaluate``, ``prune`` or ``recover``.
+            compute: See `efficientllava.runtime.store.Store.entry`.
+            **content: See `efficientllava.stages.inputs.inputs_of`.
+        """
+        return self.store.entry(stage, self.inputs(stage, **content), compute, self._take)
+
+    def _take(self, entry: Path) -> None:
+        self.mark(entry)
+        for name in TAKEN:
+            if (entry / name).exists():
+                self.store.share(entry / name, self.folder / name)
+
+    def mark(self, entry: Path) -> None:
+        """Say that an entry of the store stays, if this run keeps its checkpoints."""
+        if self.settings.keep == "all" and processes.rank() == 0:
+            keeping.mark(entry)
+
+    def require_space(self, folder: Path, resume: int = 0) -> None:
+        """Refuse a stage that has no room for its checkpoint.
+
+        Args:
+            folder: The entry of the store that the stage will fill.
+            resume: Bytes of what it goes on from after a kill; a new one is whole before the old one goes.
+
+        Raises:
+            UserError: There is too little space; says what is needed.
+        """
+        needed = self.expected.checkpoint
+        keeping.require_space(folder.parent, resume + max(resume, needed), folder.parent.name)
+        if folder.parent.stat().st_dev != self.folder.stat().st_dev:  # where there are no links, but copies
+            keeping.require_space(self.folder, needed, folder.parent.name)
+
+    def export(self, folder: Path, made: Checkpoint) -> None:
+        """Round, save, and compare with what a fresh process loads."""
+        round_weights(made.model.to(self.home), made.storage)
+        if processes.rank() == 0:
+            folder.mkdir()
+            write(made, folder, memo=self.store.memo)
+            reload_gate(folder, made.model, self.probe)
+
+    @cached_property
+    def probe(self) -> dict[str, Any]:
+        """A prompt, with an image if any record has one, as a stock forward pass takes it."""
+        records = self.calibration or [record for task in self.tasks for record in task.records()]
+        if not records:
+            records = [(self.recovery.records if self.recovery else load_split(self.settings.data, "train"))[0]]
+        record = next((r for r in records if r.image is not None), records[0])
+        turn = next((t for t in record.turns if t.sees_image), record.turns[0])
+        asked = prompt(self.base.processor, turn.question, open_image(record) if turn.sees_image else None)
+        return stock_inputs(self.base.model, asked)
+
+    def load(self, path: str | Path, *protocol: Any) -> Checkpoint:
+        """A checkpoint on the run's device, in its type, with the digest of its content."""
+        model = self.settings.model
+        return _load(self.store, self.device, self.settings.prune.offload, path, model.dtype, *protocol)
+
+    def made(self, stage: str, entry: Entry) -> Made:
+        """The checkpoint of a finished stage, loaded from the run's folder."""
+        processes.barrier()
+        checkpoint = self.load(self.folder / stage)
+        if checkpoint.base["digest"] == self.base.base["digest"]:
+            checkpoint.provenance["base"] = self.base.base  # the store may name a copy that another run had
+        self.features.follow(checkpoint.model)  # the one before is consumed, or not kept
+        return Made(stage, checkpoint, sizes(checkpoint.model), entry)
+
+
+def _load(store: Store, device: str, offload: bool, path: str | Path, dtype: str, *protocol: Any) -> Checkpoint:
+    checkpoint = load(str(path), dtype, device, *protocol, host=offload, memo=store.memo)
+    checkpoint.content = processes.on_first(lambda: checkpoint.digest)
+    return checkpoint
+
+
+def begin(run: Run) -> Made:
+    """The base, from which the stages go on."""
+    return Made("base", run.base, sizes(run.base.model))
+
+
+def device_of(settings: RunConfig) -> str:
+    """Where the models of a run are, ``cpu`` or a GPU such as ``cuda:0``."""
+    return f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
+
+
+def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
+    """Open whatever a stage will need, so that a fault is found before the first one.
+
+    Args:
+        settings: The checked configuration.
+        folder: The run's folder.
+        expected: What will come out.
+
+    Raises:
+        UserError: Something that a stage will need is not there.
+    """
+    quiet_libraries()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    store, device = Store(Path(settings.paths.cache_dir), settings.reuse), device_of(settings)
+    files = open_data(settings)  # before the weights, which take their time at full size
+    asked = _benchmarks(settings)
+    model = settings.model
+    known = (model.path, model.dtype, model.revision, model.protocol, model.system)
+    base = _load(store, device, settings.prune.offload, *known)
+    features, collate = feature_cache(base.model), Collator(base.processor, settings.data.max_length)
+    lmms.prepare(settings.evaluate)
+    calibration = []
+    if settings.prune.method != "none":
+        calibration = calibration_records(settings.calibration, settings.data, settings.seed, collate)
+    calibration, reported = keep_back(settings, calibration, collate)
+    opened = (settings, folder, store, device, base, files, asked, collate, features, calibration, reported)
+    run = Run(*opened, _recovery(settings, base), expected)
+    if "pixel_values" in run.probe:
+        require_images(base.model, run.probe)
+    if open_data(settings) != files:
+        raise UserError("data.path, or calibration.path: has changed while it was opened; run again")
+    return run
+
+
+def _benchmarks(settings: RunConfig) -> list[Any]:
+    """The benchmarks of a run, with their questions and judges looked for."""
+    found = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
+    problems = []
+    for task in found:
+        try:
+            task.records()
+            judges.prepare(task.name, settings.evaluate.judge)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError(list(dict.fromkeys(problems)))
+    return found
+
+
+def _recovery(settings: RunConfig, base: Checkpoint) -> RecoveryData | None:
+    """The data of the recovery, which its teacher and what trains can use."""
+    config, data = settings.recover, settings.data
+    if config.name == "none":
+        return None
+    require_teacher(config, base.base, base.model)
+    accumulation(data.batch_size, data.global_batch_size, processes.world_size())
+    recovery = RecoveryData(data, base.processor, settings.data_frac, settings.seed)
+    require_trainable(recovery.records, config.train)
+    return recovery
