@@ -72,11 +72,12 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
 
     from .estimate.forecast import expected, forecast
     from .estimate.memory import require_memory
-    from .stages import deploy, evaluate, opened, prune, record, recover
+    from .stages import deploy, evaluate, opening, prune, record, recover
+    from .stages.run import Made
 
-    plan, device = forecast(settings), opened.device_of(settings)
+    plan, device = forecast(settings), opening.device_of(settings)
     require_memory(plan, device)
-    run = opened.open_run(settings, folder, expected(plan))
+    run = opening.open_run(settings, folder, expected(plan))
     if run.longest and settings.prune.method != "auto":
         require_memory(plan, device, run.longest)
     if settings.deploy.name != "none":
@@ -86,7 +87,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     seed_everything(settings.seed, verbose=False)
     say(f"[bold]{settings.name}[/bold]  {run.base.path}  on {device}, seed {settings.seed}")
     with _stages(settings, folder) as tracking:
-        chain = [opened.begin(run)]
+        chain = [Made("base", run.base)]
         scored = evaluate.evaluate(run, chain[0])
         tracking.scores("base", scored[0].metrics)
         for stage in _asked({prune.prune: settings.prune.method, recover.recover: settings.recover.name}):

@@ -177,5 +177,5 @@ def loggers_as_before() -> Iterator[None]:
 def without_fresh_processes() -> Iterator[None]:
     """No reload gate, which starts a process per export."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllava.stages.opened.reload_gate", lambda *_: None)
+        patch.setattr("efficientllava.stages.run.reload_gate", lambda *_: None)
         yield

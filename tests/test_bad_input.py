@@ -83,7 +83,7 @@ def nothing_written(tmp_path):
 
 
 def test_good_data_runs(model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr("efficientllava.stages.opened.reload_gate", lambda *_: None)
+    monkeypatch.setattr("efficientllava.stages.run.reload_gate", lambda *_: None)
     data[1]()
     run(model, tmp_path)
     results = json.loads((tmp_path / "run" / "results.json").read_text())

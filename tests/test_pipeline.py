@@ -222,7 +222,7 @@ def test_the_export_is_refused_when_the_reloaded_model_differs(model, tmp_path, 
     def differ(*_):
         raise RuntimeError("logits differ by 1")
 
-    monkeypatch.setattr("efficientllava.stages.opened.reload_gate", differ)
+    monkeypatch.setattr("efficientllava.stages.run.reload_gate", differ)
     typed = small(model, tmp_path / "out", "recover=none")
     with pytest.raises(RuntimeError, match="logits differ"):
         pipeline.run(composed(*typed), str(tmp_path / "run"), typed)

@@ -19,7 +19,8 @@ import pyarrow as pa
 
 from ..runtime.content import Stamp, digest, stamp
 from ..runtime.errors import UserError
-from ..runtime.store import Store, library_versions, source_digest
+from ..runtime.source import source_digest
+from ..runtime.store import Store, library_versions
 from .records import (
     AnyImage,
     Record,
@@ -151,7 +152,7 @@ def read_conversations(
         raise UserError(f"{key}: {str(path)!r} cannot be read ({error}); give an existing file") from error
     facts = [(content, p.root, p.source, p.share, p.repeats) for content, p in zip(contents, parts, strict=True)]
     # How rows are made of them, in `_batches`.
-    inputs = [facts, source_digest(*(f"data/{name}.py" for name in ("sources", "table")))]
+    inputs = [facts, source_digest("data.table")]
     if small:
         rows = datasets.Dataset(pa.Table.from_batches(_batches(parts, key), COLUMNS))
     else:

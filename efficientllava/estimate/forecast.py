@@ -21,7 +21,7 @@ from ..runtime.errors import UserError
 from ..search.latency import asked_share
 from ..search.structured import Structured
 from ..settings.schema import RunConfig
-from ..stages.opened import Expected
+from ..stages.run import Expected
 
 _MODELS: dict[tuple[str, torch.dtype], nn.Module] = {}  # what jobs of a sweep have in common
 OPTIMISER = {"adamw": 8, "sgd": 0}  # bytes of state per trained parameter

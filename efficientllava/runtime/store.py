@@ -13,7 +13,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -52,25 +51,9 @@ log = logging.getLogger(__name__)
 RECORD = "stage.json"
 TAKEN = "taken.txt"  # where the checkpoints of an entry were taken to
 PACKAGES = ("torch", "transformers", "lightning", "peft", "numpy", "scikit-learn", "pillow")
-PACKAGE = Path(__file__).parents[1]
 SEALED = (".ckpt", ".json", ".safetensors")  # of a sealed folder, files that are read only as they were written
 LARGE = 64 << 20  # bytes from which on a file is shared with a run's folder, not copied
 FICLONE = 0x40049409  # Linux: a copy that shares its blocks until one side is written
-
-
-@functools.cache
-def source_digest(*parts: str) -> str:
-    """Digest of our own source files, so that changed code does not reuse what the old one made.
-
-    Args:
-        *parts: Files or folders relative to the package.
-    """
-    total = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        path = PACKAGE / part
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            total.update(file.read_bytes())
-    return total.hexdigest()
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from ..runtime import processes
 from ..runtime.console import say
 from ..runtime.files import whole_folder
 from ..runtime.keeping import require_space
-from .opened import Run
+from .run import Run
 
 FOLDER = "gguf"
 QUESTIONS = 4  # with an image and without one, of the run's own records

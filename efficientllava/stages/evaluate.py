@@ -20,9 +20,10 @@ from ..runtime import processes
 from ..runtime.console import say
 from ..runtime.content import digest
 from ..runtime.errors import UserError
-from ..runtime.store import Entry, source_digest
+from ..runtime.source import source_digest
+from ..runtime.store import Entry
 from ..settings.schema import JUDGED
-from .opened import Made, Run
+from .run import Made, Run
 
 CACHED = "  (from cache)"
 
@@ -64,7 +65,7 @@ def evaluate(run: Run, made: Made, base: Mapping[str, Any] | None = None) -> lis
     checkpoint, kind = made.checkpoint, run.settings.evaluate.quantization
     found = [_evaluate(run, Scored(made.stage), checkpoint, base)]
     if kind != "none":
-        made_by = f"{kind}-torchao-{metadata.version('torchao')}-{source_digest('evaluation/efficiency.py')}"
+        made_by = f"{kind}-torchao-{metadata.version('torchao')}-{source_digest('evaluation.efficiency')}"
         twin = {"model": quantized(checkpoint.model, kind), "content": f"{checkpoint.digest}-{made_by}"}
         scored = Scored(f"{made.stage}_{kind}")
         found.append(_evaluate(run, scored, replace(checkpoint, **twin), base or found[0].metrics))
@@ -171,7 +172,7 @@ def _lmms_eval(run: Run, scored: Scored, checkpoint: Checkpoint) -> None:
             (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
         return {"metrics": processes.from_first(metrics)}
 
-    source = source_digest("evaluation/lmms")
+    source = source_digest("evaluation.lmms.adapter")
     entry = run.entry("evaluate", compute, model=checkpoint.digest, lmms=[*lmms.facts(config), source])
     scored.entries["lmms_eval"] = entry
     for task, metrics in entry.record["metrics"].items():

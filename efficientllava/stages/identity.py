@@ -13,12 +13,15 @@ from ..runtime import keeping
 from ..runtime.content import MEMO, Memo, digest
 from ..runtime.errors import UserError
 from ..runtime.files import set_aside
-from ..runtime.store import library_versions, source_digest
+from ..runtime.source import source_digest
+from ..runtime.store import library_versions
 from ..settings.schema import RunConfig
 from .inputs import inputs_of, numbers, taught
 
 log = logging.getLogger(__name__)
 
+# Modules whose imports are the source of a run.
+STAGES = tuple(f"stages.{name}" for name in ("evaluate", "prune", "recover", "deploy", "record"))
 # What says where a run is done and what stays of it, and decides no number.
 NOT_OF_THE_RUN = ("paths", "sweep", "keep", "reuse", "dry_run", "optimized_metric")
 
@@ -76,7 +79,7 @@ def _shown(settings: RunConfig) -> list[str]:
 def settings_key(settings: RunConfig) -> str:
     """The part of `run_key` that is known without a look at model and data."""
     plain = {**numbers(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
-    return digest([plain, source_digest("."), library_versions()])
+    return digest([plain, source_digest(*STAGES), library_versions()])
 
 
 def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..runtime.store import library_versions, source_digest
+from ..runtime.source import source_digest
+from ..runtime.store import library_versions
 from ..settings.schema import RunConfig
 
 # Settings that decide no number of any stage: how fast, how often saved, where weights wait, what an option is called.
@@ -47,14 +48,8 @@ NOT_ANSWERS = (
 )
 # Of the data, what no training reads; which records are usable, their images' stamps say.
 NOT_TRAINED = (*PLACES, "test_questions", "max_bad_fraction")
-# Our own code that makes a stage's result.
-SOURCES = {
-    "evaluate": ("evaluation/answers.py",),
-    "prune": ("pruning",),
-    "search": ("search", "pruning"),
-    "recover": ("recovery",),
-    "targets": tuple(f"recovery/{name}.py" for name in ("caching", "losses", "teacher")),
-}
+# Code that makes a stage's result where that is not the module of its name; what it imports counts, too.
+SOURCES = {"search": "search.module", "targets": "recovery.caching"}
 
 
 def inputs_of(stage: str, settings: RunConfig, **content: Any) -> dict[str, Any]:
@@ -68,7 +63,7 @@ def inputs_of(stage: str, settings: RunConfig, **content: Any) -> dict[str, Any]
             ``device`` (``cpu`` or ``cuda``) and ``processes``, which decide the order of sums.
     """
     shared = {
-        "source": source_digest(*SOURCES[stage], f"stages/{_module(stage)}.py", "models", "data", "checkpoint"),
+        "source": source_digest(SOURCES.get(stage, f"stages.{stage}")),
         "libraries": library_versions(),
         "dtype": settings.model.dtype,
         "threads": settings.threads,
@@ -77,10 +72,6 @@ def inputs_of(stage: str, settings: RunConfig, **content: Any) -> dict[str, Any]
     known = {"model": None, "device": None, "processes": None}
     found = {"stage": stage, **shared, **known, **_STAGES[stage](settings), **content}
     return found | ({"processes": None} if stage in UNDIVIDED else {})
-
-
-def _module(stage: str) -> str:
-    return {"search": "prune", "targets": "recover"}.get(stage, stage)
 
 
 def _evaluate(settings: RunConfig) -> dict[str, Any]:
@@ -108,10 +99,9 @@ def _prune(settings: RunConfig) -> dict[str, Any]:
     calibration records in their order; ``files``, the data that they come from; ``images``, their whole content;
     ``written``, how many sequences the model writes itself, and their seed.
     """
-    searches = settings.prune.method == "auto"
     return {
         "prune": _node(settings, "prune"),
-        "search": [_node(settings, "search"), source_digest(*SOURCES["search"])] if searches else None,
+        "search": _node(settings, "search") if settings.prune.method == "auto" else None,
         "calibration": _node(settings, "calibration", PLACES),
         "data": {"name": settings.data.name, "max_length": settings.data.max_length},
         "seed": settings.seed,

@@ -17,7 +17,7 @@ from ..runtime import processes
 from ..runtime.console import Tick, progress
 from ..runtime.content import digest
 from ..search.module import SearchInputs, SearchModule
-from .opened import Made, Run
+from .run import Made, Run
 
 
 def prune(run: Run, _before: Made) -> Made:

@@ -17,7 +17,7 @@ from ..runtime import processes
 from ..runtime.console import say
 from ..runtime.content import digest
 from .inputs import taught
-from .opened import Made, Run
+from .run import Made, Run
 
 
 def recover(run: Run, before: Made) -> Made:

@@ -152,7 +152,7 @@ def test_the_base_makes_room_for_the_pruned_model(folder, tmp_path, monkeypatch)
         return recover(student, *args, **options)
 
     monkeypatch.setattr(stage, "recover", watch)
-    monkeypatch.setattr("efficientllava.stages.opened.reload_gate", lambda *_: None)
+    monkeypatch.setattr("efficientllava.stages.run.reload_gate", lambda *_: None)
     options = ["recover=sft", "prune.selection=local", "evaluate.efficiency=false", "evaluate=none"]
     run(tmp_path / "run", small(folder, tmp_path / "out", *options))
     assert len(held) == 1

@@ -109,7 +109,7 @@ def model(tmp_path_factory):
 def job(tmp_path_factory):
     """A searched and recovered job of a sweep with ``logger=wandb``: its folder, and what was written."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllava.stages.opened.reload_gate", lambda *_: None)
+        patch.setattr("efficientllava.stages.run.reload_gate", lambda *_: None)
         for name in ("WANDB_API_KEY", "WANDB_MODE"):
             patch.delenv(name, raising=False)
         patch.setenv("NETRC", "/nowhere")

@@ -22,7 +22,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("made")
     save_tiny(place / "model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("efficientllava.stages.opened.reload_gate", lambda *_: None)
+        patch.setattr("efficientllava.stages.run.reload_gate", lambda *_: None)
         go(place, "first")
     return place
 

@@ -23,7 +23,6 @@ from efficientllava.runtime.store import (
     RECORD,
     Store,
     growing,
-    source_digest,
 )
 
 
@@ -55,23 +54,6 @@ def test_changed_inputs_miss(tmp_path):
     for kind, inputs in [("prune", {"a": 1}), ("prune", {"a": 2}), ("prune", {"a": 1, "b": None}), ("other", {"a": 1})]:
         assert not store.entry(kind, inputs, compute).reused
     assert compute.calls == 4
-
-
-def test_the_digest_of_our_source_follows_its_content(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PACKAGE", tmp_path)
-    (tmp_path / "pruning").mkdir()
-    (tmp_path / "pruning" / "a.py").write_text("1")
-    (tmp_path / "one.py").write_text("1")
-
-    def now(*parts):
-        source_digest.cache_clear()
-        return source_digest(*parts)
-
-    before, alone = now("pruning", "one.py"), now("one.py")
-    (tmp_path / "pruning" / "a.py").write_text("2")
-    assert now("pruning", "one.py") != before
-    assert now("one.py") == alone
-    source_digest.cache_clear()
 
 
 def test_reuse_false_computes_and_replaces(tmp_path):

@@ -20,7 +20,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ...runtime.errors import UserError
 from ...runtime.keeping import require_space
-from ...runtime.store import Store, library_versions, source_digest
+from ...runtime.source import source_digest
+from ...runtime.store import Store, library_versions
 from ..hub import digest, own_root
 from .layouts import LAYOUTS, Layout
 from .processing import published_system, with_protocol, with_system
@@ -88,7 +89,7 @@ def stock_folder(folder: Path) -> Path:
     store = Store(own_root(), together=False, fix="set HF_HOME to a folder of yours")
     inputs = {
         "checkpoint": digest(folder, store.memo),
-        "source": source_digest("checkpoint/convert"),
+        "source": source_digest("checkpoint.convert"),
         "libraries": library_versions(),
     }
     target = store.place("converted", inputs)

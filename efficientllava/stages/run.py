@@ -1,4 +1,4 @@
-"""What a run has opened before its first stage, and the value that each stage gives to the next."""
+"""What the stages of a run are given, and the value that each gives to the next."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoint.folder import Checkpoint, load, round_weights, write
 from ..checkpoint.reload import reload_gate
 from ..data.collator import Collator, prompt
 from ..data.datamodule import RecoveryData
 from ..data.records import Record, open_image
-from ..data.splits import calibration_records, keep_back, load_split, open_data
-from ..evaluation import judges, lmms, tasks
-from ..evaluation.efficiency import sizes
-from ..models.forward import feature_cache, require_images, stock_inputs
+from ..data.splits import load_split
+from ..models.forward import stock_inputs
 from ..record import CURVE
-from ..recovery.caching import require_teacher
-from ..recovery.recover import accumulation
-from ..recovery.trainable import require_trainable
 from ..report.tracking import make_trainer
 from ..runtime import keeping, processes
-from ..runtime.console import quiet_libraries
-from ..runtime.errors import ConfigError, UserError
 from ..runtime.store import Entry, Store
 from ..settings.schema import RunConfig
 from .inputs import inputs_of
@@ -57,13 +48,11 @@ class Made:
     Args:
         stage: ``base``, ``pruned`` or ``recovered``.
         checkpoint: Its checkpoint; the next stage consumes the model.
-        sizes: Parameters, see `efficientllava.evaluation.efficiency.sizes`.
         entry: Its result in the store; None for the base.
     """
 
     stage: str
     checkpoint: Checkpoint
-    sizes: dict[str, Any]
     entry: Entry | None = None
 
 
@@ -178,7 +167,7 @@ class Run:
     def load(self, path: str | Path, *protocol: Any) -> Checkpoint:
         """A checkpoint on the run's device, in its type, with the digest of its content."""
         model = self.settings.model
-        return _load(self.store, self.device, self.settings.prune.offload, path, model.dtype, *protocol)
+        return load_checkpoint(self.store, self.device, self.settings.prune.offload, path, model.dtype, *protocol)
 
     def made(self, stage: str, entry: Entry) -> Made:
         """The checkpoint of a finished stage, loaded from the run's folder."""
@@ -187,82 +176,11 @@ class Run:
         if checkpoint.base["digest"] == self.base.base["digest"]:
             checkpoint.provenance["base"] = self.base.base  # the store may name a copy that another run had
         self.features.follow(checkpoint.model)  # the one before is consumed, or not kept
-        return Made(stage, checkpoint, sizes(checkpoint.model), entry)
+        return Made(stage, checkpoint, entry)
 
 
-def _load(store: Store, device: str, offload: bool, path: str | Path, dtype: str, *protocol: Any) -> Checkpoint:
-    checkpoint = load(str(path), dtype, device, *protocol, host=offload, memo=store.memo)
+def load_checkpoint(store: Store, device: str, offload: bool, path: str | Path, dtype: str, *more: Any) -> Checkpoint:
+    """See `Run.load`; with ``offload`` the weights stay on the host."""
+    checkpoint = load(str(path), dtype, device, *more, host=offload, memo=store.memo)
     checkpoint.content = processes.on_first(lambda: checkpoint.digest)
     return checkpoint
-
-
-def begin(run: Run) -> Made:
-    """The base, from which the stages go on."""
-    return Made("base", run.base, sizes(run.base.model))
-
-
-def device_of(settings: RunConfig) -> str:
-    """Where the models of a run are, ``cpu`` or a GPU such as ``cuda:0``."""
-    return f"cuda:{torch.cuda.current_device()}" if processes.on_gpu(settings.trainer) else "cpu"
-
-
-def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
-    """Open whatever a stage will need, so that a fault is found before the first one.
-
-    Args:
-        settings: The checked configuration.
-        folder: The run's folder.
-        expected: What will come out.
-
-    Raises:
-        UserError: Something that a stage will need is not there.
-    """
-    quiet_libraries()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    store, device = Store(Path(settings.paths.cache_dir), settings.reuse), device_of(settings)
-    files = open_data(settings)  # before the weights, which take their time at full size
-    asked = _benchmarks(settings)
-    model = settings.model
-    known = (model.path, model.dtype, model.revision, model.protocol, model.system)
-    base = _load(store, device, settings.prune.offload, *known)
-    features, collate = feature_cache(base.model), Collator(base.processor, settings.data.max_length)
-    lmms.prepare(settings.evaluate)
-    calibration = []
-    if settings.prune.method != "none":
-        calibration = calibration_records(settings.calibration, settings.data, settings.seed, collate)
-    calibration, reported = keep_back(settings, calibration, collate)
-    opened = (settings, folder, store, device, base, files, asked, collate, features, calibration, reported)
-    run = Run(*opened, _recovery(settings, base), expected)
-    if "pixel_values" in run.probe:
-        require_images(base.model, run.probe)
-    if open_data(settings) != files:
-        raise UserError("data.path, or calibration.path: has changed while it was opened; run again")
-    return run
-
-
-def _benchmarks(settings: RunConfig) -> list[Any]:
-    """The benchmarks of a run, with their questions and judges looked for."""
-    found = [tasks.load(name, settings.data, settings.evaluate) for name in settings.evaluate.tasks]
-    problems = []
-    for task in found:
-        try:
-            task.records()
-            judges.prepare(task.name, settings.evaluate.judge)
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return found
-
-
-def _recovery(settings: RunConfig, base: Checkpoint) -> RecoveryData | None:
-    """The data of the recovery, which its teacher and what trains can use."""
-    config, data = settings.recover, settings.data
-    if config.name == "none":
-        return None
-    require_teacher(config, base.base, base.model)
-    accumulation(data.batch_size, data.global_batch_size, processes.world_size())
-    recovery = RecoveryData(data, base.processor, settings.data_frac, settings.seed)
-    require_trainable(recovery.records, config.train)
-    return recovery
