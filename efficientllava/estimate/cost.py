@@ -208,7 +208,7 @@ def _pruning(plan: Forecast) -> float:
     elif config.method == "auto":
         search = settings.search
         if search.method == "knapsack":
-            passes += 3 + evaluations(search.rounds, search.generations) * COMPARED  # with the costs' gradients
+            passes += 3 + evaluations(search, COMPARED * tokens * base) * COMPARED  # with the costs' gradients
         else:
             passes += 1 + search.rounds * search.generations * search.population * sum(search.stages)
         cuts += search.finalists + 1 if search.finalists > 1 and search.granularity == "structured" else 0

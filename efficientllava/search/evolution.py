@@ -149,13 +149,13 @@ class Search:
         state = self._state
         if state.objective is None:
             self._begin()
-        while state.generation < self._config.generations:
+        while state.generation < self._generations:
             state.generation += 1
             self._generation()
             self._save()
             if self._tick:
-                done = state.round * self._config.generations + state.generation
-                self._tick("search policies", done, self._config.rounds * self._config.generations)
+                done = state.round * self._generations + state.generation
+                self._tick("search policies", done, self._config.rounds * self._generations)
 
     def end_round(self, changed: bool = False) -> None:
         """Close the current round.
@@ -171,6 +171,11 @@ class Search:
             self._score(state.archive, 1.0)
             self._select(state.archive)
         self._save()
+
+    @property
+    def _generations(self) -> int:
+        """Generations of a round."""
+        return self._config.generations
 
     def _begin(self) -> None:
         """Evaluate the first population on all samples and standardise the objective on it."""

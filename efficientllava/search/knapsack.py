@@ -2,7 +2,7 @@
 
 Each policy is the solution of a multiple-choice knapsack over what every level of every gene costs. Only four prices
 are searched, on samples that the levels were not fitted to: the fewer numbers are chosen, the less is fitted to the
-samples that they are chosen on.
+samples that they are chosen on. Where candidates cost next to nothing, evolution goes on from the policies found.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..schema import SearchConfig
 from .evolution import Search
 from .space import Gene, Policy
 
@@ -62,6 +63,8 @@ class Prices:
 # The costs as they are; nothing of the attention (its price is high); losses spread, and gathered.
 START = (Prices(), Prices(attention=20.0, power=2.0), Prices(power=2.0), Prices(power=0.7))
 CHILDREN = 8  # neighbours of a point
+EVOLVED = 2e12  # operations that evolution may take: seconds of a CPU
+LONGEST = 12  # its generations at most
 
 
 class KnapsackSearch(Search):
@@ -69,12 +72,13 @@ class KnapsackSearch(Search):
 
     Args:
         errors: Errors of all genes at all levels.
+        evolved: Generations of evolution at the end of each round, see `affordable`.
         *args: As of `Search`.
         **more: As of `Search`.
     """
 
-    def __init__(self, errors: Errors, *args: Any, **more: Any) -> None:
-        self._errors = errors
+    def __init__(self, errors: Errors, evolved: int, *args: Any, **more: Any) -> None:
+        self._errors, self._evolved = errors, evolved
         self._prices: dict[Policy, Prices] = {}
         super().__init__(*args, **more)
         for entry in self._state.record:
@@ -86,11 +90,17 @@ class KnapsackSearch(Search):
         """The better one of the policies that look at no layer: the same share of every gene, or of every MLP only."""
         return self._ranked({super().plain, self._solve(START[1])})[0]
 
+    @property
+    def _generations(self) -> int:
+        return self._config.generations + self._evolved
+
     def _first(self, rng: random.Random) -> list[Policy]:
         return list(dict.fromkeys([*self._given(rng), *map(self._solve, START)]))
 
     def _children(self, rng: random.Random) -> list[Policy]:
         config, state = self._config, self._state
+        if state.generation > config.generations:
+            return super()._children(rng)
         done = state.round * config.generations + state.generation - 1
         priced = [policy for policy in self._ranked(self.risks) if policy in self._prices]
         near = map(self._solve, self._prices[priced[0]].neighbours(0.5**done))
@@ -106,6 +116,17 @@ class KnapsackSearch(Search):
         return {"prices": prices and asdict(prices)}
 
 
-def evaluations(rounds: int, generations: int) -> int:
-    """Most policies that a search evaluates."""
-    return 3 + len(START) + rounds * generations * CHILDREN
+def affordable(config: SearchConfig, operations: float) -> int:
+    """Generations of evolution at the end of a round that cost next to nothing.
+
+    Args:
+        config: Rounds and population.
+        operations: Of one policy on the samples.
+    """
+    return min(LONGEST, int(EVOLVED / (operations * config.population * config.rounds)))
+
+
+def evaluations(config: SearchConfig, operations: float) -> int:
+    """Most policies that a search evaluates; for the arguments see `affordable`."""
+    prices, evolved = config.generations * CHILDREN, affordable(config, operations) * config.population
+    return 3 + len(START) + config.rounds * (prices + evolved)

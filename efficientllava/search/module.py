@@ -17,13 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.splits import split_folds
-from ..models.anatomy import layers_of, projector_of
-from ..models.forward import (
-    Batch,
-    FeatureCache,
-    feature_cache,
-    to_device,
-)
+from ..models.anatomy import language_parameters, layers_of, projector_of
+from ..models.forward import Batch, FeatureCache, feature_cache, to_device
 from ..pruning.comparison import simplest
 from ..pruning.control import reinitialise
 from ..pruning.plan import PruningPlan
@@ -45,7 +40,7 @@ from .cut import cut_policy, plan_of, trials
 from .evaluator import Evaluator
 from .evolution import Search
 from .generalization import gap_of
-from .knapsack import KnapsackSearch
+from .knapsack import KnapsackSearch, affordable
 from .latency import asked_share, budget_of
 from .levels import LevelTable, open_table
 from .masks import Masks
@@ -225,7 +220,9 @@ class SearchModule(LightningModule):
         floor = max(influence) * 1e-3 or 1.0
         shaped = space.shaped([math.sqrt(max(value, floor)) for value in influence])
         if self._config.method == "knapsack":
-            kind = partial(KnapsackSearch, errors or _changes(table, influence))
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in stream.batches)
+            evolved = affordable(self._config, 2.0 * tokens * language_parameters(self.model))
+            kind = partial(KnapsackSearch, errors or _changes(table, influence), evolved)
         search = kind(
             space,
             evaluate,

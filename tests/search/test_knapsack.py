@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from efficientllava.search.knapsack import KnapsackSearch, Prices
+from efficientllava.search.knapsack import EVOLVED, LONGEST, KnapsackSearch, Prices, affordable, evaluations
 from efficientllava.search.objective import Risk
 from efficientllava.search.space import Budget, Gene, SearchSpace
 from efficientllava.settings.schema import SearchConfig
@@ -67,7 +67,7 @@ def test_a_search_over_prices_finds_what_additive_costs_miss_and_goes_on_where_i
 
     def search(path=None, evaluate=evaluate):
         seeds = [SPACE.uniform(), SPACE.ranked(known)]
-        return KnapsackSearch(known, SPACE, evaluate, lambda policy: 0.0, config, 0, seeds, path)
+        return KnapsackSearch(known, 0, SPACE, evaluate, lambda policy: 0.0, config, 0, seeds, path)
 
     whole = search()
     whole.run_round()
@@ -87,3 +87,24 @@ def test_a_search_over_prices_finds_what_additive_costs_miss_and_goes_on_where_i
     resumed = search(tmp_path / "state.json")
     resumed.run_round()
     assert resumed.record == whole.record and resumed.plain == whole.plain
+
+
+def test_evolution_follows_where_policies_are_cheap_and_finds_what_no_price_says():
+    known = errors(1)
+    true = errors(2)  # nothing that the prices know of
+
+    def evaluate(policies, _share):
+        return [Risk(total(policy, true), 0.0, 0.0) for policy in policies]
+
+    config = SearchConfig("quick", method="knapsack", gap="held_out", rounds=1, generations=3, population=20)
+
+    def found(evolved: int) -> float:
+        search = KnapsackSearch(known, evolved, SPACE, evaluate, lambda policy: 0.0, config, 0, [SPACE.uniform()])
+        while not search.finished:
+            search.run_round()
+            search.end_round()
+        assert len(search.record) <= evaluations(config, EVOLVED / config.population / max(evolved, 0.5))
+        return total(search.best, true)
+
+    assert found(8) < found(0)
+    assert affordable(config, 1e9) == LONGEST and affordable(config, 1e12) == 0
