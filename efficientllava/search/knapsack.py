@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..schema import SearchConfig
+from ..settings.schema import SearchConfig
 from .evolution import Search
 from .space import Gene, Policy
 
