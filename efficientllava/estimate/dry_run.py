@@ -23,7 +23,7 @@ from ..data.splits import (
     usable,
 )
 from ..evaluation import tasks
-from ..evaluation.efficiency import sizes
+from ..models.anatomy import sizes
 from ..recovery.losses import describe as describe_loss
 from ..recovery.trainable import require_trainable
 from ..report.tables import percent, quantity, tabulate

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..models.anatomy import decoder_of, language_parameters
+from ..models.anatomy import decoder_of, sizes
 from ..models.forward import (
     Batch,
     decoder_inputs,
@@ -112,11 +112,6 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_ar
 
 # torch's counter has no formula for the attention kernel of the CPU.
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
-def parameters(model: nn.Module) -> int:
-    """All parameters of a model: vision tower, projector and language model; tied weights once."""
-    return sum(p.numel() for p in model.parameters())
 
 
 def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
@@ -287,11 +282,6 @@ def _setup(model: nn.Module, batch: Batch, cfg: EvaluateConfig) -> dict[str, Any
         "repeats": cfg.repeats,
         "warm_up": WARM_UP,
     }
-
-
-def sizes(model: nn.Module) -> dict[str, Any]:
-    """What is known of a model without running it: ``parameters`` and ``language_parameters``."""
-    return {"parameters": parameters(model), "language_parameters": language_parameters(model)}
 
 
 def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:

@@ -253,10 +253,20 @@ def host_type(text_config: Any) -> str:
     return name
 
 
+def parameters(model: nn.Module) -> int:
+    """All parameters of a model: vision tower, projector and language model; tied weights once."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def language_parameters(model: nn.Module) -> int:
     """Count the language model: embeddings, decoder layers, final norm and head; tied weights once."""
     modules = (decoder_of(model), model.lm_head)
     return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """What is known of a model without running it: ``parameters`` and ``language_parameters``."""
+    return {"parameters": parameters(model), "language_parameters": language_parameters(model)}
 
 
 def layers_of(model: nn.Module, heads: str = "group") -> list[Layer]:

@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.card import usage
 from ..checkpoint.folder import resolve
 from ..evaluation.answers import set_aside
-from ..evaluation.efficiency import checkpoint_bytes, measure, quantized, sizes
+from ..evaluation.efficiency import checkpoint_bytes, measure, quantized
 from ..models.pruned import is_per_layer
 from ..pruning.plan import PruningPlan
 from ..record import STAGES, build, write
@@ -103,7 +103,7 @@ def _efficiency(run: Run, chain: Sequence[Made]) -> dict[str, dict[str, Any]]:
     With offload one model at a time is on the device: two may not fit.
     """
     config, model = run.settings.evaluate, run.settings.model
-    kind, stages = config.quantization, {made.stage: sizes(made.checkpoint.model) for made in chain}
+    kind, stages = config.quantization, {made.stage: dict(made.sizes) for made in chain}
     if kind != "none":
         stages |= {f"{name}_{kind}": dict(size) for name, size in stages.items()}
     if config.efficiency:

@@ -14,6 +14,7 @@ from ..data.collator import Collator, prompt
 from ..data.datamodule import RecoveryData
 from ..data.records import Record, open_image
 from ..data.splits import load_split
+from ..models.anatomy import sizes
 from ..models.forward import stock_inputs
 from ..record import CURVE
 from ..report.tracking import make_trainer
@@ -41,7 +42,6 @@ class Expected:
     shapes: Sequence[Any]
 
 
-@dataclass(frozen=True)
 class Made:
     """What a stage has made.
 
@@ -51,9 +51,9 @@ class Made:
         entry: Its result in the store; None for the base.
     """
 
-    stage: str
-    checkpoint: Checkpoint
-    entry: Entry | None = None
+    def __init__(self, stage: str, checkpoint: Checkpoint, entry: Entry | None = None) -> None:
+        self.stage, self.checkpoint, self.entry = stage, checkpoint, entry
+        self.sizes = sizes(checkpoint.model)  # now: on the meta device tied weights are no longer one
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.estimate.forecast import meta_model, plan_outline
-from efficientllava.evaluation.efficiency import parameters
+from efficientllava.models.anatomy import parameters
 from efficientllava.settings.compose import FAMILIES, SHARES, register_schema, typed
 from efficientllava.settings.schema import RunConfig
 

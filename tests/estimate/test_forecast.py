@@ -12,8 +12,7 @@ from efficientllava.checkpoint.convert import layouts
 from efficientllava.checkpoint.folder import load, stock_config
 from efficientllava.checkpoint.hub import TELLING, local_folder
 from efficientllava.estimate.forecast import meta_model
-from efficientllava.evaluation.efficiency import parameters
-from efficientllava.models.anatomy import language_parameters, layers_of, projector_of
+from efficientllava.models.anatomy import language_parameters, layers_of, parameters, projector_of
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import ModelConfig
