@@ -136,7 +136,7 @@ def test_what_is_measured_side_by_side_is_held_side_by_side(folder):
 
 
 def test_the_base_makes_room_for_the_pruned_model(folder, tmp_path, monkeypatch):
-    from efficientllava.recovery import recover as stage
+    from efficientllava.stages import recover as stage
 
     def alive():
         gc.collect()
@@ -144,14 +144,14 @@ def test_the_base_makes_room_for_the_pruned_model(folder, tmp_path, monkeypatch)
         return [o for o in gc.get_objects() if type(o).__name__ in names and not next(o.parameters()).is_meta]
 
     kept = alive()
-    held, recover, others = [], stage.recover, {id(model) for model in kept}
+    held, recover, others = [], stage.train, {id(model) for model in kept}
 
     def watch(student, *args, **options):
         held.extend(model for model in alive() if id(model) not in others)
         assert student in held
         return recover(student, *args, **options)
 
-    monkeypatch.setattr(stage, "recover", watch)
+    monkeypatch.setattr(stage, "train", watch)
     monkeypatch.setattr("efficientllava.stages.run.reload_gate", lambda *_: None)
     options = ["recover=sft", "prune.selection=local", "evaluate.efficiency=false", "evaluate=none"]
     run(tmp_path / "run", small(folder, tmp_path / "out", *options))
