@@ -187,7 +187,7 @@ def _search(search: SearchConfig, ratio: float | None) -> Iterator[str]:
         yield f"{asked}={share:g}: search.granularity={granularity} removes at most {largest:g}; lower it"
     if search.uniform and (granularity, resource) != ("structured", "params"):
         yield "search.uniform=true: needs search.granularity=structured and search.budget.resource=params"
-    if search.method == "evolution" and search.mutants + search.crossovers > search.population:
+    if search.method != "random" and search.mutants + search.crossovers > search.population:
         yield (
             f"search.population={search.population}: is less than search.mutants={search.mutants} + "
             f"search.crossovers={search.crossovers}; raise it, or lower them"

@@ -273,7 +273,7 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("prune.offload", lambda config: _on_gpu(config), "without a GPU all weights are in host memory anyway"),
     ("search", lambda c: c.prune.method == "auto", "set prune=auto"),
     *(
-        (f"search.{key}", lambda c: c.search.method == "evolution", "set search.method=evolution")
+        (f"search.{key}", lambda c: c.search.method != "random", "set search.method=evolution")
         for key in ("mutants", "crossovers", "mutation", "exchange")
     ),
     (
@@ -293,11 +293,6 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         "search.finalists",
         lambda c: _cuts(c),
         "masks are not refitted; set search.granularity=structured",
-    ),
-    (
-        "search.population",
-        lambda c: c.search.method != "knapsack",
-        "it has as many policies as prices have neighbours; set search.method=evolution or random",
     ),
     (
         "search.gap_weight",
