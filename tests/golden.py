@@ -25,7 +25,7 @@ SMALL = ("evaluate.limit=60", "evaluate.efficiency=false", "recover.epochs=null"
 TINY = ("search.population=8", "search.mutants=4", "search.crossovers=2", "search.generations=2", "search.parents=2")
 RUNS = {
     "main": ("prune=widthwise", "recover=kd_hidden", "data_frac=0.05", *SMALL),
-    "auto": ("prune=auto", "prune.ratio=0.45", "search.generations=1", "recover=none", *SMALL[:2]),
+    "auto": ("prune=auto", "prune.ratio=0.45", *TINY, "recover=none", *SMALL[:2]),
     "evolution": ("prune=auto", "search=thorough", *TINY, "recover=none", *SMALL[:2]),
     "layerwise": ("prune=layerwise", "prune.ratio=0.3", "recover=sft", *SMALL),
     "tiny_bunny": ("model=tiny_bunny", "prune=flap", "prune.ratio=0.3", "recover=kd_logit", *SMALL),

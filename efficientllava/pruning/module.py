@@ -58,7 +58,7 @@ class PruningModule(LightningModule):
         tick: Tick = silent,
         device: torch.device | str = "cpu",
         write: Callable[[nn.Module], list[Batch]] | None = None,
-        written_share: float = 0.3,
+        written_share: float = 0.5,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True

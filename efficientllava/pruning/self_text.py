@@ -1,7 +1,8 @@
 """Text that the dense model writes itself: more statistics where the calibration records are few, without any data.
 
-Sources: self-calibration (arXiv 2410.17170), prompts as in Magpie (arXiv 2406.08464). The model starts from what its
-chat template puts before a question, writes the question, and after what the template puts next, the answer.
+Sources: self-calibration (arXiv 2410.17170), prompts as in Magpie (arXiv 2406.08464). Half of the sequences are
+conversations: the model starts from what its chat template puts before a question, writes the question, and after what
+the template puts next, the answer. The other half is whatever it writes on from its begin token: text of other kinds.
 """
 
 from __future__ import annotations
@@ -61,12 +62,11 @@ class _Chat:
     @classmethod
     def of(cls, model: Any, processor: Any) -> _Chat:
         prompts = Prompts(processor)
-        tokenizer, special = prompts.tokenizer, _specials(prompts.tokenizer)
-        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+        special, free = _specials(prompts.tokenizer), cls.free(model, prompts.tokenizer)
+        ends = set(free.ends)
         text, _ = prompts.text([Turn(_MARKS[0], _MARKS[1]), Turn(_MARKS[2], _MARKS[3])], 0)
         if any(text.count(mark) != 1 for mark in _MARKS):
-            return cls(_start(tokenizer, ends), (), frozenset(ends))
+            return free
         ids, offsets = prompts.tokenize(text)
         # A blank before the content belongs to the content's first token.
         found = [(at := text.index(mark), at + len(mark)) for mark in _MARKS[:3]]
@@ -76,23 +76,26 @@ class _Chat:
             for low, high in ((0, found[0][0]), (found[0][1], found[1][0]), (found[1][1], found[2][0]))
         )
         if not asked or not answered:
-            return cls(opening or _start(tokenizer, ends), (), frozenset(ends))
+            return cls(opening or free.opening, (), free.ends)
         speakers = []
         for answers, after in ((False, asked), (True, answered)):
             first = next((i for i, token in enumerate(after) if token in special), None)
             ends |= set() if first is None else {after[first]}
             speakers.append(_Speaker(answers, after, len(after) if first is None else first + 1))
-        return cls(opening or _start(tokenizer, ends), tuple(speakers), frozenset(ends))
+        return cls(opening or free.opening, tuple(speakers), frozenset(ends))
 
-
-def _start(tokenizer: Any, ends: set[int]) -> tuple[int, ...]:
-    """A token to write on from where the template gives none."""
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else min(ends, default=None)
-    if first is None:
-        raise UserError(
-            "calibration.generate: the tokenizer has no begin or end token to write on from; set calibration.generate=0"
-        )
-    return (first,)
+    @classmethod
+    def free(cls, model: Any, tokenizer: Any) -> _Chat:
+        """No template: the model writes on from its begin token."""
+        named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else min(ends, default=None)
+        if first is None:
+            raise UserError(
+                "calibration.generate: the tokenizer has no begin or end token to write on from; set "
+                "calibration.generate=0"
+            )
+        return cls((first,), (), frozenset(ends))
 
 
 def _specials(tokenizer: Any) -> set[int]:
@@ -115,10 +118,10 @@ class _Row:
     """
 
     def __init__(self, chat: _Chat) -> None:
-        self.ids = list(chat.opening)
-        self.labels = [IGNORE] * len(self.ids)
-        self._chat, self._turn, self._begin = chat, 0, len(self.ids)
-        self._due: list[tuple[int, int]] = []  # (token, label) of what the template puts in
+        first, *due = ((token, IGNORE) for token in chat.opening)
+        self.ids, self.labels = [first[0]], [first[1]]
+        self._chat, self._turn, self._begin = chat, 0, len(chat.opening)
+        self._due = due  # (token, label) of what the template puts in
 
     def add(self, sampled: int) -> None:
         """Append the sampled token, or what the template has in its place."""
@@ -144,25 +147,24 @@ class _Slots(DynamicLayer):
     """Keys and values of one layer, written into memory that is taken once.
 
     Args:
-        rows: Sequences; while one is given, it stands for all of them.
         length: Most tokens.
     """
 
-    def __init__(self, rows: int, length: int) -> None:
+    def __init__(self, length: int) -> None:
         super().__init__()
-        self._rows, self._length, self._filled = rows, length, 0
+        self._length, self._filled = length, 0
         self._memory: tuple[Tensor, ...] = ()
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the new positions and return all, ``(rows, heads, seq, head_dim)``."""
         new = (key_states, value_states)
         if not self._memory:
-            self._memory = tuple(s.new_empty(self._rows, s.shape[1], self._length, s.shape[3]) for s in new)
+            self._memory = tuple(s.new_empty(*s.shape[:2], self._length, s.shape[3]) for s in new)
             self.is_initialized = True
         start, self._filled = self._filled, self._filled + key_states.shape[2]
         for memory, states in zip(self._memory, new, strict=True):
             memory[:, :, start : self._filled] = states
-        keys, values = (memory[: len(key_states), :, : self._filled] for memory in self._memory)
+        keys, values = (memory[:, :, : self._filled] for memory in self._memory)
         return keys, values
 
     def get_seq_length(self) -> int:
@@ -201,7 +203,9 @@ def write_text(
     batch_size: int = 8,
     tick: Tick = silent,
 ) -> list[Batch]:
-    """Have the dense model write conversations, sampled at temperature 1 from the whole vocabulary.
+    """Have the dense model write conversations and, every other one, text without a template.
+
+    Sampled at temperature 1 from the whole vocabulary.
 
     The random numbers belong to sequence and position, so that a sequence does not depend on how many others there are.
 
@@ -221,7 +225,7 @@ def write_text(
     Raises:
         UserError: ``length`` leaves nothing to write or exceeds the context, or the model's logits are not finite.
     """
-    chat = _Chat.of(model, processor)
+    kinds = chat, free = _Chat.of(model, processor), _Chat.free(model, processor.tokenizer)
     longest = int(processor.tokenizer.model_max_length)
     if not len(chat.opening) < length <= longest:
         raise UserError(
@@ -231,14 +235,20 @@ def write_text(
     decoder, head = _working_copy(model)
     weight = head.weight
     barred = (_unwritten(model, processor) | set(range(len(processor.tokenizer), len(weight)))) - chat.ends
-    bar = torch.zeros(len(weight), device=weight.device)
-    bar[[token for token in barred if token < len(weight)]] = -torch.inf
+    bar = torch.zeros(2, len(weight), device=weight.device)
+    bar[:, [token for token in barred if token < len(weight)]] = -torch.inf
+    bar[
+        1, list(free.ends)
+    ] = -torch.inf  # text goes on, else a model that was never asked to may write nothing but ends
     draws = torch.rand(count, length, generator=torch.Generator().manual_seed(seed)).to(weight.device)
     width = sum(2 * layer.attention.units * layer.head_dim for layer in layers_of(model))
     at_once = max(1, MEMORY // (width * length * weight.element_size() + 16 * len(weight)))
     rows: list[_Row] = []
     for some in draws.split(at_once):
-        rows += _write(decoder, head, chat, some, bar)
+        kind = [number % 2 for number in range(len(rows), len(rows) + len(some))]
+        new = [_Row(kinds[i]) for i in kind]
+        _write(decoder, head, new, some, bar[kind])
+        rows += new
         tick("write text", len(rows), count)
     batches: list[Batch] = []
     for start in range(0, count, batch_size):
@@ -251,25 +261,22 @@ def write_text(
 
 
 @torch.inference_mode()
-def _write(decoder: Any, head: nn.Module, chat: _Chat, draws: Tensor, bar: Tensor) -> list[_Row]:
-    """Write the sequences of all rows of ``draws`` ``(rows, length)``; ``bar`` ``(vocabulary,)`` is added to logits."""
-    count, length = draws.shape
-    cache = Cache(layers=[_Slots(count, length) for _ in decoder.layers])
-    rows = [_Row(chat) for _ in range(count)]
-    ids = torch.tensor([chat.opening], device=draws.device)  # once for all
-    for position in range(len(chat.opening), length):
+def _write(decoder: Any, head: nn.Module, rows: Sequence[_Row], draws: Tensor, bar: Tensor) -> None:
+    """Write rows to the length of ``draws`` ``(rows, length)``; ``bar`` ``(rows, vocabulary)`` is added to logits."""
+    length = draws.shape[1]
+    cache = Cache(layers=[_Slots(length) for _ in decoder.layers])
+    for position in range(1, length):
+        ids = torch.tensor([row.ids[-1:] for row in rows], device=draws.device)
         # By position: what the cache is called depends on the version of transformers.
         state = decoder(ids, None, None, cache, use_cache=True).last_hidden_state[:, -1]
         sampled = _sample(head(state).float() + bar, draws[:, position])
         for row, token in zip(rows, sampled, strict=True):
             row.add(token)
-        ids = torch.tensor([row.ids[-1:] for row in rows], device=draws.device)
-    return rows
 
 
 def _sample(logits: Tensor, draws: Tensor) -> list[int]:
-    """Tokens by inverse CDF: ``logits`` ``(rows or 1, vocabulary)``, ``draws`` ``(rows,)`` in [0, 1)."""
-    cdf = logits.softmax(-1).cumsum(-1).expand(len(draws), -1).contiguous()
+    """Tokens by inverse CDF: ``logits`` ``(rows, vocabulary)``, ``draws`` ``(rows,)`` in [0, 1)."""
+    cdf = logits.softmax(-1).cumsum(-1)
     total = cdf[:, -1:]
     if not total.isfinite().all():
         raise UserError(

@@ -120,8 +120,11 @@ def position_weights(batch: Batch, counted: Tensor, beginning: Beginning) -> Ten
         ``(batch, seq)``, float32.
     """
     weights = counted.float()
-    order = batch["attention_mask"].to(counted.device).cumsum(1)  # 1 at the first real token
-    weights[(order <= len(beginning.ids)) & counted] /= beginning.records
+    shared = list(beginning.ids)
+    for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], weights, strict=True):
+        places = mask.nonzero()[: len(shared), 0]
+        if ids[places].tolist() == shared:
+            row[places.to(row.device)] /= beginning.records
     return weights
 
 

@@ -77,7 +77,7 @@ class SearchInputs:
     tables: Path
     work: Path
     write: Callable[[nn.Module], list[Batch]] | None = None
-    written_share: float = 0.3
+    written_share: float = 0.5
 
 
 class SearchModule(LightningModule):

@@ -300,7 +300,7 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
     ("prune.offload", lambda config: _on_gpu(config), "without a GPU all weights are in host memory anyway"),
     ("search", lambda c: c.prune.method == "auto", "set prune=auto"),
     *(
-        (f"search.{key}", lambda c: c.search.method == "evolution", "set search.method=evolution")
+        (f"search.{key}", lambda c: c.search.method != "random", "set search.method=evolution")
         for key in ("mutants", "crossovers", "mutation", "exchange")
     ),
     (
@@ -320,11 +320,6 @@ EFFECTS: tuple[tuple[str, Callable[[RunConfig], bool], str], ...] = (
         "search.finalists",
         lambda c: _cuts(c),
         "masks are not refitted; set search.granularity=structured",
-    ),
-    (
-        "search.population",
-        lambda c: c.search.method != "knapsack",
-        "it has as many policies as prices have neighbours; set search.method=evolution or random",
     ),
     (
         "search.gap_weight",
@@ -594,7 +589,7 @@ def _search(search: SearchConfig, ratio: float | None) -> Iterator[str]:
         yield f"{asked}={share:g}: search.granularity={granularity} removes at most {largest:g}; lower it"
     if search.uniform and (granularity, resource) != ("structured", "params"):
         yield "search.uniform=true: needs search.granularity=structured and search.budget.resource=params"
-    if search.method == "evolution" and search.mutants + search.crossovers > search.population:
+    if search.method != "random" and search.mutants + search.crossovers > search.population:
         yield (
             f"search.population={search.population}: is less than search.mutants={search.mutants} + "
             f"search.crossovers={search.crossovers}; raise it, or lower them"

@@ -48,7 +48,7 @@ class CalibrationConfig:
     # sequences that the dense model writes itself for the statistics, >= 0; None: 48 where no record shows an image
     generate: int | None = None
     generate_length: int = 128  # tokens of each, those of the chat template included, >= 2
-    generate_share: float = 0.3  # share of the statistics that the written text decides, (0, 1)
+    generate_share: float = 0.5  # share of the statistics that the written text decides, (0, 1)
 
 
 @dataclass

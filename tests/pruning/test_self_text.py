@@ -76,7 +76,7 @@ def test_a_sequence_does_not_depend_on_how_many_are_written_at_once(monkeypatch)
 def test_the_template_stands_where_it_belongs(name):
     opening, between, closing = (ids_of(name, part) for part in TEMPLATES[name])
     tokenizer = checkpoint(name).processor.tokenizer
-    found = written(name, count=16, length=60)
+    found = {key: value[::2] for key, value in written(name, count=32, length=60).items()}
     turns = 0
     for ids, labels in zip(found["input_ids"].tolist(), found["labels"].tolist(), strict=True):
         assert ids[: len(opening)] == opening
@@ -94,6 +94,16 @@ def test_the_template_stands_where_it_belongs(name):
         turns += len(closed)
         assert not set(ids) & {*tokenizer.all_special_ids} - {*opening, *between, *closing}
     assert turns > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_other_sequence_is_free_of_the_template(name):
+    tokenizer, found = checkpoint(name).processor.tokenizer, written(name)
+    free = found["input_ids"][1::2]
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    assert free[:, 0].tolist() == [first] * len(free)
+    assert torch.equal(found["labels"][1::2, 1:], free[:, 1:]) and (found["labels"][:, 0] == -100).all()
+    assert len({tuple(row) for row in free.tolist()}) == len(free)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -147,16 +157,19 @@ def test_it_samples_from_what_the_model_says(name):
         logits = loaded.model.lm_head(forward_hidden(loaded.model, found)).float()
     opening, between, closing = (ids_of(name, part) for part in TEMPLATES[name])
     special = {i for i, token in loaded.processor.tokenizer.added_tokens_decoder.items() if token.special}
-    logits[..., sorted(special - {between[0], closing[0]})] = -torch.inf
+    ends = sorted({between[0], closing[0]} & special)
+    logits[..., sorted(special - {*ends})] = -torch.inf
+    logits[1::2][..., ends] = -torch.inf  # text without a template does not end
     agree = []
     for row in range(4):
-        for place in range(len(opening), LENGTH):
+        chats = row % 2 == 0
+        for place in range(len(opening) if chats else 1, LENGTH):
             token = int(found["input_ids"][row, place])
-            if token in between[1:] + closing[1:]:
+            if chats and token in between[1:] + closing[1:]:
                 continue  # put in by the template
             cdf = logits[row, place - 1].softmax(-1).cumsum(-1)
             # In place of an end that is not the template's stands the template's.
-            meant = [token, closing[0]] if token == between[0] else [token]
+            meant = [token, closing[0]] if chats and token == between[0] else [token]
             low, high = ([float(cdf[t - shift]) for t in meant] for shift in (1, 0))
             draw = float(draws[row, place])
             agree.append(any(a - 1e-4 <= draw <= b + 1e-4 for a, b in zip(low, high, strict=True)))

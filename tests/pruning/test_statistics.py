@@ -192,6 +192,8 @@ def test_what_all_records_begin_with_counts_once():
     places = [int(mask.argmax()) for b in template for mask in b["attention_mask"]]
     first = [stream._shares[i // 3][i % 3, place] for i, place in enumerate(places)]
     assert float(sum(first)) == pytest.approx(1.0)
+    other = {**template[0], "input_ids": template[0]["input_ids"] + 1}  # begins otherwise, such as written text
+    assert CalibrationStream(make_model(), [other], beginning=beginning).shares(0).eq(1).all()
     assert Beginning.of(template[:1], image).records == 3
     assert Beginning.of([{k: v[:1] for k, v in template[0].items() if isinstance(v, torch.Tensor)}], image).ids == ()
 
