@@ -18,7 +18,7 @@ from ..recovery.losses import build_terms
 from ..recovery.trainable import prepare, trainable
 from ..runtime import processes
 from ..runtime.errors import UserError
-from ..search.latency import asked_share
+from ..search.budget import asked_share
 from ..search.structured import Structured
 from ..settings.schema import RunConfig
 from ..stages.run import Expected

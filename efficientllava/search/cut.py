@@ -22,8 +22,7 @@ from ..pruning.pruner import (
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from ..runtime.processes import gather
 from ..settings.schema import PruneConfig
-from .levels import LevelTable
-from .recipe import Recipe
+from .levels import LevelTable, Recipe
 from .space import Policy
 
 

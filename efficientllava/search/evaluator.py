@@ -20,7 +20,7 @@ from ..pruning.statistics import CalibrationStream
 from ..runtime import processes
 from ..runtime.errors import UserError
 from .candidate import Answers, LayerShell, without_unseen
-from .objective import Risk
+from .evolution import Risk
 from .space import Gene, Policy
 
 

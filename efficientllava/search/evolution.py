@@ -9,30 +9,116 @@ evaluates policies is needed, no model.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import random
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UserError
+from ..runtime.files import whole_file
 from ..settings.schema import SearchConfig
-from .objective import Objective, Risk
 from .space import Policy, SearchSpace
-from .state import (
-    State,
-    identity_of,
-    read,
-    write,
-)
 
 TRIES = 10  # draws until a child is given up that has been seen before
 
+Tick = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Risk:
+    """Empirical risk of one policy.
+
+    Args:
+        loss: Cross-entropy of the answers, nats per supervised token.
+        kl: ``KL(dense || pruned)`` per supervised token, nats.
+        error: Share of answers with at least one wrong token, teacher-forced, [0, 1].
+    """
+
+    loss: float
+    kl: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``J = z(R) + lambda z(gap)``, both standardised on the first population (structural risk minimization).
+
+    Args:
+        risk: Which field of `Risk` is ``R``.
+        weight: ``lambda``, >= 0.
+        risk_mean: Mean of ``R`` in the first population.
+        risk_std: Its standard deviation, > 0.
+        gap_mean: Mean of the gap in the first population.
+        gap_std: Its standard deviation, > 0.
+    """
+
+    risk: str
+    weight: float
+    risk_mean: float
+    risk_std: float
+    gap_mean: float
+    gap_std: float
+
+    @classmethod
+    def fitted(cls, risk: str, weight: float, risks: Sequence[Risk], gaps: Sequence[float]) -> Objective:
+        """Standardise on a population; a constant term gets a deviation of 1, overflows do not count."""
+        return cls(risk, weight, *_moments([getattr(r, risk) for r in risks]), *_moments(gaps))
+
+    def value(self, risk: Risk, gap: float) -> float:
+        """``J`` of a policy; infinite where the risk overflowed."""
+        empirical = (getattr(risk, self.risk) - self.risk_mean) / self.risk_std
+        total = empirical + self.weight * (gap - self.gap_mean) / self.gap_std
+        return total if math.isfinite(total) else math.inf
+
+
+def _moments(values: Sequence[float]) -> tuple[float, float]:
+    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    return statistics.fmean(finite), statistics.pstdev(finite) or 1.0
+
+
+@dataclass
+class State:
+    """Everything that a killed search goes on from; draws depend on the generation alone.
+
+    Args:
+        round: Closed rounds.
+        generation: Generations that are done in the current round.
+        theta: Version of the projector: how often it has changed.
+        objective: Standardised on the first population; None before.
+        archive: Best policies so far, best first.
+        record: Every evaluation, see `efficientllava.search.evolution.Search.record`.
+        history: Every generation, see `efficientllava.search.evolution.Search.history`.
+    """
+
+    round: int = 0
+    generation: int = 0
+    theta: int = 0
+    objective: Objective | None = None
+    archive: list[Policy] = field(default_factory=list)
+    record: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path | None) -> State:
+        """What a killed search has left; an empty one where there is no file."""
+        if path is None or not path.exists():
+            return cls()
+        known = json.loads(path.read_text(encoding="utf-8"))
+        objective, archive = known.pop("objective"), map(tuple, known.pop("archive"))
+        return cls(objective=objective and Objective(**objective), archive=list(archive), **known)
+
+    def write(self, path: Path) -> None:
+        """Write it so that a kill leaves the old file or the new one."""
+        with whole_file(path) as file:
+            file.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+
 # Risks of policies on the first share of the samples, (0, 1].
 Evaluate = Callable[[Sequence[Policy], float], list[Risk]]
-Tick = Callable[[str, int, int], None]
 
 
 class Search:
@@ -55,13 +141,12 @@ class Search:
         config: Method, objective and sizes.
         seed: Seed of all draws.
         seeds: Policies that the first population starts with, such as ``space.uniform()``.
-        path: State file; None keeps the state in memory.
-        identity: What else makes this search what it is, by name: digests of model, samples and level table.
+        path: State file, in a folder of this very search; None keeps the state in memory.
         writes: Whether this process writes the state; several processes that share a generation read the same file.
         tick: Progress.
 
     Raises:
-        UserError: No policy meets the budget, or the state file is another search's.
+        UserError: No policy meets the budget.
     """
 
     def __init__(
@@ -73,7 +158,6 @@ class Search:
         seed: int = 0,
         seeds: Sequence[Policy] = (),
         path: Path | None = None,
-        identity: Mapping[str, str] | None = None,
         writes: bool = True,
         tick: Tick | None = None,
     ) -> None:
@@ -82,8 +166,7 @@ class Search:
             raise UserError(f"search.stages={list(config.stages)}: must rise and end with 1, such as [0.25, 1.0]")
         self._space, self._evaluate, self._gap, self._config = space, evaluate, functools.cache(gap), config
         self._seed, self._seeds, self._path, self._writes, self._tick = seed, seeds, path, writes, tick
-        self._identity = identity_of(space, config, seed, seeds, identity or {})
-        self._state = read(path, self._identity) if path else State()
+        self._state = State.read(path)
         self._known: dict[tuple[int, float], dict[Policy, Risk]] = {}
         for entry in self._state.record:
             risk = Risk(entry["loss"], entry["kl"], entry["error"])
@@ -302,4 +385,4 @@ class Search:
 
     def _save(self) -> None:
         if self._path and self._writes:
-            write(self._state, self._path, self._identity)
+            self._state.write(self._path)

@@ -8,34 +8,88 @@ recipe: `efficientllava.search.structured.Structured` or `efficientllava.search.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.anatomy import Layer, layers_of
+from ..models.anatomy import Component, Layer, layers_of
 from ..pruning.plan import LayerPlan
 from ..pruning.scores import Calibration, layer_statistics, open_stream
 from ..pruning.sensitivity import sensitivity
-from ..runtime.errors import UserError
-from ..runtime.files import whole_folder
-from ..runtime.processes import barrier, rank
+from ..runtime.processes import rank
 from ..runtime.store import Store
 from .generalization import LinearNorms
-from .recipe import Recipe
 from .space import Gene, Policy
 
-FORMAT = 3  # version of the files; a table of another version is refused
 RECORD = "table.json"
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of one gene, as a recipe makes it.
+
+    Args:
+        removed: Parameters cut off (structured) or weights set to zero (masks).
+        norms: Norms of every linear layer of the gene, readers first.
+        tensors: What `Recipe.assemble` needs, by name; empty where nothing is removed.
+        error: Rise of the divergence from the dense model by what the gene writes, up to a common factor; None where
+            the recipe does not know it.
+    """
+
+    removed: int
+    norms: tuple[LinearNorms, ...]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    error: float | None = None
+
+
+class Recipe(Protocol):
+    """What a level is. Recipes are frozen dataclasses: their fields are part of a table's identity."""
+
+    @property
+    def granularity(self) -> str:
+        """``structured``, ``unstructured`` or ``2:4``."""
+        ...
+
+    @property
+    def tokens(self) -> str:
+        """Positions that enter the statistics, see `efficientllava.pruning.statistics.counted_positions`."""
+        ...
+
+    def amounts(self, component: Component) -> tuple[float, ...]:
+        """Share removed by each level, ascending."""
+        ...
+
+    def inputs(self, component: Component) -> list[nn.Linear]:
+        """Linear layers whose input statistics `levels` needs."""
+        ...
+
+    def levels(self, component: Component, grams: list[Tensor], felt: Tensor | None = None) -> Iterator[Level]:
+        """Make all levels in order.
+
+        Args:
+            component: A whole component.
+            grams: Gram matrices of `inputs`; used up.
+            felt: How much the answers feel an error of each output, see `efficientllava.pruning.sensitivity`.
+        """
+        ...
+
+    def assemble(self, twin: Component, tensors: Mapping[str, Tensor]) -> None:
+        """Turn a whole component, which shares its weights with the model's, into one at a level, by new parameters."""
+        ...
+
+
+def squares(weight: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of squares in float64, of a whole matrix or along one dimension."""
+    return torch.linalg.vector_norm(weight.detach(), dim=dim, dtype=torch.float64).square()
 
 
 class LevelTable:
@@ -44,8 +98,7 @@ class LevelTable:
     Args:
         model: The dense model, in eval mode; it stays as it is.
         recipe: What the table was made with.
-        folder: The table's folder.
-        record: Content of ``table.json``.
+        folder: The table's folder, as `fill_table` has left it.
         limit_bytes: Modules beyond this size are made anew when asked for again.
 
     Attributes:
@@ -54,9 +107,8 @@ class LevelTable:
         genes: All genes; gene ``2 l`` is the attention of layer ``l``, ``2 l + 1`` its MLP.
     """
 
-    def __init__(
-        self, model: nn.Module, recipe: Recipe, folder: Path, record: Mapping[str, Any], limit_bytes: int
-    ) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, folder: Path, limit_bytes: int = 4 << 30) -> None:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         self.genes = tuple(Gene(g["layer"], g["kind"], tuple(g["amounts"])) for g in record["genes"])
         self._removed: list[list[int]] = [gene["removed"] for gene in record["genes"]]
         self._norms: list[list[list[list[float]]]] = [gene["norms"] for gene in record["genes"]]
@@ -137,28 +189,31 @@ def _layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer_{layer:03d}.safetensors"
 
 
-def table_key(model: nn.Module, recipe: Recipe, identity: Mapping[str, str]) -> dict[str, Any]:
-    """Everything that a table depends on, as plain JSON values.
+def open_table(
+    model: nn.Module, recipe: Recipe, calibration: Calibration, root: Path, identity: Mapping[str, str]
+) -> LevelTable:
+    """Take a table from the store, or make it; searches that want the same one wait for the first.
 
     Args:
-        model: The dense model.
+        model: The dense model in eval mode.
         recipe: What a level is.
+        calibration: Batches and how to run them.
+        root: The folder of tables in a store; each has a subfolder named by its content.
         identity: What else decides the content: digest of the checkpoint, of the calibration records ...
     """
+
+    def compute(folder: Path, _work: Path) -> dict[str, Any]:
+        fill_table(model, recipe, calibration, folder)
+        return {}
+
     dtype = str(layers_of(model)[0].mlp.writer.weight.dtype).removeprefix("torch.")
     fields: dict[str, Any] = asdict(recipe)  # pyright: ignore[reportArgumentType]
-    return {"format": FORMAT, "granularity": recipe.granularity, **fields, "dtype": dtype, **identity}
+    key = {"granularity": recipe.granularity, **fields, "dtype": dtype, **identity}
+    return LevelTable(model, recipe, Store(root.parent).entry(root.name, key, compute).folder)
 
 
 @torch.no_grad()
-def build_table(
-    model: nn.Module,
-    recipe: Recipe,
-    calibration: Calibration,
-    folder: str | Path,
-    identity: Mapping[str, str],
-    limit_bytes: int = 4 << 30,
-) -> LevelTable:
+def fill_table(model: nn.Module, recipe: Recipe, calibration: Calibration, folder: Path) -> None:
     """Make a table in one calibration pass; every layer is written before the next one is looked at.
 
     With several processes all compute the same from summed statistics, and the first one writes.
@@ -167,27 +222,11 @@ def build_table(
         model: The dense model in eval mode.
         recipe: What a level is.
         calibration: Batches and how to run them.
-        folder: The table's folder; appears when the table is whole.
-        identity: See `table_key`.
-        limit_bytes: See `LevelTable`.
+        folder: Where the files go.
 
     Raises:
-        UserError: The folder exists, the disk is full, or no calibration token counts.
+        UserError: No calibration token counts.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder}: exists; delete it to make the level table anew, or choose another folder")
-    barrier()  # none may create the folder before all have looked
-    with whole_folder(folder) if rank() == 0 else contextlib.nullcontext(folder) as partial:
-        _fill(model, recipe, calibration, partial, identity)
-    barrier()
-    return load_table(model, recipe, folder, identity, limit_bytes)
-
-
-def _fill(
-    model: nn.Module, recipe: Recipe, calibration: Calibration, folder: Path, identity: Mapping[str, str]
-) -> None:
-    """Compute a table on all processes; the first one writes it into a folder."""
     stream = open_stream(model, calibration, recipe)
     structured = recipe.granularity == "structured"
     felt = sensitivity(stream, 0, calibration.reduce, calibration.tick) if structured else None
@@ -202,8 +241,7 @@ def _fill(
             save_file(tensors, _layer_file(folder, index))
         calibration.tick("level table", index + 1, len(layers))
     if rank() == 0:
-        record = {"key": table_key(model, recipe, identity), "genes": genes}
-        (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps({"genes": genes}) + "\n", encoding="utf-8")
 
 
 def _layer_genes(
@@ -230,69 +268,3 @@ def _layer_genes(
             "errors": [level.error for level in levels],
             "norms": [[[n.weights, n.dense, n.masked, n.change] for n in level.norms] for level in levels],
         }
-
-
-def load_table(
-    model: nn.Module,
-    recipe: Recipe,
-    folder: str | Path,
-    identity: Mapping[str, str],
-    limit_bytes: int = 4 << 30,
-) -> LevelTable:
-    """Open a table that `build_table` has made.
-
-    Args:
-        model: The model that it was made for.
-        recipe: What a level is.
-        folder: The table's folder.
-        identity: See `table_key`.
-        limit_bytes: See `LevelTable`.
-
-    Raises:
-        UserError: There is no table, or it was made from something else.
-    """
-    folder = Path(folder)
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        found = record["key"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no level table ({error}); delete the folder, it is made anew") from error
-    wanted = json.loads(json.dumps(table_key(model, recipe, identity)))
-    for name in sorted({*wanted, *found}):
-        if found.get(name) != wanted.get(name):
-            raise UserError(
-                f"{folder}: this level table was made with {name}={found.get(name)}, the search has "
-                f"{name}={wanted.get(name)}; delete the folder or choose another one"
-            )
-    return LevelTable(model, recipe, folder, record, limit_bytes)
-
-
-def open_table(
-    model: nn.Module,
-    recipe: Recipe,
-    calibration: Calibration,
-    root: str | Path,
-    identity: Mapping[str, str],
-    limit_bytes: int = 4 << 30,
-) -> LevelTable:
-    """Take a table from the store, or make it; searches that want the same one wait for the first.
-
-    Args:
-        model: The dense model in eval mode.
-        recipe: What a level is.
-        calibration: Batches and how to run them.
-        root: The folder of tables in a store; each has a subfolder named by its content.
-        identity: See `table_key`.
-        limit_bytes: See `LevelTable`.
-
-    Raises:
-        UserError: See `build_table`.
-    """
-
-    def compute(folder: Path, _work: Path) -> dict[str, Any]:
-        _fill(model, recipe, calibration, folder, identity)
-        return {}
-
-    root = Path(root)
-    entry = Store(root.parent).entry(root.name, table_key(model, recipe, identity), compute)
-    return load_table(model, recipe, entry.folder, identity, limit_bytes)

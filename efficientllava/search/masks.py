@@ -22,7 +22,7 @@ from ..models.anatomy import Component
 from ..pruning.spd import damping_of, factorise
 from ..settings.schema import MASKED
 from .generalization import LinearNorms
-from .recipe import Level, squares
+from .levels import Level, squares
 
 BLOCK = 128  # columns for which unstructured masks are chosen together
 GROUP = 4  # columns of a 2:4 group, and the narrowest part of a sweep

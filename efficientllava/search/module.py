@@ -36,15 +36,14 @@ from ..pruning.statistics import Beginning, CalibrationStream
 from ..runtime import processes
 from ..runtime.files import whole_file
 from ..settings.schema import PruneConfig, SearchConfig
+from .budget import asked_share, budget_of
 from .cut import cut_policy, plan_of, trials
 from .evaluator import Evaluator
-from .evolution import Search
+from .evolution import Risk, Search
 from .generalization import gap_of
 from .knapsack import KnapsackSearch, affordable
-from .latency import asked_share, budget_of
 from .levels import LevelTable, open_table
 from .masks import Masks
-from .objective import Risk
 from .projector import evolve_projector
 from .space import Policy, SearchSpace, ShapeSpace
 from .structured import Structured
@@ -231,7 +230,6 @@ class SearchModule(LightningModule):
             self._seed,
             [space.uniform(), shaped, *([space.ranked(errors)] if errors else [])],
             self._inputs.work / "search.json",
-            self._inputs.identity,
             processes.rank() == 0,
             self._tick,
         )

@@ -14,7 +14,7 @@ from ..models.anatomy import Component, reader_rows
 from ..pruning.importance import eliminate
 from ..pruning.surgery import cut_component
 from .generalization import LinearNorms
-from .recipe import Level, squares
+from .levels import Level, squares
 
 STEPS = 20  # one MLP level per 5 % of the channels, and no round of the elimination takes more
 

@@ -25,11 +25,11 @@ from efficientllava.data.splits import calibration_records
 from efficientllava.models.anatomy import language_parameters
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.statistics import CalibrationStream
+from efficientllava.search.budget import removed_costs
 from efficientllava.search.evaluator import Evaluator
+from efficientllava.search.evolution import Objective
 from efficientllava.search.generalization import GAPS, gap_of
-from efficientllava.search.latency import removed_costs
 from efficientllava.search.levels import open_table
-from efficientllava.search.objective import Objective
 from efficientllava.search.space import Budget, SearchSpace
 from efficientllava.search.structured import Structured
 from efficientllava.settings.schema import CalibrationConfig, DataConfig

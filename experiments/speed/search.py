@@ -21,9 +21,8 @@ from efficientllava.pruning.plan import PruningPlan
 from efficientllava.pruning.pruner import apply_plan, plan_ratio
 from efficientllava.pruning.scores import Calibration, open_stream
 from efficientllava.search.evaluator import Evaluator
-from efficientllava.search.evolution import Search
-from efficientllava.search.levels import LevelTable, build_table
-from efficientllava.search.objective import Risk
+from efficientllava.search.evolution import Risk, Search
+from efficientllava.search.levels import LevelTable, fill_table
 from efficientllava.search.projector import assembled
 from efficientllava.search.space import Budget, Policy, SearchSpace
 from efficientllava.search.structured import Structured
@@ -72,7 +71,10 @@ def make_setting(folder: Path, depth: int = DEPTH, samples: int = SAMPLES) -> Se
     records, collate = Digits("calibration", samples), Collator(processor)
     batches = [collate([records[i] for i in range(at, min(at + BATCH, samples))]) for at in range(0, samples, BATCH)]
     calibration = Calibration(batches, feature_cache(model))
-    table = build_table(model, Structured(round_to=ROUND_TO), calibration, folder, {})
+    recipe = Structured(round_to=ROUND_TO)
+    folder.mkdir()
+    fill_table(model, recipe, calibration, folder)
+    table = LevelTable(model, recipe, folder)
     whole = language_parameters(model)
     costs = [[table.removed(i, level) / whole for level in range(gene.levels)] for i, gene in enumerate(table.genes)]
     space = SearchSpace(table.genes, Budget("params", RATIO, tuple(map(tuple, costs))))

@@ -13,17 +13,19 @@ from efficientllava.models.anatomy import Component, layers_of
 from efficientllava.pruning.scores import Calibration, silent
 from efficientllava.pruning.sensitivity import sensitivity
 from efficientllava.pruning.statistics import CalibrationStream, no_reduce
-from efficientllava.search.levels import LevelTable, build_table
-from efficientllava.search.recipe import Recipe
+from efficientllava.search.levels import LevelTable, Recipe, fill_table
 
 from ..conftest import make_batches
 
 IDENTITY = {"model": "m", "calibration": "c"}
 
 
-def make_table(model: Any, recipe: Recipe, folder: Path, **options: Any) -> LevelTable:
-    batches = make_batches(dtype=next(model.parameters()).dtype)
-    return build_table(model, recipe, Calibration(batches), folder / "table", IDENTITY, **options)
+def make_table(model: Any, recipe: Recipe, folder: Path, calibration: Calibration | None = None) -> LevelTable:
+    """A table of its own in ``folder / "table"``."""
+    calibration = calibration or Calibration(make_batches(dtype=next(model.parameters()).dtype))
+    (folder / "table").mkdir(parents=True)
+    fill_table(model, recipe, calibration, folder / "table")
+    return LevelTable(model, recipe, folder / "table")
 
 
 def steps(table: LevelTable) -> Iterator[tuple[int, int]]:

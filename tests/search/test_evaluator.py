@@ -30,8 +30,8 @@ from efficientllava.runtime import processes
 from efficientllava.runtime.errors import UserError
 from efficientllava.search.candidate import without_unseen
 from efficientllava.search.evaluator import Evaluator
+from efficientllava.search.evolution import Risk
 from efficientllava.search.masks import Masks
-from efficientllava.search.objective import Risk
 from efficientllava.search.projector import assembled
 from efficientllava.search.space import Gene, Policy
 from efficientllava.search.structured import Structured

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from efficientllava.runtime.errors import UserError
-from efficientllava.search.evolution import Search
-from efficientllava.search.objective import Risk
+from efficientllava.search.evolution import Risk, Search
 from efficientllava.search.space import (
     Budget,
     Gene,
@@ -183,7 +182,7 @@ def test_resumes_from_a_kill_after_any_generation(tmp_path: Path, survived: int)
     changes: dict[str, Any] = {"stages": [0.25, 1.0], "gap_weight": 0.3}
 
     def start(path: Path, landscape: Landscape) -> Search:
-        return Search(space, landscape, gap, config(**changes), 3, [space.uniform()], path, {"model": "a"})
+        return Search(space, landscape, gap, config(**changes), 3, [space.uniform()], path)
 
     landscape = Landscape(space)
     whole = run(start(tmp_path / "whole.json", landscape), change=landscape)
@@ -224,44 +223,13 @@ def test_a_finished_search_is_not_run_again(tmp_path: Path) -> None:
     assert second.best == first.best and not landscape.calls
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"config": config(parents=6)}, "search.parents"),
-        ({"seed": 1}, "seed"),
-        ({"identity": {"model": "b"}}, "model"),
-        ({"space": make_space(target=0.5)}, "budget"),
-        ({"seeds": [make_space(target=0.45).uniform()]}, "seeds"),
-    ],
-)
-def test_the_state_of_another_search_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
-    path = tmp_path / "state.json"
-    arguments: dict[str, Any] = {"space": make_space(target=0.45), "config": config(), "identity": {"model": "a"}}
-    arguments |= {"path": path, "gap": gap, "evaluate": Landscape(arguments["space"])}
-    Search(**arguments).run_round()
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=rf"state.json: is the state of another search \(it differs in: {named}\)"):
-        Search(**{**arguments, **changes})
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1, "identity": {}, "state": {"rounds": 3}}'])
-def test_a_broken_state_is_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "state.json"
-    path.write_text(content)
-    space = make_space(target=0.45)
-    with pytest.raises(UserError, match="is no state of a search; delete it"):
-        Search(space, Landscape(space), gap, config(), path=path)
-    assert path.read_text() == content
-
-
 def test_other_processes_read_but_do_not_write(tmp_path: Path) -> None:
     space = make_space(target=0.45)
     one = run(Search(space, Landscape(space), gap, config(), path=tmp_path / "state.json"))
     other = run(Search(space, Landscape(space), gap, config(), path=tmp_path / "none.json", writes=False))
     assert other.best == one.best
     assert not (tmp_path / "none.json").exists()
-    assert json.loads((tmp_path / "state.json").read_text())["state"]["round"] == 2
+    assert json.loads((tmp_path / "state.json").read_text())["round"] == 2
 
 
 def test_bad_settings_and_overflows() -> None:

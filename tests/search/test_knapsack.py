@@ -6,8 +6,8 @@ import random
 
 import pytest
 
+from efficientllava.search.evolution import Risk
 from efficientllava.search.knapsack import EVOLVED, LONGEST, KnapsackSearch, Prices, affordable, evaluations
-from efficientllava.search.objective import Risk
 from efficientllava.search.space import Budget, Gene, SearchSpace
 from efficientllava.settings.schema import SearchConfig
 

@@ -16,17 +16,17 @@ from efficientllava.models.anatomy import language_parameters, layers_of
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.statistics import CalibrationStream
 from efficientllava.pruning.surgery import cut
-from efficientllava.search import timing
-from efficientllava.search.generalization import LinearNorms
-from efficientllava.search.latency import (
+from efficientllava.search import budget as timing
+from efficientllava.search.budget import (
     _falling,
     budget_of,
+    first_prompt,
     flops_costs,
     latency_costs,
     mean_length,
 )
+from efficientllava.search.generalization import LinearNorms
 from efficientllava.search.space import Gene, SearchSpace
-from efficientllava.search.timing import first_prompt
 from efficientllava.settings.schema import PruneConfig, SearchBudgetConfig, SearchConfig
 
 from ..conftest import (
