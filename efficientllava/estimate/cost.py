@@ -23,7 +23,7 @@ from ..models.anatomy import (
     language_parameters,
     layers_of,
 )
-from ..pruning.fluctuation import METRICS
+from ..pruning.importance import GRADIENTS, INPUTS, WEIGHTS, importance_of
 from ..pruning.memory import patches_of
 from ..pruning.pruner import search_length
 from ..pruning.refit import TRIED
@@ -32,7 +32,6 @@ from ..recovery.recover import accumulation, optimiser_steps
 from ..runtime.content import digest
 from ..runtime.keeping import chosen
 from ..search.knapsack import evaluations
-from ..settings.schema import TAYLOR
 from ..stages.inputs import (
     asked,
     checkpoint,
@@ -198,8 +197,8 @@ def _pruning(plan: Forecast) -> float:
     settings, config, layers = plan.settings, plan.settings.prune, layers_of(plan.base)
     written = (settings.calibration.generate or 0) * settings.calibration.generate_length
     tokens, base = settings.calibration.samples * tokens_of(plan) + written, _token(plan.base)
-    looks = config.method == "widthwise" and config.importance not in ("magnitude", "random")
-    squares = config.method == "auto" or (looks and config.importance not in METRICS)
+    sees = importance_of(config.importance).sees if config.method == "widthwise" else WEIGHTS
+    looks, squares = sees != WEIGHTS, config.method == "auto" or sees in (INPUTS, GRADIENTS)
     passes: float = 1 + looks + config.biased  # the dense loss, what scores look at, and means for biases
     passes += config.prefix == "pruned"
     cuts = 1
@@ -212,7 +211,7 @@ def _pruning(plan: Forecast) -> float:
         else:
             passes += 1 + search.rounds * search.generations * search.population * sum(search.stages)
         cuts += search.finalists + 1 if search.finalists > 1 and search.granularity == "structured" else 0
-    elif config.importance in TAYLOR:
+    elif sees == GRADIENTS:
         passes += 3  # the forward pass again, layer by layer, and the gradients of inputs and weights
     if config.method == "widthwise" and len(plan.plan.options) > 1:
         cuts += search_length(len(plan.plan.options))

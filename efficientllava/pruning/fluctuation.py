@@ -9,7 +9,7 @@ for one, however long it is; the published records are of equal length.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,7 @@ from torch import Tensor, nn
 from ..models.anatomy import Component, Layer
 from ..runtime.errors import UserError
 from ..runtime.processes import gather
-from .importance import Ranking
 from .statistics import STRIP, CalibrationStream
-
-Metric = Callable[[Tensor, Tensor], Tensor]  # fluctuation and squared norm of each column of the writer to a score
-METRICS: dict[str, Metric] = {"flap": lambda fluctuation, norms: fluctuation * norms}  # WIFV
 
 
 class RecordMoments:
@@ -84,31 +80,6 @@ def layer_moments(
         for handle in handles:
             handle.remove()
     return found
-
-
-def flap_ranking(component: Component, fluctuations: Tensor, biased: bool, metric: str = "flap") -> Ranking:
-    """Rank units by their score, standardised within the component, so that all layers can be ranked together.
-
-    The score of a column is its fluctuation times its squared norm, squared again in the attention; a unit's is the
-    mean of its columns. With grouped queries the published head becomes a KV group with all its query heads.
-
-    Args:
-        component: Attention or MLP.
-        fluctuations: Of the writer's inputs, ``(units * width,)``.
-        biased: Whether the cut model has biases: costs are scores times the parameters that a unit then takes with it.
-        metric: A key of `METRICS`.
-
-    Returns:
-        Removal order; costs may be negative.
-    """
-    rows = component.writer.weight.detach().split(STRIP)
-    norms = torch.stack([part.double().square().sum(0) for part in rows]).sum(0).cpu()
-    scores = METRICS[metric](fluctuations, norms)
-    if component.kind == "attention":
-        scores = scores.square()
-    spread = scores.std().clamp(min=torch.finfo(torch.float64).tiny)
-    standard = component.reduce_columns((scores - scores.mean()) / spread) / component.width
-    return Ranking.from_scores(standard * component.unit_price(biased), component.groups)
 
 
 def mean_written(component: Component, units: Sequence[int], mean: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from ..models.anatomy import (
     layers_of,
 )
 from ..models.forward import Batch
-from ..settings.schema import TAYLOR, PruneConfig
-from .fluctuation import METRICS
-from .importance import OBS_ROUNDS
+from ..settings.schema import PruneConfig
+from .importance import GRADIENTS, INPUTS, RECORDS, importance_of
+from .ranking import OBS_ROUNDS
 from .statistics import (
     ANSWERS,
     POSITIONS,
@@ -101,7 +101,11 @@ class PruningMemory:
 
 def micro_batch(config: PruneConfig, batch_size: int) -> int:
     """Records that pass through a layer at once: with Taylor scores, whose samples are records, one."""
-    return 1 if config.method == "widthwise" and config.importance in TAYLOR else batch_size
+    return 1 if _sees(config) == GRADIENTS else batch_size
+
+
+def _sees(config: PruneConfig) -> str | None:
+    return importance_of(config.importance).sees if config.method == "widthwise" else None
 
 
 def pruning_memory(
@@ -132,12 +136,12 @@ def pruning_memory(
     phases = {
         "vision and embeddings": frame + terms.vision + kept["one"] + terms.calls * (1 if stored else terms.batches)
     }
-    if config.method == "widthwise" and config.importance in TAYLOR:
+    if _sees(config) == GRADIENTS:
         phases["scores"] = block + terms.taylor(config) + kept["taylor"]
-    elif config.method == "widthwise" and config.importance in METRICS:
+    elif _sees(config) == RECORDS:
         phases["statistics"] = block + terms.activations + terms.records + kept["one"]
         phases["scores"] = block + terms.records + kept["one"]
-    elif config.method == "widthwise" and config.importance not in ("magnitude", "random"):
+    elif _sees(config) == INPUTS:
         phases["statistics"] = block + terms.activations + terms.grams + kept["one"]
         phases["scores"] = block + (terms.obs if config.importance == "obs" else 0) + kept["one"]
     else:

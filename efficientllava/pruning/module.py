@@ -16,13 +16,13 @@ from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
 from ..runtime.processes import sum_over
 from ..settings.schema import PruneConfig
-from .control import reinitialise
 from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan
 from .pruner import PruneReport, apply_plan, make_plan
 from .scores import Calibration, Tick, silent
 from .self_text import position_share
 from .statistics import Beginning
+from .surgery import reinitialise
 
 
 class PruningModule(LightningModule):

@@ -21,9 +21,9 @@ from ..runtime.errors import UserError
 from ..runtime.processes import gather
 from ..settings.schema import PruneConfig
 from .comparison import Comparison, Verdict, simplest
-from .importance import Ranking
 from .outline import blocks_to_drop, candidate_shapes, prune_space
 from .plan import LayerPlan, PruningPlan
+from .ranking import Ranking
 from .refit import LayerError, SequentialPruner
 from .scores import Calibration, open_stream, rank_units
 from .selection import (

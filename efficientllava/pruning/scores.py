@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, Layer, layers_of
+from ..models.anatomy import Layer, layers_of
 from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
-from ..settings.schema import TAYLOR, PruneConfig
-from .fluctuation import (
-    METRICS,
-    flap_ranking,
-    fluctuation,
-    layer_moments,
-)
-from .importance import (
-    Ranking,
-    activation_scores,
-    magnitude_scores,
-    obs_ranking,
-    random_scores,
-    wanda_scores,
-)
+from ..settings.schema import PruneConfig
+from .fluctuation import layer_moments
+from .importance import GRADIENTS, RECORDS, WEIGHTS, How, importance_of
+from .ranking import Ranking
 from .sensitivity import Sensitivity, sensitivity
-from .spd import DAMPING
 from .statistics import (
     ALONE,
     Beginning,
@@ -156,42 +143,34 @@ def rank_units(
         Rankings of all layers, the calibration stream for reuse, and the dense model's outputs of the last layer by
         batch where the scores needed them (else empty).
     """
-    layers = layers_of(model, config.heads)
-    stream = open_stream(model, calibration, config)
-    if config.importance in TAYLOR:
-        scores = TaylorScores(stream, config.importance, config.taylor_mean, config.heads).run(calibration.reduce)
-        ranked = [
-            LayerScores(*(Ranking.from_scores(s, c.groups) for s, c in zip(pair, layer.components, strict=True)))
-            for pair, layer in zip(scores, layers, strict=True)
+    layers, importance = layers_of(model, config.heads), importance_of(config.importance)
+    stream, generator = open_stream(model, calibration, config), torch.Generator().manual_seed(seed)
+
+    def ranked_by(index: int, seen: Sequence[Any], felt: Sequence[Tensor | None] = (None, None)) -> LayerScores:
+        hows = [
+            How(config, f"layer {index}, {component.kind}", generator, outputs)
+            for component, outputs in zip(layers[index].components, felt, strict=True)
         ]
-        return ranked, stream, []
-    looks = config.importance not in ("magnitude", "random")
-    felt = None
+        return LayerScores(*map(importance.rank, layers[index].components, seen, hows))
+
+    if importance.sees == GRADIENTS:
+        scores = TaylorScores(stream, config.importance, config.taylor_mean, config.heads).run(calibration.reduce)
+        return [ranked_by(index, pair) for index, pair in enumerate(scores)], stream, []
+    looks, felt = importance.sees != WEIGHTS, None
     if config.importance == "obs" and config.method == "widthwise" and config.selection == "global":
         felt = sensitivity(stream, seed, calibration.reduce, calibration.tick)
-    generator = torch.Generator().manual_seed(seed)
     ranked, hidden = [], stream.start() if looks else []
     sequential = looks and config.prefix == "pruned"
     for index, layer in enumerate(layers):
         before = list(hidden) if sequential else []
         with stream.on_device(layer.module):
-            if config.importance in METRICS:
-                moments = layer_moments(stream, layer, index, hidden)
-                pairs = zip(layer.components, (fluctuation(*each.close()) for each in moments), strict=True)
-                ranked.append(LayerScores(*(flap_ranking(c, f, config.biased, config.importance) for c, f in pairs)))
+            seen: Sequence[Any] = (None, None)
+            if importance.sees == RECORDS:
+                seen = [moments.close() for moments in layer_moments(stream, layer, index, hidden)]
             elif looks:
                 weigh = _weigher(stream, index, felt, config)
-                grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, None, weigh, without)
-                outputs = felt.outputs[index] if felt else (None, None)
-                pairs = zip(layer.components, outputs, strict=True)
-                ranked.append(LayerScores(*(_rank(index, c, grams.pop(0), config, out) for c, out in pairs)))
-            else:
-                simple = (
-                    magnitude_scores
-                    if config.importance == "magnitude"
-                    else partial(random_scores, generator=generator)
-                )
-                ranked.append(LayerScores(*(_levelled(c, simple(c)) for c in layer.components)))
+                seen = layer_statistics(stream, layer, index, hidden, calibration.reduce, None, weigh, without)
+            ranked.append(ranked_by(index, seen, felt.outputs[index] if felt else (None, None)))
             if sequential:
                 hidden = before
                 with contextlib.ExitStack() as cuts:
@@ -260,27 +239,3 @@ def _weigher(stream: CalibrationStream, index: int, felt: Sensitivity | None, co
     if config.importance != "obs":
         return lambda batch: [torch.ones(int(stream.counted[batch].sum()), device=stream.device)] * 2
     return None
-
-
-def _rank(index: int, component: Component, gram: Tensor, config: PruneConfig, outputs: Tensor | None) -> Ranking:
-    if config.importance == "obs":
-        weight = component.writer.weight.detach()
-        if outputs is not None:
-            weight = weight.to(gram.dtype) * outputs.to(gram).sqrt().unsqueeze(1)
-        return obs_ranking(
-            weight,
-            gram,
-            component.width,
-            config.damping or DAMPING,
-            what=f"layer {index}, {component.kind}",
-            groups=component.groups,
-        )
-    scores = activation_scores if config.importance == "activation" else wanda_scores
-    return _levelled(component, scores(component, gram))
-
-
-def _levelled(component: Component, scores: Tensor) -> Ranking:
-    """Rank by scores that have no common unit: a parameter costs 1 on average in every component of every layer."""
-    ranking = Ranking.from_scores(scores, component.groups)
-    scale = component.unit_parameters * component.units / (sum(ranking.costs) or 1.0)
-    return replace(ranking, costs=tuple(cost * scale for cost in ranking.costs))

@@ -12,8 +12,8 @@ from torch import nn
 
 from ..models.anatomy import Layer, language_parameters, layers_of
 from ..runtime.errors import UserError
-from .importance import Ranking
 from .plan import LayerPlan
+from .ranking import Ranking
 
 TOLERANCE = 0.01  # widthwise plans meet the request within one point
 

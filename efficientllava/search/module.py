@@ -20,7 +20,6 @@ from ..data.splits import split_folds
 from ..models.anatomy import language_parameters, layers_of, projector_of
 from ..models.forward import Batch, FeatureCache, feature_cache, to_device
 from ..pruning.comparison import simplest
-from ..pruning.control import reinitialise
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, block_influences
 from ..pruning.scores import (
@@ -33,6 +32,7 @@ from ..pruning.selection import Space, uniform_candidates
 from ..pruning.self_text import position_share
 from ..pruning.spd import DAMPING
 from ..pruning.statistics import Beginning, CalibrationStream
+from ..pruning.surgery import reinitialise
 from ..runtime import processes
 from ..runtime.files import whole_file
 from ..settings.schema import PruneConfig, SearchConfig

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import Component, reader_rows
-from ..pruning.importance import eliminate
+from ..pruning.ranking import eliminate
 from ..pruning.surgery import cut_component
 from .generalization import LinearNorms
 from .levels import Level, squares
@@ -24,7 +24,7 @@ class Structured:
     """Every number of KV groups, and MLP channels in steps of 5 % down to the last 5 %; level 0 is whole.
 
     The kept sets of a gene are nested. The kept columns of the writer are solved again for its own dense output, by the
-    elimination that also gives the order (`efficientllava.pruning.importance.eliminate`).
+    elimination that also gives the order (`efficientllava.pruning.ranking.eliminate`).
 
     Args:
         damping: Share of each channel's own power that is added to Gram matrices, > 0.

@@ -14,10 +14,10 @@ from hydra import compose, initialize_config_dir
 
 from efficientllava.estimate.forecast import forecast
 from efficientllava.models.anatomy import layers_of
-from efficientllava.pruning.importance import OBS_ROUNDS, eliminate
 from efficientllava.pruning.memory import CalibrationSize, micro_batch, pruning_memory
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
+from efficientllava.pruning.ranking import OBS_ROUNDS, eliminate
 from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
 from efficientllava.settings.compose import register_schema, typed
 from efficientllava.settings.schema import PruneConfig

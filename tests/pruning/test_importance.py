@@ -7,14 +7,12 @@ import torch
 
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.importance import (
-    Ranking,
     activation_scores,
-    eliminate,
     magnitude_scores,
-    obs_ranking,
     random_scores,
     wanda_scores,
 )
+from efficientllava.pruning.ranking import Ranking, eliminate, obs_ranking
 
 from ..conftest import make_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from efficientllava.pruning import spd
-from efficientllava.pruning.importance import eliminate, obs_ranking
+from efficientllava.pruning.ranking import eliminate, obs_ranking
 from efficientllava.pruning.spd import (
     UnsolvedError,
     damping_of,
@@ -84,7 +84,7 @@ def test_an_inverse_that_lost_its_way_is_made_anew(monkeypatch):
         made.append(args)
         return False
 
-    monkeypatch.setattr("efficientllava.pruning.importance.inverts", unsound)
+    monkeypatch.setattr("efficientllava.pruning.ranking.inverts", unsound)
     again = [state.columns.clone() for state in eliminate(weight, matrix, 1, 0.01, [50, 30, 10])]
     assert len(made) == 3
     for one, two in zip(expected, again, strict=True):

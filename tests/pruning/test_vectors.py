@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 
 from efficientllava.models.anatomy import language_parameters, layers_of
 from efficientllava.models.forward import answer_loss
-from efficientllava.pruning.importance import Ranking
 from efficientllava.pruning.pruner import apply_plan, block_influences, make_plan
+from efficientllava.pruning.ranking import Ranking
 from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.selection import Space, nominal_shape, ranked_plan
 from efficientllava.pruning.statistics import CalibrationStream
