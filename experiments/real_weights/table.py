@@ -23,6 +23,8 @@ from experiments.real_weights.measure import nats
 ROOT = Path(__file__).parents[2]
 METHODS = {
     "widthwise": ["prune=widthwise"],
+    # The shape that widthwise chooses at 20 %, without the trials that it is chosen by.
+    "fixed": ["prune=widthwise", "prune.selection=floor", "prune.round_to=64"],
     "global": ["prune=widthwise", "prune.selection=global"],
     "auto": ["prune=auto", "search=quick"],
     "written": ["prune=widthwise", "calibration.generate=96"],
