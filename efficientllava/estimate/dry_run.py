@@ -30,9 +30,9 @@ from ..report.tables import percent, quantity, tabulate
 from ..runtime.console import quiet_libraries, say
 from ..runtime.errors import UserError
 from ..runtime.files import whole_file
-from ..runtime.keeping import made
 from ..settings.compose import digest
 from ..settings.schema import MASKED, RunConfig
+from ..stages.identity import made
 from .cost import (
     ANSWER,
     REACHED,

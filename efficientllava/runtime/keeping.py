@@ -16,7 +16,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..settings.schema import RunConfig
 from .errors import UserError
 from .files import aside, discard, remove
 from .store import TAKEN
@@ -50,17 +49,6 @@ def require_space(folder: Path, needed: int, what: str, fix: str = FIX) -> int:
     return free
 
 
-def made(settings: RunConfig) -> list[str]:
-    """Names of the checkpoints that a run makes, in their order."""
-    stages = {"pruned": settings.prune.method != "none", "recovered": settings.recover.name != "none"}
-    return [name for name, asked in stages.items() if asked]
-
-
-def staying(settings: RunConfig) -> tuple[str, ...]:
-    """Names of the checkpoints that a run's folder holds in the end."""
-    return chosen(made(settings), settings.keep)
-
-
 def chosen(names: Sequence[str], keep: str) -> tuple[str, ...]:
     """Those of a run's checkpoints, in their order, that stay."""
     return tuple({"all": names, "recovered": names[-1:], "none": ()}[keep])
@@ -71,7 +59,7 @@ def surplus(folder: Path, keep: str) -> list[str]:
 
     Args:
         folder: The run's folder.
-        keep: See `efficientllava.settings.schema.RunConfig`.
+        keep: ``all``, ``recovered`` or ``none``.
     """
     there = [name for name in ("pruned", "recovered") if (folder / name).is_dir()]
     return sorted({*there} - {*chosen(there, keep)})

@@ -82,6 +82,17 @@ def settings_key(settings: RunConfig) -> str:
     return digest([plain, source_digest(*STAGES), library_versions()])
 
 
+def made(settings: RunConfig) -> list[str]:
+    """Names of the checkpoints that a run makes, in their order."""
+    stages = {"pruned": settings.prune.method != "none", "recovered": settings.recover.name != "none"}
+    return [name for name, asked in stages.items() if asked]
+
+
+def staying(settings: RunConfig) -> tuple[str, ...]:
+    """Names of the checkpoints that a run's folder holds in the end."""
+    return keeping.chosen(made(settings), settings.keep)
+
+
 def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:
     """Whether a folder holds the results of this very run, and the checkpoints that are to stay.
 
@@ -93,7 +104,7 @@ def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:
     from ..record import read
 
     file = folder / "results.json"
-    wanted = (*keeping.staying(settings), *([] if settings.deploy.name == "none" else [settings.deploy.name]))
+    wanted = (*staying(settings), *([] if settings.deploy.name == "none" else [settings.deploy.name]))
     if not file.exists() or not all((folder / name).is_dir() for name in wanted):
         return False
     try:

@@ -16,8 +16,8 @@ from ..report.pictures import draw_samples
 from ..report.tables import tabulate, tabulate_deployed, tabulate_quantized
 from ..runtime.console import say
 from ..runtime.content import digest
-from ..runtime.keeping import staying
 from .evaluate import Scored
+from .identity import staying
 from .run import Made, Run
 
 STAGE_OF = {"pruned": "prune", "recovered": "recover"}  # what has made a checkpoint
