@@ -26,7 +26,7 @@ from ..models.anatomy import (
 from ..pruning.importance import GRADIENTS, INPUTS, WEIGHTS, importance_of
 from ..pruning.memory import patches_of
 from ..pruning.pruner import search_length
-from ..pruning.refit import TRIED
+from ..pruning.solution import TRIED
 from ..record import STAGES
 from ..recovery.recover import accumulation, optimiser_steps
 from ..runtime.content import digest

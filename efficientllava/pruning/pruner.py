@@ -24,7 +24,7 @@ from .comparison import Comparison, Verdict, simplest
 from .outline import blocks_to_drop, candidate_shapes, prune_space
 from .plan import LayerPlan, PruningPlan
 from .ranking import Ranking
-from .refit import LayerError, SequentialPruner
+from .refit import SequentialPruner
 from .scores import Calibration, open_stream, rank_units
 from .selection import (
     Space,
@@ -32,6 +32,7 @@ from .selection import (
     imbalance,
     ranked_plan,
 )
+from .solution import LayerError
 from .statistics import BlockInfluence, CalibrationStream, Reduce
 from .surgery import (
     achieved_ratio,

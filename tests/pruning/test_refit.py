@@ -12,15 +12,8 @@ from torch import nn
 from efficientllava.models.anatomy import Component, describe_layer, layers_of
 from efficientllava.pruning.plan import LayerPlan
 from efficientllava.pruning.pruner import whole_layers
-from efficientllava.pruning.refit import (
-    DAMPINGS,
-    Moments,
-    RefitResult,
-    SequentialPruner,
-    Target,
-    solve,
-    validate,
-)
+from efficientllava.pruning.refit import RefitResult, SequentialPruner
+from efficientllava.pruning.solution import DAMPINGS, Moments, Target, solve, validate
 from efficientllava.pruning.statistics import CalibrationStream
 
 from ..conftest import (

@@ -10,8 +10,8 @@ import torch
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.plan import LayerPlan
 from efficientllava.pruning.pruner import whole_layers
-from efficientllava.pruning.refit import Target, solve
 from efficientllava.pruning.scores import Calibration
+from efficientllava.pruning.solution import Target, solve
 from efficientllava.pruning.surgery import cut_component, rebuild
 from efficientllava.search.levels import LevelTable, open_table
 from efficientllava.search.masks import Masks
