@@ -111,7 +111,7 @@ def _asked(stages: Mapping[Any, str]) -> list[Any]:
 @contextlib.contextmanager
 def _stages(settings: RunConfig, folder: Path) -> Iterator[Any]:
     """While stages run: what is wrong is no longer found before the first one, and W&B is open."""
-    from .report.tracking import Tracking, track
+    from .report.dashboard import Tracking, track
 
     tracking, failed = Tracking(), True
     try:

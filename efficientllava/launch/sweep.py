@@ -166,7 +166,7 @@ def _close(folder: Path, held: ExitStack, complete: bool) -> None:
 
         tell_sweep(folder, folder.name)
     if any(entry.state in (state.DONE, state.FAILED) for entry in state.standings(folder)):
-        from ..report.__main__ import report
+        from ..report.page import report
         from ..runtime.keeping import alone_in
 
         with alone_in(folder, print):

@@ -9,153 +9,89 @@ prints numbers get a second table and a plot with both.
 
 from __future__ import annotations
 
-import csv
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..record import (
-    STAGES,
-    Results,
-    metric_keys,
-    scores,
-)
+from ..runtime import state
 from ..runtime.errors import UserError
-from .tables import markdown
-from .watch import watch
+from ..runtime.exit_codes import exit_code
+from ..runtime.state import Standing
 
-if TYPE_CHECKING:
-    from .runs import Unfinished
-
-METRIC = "digits_vqa/accuracy"
+POLL = 5.0  # seconds between two looks
 
 
-def rows(results: list[Results], metric: str) -> list[dict[str, object]]:
-    """One row per run, with what tables and plots need.
-
-    Args:
-        results: Contents of several ``results.json``.
-        metric: ``task/metric``.
-    """
-    _, task, name = metric_keys(metric)
-    parts = [part for part in ("accuracy_image", "accuracy_text") if part != name]  # of digits_vqa
-    table = []
-    for result in results:
-        told = (override for override in result["overrides"] if not override.startswith("paths."))
-        row: dict[str, object] = {"overrides": " ".join(told), "seed": result["seed"]}
-        row |= {f"ratio_{key}": result["ratio"][key] for key in ("requested", "achieved")}
-        for stage in STAGES:
-            measured = result["stages"].get(stage, {})
-            row[f"{stage}_{name}"] = measured.get("metrics", {}).get(task, {}).get(name)
-            row |= {f"{stage}_{part}": measured.get("metrics", {}).get(task, {}).get(part) for part in parts}
-            row[f"{stage}_answer_loss"] = measured.get("metrics", {}).get(task, {}).get("answer_loss")
-            row[f"{stage}_retained"] = measured.get("retained", {}).get(metric)
-        row |= {f"samples_{key}": value for key, value in result["samples"].items()}
-        row |= {f"seconds_{key}": round(value, 1) for key, value in result["seconds"].items()}
-        table.append({**row, "commit": result["commit"]})
-    return table
-
-
-def main(arguments: list[str]) -> None:
-    """Tabulate a folder of runs.
-
-    Args:
-        arguments: The folder and, optionally, ``task/metric`` and ``--watch``.
+def main(arguments: Sequence[str]) -> None:
+    """Tabulate a folder of runs, or watch it.
 
     Raises:
         UserError: There is no finished run below the folder.
     """
-    watching = "--watch" in arguments
-    arguments = [argument for argument in arguments if argument != "--watch"]
-    if not 1 <= len(arguments) <= 2:
+    told = [argument for argument in arguments if argument != "--watch"]
+    if not 1 <= len(told) <= 2:
         raise UserError("usage: python -m efficientllava.report <folder of runs> [task/metric] [--watch]")
-    folder = Path(arguments[0])
-    if watching:
-        watch(folder)
+    if "--watch" in arguments:
+        watch(Path(told[0]))
         return
-    print(report(folder, arguments[1] if len(arguments) == 2 else None), end="")
+    from .page import report  # its libraries take their time to load
+
+    print(report(Path(told[0]), *told[1:]), end="")
 
 
-def report(folder: Path, metric: str | None = None) -> str:
-    """Write everything about a folder of runs.
+def watch(folder: Path, poll: float = POLL) -> None:
+    """Print how a sweep stands whenever it changes, and why jobs fail, until the last one has ended.
+
+    The small files in its folders are read, its jobs are not touched.
 
     Args:
-        folder: A sweep, or anything that holds runs.
-        metric: ``task/metric``; None: the first score that the runs measured.
-
-    Returns:
-        The table in Markdown.
+        folder: The sweep's folder.
+        poll: Seconds between two looks.
 
     Raises:
-        UserError: There is no finished run below the folder, or none has the metric.
+        UserError: There is no sweep.
     """
-    from . import study
-    from .advisor import advise
-    from .page import page, write_page
-    from .plots import draw
-    from .runs import (
-        arms_of,
-        by_model,
-        load_runs,
-        unfinished,
-    )
-
-    without = unfinished(folder)
-    if without and not next(folder.rglob("results.json"), None):
-        return _of_none(folder, without)
-    runs = load_runs(folder)
-    results = [run.results for run in runs]
-    known = scores(results)
-    if metric is not None and metric not in known:
-        raise UserError(
-            f"metric {metric}: no run below {folder} has this score; there are {', '.join(known) or 'none'}"
-        )
-    metric = metric or next(iter(known), METRIC)
-    table = rows(results, metric)
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, fieldnames=[*table[0], *(("state", "reason") if without else ())])
-        writer.writeheader()
-        writer.writerows(table)
-        for run in without:
-            writer.writerow({"overrides": " ".join(run.overrides), "state": run.state, "reason": run.reason})
-    panels = study.panels_of(runs, metric)
-    arms = arms_of(runs)
-    text = "\n".join([markdown(arms, metric), *([study.markdown(panels)] if panels else []), *_without(without)])
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    models = by_model(runs)
-    plots = [*study.draw(panels), *(plot for model, own in models.items() for plot in draw(own, metric, model))]
-    advice = {model: lines for model, own in models.items() if (lines := advise(own, metric))}
-    write_page(folder / "report.html", page(folder, arms, metric, plots, advice), plots)
-    return text
+    told: set[tuple[str, str]] = set()
+    before = ""
+    while True:
+        jobs = state.standings(folder)
+        if not jobs:
+            raise UserError(f"{folder}: no jobs of a sweep in this folder; give outputs/sweeps/<name>")
+        for job in jobs:
+            if job.state == state.FAILED and (job.name, job.reason) not in told:
+                told.add((job.name, job.reason))
+                print(f"job {job.name} failed: {job.reason}  {' '.join(job.overrides)}", flush=True)
+        if (line := summary(jobs)) != before:
+            print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
+            before = line
+        if all(job.state in (state.DONE, state.FAILED) for job in jobs):
+            return
+        time.sleep(poll)
 
 
-def _without(runs: Sequence[Unfinished]) -> list[str]:
-    """A table of the runs without results, if there are any."""
-    if not runs:
-        return []
-    lines = ["| run without results | typed | how it stands |", "|---|---|---|"]
-    for run in runs:
-        name, _, how = run.told().partition(": ")
-        lines.append(f"| {name} | `{' '.join(run.overrides)}` | {_cell(how)} |")
-    return ["\n".join(lines) + "\n"]
+def summary(jobs: Sequence[Standing]) -> str:
+    """Counts by state and the time that is left, in one line."""
+    counts = Counter(job.state for job in jobs)
+    line = ", ".join(f"{counts[name]} {name}" for name in (state.DONE, state.FAILED, state.RUNNING, state.WAITING))
+    seconds = left(jobs)
+    return line if seconds is None else f"{line}, about {max(1, round(seconds / 60))} min left"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def left(jobs: Sequence[Standing]) -> float | None:
+    """Estimate of the seconds until all have ended, from those that are done; None where these say nothing.
 
-
-def _of_none(folder: Path, without: Sequence[Unfinished]) -> str:
-    """Table and page of a sweep none of whose runs has results."""
-    from .page import page, write_page
-
-    [text] = _without(without)
-    (folder / "results.md").write_text(text, encoding="utf-8")
-    write_page(folder / "report.html", page(folder, [], METRIC, [], {}), [])
-    return text
+    Args:
+        jobs: The jobs of a sweep; as many are believed to run at once as do now.
+    """
+    took = [job.seconds for job in jobs if job.state == state.DONE and job.seconds]
+    running = [job.seconds or 0.0 for job in jobs if job.state == state.RUNNING]
+    if not took or not running:
+        return None
+    mean = sum(took) / len(took)
+    waiting = mean * sum(job.state == state.WAITING for job in jobs)
+    return (waiting + sum(max(mean - seconds, 0.0) for seconds in running)) / len(running)
 
 
 if __name__ == "__main__":
-    from ..runtime.exit_codes import exit_code
-
     sys.exit(exit_code(lambda: main(sys.argv[1:])))

@@ -1,228 +1,287 @@
-"""One self-contained page from the runs of a sweep: plots, a sortable table, an advisor, and every command."""
+"""Everything about a folder of runs: ``results.csv``, ``results.md``, ``report.html`` and ``plots/``.
+
+The page says what the runs of a sweep answer to the question a user has: which paradigm and recovery, for a given
+budget. The decision flow is the study's (arXiv 2604.24380): first the parameters that may go, then the data that are
+there, then the time. The answers are these runs' own numbers; what the study advises is said beside them where a run
+has it.
+"""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from pandas import DataFrame
 
 from ..record import STAGES, metric_keys, scores
+from ..runtime.errors import UserError
 from ..runtime.files import whole_file
-from ..settings.schema import GGUF_TYPES
-from .plots import Plot
+from ..runtime.state import Standing
+from . import study
+from .plots import Plot, draw
 from .runs import (
+    BUDGET,
     Arm,
     Run,
+    arms_of,
+    by_model,
+    columns,
+    command,
     counted,
-    in_units,
-    score_scale,
+    frame,
+    load_runs,
     sweep_command,
+    told,
     unfinished,
 )
-from .tables import mean_spread
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2933; --soft: #61707f; --line: #e3e7ec; --paper: #fff; --wash: #f6f8fa;
-  --accent: #1b6ca8 }
-* { box-sizing: border-box }
-body { margin: 0; font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--wash) }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 64px }
-h1 { font-size: 26px; margin: 0 0 4px; overflow-wrap: anywhere } h2 { font-size: 19px; margin: 40px 0 12px }
-p { margin: 4px 0 } .soft { color: var(--soft) } .small { font-size: 13px }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px; min-width: 0 }
-.plots { columns: 2 480px; column-gap: 16px; margin-bottom: -16px }
-.plots .card { overflow-x: auto; break-inside: avoid; margin-bottom: 16px }
-.plots img { display: block; width: 100%; margin: 8px auto 0 }
-h3 { margin: 12px 0 4px; font-size: 15px } h3:first-child { margin: 0 }
-ul { margin: 0; padding-left: 20px } li { margin: 5px 0 }
-.scroll { overflow: auto; max-height: 80vh; padding: 0 } table { border-collapse: collapse; width: 100% }
-th, td { padding: 6px 9px; font-size: 13.5px; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; font-variant-numeric: tabular-nums }
-thead th { white-space: normal; vertical-align: bottom; position: sticky; top: 0; z-index: 2;
-  background: var(--paper); cursor: pointer; color: var(--soft);
-  font-weight: 600; user-select: none }
-th:hover, th[aria-sort] { color: var(--ink) } tbody tr:hover td { background: var(--wash) }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper) }
-td:first-child { white-space: normal; min-width: 240px } thead th:first-child { z-index: 3 }
-th[aria-sort=ascending]::after { content: " \\25B2" } th[aria-sort=descending]::after { content: " \\25BC" }
-details { border-bottom: 1px solid var(--line); padding: 6px 0 } details:last-child { border: 0 }
-summary { cursor: pointer } code, pre { font: 13px/1.45 ui-monospace, monospace }
-pre { background: var(--wash); padding: 10px 12px; border-radius: 6px; margin: 8px 0; overflow-x: auto }
-pre.command { white-space: pre-wrap; overflow-wrap: anywhere }
-@media (max-width: 600px) { main { padding: 20px 12px } .card { padding: 12px } .scroll { padding: 0 }
-  td:first-child { min-width: 120px } }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaee; --soft: #9aa8b5; --line: #333d47; --paper: #1c2329; --wash: #13181c; --accent: #6db5ea }
-  .plots img { filter: invert(.88) hue-rotate(180deg) } }
-@media print { :root { --wash: #fff } main { max-width: none; padding: 0 } h2, tr { break-after: avoid }
-  .scroll { max-height: none; overflow: visible } table { font-size: 8px } th, td { padding: 2px 4px }
-  th, td:first-child { position: static !important } .plots { columns: 2 } }
-"""
-SORT = """
-document.querySelectorAll("thead th").forEach((head, column) => head.addEventListener("click", () => {
-  const body = head.closest("table").tBodies[0], down = head.ariaSort === "descending" ? 1 : -1;
-  head.parentElement.querySelectorAll("th").forEach(other => other.removeAttribute("aria-sort"));
-  head.setAttribute("aria-sort", down < 0 ? "descending" : "ascending");
-  const compare = (one, other) => one === other ? 0 : one === "" ? 1 : other === "" ? -1
-    : down * (isNaN(one) || isNaN(other) ? one.localeCompare(other, undefined, { numeric: true }) : one - other);
-  [...body.rows].sort((a, b) => compare(a.cells[column].dataset.value, b.cells[column].dataset.value))
-    .forEach(row => body.append(row));
-}));
-"""
-ADVICE = (
-    "Retained scores; mean ± standard deviation over seeds. “Within the noise” means that the 95 % interval of the "
-    "difference includes zero: from the spread over seeds (Student's t), or from the number of questions where there "
-    "is one seed. All seeds answer the same questions, and few seeds leave wide intervals."
-)
-TABLE = (
-    "Mean ± sample standard deviation over seeds; a column without ± is the same for all seeds, to the digits shown. "
-    "A click on a head sorts."
-)
+METRIC = "digits_vqa/accuracy"
+PARTS = ("accuracy_image", "accuracy_text")  # of digits_vqa
+TEMPLATE = Path(__file__).with_name("page.html")
+POINTS = 0.025  # achieved ratios that are this near count as one budget
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; above these the normal one is near enough.
+STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45}
+NORMAL = 1.96
+# The study's own flow (arXiv 2604.24380): removed share up to which a method and a recovery are advised with
+# training and, up to 30 %, without; and the share of data from which on more is worth little, below one half.
+TRAINED = ((0.175, "layerwise", "projector"), (0.375, "layerwise", "kd_hidden"), (1.0, "widthwise", "kd_hidden"))
+UNTRAINED = ((0.325, "widthwise", "none"),)
+ENOUGH, HALF = 0.05, 0.5
 
 
-def page(
-    folder: Path, arms: Sequence[Arm], metric: str, plots: Sequence[Plot], advice: Mapping[str, Sequence[str]]
-) -> str:
-    """The whole page; it requests nothing from anywhere.
+def report(folder: Path, metric: str | None = None) -> str:
+    """Write everything about a folder of runs.
 
     Args:
-        folder: The folder of the runs; its name is the headline.
-        arms: Arms of the sweep.
-        metric: ``task/metric``.
-        plots: Output of `efficientllava.report.plots.draw`.
-        advice: By model, lines of HTML, see `efficientllava.report.advisor`.
+        folder: A sweep, or anything that holds runs.
+        metric: ``task/metric``; None: the first score that the runs measured.
+
+    Returns:
+        The table in Markdown.
+
+    Raises:
+        UserError: There is no finished run below the folder, or none has the metric.
     """
-    title = html.escape(folder.resolve().name)
-    failed = unfinished(folder)
-    body = [*_head(folder, title, arms, metric)]
-    if failed:
-        items = "".join(
-            f"<li><code>{html.escape(run.command)}</code><br>{html.escape(run.told())}</li>" for run in failed
+    without = unfinished(folder)
+    finished = not without or next(folder.rglob("results.json"), None)
+    runs = load_runs(folder) if finished else []
+    known = scores(run.results for run in runs)
+    if runs and metric is not None and metric not in known:
+        raise UserError(
+            f"metric {metric}: no run below {folder} has this score; there are {', '.join(known) or 'none'}"
         )
-        body.append(f'<h2>{counted(len(failed), "run")} without results</h2><div class="card"><ul>{items}</ul></div>')
-    if advice:
-        body.append('<h2>What won here</h2><div class="card">')
-        for model, lines in advice.items():
-            body.append(f"<h3>{html.escape(model)}</h3>" if model else "")
-            body.append(f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>")
-        body.append(f'<p class="soft small">{ADVICE}</p></div>')
-    if plots:
-        body.append(f'<h2>Plots</h2><div class="plots">{"".join(map(_card, plots))}</div>')
-    if arms:
-        table = _table(arms, metric)
-        body.append(f'<h2>Table</h2><p class="soft small">{TABLE}</p><div class="card scroll">{table}</div>')
-        runs = "".join(_details(arm, run) for arm in arms for run in arm.runs)
-        body.append(f'<h2>Runs</h2><div class="card">{runs}</div>')
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><main>{''.join(body)}</main><script>{SORT}</script></body></html>\n"
-    )
+    metric = metric or next(iter(known), METRIC)
+    arms, models, panels = arms_of(runs), by_model(runs) if runs else {}, study.panels_of(runs, metric)
+    texts = [markdown(arms, metric)] if runs else []
+    texts += [study.markdown(panels)] if panels else []
+    texts += [_markdown_of(without)] if without else []
+    text = "\n".join(texts)
+    (folder / "results.md").write_text(text, encoding="utf-8")
+    if runs:
+        _spreadsheet(runs, without, metric).to_csv(folder / "results.csv", index=False, lineterminator="\r\n")
+    plots = [*study.draw(panels), *(plot for model, own in models.items() for plot in draw(own, metric, model))]
+    advice = {model: advised for model, own in models.items() if (advised := advise(own, metric))}
+    shown = [(plot, _svg(plot), plot.figure.get_figwidth()) for plot in plots]
+    with whole_file(folder / "report.html") as file:
+        file.write_text(_page(folder, arms, metric, without, advice=advice, plots=shown), encoding="utf-8")
+    (folder / "plots").mkdir(exist_ok=True)
+    for plot in plots:
+        plot.figure.savefig(folder / "plots" / f"{plot.name}.png")
+    return text
 
 
-def _head(folder: Path, title: str, arms: Sequence[Arm], metric: str) -> Iterator[str]:
+def _spreadsheet(runs: Sequence[Run], without: Sequence[Standing], metric: str) -> DataFrame:
+    """One row per run, with what tables and plots need, and one for each that has left no results."""
+    _, task, name = metric_keys(metric)
+    rows = []
+    for run in runs:
+        typed = (override for override in run.results["overrides"] if not override.startswith("paths."))
+        row: dict[str, object] = {"overrides": " ".join(typed), "seed": run.results["seed"]}
+        row |= {f"ratio_{key}": run.results["ratio"][key] for key in ("requested", "achieved")}
+        for stage in STAGES:
+            names = dict.fromkeys((name, *PARTS, "answer_loss"))
+            row |= {f"{stage}_{key}": run.numbers.get(f"{stage}/{task}/{key}") for key in names}
+            row[f"{stage}_retained"] = run.numbers.get(f"{stage}/retained/{metric}")
+        row |= {f"samples_{key}": value for key, value in run.results["samples"].items()}
+        row |= {f"seconds_{key}": round(value, 1) for key, value in run.results["seconds"].items()}
+        rows.append({**row, "commit": run.results["commit"]})
+    rows += [{"overrides": " ".join(run.overrides), "state": run.state, "reason": run.reason} for run in without]
+    return DataFrame(rows, dtype=object)
+
+
+def markdown(arms: Sequence[Arm], metric: str) -> str:
+    """A table over runs: a row per configuration, mean ± sample standard deviation over its seeds.
+
+    Args:
+        arms: At least one; rows are named by the settings in which they differ.
+        metric: ``task/metric`` to show for every stage, in percent where it is a share.
+    """
+    shown = [column for column in columns(arms, metric)[:7] if column.name != "ratio/sparsity"]
+    rows = [[f"`{arm.label()}`", len(arm.runs), *(arm.cell(column) for column in shown)] for arm in arms]
+    return study.table(["run", "seeds", *(column.head for column in shown)], rows)
+
+
+def _markdown_of(without: Sequence[Standing]) -> str:
+    """A table of the runs without results."""
+    rows = []
+    for run in without:
+        name, _, how = told(run).replace("|", "\\|").replace("\n", " ").partition(": ")
+        rows.append([name, f"`{' '.join(run.overrides)}`", how])
+    return study.table(["run without results", "typed", "how it stands"], rows, "---")
+
+
+def _page(folder: Path, arms: Sequence[Arm], metric: str, without: Sequence[Standing], **parts: Any) -> str:
+    """The whole page; it requests nothing from anywhere."""
     runs = [run for arm in arms for run in arm.runs]
-    models = ", ".join(dict.fromkeys(str(run.results.get("model", "?")) for run in runs))
     commits = list(dict.fromkeys(run.results["commit"][:10] or "unknown" for run in runs))
     seeds = counted(len({run.results["seed"] for run in runs}), "seed")
-    yield f"<h1>{title}</h1>"
-    facts = (
+    facts = [
         f"{counted(len(runs), 'run')} in {counted(len(arms), 'configuration')}, {seeds}",
-        models,
+        ", ".join(dict.fromkeys(str(run.results.get("model", "?")) for run in runs)),
         metric,
         f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}",
+    ]
+    table = _table(arms, metric)
+    return jinja2.Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True, lstrip_blocks=True).render(
+        title=folder.resolve().name,
+        facts=facts,
+        command=sweep_command(folder),
+        without=[(command(run.overrides), told(run)) for run in without],
+        heads=list(table),
+        rows=list(zip(*table.values(), strict=True)),
+        arms=arms,
+        **parts,
     )
-    yield f'<p class="soft">{" · ".join(map(html.escape, facts))}</p>'
-    if command := sweep_command(folder):
-        yield f'<pre class="command">{html.escape(command)}</pre>'
 
 
-def _card(plot: Plot) -> str:
-    """A plot as it stands on the page; too small a screen scrolls it."""
-    import matplotlib
-
+def _svg(plot: Plot) -> str:
+    """A plot as it stands on the page: the same runs give the same page."""
     data = io.BytesIO()
-    # The same runs give the same page.
     with matplotlib.rc_context({"svg.hashsalt": plot.name}):
         plot.figure.savefig(data, format="svg", transparent=True, metadata={"Date": None})
-    text, width = base64.b64encode(data.getvalue()).decode(), plot.figure.get_figwidth()
-    size = f"min-width: {58 * width:.0f}px; max-width: {135 * width:.0f}px"
-    image = f'<img alt="{html.escape(plot.title)}" style="{size}" src="data:image/svg+xml;base64,{text}">'
-    return (
-        f'<div class="card"><h3>{html.escape(plot.title)}</h3><p class="soft small">{html.escape(plot.caption)}</p>'
-        f"{image}</div>"
-    )
+    return base64.b64encode(data.getvalue()).decode()
 
 
-def _columns(arms: Sequence[Arm], metric: str) -> list[tuple[str, tuple[str, ...], bool, float, int]]:
-    """Head, place in ``results.json``, whether in its last stage, factor and digits of every column with a number."""
-    score, (factor, sign) = metric_keys(metric), score_scale(arms, metric)
-    count, giga = in_units([size for arm in arms for size in arm.values("stages", "base", "parameters")], 1000)
-    size, unit = in_units(
-        [size for arm in arms for size in arm.values("stages", "base", "checkpoint_bytes")], 1024, "iB"
-    )
-    others = [other for other in scores((run.results for arm in arms for run in arm.runs), True) if other != metric]
-    columns = [
-        ("removed, %", ("ratio", "achieved"), False, 100, 1),
-        ("zeros, %", ("ratio", "sparsity"), False, 100, 1),
-        *((f"{stage}{sign}", ("stages", stage, *score), False, factor, 1) for stage in STAGES),
-        ("retained, %", ("retained", metric), True, 100, 1),
-        ("answer loss", (*score[:2], "answer_loss"), True, 1, 3),
-        *((f"{other.replace('/', ' ')}, retained %", ("retained", other), True, 100, 1) for other in others),
-        (f"parameters, {giga}", ("parameters",), True, 1 / count, 3),
-        (f"checkpoint, {unit}", ("checkpoint_bytes",), True, 1 / size, 2),
-        ("ms per token", ("latency_ms", "decode"), True, 1, 2),
-        *((f"{kind} file, {unit}", ("gguf", kind, "bytes"), True, 1 / size, 2) for kind in GGUF_TYPES),
-        *((f"{kind}, ms of CPU per token", ("gguf", kind, "decode_ms"), True, 1, 2) for kind in GGUF_TYPES),
-        ("prune, s", ("seconds", "prune"), False, 1, 0),
-        ("recover, s", ("seconds", "recover"), False, 1, 0),
-    ]
-    found = [[value for arm in arms for value in arm.values(*column[1], last=column[2])] for column in columns]
-    told = zip(columns, found, strict=True)
-    return [column for column, values in told if (any(values) if column[1][0] == "seconds" else values)]
+def _table(arms: Sequence[Arm], metric: str) -> dict[str, list[tuple[Any, Any]]]:
+    """Text and value to sort by of every arm, by the heads of the columns; those without a number are left out."""
+    table: dict[str, list[tuple[Any, Any]]] = {
+        "configuration": [(arm.label(), arm.label()) for arm in arms],
+        "seeds": [(len(arm.runs), len(arm.runs)) for arm in arms],
+    }
+    for column in columns(arms, metric):
+        means = [arm.mean(column.name) for arm in arms]
+        if any(mean and (mean[0] or not column.name.startswith("seconds/")) for mean in means):
+            varies = any(round(column.scale * mean[1], column.digits) for mean in means if mean)
+            values = [f"{mean[0] * column.scale:.9g}" if mean else "" for mean in means]
+            table[column.head] = [(arm.cell(column, varies), value) for arm, value in zip(arms, values, strict=True)]
+    return table
 
 
-def _table(arms: Sequence[Arm], metric: str) -> str:
-    columns = _columns(arms, metric)
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in ("configuration", "seeds", *(c[0] for c in columns)))
-    cells = [[_sortable(html.escape(arm.label())), _sortable(str(len(arm.runs)))] for arm in arms]
-    for _, path, last, factor, digits in columns:
-        found = [arm.values(*path, last=last) for arm in arms]
-        varies = any(len(values) > 1 and round(factor * statistics.stdev(values), digits) for values in found)
-        for arm, values, row in zip(arms, found, cells, strict=True):
-            mean = f"{statistics.fmean(values) * factor:.9g}" if values else ""
-            row.append(_sortable(mean_spread(values, factor, digits, len(arm.runs), varies), mean))
-    rows = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _sortable(text: str, value: str | None = None) -> str:
-    return f'<td data-value="{text if value is None else value}">{text}</td>'
-
-
-def _details(arm: Arm, run: Run) -> str:
-    facts = f"commit {run.results['commit'] or 'unknown'}, folder {run.folder.name}"
-    return (
-        f"<details><summary>{html.escape(arm.label())}, seed {run.results['seed']}</summary>"
-        f'<pre class="command">{html.escape(run.command)}</pre><p class="soft small">{html.escape(facts)}</p>'
-        f"<pre>{html.escape(run.written_config())}</pre></details>"
-    )
-
-
-def write_page(path: Path, text: str, plots: Sequence[Plot]) -> None:
-    """Write the page, and the plots as PNG into ``plots/`` beside it.
+def advise(arms: Sequence[Arm], metric: str) -> dict[str, Sequence[str]]:
+    """Lines of HTML for every budget of parameters; nothing where no two arms can be compared.
 
     Args:
-        path: The page's file.
-        text: Output of `page`.
-        plots: The plots.
+        arms: Arms of one model. Masked weights are left out: they remove no parameters.
+        metric: ``task/metric``.
+
+    Returns:
+        By what has to go at least: ``30 %``, or several budgets with the same advice, ``30 % or 35 %``.
     """
-    with whole_file(path) as file:
-        file.write_text(text, encoding="utf-8")
-    folder = path.with_name("plots")
-    folder.mkdir(exist_ok=True)
-    for plot in plots:
-        plot.figure.savefig(folder / f"{plot.name}.png")
+    costs = {name: f"seconds/{name}" for name in ("prune", "recover")}
+    known = frame(arms, removed="ratio/achieved", zeros="ratio/sparsity", retained=f"final/retained/{metric}", **costs)
+    known = known.assign(seconds=known.prune.fillna(0) + known.recover.fillna(0))
+    known = known.assign(name=[arm.label(*BUDGET) for arm in known.arm])
+    known = known[known.retained.notna() & known.zeros.isna()].sort_values("removed", kind="stable")
+    budgets: dict[tuple[str, ...], list[float]] = {}
+    least = -math.inf
+    for removed in known.removed:
+        if removed - least <= POINTS:
+            continue
+        least = removed
+        # An arm that removes more meets the budget too: some paradigms remove in coarse steps.
+        within = known[known.removed >= least]
+        if len(within) > 1:
+            budgets.setdefault(tuple(_budget(within, metric)), []).append(100 * least)
+    return {" or ".join(f"{share:.0f} %" for share in shares): lines for lines, shares in budgets.items()}
+
+
+def _budget(within: Any, metric: str) -> Iterator[str]:
+    """What to choose where at least so many parameters have to go, for every budget of data."""
+    shares = sorted({*within.data})
+    for share in shares:
+        # Of a configuration at several ratios, the one that keeps most: the question is which configuration.
+        ranked = within[within.data <= share].sort_values("retained", ascending=False, kind="stable")
+        best = ranked.drop_duplicates("name").sort_values(["retained", "seconds"], ascending=[False, True])
+        data = f"With up to {100 * share:g} % of the recovery data" if share else "Without training"
+        yield ("" if len(shares) == 1 else f"{data}: ") + _winner([*best.itertuples()], metric)
+    yield from _studied(within, metric)
+
+
+def _winner(group: Sequence[Any], metric: str) -> str:
+    """Who keeps most, who cannot be told apart from it, and who of these is quickest."""
+    best, *others = group
+    line = f"<b>{_name(best)}</b> retains {_kept(best, metric)}"
+    if not others:
+        return line + "."
+    level = [arm for arm in others if best.retained - arm.retained <= _noise(best, arm, metric)]
+    line += f", next {_name(others[0])} with {_kept(others[0], metric)}"
+    if level:
+        whom = "it" if level == others[:1] else counted(len(level), "other configuration")
+        line += f"; the difference to {whom} is within the noise"
+    line += "."
+    quick = min([best, *level], key=lambda arm: arm.seconds)
+    if quick.seconds < 0.8 * best.seconds:
+        line += f" {_name(quick)} is as good as far as these runs can tell, and takes {quick.seconds:.0f} s to "
+        line += f"prune and recover instead of {best.seconds:.0f} s."
+    return line
+
+
+def _studied(within: Any, metric: str) -> Iterator[str]:
+    """What the study's own choices keep here, where runs have them at this budget."""
+    removed = within.removed.iloc[0]
+    for flow, when in ((UNTRAINED, "without training"), (TRAINED, "with training")):
+        _, method, recovery = next((row for row in flow if removed <= row[0]), (0.0, "", ""))
+        found = [
+            row
+            for row in within[within.removed - removed <= POINTS].itertuples()
+            if row.arm.runs[0].config.get("prune.method") == method
+            and row.arm.runs[0].config.get("recover.name") == recovery
+            and row.arm.runs[0].config.get("recover.weights.sft", 1.0) + (recovery == "none") > 0
+        ]
+        if found:
+            wanted = ENOUGH if removed < HALF else 1.0
+            row = min(found, key=lambda row: (abs(row.data - wanted), -row.retained))
+            choice = method if recovery == "none" else f"{method} and {recovery}"
+            yield f"The study's choice {when}, {choice}: {_name(row)} retains {_kept(row, metric)}."
+
+
+def _noise(one: Any, other: Any, metric: str) -> float:
+    """Half width of the 95 % interval of the difference of two retained scores.
+
+    From the spread over seeds; where an arm has one seed only, from the number of questions, as if the score were a
+    share of independent questions.
+    """
+    counts = [len(row.arm.values(f"final/retained/{metric}")) for row in (one, other)]
+    if min(counts) > 1:
+        error = math.hypot(one.retained_spread / counts[0] ** 0.5, other.retained_spread / counts[1] ** 0.5)
+        return STUDENT.get(sum(counts) - 2, NORMAL) * error
+    questions = one.arm.runs[0].numbers.get(f"final/{metric_keys(metric)[1]}/n") or 1
+    shares = [min(max(row.retained, 0.0), 1.0) for row in (one, other)]
+    return NORMAL * math.sqrt(sum(share * (1 - share) for share in shares) / questions)
+
+
+def _name(row: Any) -> str:
+    return html.escape(row.label)
+
+
+def _kept(row: Any, metric: str) -> str:
+    values = row.arm.values(f"final/retained/{metric}")
+    spread = f" ± {100 * row.retained_spread:.1f} %" if len(values) > 1 else " % (one seed)"
+    return f"{100 * row.retained:.1f}{spread}"

@@ -5,24 +5,22 @@ from __future__ import annotations
 import math
 import shlex
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
+from pandas import DataFrame
 
-from ..record import (
-    STAGES,
-    Results,
-    find,
-    last_stage,
-    metric_keys,
-    read,
-)
+from ..record import STAGES, Results, metric_keys, read, scores
 from ..runtime import state
 from ..runtime.errors import UserError
+from ..runtime.state import Standing
 from ..settings.compose import SWEEP_NAME, key_of
+from ..settings.schema import GGUF_TYPES
+from .tables import ABSENT, flat, numbers
 
 # Keys that say where and how a run was done, not what.
 PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "keep")
@@ -30,6 +28,11 @@ PLACES += ("optimized_metric", "dry_run")
 BUDGET = ("prune.ratio", "prune.share", "prune.drop_layers")  # how much is removed
 AXES = (*BUDGET, "data_frac")  # what curves run along
 NAMES = ("model.name", "prune.name", "recover.name")
+
+
+def command(overrides: Sequence[str]) -> str:
+    """The line that makes a run."""
+    return shlex.join(["python", "run.py", *overrides])
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,15 @@ class Run:
     results: Results
     config: Mapping[str, Any]
 
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """Its numbers by name, see `efficientllava.report.tables.numbers`."""
+        return numbers(self.results)
+
     @property
     def command(self) -> str:
         """The line that makes this run."""
-        return shlex.join(["python", "run.py", *self.results["overrides"]])
+        return command(self.results["overrides"])
 
     def written_config(self) -> str:
         """Its configuration as YAML, as Hydra has written it."""
@@ -80,93 +88,161 @@ class Arm:
         names = [str(config[key]) for key in ("prune.name", "recover.name") if key not in without and key in config]
         return ", ".join(self.words(*without) or names) or "default"
 
-    def values(self, *path: str, last: bool = False) -> list[float]:
-        """A finite number of each run that has it.
+    def values(self, name: str) -> list[float]:
+        """A finite number of each run that has it."""
+        return [value for run in self.runs if math.isfinite(value := run.numbers.get(name, math.nan))]
 
-        Args:
-            *path: Keys into ``results.json``, or into its last stage.
-            last: Which of the two.
-        """
-        found = (find(last_stage(run.results) if last else run.results, *path) for run in self.runs)
-        return [value for value in found if isinstance(value, int | float) and math.isfinite(value)]
-
-    def mean(self, *path: str, last: bool = False) -> tuple[float, float] | None:
+    def mean(self, name: str) -> tuple[float, float] | None:
         """Mean and sample standard deviation (0 for one run) of a number; None where no run has it."""
-        values = self.values(*path, last=last)
+        values = self.values(name)
+        return (statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0) if values else None
+
+    def cell(self, column: Column, varies: bool = True) -> str:
+        """Mean and, where it varies, deviation of a column; a number that not all runs have says how many do."""
+        values = self.values(column.name)
         if not values:
-            return None
-        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            return ABSENT
+        text = f"{column.scale * statistics.fmean(values):.{column.digits}f}"
+        if varies and len(values) > 1:
+            text += f" ± {column.scale * statistics.stdev(values):.{column.digits}f}"
+        return text if len(values) == len(self.runs) else f"{text} (n = {len(values)})"
+
+    @property
+    def data_share(self) -> float:
+        """Share of the recovery data that it trains on."""
+        config = self.runs[0].config
+        return 0.0 if config.get("recover.name") == "none" else config.get("data_frac", 1.0)
+
+
+class Column(NamedTuple):
+    """How a number of all arms is shown, in tables and along axes.
+
+    Attributes:
+        head: Its words, with the unit.
+        name: See `efficientllava.report.tables.numbers`.
+        scale: What it is multiplied by.
+        digits: Behind the point.
+    """
+
+    head: str
+    name: str
+    scale: float = 100
+    digits: int = 1
+
+
+def columns(arms: Sequence[Arm], metric: str) -> list[Column]:
+    """What tables and plots show of the arms of a sweep; metrics are named ``task/metric``."""
+    scale, sign = score_scale(arms, metric)
+    count, giga = _unit(arms, "base/parameters", 1000, "")
+    size, gibi = _unit(arms, "base/checkpoint_bytes", 1024, "iB")
+    others = [other for other in scores((run.results for arm in arms for run in arm.runs), True) if other != metric]
+    return [
+        Column("removed, %", "ratio/achieved"),
+        Column("zeros, %", "ratio/sparsity"),
+        *(Column(f"{stage}{sign}", f"{stage}/{metric}", scale) for stage in STAGES),
+        Column("retained, %", f"final/retained/{metric}"),
+        Column("answer loss", f"final/{metric_keys(metric)[1]}/answer_loss", 1, 3),
+        *(Column(f"{other.replace('/', ' ')}, retained %", f"final/retained/{other}") for other in others),
+        Column(f"parameters, {giga}", "final/parameters", 1 / count, 3),
+        Column(f"checkpoint, {gibi}", "final/checkpoint_bytes", 1 / size, 2),
+        Column("ms per token", "final/latency_ms/decode", 1, 2),
+        *(Column(f"{kind} file, {gibi}", f"final/gguf/{kind}/bytes", 1 / size, 2) for kind in GGUF_TYPES),
+        *(Column(f"{kind}, ms of CPU per token", f"final/gguf/{kind}/decode_ms", 1, 2) for kind in GGUF_TYPES),
+        Column("prune, s", "seconds/prune", 1, 0),
+        Column("recover, s", "seconds/recover", 1, 0),
+    ]
+
+
+def score_scale(arms: Sequence[Arm], metric: str) -> tuple[float, str]:
+    """Factor and unit that a score is shown with: shares in percent, points (such as those of MME) as they are."""
+    values = [value for arm in arms for stage in STAGES for value in arm.values(f"{stage}/{metric}")]
+    return (1, "") if any(value > 1 for value in values) else (100, ", %")
+
+
+def _unit(arms: Sequence[Arm], name: str, base: int, suffix: str) -> tuple[float, str]:
+    """Divisor and name of the unit, millions or billions, in which the largest of some counts is best read."""
+    most = max((value for arm in arms for value in arm.values(name)), default=0)
+    return (base**3, f"G{suffix}") if most >= base**3 else (base**2, f"M{suffix}")
+
+
+def frame(arms: Sequence[Arm], **names: str) -> Any:
+    """What plots and advice compare, as a data frame with a row per arm.
+
+    Args:
+        arms: At least one.
+        **names: Numbers by their column, see `efficientllava.report.tables.numbers`.
+
+    Returns:
+        ``arm``, its ``label``, its ``series`` (without what curves run along), ``paradigm`` and ``data`` share; and of
+        every number the mean, with its standard deviation in ``<column>_spread``, NaN where no run has it.
+    """
+    rows = []
+    for arm in arms:
+        row = {"arm": arm, "label": arm.label(), "series": arm.label(*AXES), "data": arm.data_share}
+        row["paradigm"] = str(arm.settings.get("prune.name"))
+        for column, name in names.items():
+            row[column], row[f"{column}_spread"] = arm.mean(name) or (math.nan, math.nan)
+        rows.append(row)
+    return DataFrame(rows)
 
 
 def load_runs(folder: Path) -> list[Run]:
     """All finished runs below a folder, in the order of their numbers.
 
-    Args:
-        folder: A sweep, or anything that holds runs.
-
     Raises:
         UserError: There is none.
     """
-    files = sorted(folder.rglob("results.json"), key=lambda file: [(len(part), part) for part in file.parts])
+    files = sorted(folder.rglob("results.json"), key=_in_order)
     if not files:
-        failed = [run.told() for run in unfinished(folder)]
+        failed = [told(run) for run in unfinished(folder)]
         why = f" ({counted(len(failed), 'run')} without results, the first: {failed[0]})" if failed else ""
         raise UserError(f"{folder}: no results.json below this folder{why}; give a folder of finished runs")
     return [Run(file.parent, read(file), _config(file.parent)) for file in files]
 
 
-@dataclass(frozen=True)
-class Unfinished:
-    """A run that has left no results.
-
-    Args:
-        folder: Its folder.
-        overrides: What was typed for it.
-        state: ``failed``, ``running`` or ``waiting``.
-        reason: Why, in its last words or in those of whoever has ended it.
-    """
-
-    folder: Path
-    overrides: tuple[str, ...]
-    state: str
-    reason: str
-
-    @property
-    def command(self) -> str:
-        """The line that makes this run."""
-        return shlex.join(["python", "run.py", *self.overrides])
-
-    def told(self) -> str:
-        """Its number, how it stands and where its words are, in one line."""
-        log = next((log for log in (self.folder / "job.log", self.folder / "run.log") if log.exists()), None)
-        return f"{self.folder.name}: {self.state}: {self.reason or 'nothing was told'}{f' ({log})' if log else ''}"
+def _in_order(path: Path) -> list[tuple[int, str]]:
+    return [(len(part), part) for part in path.parts]
 
 
-def unfinished(folder: Path) -> list[Unfinished]:
-    """Every run below a folder that has begun or was submitted and has left no results.
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / ".hydra" / "config.yaml"
+    return dict(flat(_yaml(file), ".")) if file.exists() else {}
 
-    Args:
-        folder: A sweep.
-    """
+
+def _yaml(file: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(file))
+
+
+def unfinished(folder: Path) -> list[Standing]:
+    """Every run below a folder that has begun or was submitted and has left no results, with all that was typed."""
     known = {entry.folder: entry for entry in state.standings(folder) if (entry.folder / state.JOB).exists()}
     begun = {file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")}
     found = []
-    for run in sorted({*known, *begun}, key=lambda run: [(len(part), part) for part in run.parts]):
-        entry = known.get(run)
-        if (run / "results.json").exists() and not (entry and entry.state == state.FAILED):
-            continue
-        typed = _yaml(run / ".hydra" / "overrides.yaml") if run in begun else entry.overrides if entry else ()
-        how, why = (entry.state, entry.reason) if entry else _last_words(run)
-        found.append(Unfinished(run, tuple(typed), how, why))
+    for run in sorted({*known, *begun}, key=_in_order):
+        entry = known.get(run) or _unnoted(run)
+        if entry.state == state.FAILED or not (run / "results.json").exists():
+            typed = _yaml(run / ".hydra" / "overrides.yaml") if run in begun else entry.overrides
+            found.append(replace(entry, overrides=tuple(typed)))
     return found
 
 
-def _last_words(run: Path) -> tuple[str, str]:
+def _unnoted(run: Path) -> Standing:
     """How a run stands that nobody has kept a note of, from its logs."""
-    logs = [log.read_text("utf-8", errors="replace") for log in (run / "job.log", run / "run.log") if log.exists()]
+    logs = [log.read_text("utf-8", errors="replace") for log in _logs(run)]
     lines = [line.strip() for log in logs for line in reversed(log.split("\n"))]
-    told = next((line.removeprefix("error: ") for line in lines if line.startswith("error:")), None)
-    return (state.FAILED, told) if told else (state.RUNNING, "nothing was told; it may still be at work")
+    error = next((line.removeprefix("error: ") for line in lines if line.startswith("error:")), None)
+    how = (state.FAILED, error) if error else (state.RUNNING, "nothing was told; it may still be at work")
+    return Standing(run.name, how[0], (), how[1], None, run)
+
+
+def _logs(run: Path) -> list[Path]:
+    return [log for log in (run / "job.log", run / "run.log") if log.exists()]
+
+
+def told(run: Standing) -> str:
+    """The number of a run without results, how it stands and where its words are, in one line."""
+    log = "".join(f" ({log})" for log in _logs(run.folder)[:1])
+    return f"{run.folder.name}: {run.state}: {run.reason or 'nothing was told'}{log}"
 
 
 def sweep_command(folder: Path) -> str | None:
@@ -175,40 +251,19 @@ def sweep_command(folder: Path) -> str | None:
     if not file.exists():
         return None
     overrides = _yaml(file)["hydra"]["overrides"]
-    told = overrides["hydra"]
-    told = told[:-2] if told and SWEEP_NAME in told[-1] else told  # what the sweep itself adds for its jobs
-    launcher = [item for item in told if not item.startswith("hydra.mode=")]
-    return shlex.join(["python", "run.py", "-m", *launcher, *overrides["task"]])
-
-
-def _yaml(file: Path) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(file))
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / ".hydra" / "config.yaml"
-    return dict(_flat(_yaml(file), "")) if file.exists() else {}
-
-
-def _flat(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, node
+    typed = overrides["hydra"]
+    typed = typed[:-2] if typed and SWEEP_NAME in typed[-1] else typed  # what the sweep itself adds for its jobs
+    launcher = [item for item in typed if not item.startswith("hydra.mode=")]
+    return command(["-m", *launcher, *overrides["task"]])
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
-    """Group runs that differ in their seed only, in the order of first appearance; a seed counts once.
-
-    Args:
-        runs: Runs of one sweep.
-    """
+    """Group runs of one sweep that differ in their seed only, in the order of first appearance; a seed counts once."""
     typed = {key for run in runs for key in _typed(run)}
     keys = _telling(runs, typed)
     groups: dict[tuple[str, ...], dict[Any, Run]] = {}
     for run in runs:
-        groups.setdefault(tuple(str(run.config.get(key)) for key in keys), {})[run.results["seed"]] = run
+        groups.setdefault(_values(run, keys), {})[run.results["seed"]] = run
     found = [tuple(group.values()) for group in groups.values()]
     return [Arm(_settings(group[0], keys, typed), group) for group in found]
 
@@ -216,11 +271,8 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
 def by_model(runs: Sequence[Run]) -> dict[str, list[Arm]]:
     """Arms of every model, since what is right for one says nothing of another; of all where each has one arm.
 
-    Args:
-        runs: Runs of one sweep.
-
     Returns:
-        By the model's name; by the empty string where there is nothing to divide.
+        Arms by the model's name, by its path where names are shared; by the empty name where there is one model only.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -235,24 +287,24 @@ def by_model(runs: Sequence[Run]) -> dict[str, list[Arm]]:
 def _telling(runs: Sequence[Run], typed: Collection[str]) -> list[str]:
     """Keys that tell arms apart: names and axes, and of what was typed and the rest what these do not decide."""
     every = dict.fromkeys(key for run in runs for key in run.config if key.split(".")[0] not in PLACES)
-    varying = [key for key in every if len({str(run.config.get(key)) for run in runs}) > 1]
+    varying = [key for key in every if _kinds(runs, [key]) > 1]
     chosen = [key for key in varying if key in NAMES or key in AXES]
-    chosen += [key for key in varying if key in typed and not _decided(key, chosen, runs)]
+    names = _kinds(runs, chosen)
+    chosen += [key for key in varying if key in typed and _kinds(runs, [*chosen, key]) > names]
     for key in varying:
         # What not all runs know is of another version of this package, and the same in all of them.
-        if all(key in run.config for run in runs) and not _decided(key, chosen, runs):
+        if all(key in run.config for run in runs) and _kinds(runs, [*chosen, key]) > _kinds(runs, chosen):
             chosen.append(key)
     return [key for key in varying if key in chosen]
 
 
-def _decided(key: str, others: Sequence[str], runs: Sequence[Run]) -> bool:
-    """Whether runs that agree in the other keys agree in this one."""
-    values: dict[tuple[str, ...], str] = {}
-    return all(
-        values.setdefault(tuple(str(run.config.get(other)) for other in others), str(run.config.get(key)))
-        == str(run.config.get(key))
-        for run in runs
-    )
+def _values(run: Run, keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(run.config.get(key)) for key in keys)
+
+
+def _kinds(runs: Sequence[Run], keys: Sequence[str]) -> int:
+    """How many kinds of runs these keys tell apart."""
+    return len({_values(run, keys) for run in runs})
 
 
 def _typed(run: Run) -> set[str]:
@@ -268,17 +320,6 @@ def _settings(run: Run, keys: Sequence[str], typed: Collection[str]) -> dict[str
     return {key: value for key, value in shown.items() if value is not None}
 
 
-def in_units(values: Sequence[float], base: int, suffix: str = "") -> tuple[float, str]:
-    """Divisor and name of the unit, millions or billions, in which the largest of some counts is best read.
-
-    Args:
-        values: Counts.
-        base: 1000, or 1024 for bytes.
-        suffix: Of the unit, such as ``iB``.
-    """
-    return (base**3, f"G{suffix}") if max(values, default=0) >= base**3 else (base**2, f"M{suffix}")
-
-
 def counted(number: int, noun: str) -> str:
     """``1 run``, ``2 runs``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -286,23 +327,6 @@ def counted(number: int, noun: str) -> str:
 
 def _is_name(key: str) -> bool:
     return key.endswith(".name")
-
-
-def data_share(arm: Arm) -> float:
-    """Share of the recovery data that an arm trains on."""
-    config = arm.runs[0].config
-    return 0.0 if config.get("recover.name") == "none" else config.get("data_frac", 1.0)
-
-
-def score_scale(arms: Sequence[Arm], metric: str) -> tuple[float, str]:
-    """Factor and unit that a score is shown with: shares in percent, points (such as those of MME) as they are.
-
-    Args:
-        arms: Arms of the sweep.
-        metric: ``task/metric``.
-    """
-    values = [value for arm in arms for stage in STAGES for value in arm.values("stages", stage, *metric_keys(metric))]
-    return (1, "") if any(value > 1 for value in values) else (100, ", %")
 
 
 def _in_words(key: str, value: Any) -> str:

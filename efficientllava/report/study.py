@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from ..record import find, last_stage, metric_keys
 from .plots import Plot, label_ends, new_axes, style
 from .runs import Run
+from .tables import ABSENT
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 FAMILIES = ("llava", "internvl", "bunny")
 SHARES = ("prune.ratio", "data_frac")  # rows that are shown in percent
 OFF = 0.01  # an achieved ratio this far from the requested one is shown
-ABSENT = "-"
 DODGE = 0.1  # of the distance between rows
 
 
@@ -89,10 +88,6 @@ class Panel:
 def panels_of(runs: Sequence[Run], metric: str) -> list[Panel]:
     """Pivot the runs of an experiment of which the paper prints numbers.
 
-    Args:
-        runs: Finished runs.
-        metric: ``task/metric``.
-
     Returns:
         One panel per model, and per question that their experiment answers; none where the runs are of no such
         experiment or of several.
@@ -105,44 +100,37 @@ def panels_of(runs: Sequence[Run], metric: str) -> list[Panel]:
         if len(told) == 1 and told <= {f"experiment={name}", f"experiment={spec.get('of')}"}:
             for model in models:
                 own = [run for run in runs if run.config.get("model.name") == model]
-                panels.append(Panel(name, model, spec, _ours(own, spec, metric), _published(model, spec)))
+                panels.append(Panel(name, model, spec, _ours(own, spec, metric), published(model, spec)))
     return panels
 
 
 def _ours(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> dict[str, dict[Any, Value]]:
-    metrics = spec.get("metrics", {metric: ""})
-    cells: dict[str, dict[Any, list[Run]]] = {}
+    place = "final" if spec["value"] == "accuracy" else "final/retained"
+    cells: dict[str, dict[Any, list[tuple[float, Run]]]] = {}
     for run in runs:
         row, _, column = str(run.config.get("name")).partition("@")
         if spec["rows"] != "arm":
             row, column = run.config[spec["rows"]], row
-        cells.setdefault(spec.get("columns", {}).get(column, column), {}).setdefault(row, []).append(run)
-    columns = {}
-    for column, rows in cells.items():
-        for key, title in metrics.items():
-            found = {row: value for row, members in rows.items() if (value := _value(members, spec, key))}
-            columns[f"{column}, {title}" if title else column] = _relative(found, spec.get("of_row"))
-    return columns
+        for key, part in spec.get("metrics", {metric: ""}).items():
+            titles = [spec.get("columns", {}).get(column, column), *([part] if part else [])]
+            rows, kept = cells.setdefault(", ".join(titles), {}), run.numbers.get(f"{place}/{key}")
+            if kept is not None:
+                rows.setdefault(row, []).append((100 * (1 - kept if spec["value"] == "lost" else kept), run))
+    values = {title: {row: _value(found) for row, found in rows.items()} for title, rows in cells.items()}
+    return {title: _relative(column, spec.get("of_row")) for title, column in values.items()}
 
 
-def _value(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> Value | None:
-    path = metric_keys(metric) if spec["value"] == "accuracy" else ("retained", metric)
-    kept = [find(last_stage(run.results), *path) for run in runs]
-    shares = [100 * (1 - share if spec["value"] == "lost" else share) for share in kept if share is not None]
-    if not shares:
-        return None
-    achieved = statistics.fmean(run.results["ratio"]["achieved"] for run in runs)
-    requested = runs[0].results["ratio"]["requested"]
+def _value(found: Sequence[tuple[float, Run]]) -> Value:
+    shares, ratios = [share for share, _ in found], [run.results["ratio"] for _, run in found]
+    achieved, requested = statistics.fmean(ratio["achieved"] for ratio in ratios), ratios[0]["requested"]
     removed = achieved if requested is not None and abs(achieved - requested) > OFF else None
     return Value(statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else None, removed)
 
 
 def _relative(column: dict[Any, Value], row: Any) -> dict[Any, Value]:
     """A column in percent of one of its values, without which nothing can be said."""
-    if row is None:
-        return column
-    if row not in column:
-        return {}
+    if row is None or row not in column:
+        return column if row is None else {}
     scale = 100 / column[row].mean
     return {
         key: value._replace(mean=scale * value.mean, spread=None if value.spread is None else scale * value.spread)
@@ -150,10 +138,10 @@ def _relative(column: dict[Any, Value], row: Any) -> dict[Any, Value]:
     }
 
 
-def _published(model: str, spec: Mapping[str, Any]) -> dict[str, dict[Any, Value]]:
-    families = spec.get("families", [family for family in FAMILIES if family in model])
+def published(model: str, spec: Mapping[str, Any]) -> dict[str, dict[Any, Value]]:
+    """What the paper prints for the family of a model, or for all that an experiment names: columns by title."""
     columns = {}
-    for family in families:
+    for family in spec.get("families", [family for family in FAMILIES if family in model]):
         for title, entry in spec["published"].get(family, {}).items():
             values, suspect = (entry["values"], entry["suspect"]) if isinstance(entry, dict) else (entry, "")
             told = [value if isinstance(value, list) else [value, suspect] for value in values]
@@ -162,64 +150,47 @@ def _published(model: str, spec: Mapping[str, Any]) -> dict[str, dict[Any, Value
     return columns
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "---:") -> str:
+    """A table in Markdown; columns behind the first one are aligned."""
+    rule = "|---|" + f"{align}|" * (len(head) - 1)
+    first, *rest = ("| " + " | ".join(map(str, row)) + " |" for row in (head, *rows))
+    return "\n".join([first, rule, *rest]) + "\n"
+
+
 def markdown(panels: Sequence[Panel]) -> str:
-    """The table of every panel.
-
-    Args:
-        panels: Output of `panels_of`.
-    """
-    return "\n".join(line for panel in panels for line in _lines(panel))
+    """The table of every panel."""
+    return "\n".join(_text(panel) for panel in panels)
 
 
-def _lines(panel: Panel) -> Iterator[str]:
-    spec = panel.spec
-    reasons = list(
-        dict.fromkeys(v.suspect for column in panel.published.values() for v in column.values() if v.suspect)
-    )
-    yield f"**{panel.experiment}, {panel.model}**: {panel.quantity}, mean ± standard"
-    yield f"deviation over seeds; *published*: {spec['source']}."
-    yield ""
-    yield "| " + " | ".join([spec["rows"], *panel.ours, *(f"*{title}*" for title in panel.published)]) + " |"
-    yield "|---|" + "---:|" * (len(panel.ours) + len(panel.published))
-    for row in panel.rows:
-        columns = [*panel.ours.values(), *panel.published.values()]
-        cells = (str(column[row]) if row in column else ABSENT for column in columns)
-        yield "| " + " | ".join([panel.label(row), *cells]) + " |"
-    yield ""
-    if reasons:
-        yield f"† suspect: {'; '.join(reasons)}."
-        yield ""
+def _text(panel: Panel) -> str:
+    columns = [*panel.ours.values(), *panel.published.values()]
+    head = [panel.spec["rows"], *panel.ours, *(f"*{title}*" for title in panel.published)]
+    rows = [[panel.label(row), *(column.get(row, ABSENT) for column in columns)] for row in panel.rows]
+    reasons = dict.fromkeys(value.suspect for column in columns for value in column.values() if value.suspect)
+    intro = f"**{panel.experiment}, {panel.model}**: {panel.quantity}, mean ± standard\n"
+    intro += f"deviation over seeds; *published*: {panel.spec['source']}.\n\n"
+    return intro + table(head, rows) + (f"\n† suspect: {'; '.join(reasons)}.\n" if reasons else "")
 
 
 def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
-    """A plot per panel, beside the others of a report: ours filled, published hollow.
-
-    Args:
-        panels: Output of `panels_of`.
-    """
+    """A plot per panel, beside the others of a report: ours filled, published hollow."""
     for panel in panels:
         rows, ends, columns = panel.rows, [], [*panel.ours.items(), *panel.published.items()]
         turned = panel.spec["rows"] == "arm"
-        axes = new_axes(6.4, 4.2)
-        axes.set_xticks(
-            range(len(rows)), map(panel.label, rows), rotation=35 * turned, ha="right" if turned else "center"
-        )
-        axes.set(xlabel=panel.spec["rows"], ylabel=panel.quantity)
+        axes = new_axes(6.4, 4.2, xlabel=panel.spec["rows"], ylabel=panel.quantity)
+        slant = {"rotation": 35, "ha": "right"} if turned else {}
+        axes.set_xticks(range(len(rows)), map(panel.label, rows), **slant)
         for index, (title, column) in enumerate(columns):
             points = [(x, column[row]) for x, row in enumerate(rows) if row in column]
             if points:
                 ours, look = index < len(panel.ours), style(index)
-                line: dict[str, Any] = {"lw": 1.6} if ours else {"lw": 1.1, "ls": ":", "mfc": "white"}
-                line |= {"ls": "none"} if turned else {}  # arms have no order
+                look |= {"lw": 1.6} if ours else {"lw": 1.1, "ls": ":", "mfc": "white"}
+                look |= {"ls": "none"} if turned else {}  # arms have no order
                 aside = DODGE * (index - (len(columns) - 1) / 2) * turned  # equal values are seen beside each other
                 x, y = [x + aside for x, _ in points], [value.mean for _, value in points]
-                axes.errorbar(x, y, [value.spread or 0 for _, value in points], ms=4, capsize=2.5, **line, **look)
+                axes.errorbar(x, y, [value.spread or 0 for _, value in points], ms=4, capsize=2.5, **look)
                 ends.append((x[-1], y[-1], title if ours else f"{title}, published", look["color"]))
         label_ends(axes, ends)
         caption = f"Mean over seeds, one standard deviation; hollow: published ({panel.spec['source']})."
-        yield Plot(
-            f"{panel.experiment}_{panel.model}",
-            f"{panel.experiment}, {panel.model}: beside what is published",
-            caption,
-            axes.figure,
-        )
+        title = f"{panel.experiment}, {panel.model}: beside what is published"
+        yield Plot(f"{panel.experiment}_{panel.model}", title, caption, axes.figure)

@@ -1,23 +1,16 @@
-"""The closing table of a run, and tables over runs."""
+"""What one run measured: its numbers by name, what each of its layers keeps, and its closing tables."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from ..record import (
-    STAGES,
-    Results,
-    find,
-    is_score,
-    metric_keys,
-)
-from ..runtime.errors import UserError
-from .runs import Arm, score_scale
+from ..record import STAGES, Results, find, is_score, last_stage
 
 ABSENT = "-"
 LABELS = {
@@ -36,7 +29,58 @@ DOUBTS = {  # counts that a score must not be read without, where they are not 0
 }
 STUDY = ("avg", "avg_percent")  # of evaluate=vlmcompression
 POINTS = ("perception", "cognition", *STUDY)  # metrics that are no shares
-Row = tuple[str, str, list[str]]  # label, style, one cell per stage
+NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "caption_style": "dim"}
+KINDS = {"groups": "attention", "channels": "mlp"}  # of a layer's units, and of a search's genes
+Stage = Mapping[str, Any]
+Row = tuple[str, str, Callable[[Any], str], str]  # label, name of a number in a stage, how it is shown, style
+
+
+def numbers(results: Results) -> dict[str, float]:
+    """Every number of a run by its name in tables, plots and W&B: ``base/digits_vqa/accuracy``, ``ratio/achieved``.
+
+    Names of a stage start with its name; those of the last one stand below ``final/``, too.
+    """
+    nodes = {**results["stages"], "final": last_stage(results)}
+    nodes |= {key: results.get(key, {}) for key in ("ratio", "seconds", "samples")}  # those of a dry run lack some
+    return {name.replace("/metrics/", "/", 1): value for name, value in numbers_of(nodes).items()}
+
+
+def numbers_of(node: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of nested mappings by their keys, joined by slashes."""
+    return {name: value for name, value in flat(node, "/") if isinstance(value, int | float)}
+
+
+def flat(node: Mapping[Any, Any], joint: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings by their joined keys."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, joint, f"{prefix}{key}{joint}")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def kept_shares(folder: Path, kind: str) -> list[float] | None:
+    """What every layer of a run keeps, in percent; 0 for a dropped layer.
+
+    Args:
+        folder: The run's folder, with ``plan.json``, and ``search.json`` where weights were masked.
+        kind: ``groups``, or the weights of the attention that are not masked; ``channels``, or those of the MLP.
+
+    Returns:
+        None where nothing was pruned, or an earlier version wrote the plan: it does not say how many units there were.
+    """
+    file = folder / "plan.json"
+    plan = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if "sparsity" in (plan.get("details") or {}):
+        record, masked = json.loads((folder / "search.json").read_text("utf-8")), KINDS[kind]
+        genes = zip(record["genes"], record["best"], strict=True)
+        return [100 * (1 - gene["amounts"][level]) for gene, level in genes if gene["kind"] == masked]
+    if not plan.get("source_units"):
+        return None
+    kept, whole = {layer["index"]: len(layer[kind]) for layer in plan["layers"]}, int(kind == "channels")
+    if kind == "groups":  # in query heads, of which every KV group has as many
+        kept |= {v["index"]: len(v["heads"]) / plan["heads_per_group"] for v in plan["layers"] if v.get("heads")}
+    return [100 * kept.get(index, 0) / units[whole] for index, units in enumerate(plan["source_units"])]
 
 
 def quantity(value: float) -> str:
@@ -64,51 +108,80 @@ def _mebibytes(size: float) -> str:
     return f"{size / 2**20:.2f}"
 
 
-def _row(
-    label: str, stages: Sequence[Mapping[str, Any]], keys: Sequence[str], show: Callable[[Any], str], style: str = ""
-) -> Iterator[Row]:
-    """One row, or none when no stage has the number."""
-    values = [find(stage, *keys) for stage in stages]
-    if any(value is not None for value in values):
-        yield label, style, [ABSENT if value is None else show(value) for value in values]
+def _decimals(value: float) -> str:
+    return f"{value:.3f}"
 
 
-def _size_rows(results: Results, stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    yield from _row("parameters", stages, ["parameters"], quantity)
-    yield from _row("language-model parameters", stages, ["language_parameters"], quantity)
-    requested, whole = results["ratio"].get("requested"), find(results["stages"], "base", "language_parameters")
-    if whole and len(stages) > 1:
-        asked = [f"{percent(requested)} requested"] if requested is not None else []
-        asked += [f"{key}={results['ratio'][key]}" for key in ("share", "drop_layers") if key in results["ratio"]]
-        label = f"  removed ({asked[0]})" if asked else "  removed"
-        later: list[Mapping[str, Any]] = [{}, *stages[1:]]
-        yield from _row(label, later, ["language_parameters"], lambda size: percent(1 - size / whole))
-    if any("report_loss" in stage for stage in stages):
-        label = f"loss on {results['samples']['report']} unseen records"
-        yield from _row(label, stages, ["report_loss"], lambda loss: f"{loss:.3f}")
-    elif fitted := find(results, "losses", "fit"):
-        known = [{"loss": fitted.get(stage)} for stage in STAGES[: len(stages)]]
-        yield from _row("loss chosen on, optimistic", known, ["loss"], lambda loss: f"{loss:.3f}")
-    yield from _row("checkpoint, MiB", stages, ["checkpoint_bytes"], _mebibytes)
-    yield from _row("memory peak, MiB", stages, ["memory_bytes", "peak"], _mebibytes)
+def _metric(name: str, share: bool = True) -> Callable[[float], str]:
+    """How a metric is written."""
+    return "{:.1f}".format if name in POINTS else percent if share else _decimals
 
 
-def _speed_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+def _fill(table: Table, found: Mapping[str, float], names: Sequence[str], rows: Iterable[Row], head: str = "") -> None:
+    """Write a section: a column per stage, without the rows of which no stage has the number."""
+    for label, place, show, style in rows:
+        values = [found.get(f"{name}/{place}") for name in names]
+        if any(value is not None for value in values):
+            if head:
+                table.add_row(f"[bold]{head}[/]")
+            head = ""
+            table.add_row(label, *(ABSENT if value is None else show(value) for value in values), style=style)
+    table.add_section()
+
+
+def tabulate(results: Results, title: str | None = None) -> Table:
+    """The closing table of a run: one column per stage; fits 80 columns, and a file as well as a terminal."""
+    names = [name for name in STAGES if name in results["stages"]]
+    stages, found = [results["stages"][name] for name in names], numbers(results)
+    for name in names[1:]:
+        whole, size = (found.get(f"{stage}/language_parameters") for stage in ("base", name))
+        found |= {f"{name}/removed": 1 - size / whole} if whole and size is not None else {}
+    found |= {f"{name}/fit": loss for name, loss in (find(results, "losses", "fit") or {}).items()}
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", caption_style="dim")
+    table.caption = _caption(results, stages)
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True, min_width=9, style="bold" if name == "recovered" else "")
+    _fill(table, found, names, _size_rows(results, stages))
+    _fill(table, found, names, _speed_rows(stages))
+    for task in dict.fromkeys(task for stage in stages for task in stage.get("metrics", {})):
+        _fill(table, found, names, _task_rows(results, stages, task), task)
+    return table
+
+
+def _size_rows(results: Results, stages: Sequence[Stage]) -> list[Row]:
+    ratio = results["ratio"]
+    asked = [f"{percent(ratio['requested'])} requested"] if ratio.get("requested") is not None else []
+    asked += [f"{key}={ratio[key]}" for key in ("share", "drop_layers") if key in ratio]
+    unseen: Row = (f"loss on {results['samples'].get('report')} unseen records", "report_loss", _decimals, "")
+    fitted: Row = ("loss chosen on, optimistic", "fit", _decimals, "")
+    return [
+        ("parameters", "parameters", quantity, ""),
+        ("language-model parameters", "language_parameters", quantity, ""),
+        (f"  removed ({asked[0]})" if asked else "  removed", "removed", percent, ""),
+        unseen if any("report_loss" in stage for stage in stages) else fitted,
+        ("checkpoint, MiB", "checkpoint_bytes", _mebibytes, ""),
+        ("memory peak, MiB", "memory_bytes/peak", _mebibytes, ""),
+    ]
+
+
+def _speed_rows(stages: Sequence[Stage]) -> list[Row]:
     plain = any(stage["setup"]["image_size"] == [] for stage in stages if stage.get("setup"))
-    yield from _row(
-        f"FLOPs per {'text-only question' if plain else 'image-question'}", stages, ["flops", "prefill"], quantity
-    )
-    yield from _row("  in the language model", stages, ["flops", "prefill_language"], quantity, "dim")
-    for label, name in (("prefill latency, ms", "prefill"), ("per-token latency, ms", "decode")):
-        yield from _row(label, stages, ["latency_ms", name], _milliseconds)
-        yield from _row("  interquartile range", stages, ["latency_ms", f"{name}_iqr"], _milliseconds, "dim")
-    yield from _throughput_rows(stages)
+    asked = "text-only question" if plain else "image-question"
+    return [
+        (f"FLOPs per {asked}", "flops/prefill", quantity, ""),
+        ("  in the language model", "flops/prefill_language", quantity, "dim"),
+        ("prefill latency, ms", "latency_ms/prefill", _milliseconds, ""),
+        ("  interquartile range", "latency_ms/prefill_iqr", _milliseconds, "dim"),
+        ("per-token latency, ms", "latency_ms/decode", _milliseconds, ""),
+        ("  interquartile range", "latency_ms/decode_iqr", _milliseconds, "dim"),
+        *_throughput_rows(stages),
+    ]
 
 
-def _throughput_rows(stages: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    for key in stages[0].get("tokens_per_second", {}):
-        if not key.endswith("_iqr"):
-            yield from _row(f"tokens/s, {key.replace('_', ' ')}", stages, ["tokens_per_second", key], quantity)
+def _throughput_rows(stages: Sequence[Stage]) -> list[Row]:
+    keys = [key for key in stages[0].get("tokens_per_second", {}) if not key.endswith("_iqr")] if stages else []
+    return [(f"tokens/s, {key.replace('_', ' ')}", f"tokens_per_second/{key}", quantity, "") for key in keys]
 
 
 def _metric_label(metrics: Mapping[str, float], name: str) -> str:
@@ -121,69 +194,26 @@ def _metric_label(metrics: Mapping[str, float], name: str) -> str:
     return " " * indent + label + (f" ({count:.0f})" if count is not None else "")
 
 
-def _task_rows(results: Results, stages: Sequence[Mapping[str, Any]], task: str) -> Iterator[Row]:
+def _task_rows(results: Results, stages: Sequence[Stage], task: str) -> Iterator[Row]:
     metrics: dict[str, float] = next(found for stage in stages if (found := find(stage, "metrics", task)))
     # Of a benchmark with many groups only what papers print is shown.
-    headline: list[str] | None = find(results.get("benchmarks", {}), task, "headline")
-    scores = [name for name in metrics if not (name == "n" or name.startswith(("n_", "n/")))]
-    for name in scores if headline is None or task == "digits_vqa" else headline:
-        share = not name.endswith("loss") and (headline is not None or name.startswith("accuracy"))
-        show = _show(name, share)
-        style = "dim" if "/" in name else ""
-        yield from _row(_metric_label(metrics, name), stages, ["metrics", task, name], show, style)
+    headline: list[str] | None = find(results, "benchmarks", task, "headline")
+    shown = [name for name in metrics if is_score(name) or name.endswith("loss")]
+    for name in shown if headline is None or task == "digits_vqa" else headline:
+        share = is_score(name) and (headline is not None or name.startswith("accuracy"))
+        yield _metric_label(metrics, name), f"{task}/{name}", _metric(name, share), "dim" if "/" in name else ""
     for name, label in DOUBTS.items():
         if any(find(stage, "metrics", task, name) for stage in stages):
-            yield from _row(f"  {label}", stages, ["metrics", task, name], quantity, "dim")
+            yield f"  {label}", f"{task}/{name}", quantity, "dim"
     if headline and not metrics.keys() & {*headline}:
-        yield from _row("answers, not scored", stages, ["metrics", task, "n"], quantity)
-    plain = ["accuracy"] if "accuracy" in metrics else [name for name in scores if name not in STUDY]
+        yield "answers, not scored", f"{task}/n", quantity, ""
+    plain = ["accuracy"] if "accuracy" in metrics else [name for name in shown if name not in STUDY]
     for name in headline or plain:
-        yield from _row(f"retained {name}", stages, ["retained", f"{task}/{name}"], percent, "bold")
-
-
-def _show(metric: str, share: bool = True) -> Callable[[float], str]:
-    """How a metric is written."""
-    if metric in POINTS:
-        return lambda value: f"{value:.1f}"
-    return percent if share else lambda value: f"{value:.3f}"
-
-
-def tabulate(results: Results, title: str | None = None) -> Table:
-    """The closing table of a run: one column per stage; fits 80 columns, and a file as well as a terminal.
-
-    Args:
-        results: Output of `results.build` or `results.read`.
-        title: Line above the table.
-
-    Returns:
-        A table for ``rich.print``.
-    """
-    names = [name for name in STAGES if name in results["stages"]]
-    stages = [results["stages"][name] for name in names]
-    tasks = list(dict.fromkeys(task for stage in stages for task in stage.get("metrics", {})))
-    table = Table(
-        title=title, box=box.SIMPLE_HEAD, title_style="bold", caption=_caption(results, stages), caption_style="dim"
-    )
-    table.add_column("", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right", no_wrap=True, min_width=9, style="bold" if name == "recovered" else "")
-    sections = [(None, [*_size_rows(results, stages)]), (None, [*_speed_rows(stages)])]
-    sections += [(task, [*_task_rows(results, stages, task)]) for task in tasks]
-    for task, rows in sections:
-        if task is not None and rows:
-            table.add_row(f"[bold]{task}[/]")
-        for label, style, cells in rows:
-            table.add_row(label, *cells, style=style)
-        if rows:
-            table.add_section()
-    return table
+        yield f"retained {name}", f"retained/{task}/{name}", percent, "bold"
 
 
 def tabulate_quantized(results: Results) -> Iterator[Table]:
     """Each stage beside its quantized copy, a column each: memory, speed and what papers print of every benchmark.
-
-    Args:
-        results: Output of `results.build` or `results.read`.
 
     Yields:
         One table; none where nothing was quantized.
@@ -192,34 +222,28 @@ def tabulate_quantized(results: Results) -> Iterator[Table]:
     if set(names) <= {*STAGES}:
         return
     stages = [results["stages"][name] for name in names]
-    rows = [
-        *_row("weights, MiB", stages, ["memory_bytes", "weights"], _mebibytes),
-        *_row("peak, MiB", stages, ["memory_bytes", "peak"], _mebibytes),
-        *_row("prefill, ms", stages, ["latency_ms", "prefill"], _milliseconds),
-        *_row("token, ms", stages, ["latency_ms", "decode"], _milliseconds),
+    rows: list[Row] = [
+        ("weights, MiB", "memory_bytes/weights", _mebibytes, ""),
+        ("peak, MiB", "memory_bytes/peak", _mebibytes, ""),
+        ("prefill, ms", "latency_ms/prefill", _milliseconds, ""),
+        ("token, ms", "latency_ms/decode", _milliseconds, ""),
         *_throughput_rows(stages),
     ]
     for task, metrics in stages[0]["metrics"].items():
         first = [name for name in metrics if is_score(name)][:1]
-        for name in find(results, "benchmarks", task, "headline") or first:
-            rows += _row(f"{task} {name}", stages, ["metrics", task, name], _show(name))
+        printed = find(results, "benchmarks", task, "headline") or first
+        rows += [(f"{task} {name}", f"{task}/{name}", _metric(name), "") for name in printed]
     # Narrower gaps than elsewhere: six columns and their labels have to fit 80 characters.
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=_conditions(stages), caption_style="dim"
-    )
+    table = Table(caption=_conditions(stages), **NARROW)
     table.add_column("")
     for name in names:
         table.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
-    for label, style, cells in rows:
-        table.add_row(label, *cells, style=style)
+    _fill(table, numbers(results), names, rows)
     yield table
 
 
 def tabulate_deployed(results: Results) -> Iterator[Table]:
     """The files for llama.cpp, a row per type: size, agreement with transformers, and speed beside the dense model's.
-
-    Args:
-        results: Output of `results.build` or `results.read`.
 
     Yields:
         One table; none where nothing was exported.
@@ -229,33 +253,27 @@ def tabulate_deployed(results: Results) -> Iterator[Table]:
         return
     image = f"; image features: cosine {made['mmproj']['cosine']:.3f}" if "cosine" in made.get("mmproj", {}) else ""
     said = f"{made.get('runtime', 'not checked')}, architecture {made['architecture']}{image}"
-    caption = f"{said}\ntokens per second of CPU, on one thread"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_style="dim")
-    for head in (
-        "llama.cpp",
-        "MiB",
-        "KL,\nnats",
-        "same\ntop",
-        "prefill",
-        "decode",
-        "dense\nMiB",
-        "prefill",
-        "decode",
-    ):
-        table.add_column(head, justify="right" if head != "llama.cpp" else "left", no_wrap=True)
+    table = Table(caption=f"{said}\ntokens per second of CPU, on one thread", **NARROW)
+    table.add_column("llama.cpp", no_wrap=True)
+    columns: list[tuple[str, str, Callable[[float], str]]] = [
+        ("MiB", "bytes", _mebibytes),
+        ("KL,\nnats", "agreement/text/kl", "{:.2g}".format),
+        ("same\ntop", "agreement/text/top1", percent),
+        ("prefill", "speed/exported/prefill", "{:.0f}".format),
+        ("decode", "speed/exported/decode", "{:.0f}".format),
+        ("dense\nMiB", "speed/dense/bytes", _mebibytes),
+        ("prefill", "speed/dense/prefill", "{:.0f}".format),
+        ("decode", "speed/dense/decode", "{:.0f}".format),
+    ]
+    for head, _, _ in columns:
+        table.add_column(head, justify="right", no_wrap=True)
     for kind, entry in made["files"].items():
-        text, speed = find(entry, "agreement", "text"), entry.get("speed", {})
-        cells = [f"{text['kl']:.2g}", percent(text["top1"])] if text else [ABSENT, ABSENT]
-        pruned, dense = (
-            [f"{speed[side][key]:.0f}" for key in ("prefill", "decode")] if side in speed else [ABSENT] * 2
-            for side in ("exported", "dense")
-        )
-        before = _mebibytes(speed["dense"]["bytes"]) if "dense" in speed else ABSENT
-        table.add_row(kind, _mebibytes(entry["bytes"]), *cells, *pruned, before, *dense)
+        found = numbers_of(entry)
+        table.add_row(kind, *(show(found[name]) if name in found else ABSENT for _, name, show in columns))
     yield table
 
 
-def _conditions(stages: Sequence[Mapping[str, Any]]) -> str | None:
+def _conditions(stages: Sequence[Stage]) -> str | None:
     """What speed was measured on."""
     setup = next((found for stage in stages if (found := stage.get("setup"))), None)
     if setup is None:
@@ -267,7 +285,7 @@ def _conditions(stages: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | None:
+def _caption(results: Results, stages: Sequence[Stage]) -> str | None:
     """The conditions of the speed measurement and what was not measured anew in this run."""
     conditions = _conditions(stages)
     lines = [conditions] if conditions else []
@@ -278,53 +296,3 @@ def _caption(results: Results, stages: Sequence[Mapping[str, Any]]) -> str | Non
     if results.get("reused"):
         lines.append(f"from the cache: {', '.join(results['reused'])}")
     return "\n".join(lines) or None
-
-
-def mean_spread(
-    values: Sequence[float], scale: float = 100, digits: int = 1, runs: int | None = None, varies: bool = True
-) -> str:
-    """Mean and, from two values on, the sample standard deviation.
-
-    Args:
-        values: One per run that has the number.
-        scale: What they are multiplied by.
-        digits: Behind the point.
-        runs: How many there are; a number that not all of them have says how many do.
-        varies: Whether the deviation is shown.
-    """
-    if not values:
-        return ABSENT
-    text = f"{scale * statistics.fmean(values):.{digits}f}"
-    if varies and len(values) > 1:
-        text += f" ± {scale * statistics.stdev(values):.{digits}f}"
-    return text if runs in (None, len(values)) else f"{text} (n = {len(values)})"
-
-
-def markdown(arms: Sequence[Arm], metric: str = "digits_vqa/accuracy") -> str:
-    """A table over runs: a row per configuration, mean ± sample standard deviation over its seeds.
-
-    Args:
-        arms: At least one.
-        metric: ``task/metric`` to show for every stage, in percent where it is a share.
-
-    Returns:
-        Markdown. Rows are named by the settings in which the configurations differ.
-
-    Raises:
-        UserError: If there are no arms, or ``metric`` names no task.
-    """
-    if not arms or "/" not in metric:
-        raise UserError(
-            f"table of {len(arms)} arms by {metric!r}: give at least one run and a metric like task/accuracy"
-        )
-    (scale, unit), (_, task, _) = score_scale(arms, metric), metric_keys(metric)
-    head = ["run", "seeds", "removed, %", *(f"{stage}{unit}" for stage in STAGES), "retained, %", "answer loss"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" + "---:|" * (len(head) - 1)]
-    for arm in arms:
-        runs = len(arm.runs)
-        cells = [f"`{arm.label()}`", str(runs), mean_spread(arm.values("ratio", "achieved"))]
-        cells += [mean_spread(arm.values("stages", stage, *metric_keys(metric)), scale) for stage in STAGES]
-        cells.append(mean_spread(arm.values("retained", metric, last=True), runs=runs))
-        cells.append(mean_spread(arm.values("metrics", task, "answer_loss", last=True), scale=1, digits=3))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

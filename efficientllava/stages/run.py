@@ -17,11 +17,11 @@ from ..data.splits import load_split
 from ..models.anatomy import sizes
 from ..models.forward import stock_inputs
 from ..record import CURVE
-from ..report.tracking import make_trainer
 from ..runtime import keeping, processes
 from ..runtime.store import Entry, Store
 from ..settings.schema import RunConfig
 from .inputs import inputs_of
+from .trainer import make_trainer
 
 # What a run's folder gets of a stage.
 TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png", CURVE)

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from efficientllava.record import build, read, write
 from efficientllava.report import study
-from efficientllava.report.__main__ import report
+from efficientllava.report.page import report
 from efficientllava.report.runs import Run, load_runs
 
 METRIC = "digits_vqa/accuracy"
@@ -128,7 +128,7 @@ def test_every_series_has_a_number_or_a_gap_for_every_row(name):
     assert study.panels_of([], METRIC) == [] and run.config
     columns = {}
     for family in spec["published"]:
-        columns |= study._published(family, {**spec, "families": [family]})
+        columns |= study.published(family, {**spec, "families": [family]})
     assert len(columns) >= 2
     values = [value for column in columns.values() for value in column.values()]
     assert all(0 <= value.mean <= 101 for value in values) and len(values) >= 2 * len(spec["at"])

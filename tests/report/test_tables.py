@@ -7,14 +7,9 @@ import pytest
 from rich.console import Console
 
 from efficientllava.record import build
+from efficientllava.report.page import METRIC, markdown
 from efficientllava.report.runs import Run, arms_of
-from efficientllava.report.tables import (
-    markdown,
-    quantity,
-    tabulate,
-    tabulate_quantized,
-)
-from efficientllava.runtime.errors import UserError
+from efficientllava.report.tables import quantity, tabulate, tabulate_quantized
 
 SETUP = {
     "device": "cpu",
@@ -182,7 +177,7 @@ def test_markdown_has_a_row_per_configuration_and_a_spread_over_seeds():
         make(recovered, seed, ["prune=widthwise", f"seed={seed}"]) for seed, recovered in enumerate([0.93, 0.95, 0.97])
     ]
     runs.append(make(0.7, 0, ["prune=layerwise"]))
-    head, rule, first, second = markdown(arms(runs)).splitlines()
+    head, rule, first, second = markdown(arms(runs), METRIC).splitlines()
     assert head.count("|") == rule.count("|") == first.count("|")
     cells = [cell.strip() for cell in first.strip("|").split("|")]
     assert cells[:2] == ["`prune widthwise`", "3"]
@@ -195,14 +190,8 @@ def test_markdown_has_a_row_per_configuration_and_a_spread_over_seeds():
 
 def test_markdown_names_rows_by_what_differs():
     runs = [make(overrides=["model=a", "prune.ratio=0.3"]), make(overrides=["model=a"])]
-    lines = markdown(arms(runs)).splitlines()
+    lines = markdown(arms(runs), METRIC).splitlines()
     assert lines[2].startswith("| `ratio 0.3` |") and lines[3].startswith("| `default` |")
-
-
-@pytest.mark.parametrize(("runs", "metric"), [([], "digits_vqa/accuracy"), ([make()], "accuracy")])
-def test_markdown_of_nothing_is_a_user_error(runs, metric):
-    with pytest.raises(UserError, match="at least one run"):
-        markdown(arms(runs), metric)
 
 
 def test_quantized_copies_stand_below_their_stage_and_nowhere_else():

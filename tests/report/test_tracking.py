@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import wandb
+from omegaconf import OmegaConf
 
-from efficientllava.report import dashboard, tracking
+from efficientllava.report import dashboard
 from efficientllava.runtime.errors import ConfigError, UserError
 from efficientllava.settings.checks import check
 from efficientllava.settings.compose import typed
-from efficientllava.settings.schema import RunConfig, WandbConfig
+from efficientllava.settings.schema import RunConfig
 
 from ..runs import (
     ROOT,
@@ -180,18 +181,19 @@ def test_every_panel_of_the_dashboard_shows_a_metric_of_the_run(job):
     _, told, _ = job
     logged = {name for row in told["history"] for name in row}
     logged |= {name.removesuffix("/_type") for name in logged}  # a picture is a dictionary
-    panels = [panel for section in dashboard.definition()["sections"] for panel in section["panels"]]
-    assert len(panels) > 8 and {panel["kind"] for panel in panels} == {"line", "scatter", "bar", "pictures"}
+    panels = [panel for section in OmegaConf.load(dashboard.DEFINITION).sections for panel in section.panels]
+    assert len(panels) > 8
     for panel in panels:
-        there = logged if panel["kind"] in ("line", "pictures") else told["summary"].keys()
-        assert {*dashboard.keys(panel)} <= there, panel
+        there = logged if panel.kind in ("LinePlot", "MediaBrowser") else told["summary"].keys()
+        metrics = [panel.get(key, []) for key in ("x", "y", "metrics", "media_keys")]
+        assert {name for each in metrics for name in ([each] if isinstance(each, str) else each)} <= there, panel
 
 
 def test_the_dashboard_can_be_built():
     pytest.importorskip("wandb_workspaces")
     built = dashboard.workspace("me", "efficientllava")
     assert [len(section.panels) for section in built.sections] == [
-        len(section["panels"]) for section in dashboard.definition()["sections"]
+        len(section.panels) for section in OmegaConf.load(dashboard.DEFINITION).sections
     ]
 
 
@@ -286,11 +288,11 @@ def test_a_job_that_is_ended_from_outside_closes_its_run_as_failed(model, tmp_pa
 def test_without_logger_wandb_nothing_is_opened_or_imported(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)  # whoever imports it fails
-        for name in ("tracking",):
-            runpy.run_module(f"efficientllava.report.{name}")
+        for name in ("stages.trainer", "report.dashboard"):
+            runpy.run_module(f"efficientllava.{name}")
     folder = tmp_path / "run"
     folder.mkdir()
-    track = tracking.track(RunConfig(logger={"_target_": None}), folder)
+    track = dashboard.track(RunConfig(logger={"_target_": None}), folder)
     track.scores("base", {})
     track.plan(folder)
     track.results(folder)
@@ -304,7 +306,7 @@ def test_a_refusal_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(UserError, match=r"logger=wandb: no route to host; set logger\.mode=offline"):
-        tracking.open_run(WandbConfig(name="x"), tmp_path)
+        dashboard.track(typed(composed("logger=wandb")), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -325,11 +327,11 @@ def test_online_only_with_a_key(monkeypatch, key, mode, online):
     for name, value in (("WANDB_API_KEY", key), ("WANDB_MODE", mode)):
         if value:
             monkeypatch.setenv(name, value)
-    assert tracking.logged_in() is online
+    assert dashboard.logged_in() is online
 
 
 def test_a_netrc_entry_is_a_login(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
     (tmp_path / "keys").write_text("machine api.wandb.ai login user password key\n")
     (tmp_path / "keys").chmod(0o600)
-    assert tracking.logged_in()
+    assert dashboard.logged_in()

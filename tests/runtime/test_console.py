@@ -13,10 +13,10 @@ from efficientllava.evaluation.efficiency import measure
 from efficientllava.models.pruned import is_per_layer
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.surgery import cut
-from efficientllava.report.tracking import make_trainer
 from efficientllava.runtime.console import quiet_libraries
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import EvaluateConfig
+from efficientllava.stages.trainer import make_trainer
 
 from ..conftest import LAYERS, make_batch, make_model
 from ..runs import ROOT, composed

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from efficientllava import pipeline
 from efficientllava.launch import ranks
-from efficientllava.report import tracking
 from efficientllava.runtime import processes
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import typed as to_settings
+from efficientllava.stages import trainer as trainers
 
 from ..evaluation.published import publish
 from ..runs import (
@@ -78,9 +78,9 @@ def test_sharding_needs_gpus(monkeypatch, tmp_path, option):
 def test_only_training_is_sharded(tmp_path, monkeypatch):
     settings = to_settings(composed("trainer=fsdp", "callbacks=none"))
     built = []
-    monkeypatch.setattr(tracking, "instantiate", lambda node, **options: built.append({**node, **options}))
-    tracking.make_trainer(settings, tmp_path, logger=False)
-    tracking.make_trainer(settings, tmp_path, logger=False, training=True)
+    monkeypatch.setattr(trainers, "instantiate", lambda node, **options: built.append({**node, **options}))
+    trainers.make_trainer(settings, tmp_path, logger=False)
+    trainers.make_trainer(settings, tmp_path, logger=False, training=True)
     assert built[0]["strategy"] == "ddp"
     assert built[1]["strategy"]["_target_"] == "efficientllava.recovery.sharding.Sharding"
 

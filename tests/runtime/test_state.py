@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from efficientllava.report.watch import left, summary, watch
+from efficientllava.report.__main__ import left, summary, watch
 from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
 
