@@ -195,7 +195,7 @@ def track(settings: RunConfig, folder: Path) -> Tracking:
 
 def logged_in() -> bool:
     """Whether ``wandb login`` has left a key; asking wandb itself would prompt, or fail without one."""
-    from requests.utils import get_netrc_auth
+    from requests.utils import get_netrc_auth  # comes with wandb
 
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return False

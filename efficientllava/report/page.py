@@ -78,7 +78,7 @@ def report(folder: Path, metric: str | None = None) -> str:
             f"metric {metric}: no run below {folder} has this score; there are {', '.join(known) or 'none'}"
         )
     metric = metric or next(iter(known), METRIC)
-    arms, models, panels = arms_of(runs), by_model(runs) if runs else {}, study.panels_of(runs, metric)
+    arms, models, panels = (arms_of(runs), by_model(runs) if runs else {}, study.panels_of(runs, metric))
     texts = [markdown(arms, metric)] if runs else []
     texts += [study.markdown(panels)] if panels else []
     texts += [_markdown_of(without)] if without else []
@@ -194,10 +194,10 @@ def advise(arms: Sequence[Arm], metric: str) -> dict[str, Sequence[str]]:
     Returns:
         By what has to go at least: ``30 %``, or several budgets with the same advice, ``30 % or 35 %``.
     """
-    costs = {name: f"seconds/{name}" for name in ("prune", "recover")}
-    known = frame(arms, removed="ratio/achieved", zeros="ratio/sparsity", retained=f"final/retained/{metric}", **costs)
-    known = known.assign(seconds=known.prune.fillna(0) + known.recover.fillna(0))
-    known = known.assign(name=[arm.label(*BUDGET) for arm in known.arm])
+    names = {"removed": "ratio/achieved", "zeros": "ratio/sparsity", "retained": f"final/retained/{metric}"}
+    names |= {"prune": "seconds/prune", "recover": "seconds/recover", "questions": f"final/{metric_keys(metric)[1]}/n"}
+    known = frame(arms, **names).fillna({"prune": 0, "recover": 0, "questions": 1})
+    known = known.assign(seconds=known.prune + known.recover, name=[arm.label(*BUDGET) for arm in known.arm])
     known = known[known.retained.notna() & known.zeros.isna()].sort_values("removed", kind="stable")
     budgets: dict[tuple[str, ...], list[float]] = {}
     least = -math.inf
@@ -208,11 +208,11 @@ def advise(arms: Sequence[Arm], metric: str) -> dict[str, Sequence[str]]:
         # An arm that removes more meets the budget too: some paradigms remove in coarse steps.
         within = known[known.removed >= least]
         if len(within) > 1:
-            budgets.setdefault(tuple(_budget(within, metric)), []).append(100 * least)
+            budgets.setdefault(tuple(_budget(within)), []).append(100 * least)
     return {" or ".join(f"{share:.0f} %" for share in shares): lines for lines, shares in budgets.items()}
 
 
-def _budget(within: Any, metric: str) -> Iterator[str]:
+def _budget(within: Any) -> Iterator[str]:
     """What to choose where at least so many parameters have to go, for every budget of data."""
     shares = sorted({*within.data})
     for share in shares:
@@ -220,18 +220,18 @@ def _budget(within: Any, metric: str) -> Iterator[str]:
         ranked = within[within.data <= share].sort_values("retained", ascending=False, kind="stable")
         best = ranked.drop_duplicates("name").sort_values(["retained", "seconds"], ascending=[False, True])
         data = f"With up to {100 * share:g} % of the recovery data" if share else "Without training"
-        yield ("" if len(shares) == 1 else f"{data}: ") + _winner([*best.itertuples()], metric)
-    yield from _studied(within, metric)
+        yield ("" if len(shares) == 1 else f"{data}: ") + _winner([*best.itertuples()])
+    yield from _studied(within)
 
 
-def _winner(group: Sequence[Any], metric: str) -> str:
+def _winner(group: Sequence[Any]) -> str:
     """Who keeps most, who cannot be told apart from it, and who of these is quickest."""
     best, *others = group
-    line = f"<b>{_name(best)}</b> retains {_kept(best, metric)}"
+    line = f"<b>{_name(best)}</b> retains {_kept(best)}"
     if not others:
         return line + "."
-    level = [arm for arm in others if best.retained - arm.retained <= _noise(best, arm, metric)]
-    line += f", next {_name(others[0])} with {_kept(others[0], metric)}"
+    level = [arm for arm in others if best.retained - arm.retained <= _noise(best, arm)]
+    line += f", next {_name(others[0])} with {_kept(others[0])}"
     if level:
         whom = "it" if level == others[:1] else counted(len(level), "other configuration")
         line += f"; the difference to {whom} is within the noise"
@@ -243,7 +243,7 @@ def _winner(group: Sequence[Any], metric: str) -> str:
     return line
 
 
-def _studied(within: Any, metric: str) -> Iterator[str]:
+def _studied(within: Any) -> Iterator[str]:
     """What the study's own choices keep here, where runs have them at this budget."""
     removed = within.removed.iloc[0]
     for flow, when in ((UNTRAINED, "without training"), (TRAINED, "with training")):
@@ -259,29 +259,26 @@ def _studied(within: Any, metric: str) -> Iterator[str]:
             wanted = ENOUGH if removed < HALF else 1.0
             row = min(found, key=lambda row: (abs(row.data - wanted), -row.retained))
             choice = method if recovery == "none" else f"{method} and {recovery}"
-            yield f"The study's choice {when}, {choice}: {_name(row)} retains {_kept(row, metric)}."
+            yield f"The study's choice {when}, {choice}: {_name(row)} retains {_kept(row)}."
 
 
-def _noise(one: Any, other: Any, metric: str) -> float:
+def _noise(one: Any, other: Any) -> float:
     """Half width of the 95 % interval of the difference of two retained scores.
 
     From the spread over seeds; where an arm has one seed only, from the number of questions, as if the score were a
     share of independent questions.
     """
-    counts = [len(row.arm.values(f"final/retained/{metric}")) for row in (one, other)]
-    if min(counts) > 1:
-        error = math.hypot(one.retained_spread / counts[0] ** 0.5, other.retained_spread / counts[1] ** 0.5)
-        return STUDENT.get(sum(counts) - 2, NORMAL) * error
-    questions = one.arm.runs[0].numbers.get(f"final/{metric_keys(metric)[1]}/n") or 1
+    if min(one.retained_count, other.retained_count) > 1:
+        error = math.hypot(*(row.retained_spread / row.retained_count**0.5 for row in (one, other)))
+        return STUDENT.get(one.retained_count + other.retained_count - 2, NORMAL) * error
     shares = [min(max(row.retained, 0.0), 1.0) for row in (one, other)]
-    return NORMAL * math.sqrt(sum(share * (1 - share) for share in shares) / questions)
+    return NORMAL * math.sqrt(sum(share * (1 - share) for share in shares) / one.questions)
 
 
 def _name(row: Any) -> str:
     return html.escape(row.label)
 
 
-def _kept(row: Any, metric: str) -> str:
-    values = row.arm.values(f"final/retained/{metric}")
-    spread = f" ± {100 * row.retained_spread:.1f} %" if len(values) > 1 else " % (one seed)"
+def _kept(row: Any) -> str:
+    spread = f" ± {100 * row.retained_spread:.1f} %" if row.retained_count > 1 else " % (one seed)"
     return f"{100 * row.retained:.1f}{spread}"

@@ -134,7 +134,7 @@ def _history(axes: Any, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _strip(axes: Any, record: Mapping[str, Any]) -> None:
-    genes, kinds = [*zip(record["genes"], record["best"], strict=True)], ("attention", "mlp")
+    genes, kinds = ([*zip(record["genes"], record["best"], strict=True)], ("attention", "mlp"))
     removed = [[100 * gene["amounts"][level] for gene, level in genes if gene["kind"] == kind] for kind in kinds]
     image = axes.imshow(removed, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
     axes.set_box_aspect(0.4)
@@ -154,11 +154,11 @@ def _scatter(axes: Any, record: Mapping[str, Any]) -> None:
     if points:
         losses = [point["holdout_loss"] for point in points]
         positive = min(losses) > 0
-        at = [point["gap"] for point in points], [point["risk"][risk] for point in points]
+        at = ([point["gap"] for point in points], [point["risk"][risk] for point in points])
         shown = axes.scatter(*at, c=losses, cmap="viridis_r", norm=LogNorm() if positive else None)
         bar = axes.figure.colorbar(shown, ax=axes, label="loss on held-out samples, nats per token")
         if positive:
-            bar.locator, bar.formatter = LogLocator(subs=(1, 2, 5)), FormatStrFormatter("%g")
+            bar.locator, bar.formatter = (LogLocator(subs=(1, 2, 5)), FormatStrFormatter("%g"))
             bar.minorticks_off()
     else:
         whole = [entry for entry in record["policies"] if entry["share"] == 1.0]

@@ -209,7 +209,7 @@ def _draw(arms: Sequence[Arm], metric: str) -> Iterator[Plot]:
 
 def _limits(known: Any) -> tuple[float, float]:
     """Ends of a scale on which all means and their bars have room."""
-    low, high = min(known.retained - known.retained_spread), max(known.retained + known.retained_spread)
+    low, high = (min(known.retained - known.retained_spread), max(known.retained + known.retained_spread))
     margin = 0.05 * (high - low) + 0.2
     return low - margin, high + margin
 
@@ -243,7 +243,7 @@ def _retained(known: Any, ratio: str, file: str, **texts: str) -> Iterator[Plot]
         yield from _dots(known, file, texts["ylabel"])
         return
     caption = BARS + f" Recoveries with {100 * most:g} % of the data." * (len(full) < len(known))
-    points, title = _curves(full, full[ratio], *AXES), "Retained accuracy against what was removed"
+    points, title = (_curves(full, full[ratio], *AXES), "Retained accuracy against what was removed")
     yield from _in_panels(points, file, title, caption, _limits(full), **texts)
 
 
@@ -272,7 +272,7 @@ def _data_fraction(known: Any, label: str) -> Iterator[Plot]:
     points = points[points.groupby(["panel", "curve"]).x.transform("size") > 1]
     ticks = {share: f"{share:g}" for share in sorted({*points.x})}
     texts = {"xscale": "log", "xticks": [*ticks], "xticklabels": ticks.values(), "ylabel": label}
-    title, xlabel = "Retained accuracy against recovery data", "share of the recovery data, %"
+    title, xlabel = ("Retained accuracy against recovery data", "share of the recovery data, %")
     yield from _in_panels(points, "data_fraction", title, BARS, xlabel=xlabel, **texts)
 
 
@@ -284,9 +284,9 @@ def _front(arms: Sequence[Arm], metric: str, cost: Column, file: str, title: str
     if points.empty or (len(points) > 1 and max(points.x) - min(points.x) <= ALIKE * max(points.x)):
         return
     axes = new_axes(xlabel=cost.head, ylabel=f"{metric}{sign}")
-    base = arms[0].mean(cost.name.replace("final/", "base/")), arms[0].mean(f"base/{metric}")
+    base = (arms[0].mean(cost.name.replace("final/", "base/")), arms[0].mean(f"base/{metric}"))
     if base[0] and base[1]:
-        place, look = (cost.scale * base[0][0], scale * base[1][0]), {"ha": "center", "fontsize": 8}
+        place, look = ((cost.scale * base[0][0], scale * base[1][0]), {"ha": "center", "fontsize": 8})
         axes.plot(*place, marker="*", ms=11, color=INK, ls="none")
         halo = [withStroke(linewidth=3, foreground="white")]
         axes.annotate("base", place, xytext=(0, -13), textcoords="offset points", path_effects=halo, **look)

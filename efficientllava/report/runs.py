@@ -174,7 +174,8 @@ def frame(arms: Sequence[Arm], **names: str) -> Any:
 
     Returns:
         ``arm``, its ``label``, its ``series`` (without what curves run along), ``paradigm`` and ``data`` share; and of
-        every number the mean, with its standard deviation in ``<column>_spread``, NaN where no run has it.
+        every number the mean, with its standard deviation in ``<column>_spread``, NaN where no run has it, and how
+        many have it in ``<column>_count``.
     """
     rows = []
     for arm in arms:
@@ -182,6 +183,7 @@ def frame(arms: Sequence[Arm], **names: str) -> Any:
         row["paradigm"] = str(arm.settings.get("prune.name"))
         for column, name in names.items():
             row[column], row[f"{column}_spread"] = arm.mean(name) or (math.nan, math.nan)
+            row[f"{column}_count"] = len(arm.values(name))
         rows.append(row)
     return DataFrame(rows)
 

@@ -63,11 +63,6 @@ class Panel:
     published: Mapping[str, Column]
 
     @property
-    def whole(self) -> str:
-        """What the values are percent of."""
-        return f"score at {self.label(self.spec['of_row'])}" if "of_row" in self.spec else "unpruned model's score"
-
-    @property
     def rows(self) -> list[Any]:
         """Values of what the experiment varies, as the paper orders them, else ascending."""
         ran = dict.fromkeys(row for column in self.ours.values() for row in column)
@@ -77,8 +72,11 @@ class Panel:
 
     @property
     def quantity(self) -> str:
-        """What its numbers are."""
-        return self.spec["value"] + (", %" if self.spec["value"] == "accuracy" else f", % of the {self.whole}")
+        """What its numbers are, and what they are percent of."""
+        if self.spec["value"] == "accuracy":
+            return "accuracy, %"
+        whole = f"score at {self.label(self.spec['of_row'])}" if "of_row" in self.spec else "unpruned model's score"
+        return f"{self.spec['value']}, % of the {whole}"
 
     def label(self, row: Any) -> str:
         """A row in words."""
@@ -113,7 +111,7 @@ def _ours(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> dict[str
             row, column = run.config[spec["rows"]], row
         for key, part in spec.get("metrics", {metric: ""}).items():
             titles = [spec.get("columns", {}).get(column, column), *([part] if part else [])]
-            rows, kept = cells.setdefault(", ".join(titles), {}), run.numbers.get(f"{place}/{key}")
+            rows, kept = (cells.setdefault(", ".join(titles), {}), run.numbers.get(f"{place}/{key}"))
             if kept is not None:
                 rows.setdefault(row, []).append((100 * (1 - kept if spec["value"] == "lost" else kept), run))
     values = {title: {row: _value(found) for row, found in rows.items()} for title, rows in cells.items()}
@@ -121,8 +119,8 @@ def _ours(runs: Sequence[Run], spec: Mapping[str, Any], metric: str) -> dict[str
 
 
 def _value(found: Sequence[tuple[float, Run]]) -> Value:
-    shares, ratios = [share for share, _ in found], [run.results["ratio"] for _, run in found]
-    achieved, requested = statistics.fmean(ratio["achieved"] for ratio in ratios), ratios[0]["requested"]
+    shares, ratios = ([share for share, _ in found], [run.results["ratio"] for _, run in found])
+    achieved, requested = (statistics.fmean(ratio["achieved"] for ratio in ratios), ratios[0]["requested"])
     removed = achieved if requested is not None and abs(achieved - requested) > OFF else None
     return Value(statistics.fmean(shares), statistics.stdev(shares) if len(shares) > 1 else None, removed)
 
@@ -175,7 +173,7 @@ def _text(panel: Panel) -> str:
 def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
     """A plot per panel, beside the others of a report: ours filled, published hollow."""
     for panel in panels:
-        rows, ends, columns = panel.rows, [], [*panel.ours.items(), *panel.published.items()]
+        rows, ends, columns = (panel.rows, [], [*panel.ours.items(), *panel.published.items()])
         turned = panel.spec["rows"] == "arm"
         axes = new_axes(6.4, 4.2, xlabel=panel.spec["rows"], ylabel=panel.quantity)
         slant = {"rotation": 35, "ha": "right"} if turned else {}
@@ -187,7 +185,7 @@ def draw(panels: Sequence[Panel]) -> Iterator[Plot]:
                 look |= {"lw": 1.6} if ours else {"lw": 1.1, "ls": ":", "mfc": "white"}
                 look |= {"ls": "none"} if turned else {}  # arms have no order
                 aside = DODGE * (index - (len(columns) - 1) / 2) * turned  # equal values are seen beside each other
-                x, y = [x + aside for x, _ in points], [value.mean for _, value in points]
+                x, y = ([x + aside for x, _ in points], [value.mean for _, value in points])
                 axes.errorbar(x, y, [value.spread or 0 for _, value in points], ms=4, capsize=2.5, **look)
                 ends.append((x[-1], y[-1], title if ours else f"{title}, published", look["color"]))
         label_ends(axes, ends)

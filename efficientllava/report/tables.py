@@ -72,12 +72,12 @@ def kept_shares(folder: Path, kind: str) -> list[float] | None:
     file = folder / "plan.json"
     plan = json.loads(file.read_text("utf-8")) if file.exists() else {}
     if "sparsity" in (plan.get("details") or {}):
-        record, masked = json.loads((folder / "search.json").read_text("utf-8")), KINDS[kind]
+        record, masked = (json.loads((folder / "search.json").read_text("utf-8")), KINDS[kind])
         genes = zip(record["genes"], record["best"], strict=True)
         return [100 * (1 - gene["amounts"][level]) for gene, level in genes if gene["kind"] == masked]
     if not plan.get("source_units"):
         return None
-    kept, whole = {layer["index"]: len(layer[kind]) for layer in plan["layers"]}, int(kind == "channels")
+    kept, whole = ({layer["index"]: len(layer[kind]) for layer in plan["layers"]}, int(kind == "channels"))
     if kind == "groups":  # in query heads, of which every KV group has as many
         kept |= {v["index"]: len(v["heads"]) / plan["heads_per_group"] for v in plan["layers"] if v.get("heads")}
     return [100 * kept.get(index, 0) / units[whole] for index, units in enumerate(plan["source_units"])]
@@ -201,7 +201,7 @@ def _task_rows(results: Results, stages: Sequence[Stage], task: str) -> Iterator
     shown = [name for name in metrics if is_score(name) or name.endswith("loss")]
     for name in shown if headline is None or task == "digits_vqa" else headline:
         share = is_score(name) and (headline is not None or name.startswith("accuracy"))
-        yield _metric_label(metrics, name), f"{task}/{name}", _metric(name, share), "dim" if "/" in name else ""
+        yield (_metric_label(metrics, name), f"{task}/{name}", _metric(name, share), "dim" if "/" in name else "")
     for name, label in DOUBTS.items():
         if any(find(stage, "metrics", task, name) for stage in stages):
             yield f"  {label}", f"{task}/{name}", quantity, "dim"
