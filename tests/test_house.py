@@ -40,7 +40,6 @@ LEFT: set[tuple[str, str]] = {
     ("efficientllava.deploy.__main__", "efficientllava.report.tables"),
     ("efficientllava.launch.sweep", "efficientllava.estimate.dry_run"),
     ("efficientllava.runtime.exit_codes", "efficientllava.settings.schema"),
-    ("efficientllava.runtime.keeping", "efficientllava.settings.schema"),
     ("efficientllava.settings.checks", "efficientllava.checkpoint.hub"),
     ("efficientllava.settings.checks", "efficientllava.data.sources"),
     ("efficientllava.settings.checks", "efficientllava.evaluation.tasks"),
