@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint.registration import register_when_transformers_loads
+from .checkpoint import register_when_transformers_loads
 
 if TYPE_CHECKING:
     from .api import (

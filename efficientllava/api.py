@@ -18,18 +18,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.folder import (
-    Checkpoint,
-    load,
-    round_weights,
-    save,
-    weights_digest,
-)
+from .checkpoint.export import round_weights, save, weights_digest
+from .checkpoint.folder import Checkpoint, load
+from .data.checks import image_stamps
 from .data.collator import Collator
 from .data.datamodule import RecoveryData
 from .data.records import Record
 from .data.splits import calibration_records, open_data
-from .data.stamps import image_stamps
 from .models.forward import to_device
 from .pruning.memory import micro_batch
 from .pruning.plan import PruningPlan

@@ -179,3 +179,9 @@ def without_fresh_processes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("efficientllava.stages.run.reload_gate", lambda *_: None)
         yield
+
+
+@pytest.fixture
+def without_num2words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolVLM's processor wants a package that it needs for videos alone."""
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", str)

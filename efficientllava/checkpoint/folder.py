@@ -1,9 +1,8 @@
-"""Checkpoints: Hugging Face folders or hub ids, loaded strictly and saved whole or not at all."""
+"""Checkpoints: Hugging Face folders or hub ids, found, described, and loaded strictly."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,42 +12,30 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
-from torch import nn
 
 from ..models.anatomy import decoder_of
-from ..models.processors import load_processor
-from ..models.pruned import is_per_layer, require_supported
+from ..models.pruned import require_supported
 from ..runtime.content import Memo
 from ..runtime.errors import UserError
-from ..runtime.files import as_umask, whole_folder
 from ..runtime.finite import require_finite
-from ..settings.schema import ModelConfig
-from .card import about, model_card
-from .convert import (
-    layout_config,
-    layout_of,
-    require_whole,
-    stock_folder,
-    with_protocol,
-    with_system,
-)
-from .convert.shards import shard_files
-from .hub import (
+from ..runtime.places import (
     PROVENANCE,
     UNQUANTIZED,
-    described,
-    digest,
-    download,
+    anchored,
     local_folder,
     read_json,
     with_config,
 )
+from ..settings.schema import ModelConfig
+from .convert import layout_config, layout_of, stock_folder
+from .convert.shards import stored_tensors
+from .hub import about, described, download, folder_digest
+from .processors import load_processor, with_protocol, with_system
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHARD = "4GB"  # of weights per file; a file is copied to the host before it is written
+FEW_BITS = ("F8_", "F6_", "F4", "I8", "U8")  # how safetensors names types of quantized weights
 
 
 @dataclass
@@ -63,7 +50,7 @@ class Checkpoint:
         content: Content digest of the folder, or what finds it out when it is first asked for.
         provenance: Base checkpoint, original layer indices and history; see `Checkpoint.original_layers`.
         revision: Hub revision as given.
-        about: Name and licence, see `efficientllava.checkpoint.card.about`.
+        about: Name and licence, see `efficientllava.checkpoint.hub.about`.
     """
 
     model: Any
@@ -95,11 +82,8 @@ class Checkpoint:
         """
         if "base" in self.provenance:
             return self.provenance["base"]
-        # A folder is found again from wherever the next run is started.
-        local = Path(self.path).expanduser()
-        path = str(local.resolve()) if local.is_dir() else self.path
         revision = {"revision": self.revision} if self.revision else {}
-        return {"path": path, "digest": self.digest, **revision, **self.about}
+        return {"path": anchored(self.path), "digest": self.digest, **revision, **self.about}
 
     def after(self, model: Any, step: Mapping[str, Any], kept: Sequence[int] | None = None) -> Checkpoint:
         """The checkpoint that a stage makes of this one.
@@ -132,40 +116,26 @@ def resolve(path: str, revision: str | None = None) -> Path:
     Raises:
         UserError: There is no such checkpoint, or a file of it is missing or truncated.
     """
-    folder = local_folder(path)
-    if folder is None:
-        # The weights may be many GB; whether they are of any use, config.json says.
-        folder = described(path, revision)
-        with _of(path, folder):
-            layout = layout_of(folder)
-        if layout is None:
-            read_config(folder, path)
-        folder = download(path, revision)
+    folder = local_folder(path) or _fetched(path, revision)
     with _of(path, folder):
         folder = stock_folder(with_config(folder, path))
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"model.path={path}: the folder has no *.safetensors weights; only safetensors are read")
-    with _of(path, folder):
-        require_whole(folder)
-        _require_plain(folder)
+        if not any(folder.glob("*.safetensors")):
+            raise UserError("the folder has no *.safetensors weights; only safetensors are read")
+        kinds = {name: tensor.kind for name, (tensor, _) in stored_tensors(folder).items()}
+        # Of weights of a few bits the scales would be left out.
+        if found := next((f"{name}: {kind}" for name, kind in kinds.items() if kind.startswith(FEW_BITS)), None):
+            raise UserError(f"its weights are quantized ({found}); {UNQUANTIZED}")
     return folder
 
 
-def _require_plain(folder: Path) -> None:
-    """Refuse weights that are stored twice, and those of a few bits, whose scales the model would be loaded without."""
-    places: dict[str, Path] = {}
-    for file in (file for file in shard_files(folder) if file.suffix == ".safetensors"):
-        with safe_open(file, "pt") as handle:
-            kinds = {name: handle.get_slice(name).get_dtype() for name in handle.keys()}  # noqa: SIM118 - no mapping
-        if twice := places.keys() & kinds.keys():
-            name = min(twice)
-            raise UserError(
-                f"{folder}: tensor {name} is in {places[name].name} and in {file.name}; get the original files"
-            )
-        places |= dict.fromkeys(kinds, file)
-        found = next((name for name, kind in kinds.items() if kind.startswith(("F8_", "F6_", "F4", "I8", "U8"))), None)
-        if found is not None:
-            raise UserError(f"{folder}: its weights are quantized ({found}: {kinds[found]}); {UNQUANTIZED}")
+def _fetched(path: str, revision: str | None) -> Path:
+    """Fetch a hub id, whose weights may be many GB; whether they are of any use, config.json says."""
+    folder = described(path, revision)
+    with _of(path, folder):
+        original = layout_of(folder)
+    if original is None:
+        read_config(folder, path)
+    return download(path, revision)
 
 
 @contextmanager
@@ -200,20 +170,18 @@ def stock_config(model: ModelConfig, complete: bool = True) -> Any:
     """
     from transformers import AutoConfig
 
-    folder, facts = local_folder(model.path), dict(model.architecture or {})
-    if folder is None and facts.pop("_name_or_path", None) == model.path:
+    here, facts = local_folder(model.path), dict(model.architecture or {})
+    if here is None and facts.pop("_name_or_path", None) == model.path:
         try:
             return AutoConfig.for_model(**facts)
         except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
             raise UserError(f"model.architecture: is no configuration ({_first_line(error)}); mend it") from error
-    if folder is None:
-        folder = described(model.path, model.revision)
-        with _of(model.path, folder):
-            original = layout_of(folder) is not None
-        if original and not complete:
-            raise UserError(f"model.path={model.path}: is in its original layout; give a local copy as model.path=…")
-        folder = resolve(model.path, model.revision) if original else folder
+    folder = here or described(model.path, model.revision)
     with _of(model.path, folder):
+        if here is None and layout_of(folder):
+            if not complete:
+                raise UserError("is in its original layout; give a local copy as model.path=…")
+            folder = resolve(model.path, model.revision)
         config = layout_config(folder)
     return config or read_config(folder, model.path)[0]
 
@@ -272,7 +240,7 @@ def load(
         protocol: ``vicuna_v1`` gives a LLaVA-1.5 its own preprocessing and prompt; None leaves them as the folder says.
         system: System sentence of every prompt, written into the processor; None leaves the chat template's.
         host: Leave the weights in host memory, in the type that the device computes in.
-        memo: See `efficientllava.checkpoint.hub.digest`.
+        memo: See `efficientllava.checkpoint.hub.folder_digest`.
 
     Returns:
         The checkpoint; its model is in eval mode.
@@ -330,7 +298,7 @@ def load(
 
     def content() -> str:
         _tell_changed(folder, path, provenance, memo or Memo())
-        return "-".join(filter(None, [digest(folder, memo), protocol, spoken]))
+        return "-".join(filter(None, [folder_digest(folder, memo), protocol, spoken]))
 
     told = about(local_folder(path) or folder, path)
     return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision, told)
@@ -379,22 +347,21 @@ def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:
     if not (folder / PROVENANCE).is_file():
         return {"original_layers": list(range(layers))}
     provenance = read_json(folder / PROVENANCE, path)
-    original, base = provenance.get("original_layers"), provenance.get("base")
-    if not isinstance(original, list) or not all(type(index) is int and index >= 0 for index in original):
-        reason = "original_layers is no list of numbers"
-    elif original != sorted({*original}):
-        reason = "original_layers do not rise"
-    elif len(original) != layers:
-        reason = f"it names {len(original)} layers, the model has {layers}"
-    elif not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("path", "digest")):
-        reason = "base has no path or no digest"
-    elif not isinstance(steps := provenance.get("history", []), list) or not all(isinstance(s, dict) for s in steps):
-        reason = "history is no list of objects"
-    elif not isinstance(provenance.get("weights", {}), dict):
-        reason = "weights is no object"
-    else:
-        return provenance
-    raise UserError(f"model.path={path}: {PROVENANCE} does not fit ({reason}); restore it, or remove it")
+    original, base, steps = provenance.get("original_layers"), provenance.get("base"), provenance.get("history", [])
+    numbers = isinstance(original, list) and all(type(index) is int and index >= 0 for index in original)
+    named = original if numbers else []
+    faults = {
+        "original_layers is no list of numbers": not numbers,
+        "original_layers do not rise": named != sorted({*named}),
+        f"it names {len(named)} layers, the model has {layers}": len(named) != layers,
+        "base has no path or no digest": not isinstance(base, dict)
+        or not all(isinstance(base.get(key), str) for key in ("path", "digest")),
+        "history is no list of objects": not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps),
+        "weights is no object": not isinstance(provenance.get("weights", {}), dict),
+    }
+    if reason := next((said for said, wrong in faults.items() if wrong), None):
+        raise UserError(f"model.path={path}: {PROVENANCE} does not fit ({reason}); restore it, or remove it")
+    return provenance
 
 
 def _tell_changed(folder: Path, path: str, provenance: Mapping[str, Any], memo: Memo) -> None:
@@ -418,10 +385,9 @@ def _load_report() -> Iterator[list[str]]:
 
     def keep(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if "LOAD REPORT" not in text:
-            return True
-        lines.extend(" ".join(line.split()) for line in text.splitlines())
-        return False
+        ours = "LOAD REPORT" in text
+        lines.extend(" ".join(line.split()) for line in text.splitlines() if ours)
+        return not ours
 
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(keep)
@@ -436,102 +402,3 @@ def _first_line(error: BaseException) -> str:
         return f"there is no {error}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-@torch.no_grad()
-def round_weights(model: nn.Module, storage: torch.dtype) -> None:
-    """Round all floating weights to the storage type, in place, so that memory equals what is saved.
-
-    Raises:
-        NotFiniteError: Names a tensor that is not finite, or that the type cannot hold.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != storage and parameter.is_floating_point():
-            parameter.copy_(parameter.to(storage))
-        require_finite(parameter, f"tensor {name}, stored as {str(storage).removeprefix('torch.')}")
-
-
-@torch.no_grad()
-def weights_digest(model: nn.Module) -> str:
-    """Digest of the weights that a model has in memory."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | None = None) -> Path:
-    """Save a checkpoint as a Hugging Face folder, whole or not at all.
-
-    Args:
-        checkpoint: What to save. Weights are stored as ``checkpoint.storage``; those in memory are rounded to it, so
-            that they equal the folder's.
-        folder: Target; replaced where it exists.
-        card: Facts for the model card, see `efficientllava.checkpoint.card.model_card`.
-
-    Returns:
-        The folder.
-
-    Raises:
-        UserError: The target is a file.
-    """
-    folder = Path(folder)
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; give a folder")
-    with whole_folder(folder) as partial:
-        write(checkpoint, partial, card)
-    return folder
-
-
-def write(
-    checkpoint: Checkpoint, folder: Path, card: Mapping[str, Any] | None = None, memo: Memo | None = None
-) -> None:
-    """Write all files of a checkpoint into an existing folder; see `save`.
-
-    Args:
-        checkpoint: As in `save`.
-        folder: The folder.
-        card: As in `save`.
-        memo: Where given, the provenance says what the weights were, and whoever loads them later is told of a change.
-    """
-    model, storage = checkpoint.model, checkpoint.storage
-    with _stored_as(model, storage):
-        model.save_pretrained(folder, max_shard_size=SHARD)
-    _declare_dtype(folder / "config.json", storage)
-    checkpoint.processor.save_pretrained(folder)
-    as_umask(folder)  # before the weights are digested: a change of permissions counts as one
-    provenance = {**checkpoint.provenance, "base": checkpoint.base, "original_layers": checkpoint.original_layers}
-    provenance.pop("weights", None)  # those of the checkpoint that this one was made of
-    if memo is not None:
-        weights = sorted(folder.glob("*.safetensors"))
-        provenance["weights"] = dict(zip((file.name for file in weights), memo.digests(weights), strict=True))
-    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
-    needs_import = is_per_layer(model.config.get_text_config())
-    (folder / "README.md").write_text(model_card(provenance, needs_import, card or {}), encoding="utf-8")
-
-
-@contextmanager
-def _stored_as(model: nn.Module, storage: torch.dtype) -> Iterator[None]:
-    """Hold weights in the type that they are stored in, one by one in place: there is never a second copy of all."""
-    changed = [(t, t.dtype) for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
-    changed = list({id(tensor): (tensor, dtype) for tensor, dtype in changed if dtype != storage}.values())
-    try:
-        for tensor, _ in changed:
-            tensor.data = tensor.data.to(storage)
-        yield
-    finally:
-        for tensor, dtype in changed:
-            tensor.data = tensor.data.to(dtype)
-
-
-def _declare_dtype(file: Path, storage: torch.dtype) -> None:
-    # save_pretrained writes the type that the model computes in, which is not the type of the tensors handed over.
-    def walk(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        return {
-            key: str(storage).removeprefix("torch.") if key == "dtype" else walk(value) for key, value in node.items()
-        }
-
-    file.write_text(json.dumps(walk(json.loads(file.read_text("utf-8"))), indent=2) + "\n", encoding="utf-8")

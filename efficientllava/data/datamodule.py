@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..settings.checks import require_valid
 from ..settings.schema import DataConfig
+from .checks import usable
 from .collator import Collator
-from .records import Record
-from .splits import column, digest, draw, load_split, usable
+from .records import Record, column
+from .splits import draw, ids_digest, load_split
 
 
 class ShardedBatches(Sampler[list[int]]):
@@ -132,7 +133,7 @@ class RecoveryData(lightning.LightningDataModule):
             drawn = draw(load_split(self._data, "train"), self._frac, self._seed)
             if self._data.name != "digits_vqa":
                 drawn = usable(drawn, self._collate, self._data)
-            log.info("recovery data: %d records, ids %s", len(drawn), digest(drawn))
+            log.info("recovery data: %d records, ids %s", len(drawn), ids_digest(drawn))
             self._records = drawn
         return self._records
 

@@ -48,7 +48,7 @@ class Prompts:
     """The chat template, tokenizer and image placeholder of a processor.
 
     Args:
-        processor: A stock multimodal processor with a chat template, or one of `efficientllava.models.processors`.
+        processor: A stock multimodal processor with a chat template, or one of `efficientllava.checkpoint.processors`.
 
     Raises:
         UserError: If the processor has no chat template, or it cannot be rendered.

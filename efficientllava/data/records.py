@@ -1,18 +1,23 @@
-"""Records: images with questions and answers, opened only when they are needed."""
+"""Records: questions and answers about images, which are opened when they are needed, in RGB of 8 bits."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageCms
 
 from ..runtime.errors import UserError, memory_full
-from .pixels import rgb
+
+# Formats whose values of 16 bits, which Pillow may give as 32, span the whole range. None: an image in memory.
+FULL_RANGE = ("PNG", "PPM", "TIFF", "JPEG2000", None)
+BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 8
+SAMPLES, SIGNED = 339, 2  # section 19
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,53 @@ class Record:
         return () if self.image is None else (self.image, *self.more_images)
 
 
+class Subset(Sequence[Record]):
+    """Chosen records of a sequence, made or opened only when asked for.
+
+    Args:
+        records: The sequence.
+        indices: Which of its records, in which order.
+    """
+
+    def __init__(self, records: Sequence[Record], indices: Sequence[int] | np.ndarray) -> None:
+        places = np.asarray(indices, dtype=np.int64)
+        nested = isinstance(records, Subset)
+        self.records, self.indices = (records.records, records.indices[places]) if nested else (records, places)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.records[int(self.indices[index])]
+
+
+def column(records: Sequence[Record], name: str) -> np.ndarray:
+    """``id``, ``source``, or ``length`` (words, negative without an image) of all records; none is made where possible.
+
+    Of records that come from no file, there is no ``length``.
+    """
+    if isinstance(records, Subset):
+        return column(records.records, name)[records.indices]
+    if (read := getattr(records, "column", None)) is not None:
+        return read(name)
+    return np.array([getattr(record, name) for record in records], dtype=object)
+
+
+def image_files(records: Sequence[Record], indices: Sequence[int] | np.ndarray | None = None) -> list[list[Path]]:
+    """The image files of records; images that lie inside the data, or are made by a program, count with these.
+
+    Args:
+        records: The records.
+        indices: Which of them; None: all.
+    """
+    chosen = np.arange(len(records)) if indices is None else np.asarray(indices, int)
+    if isinstance(records, Subset):
+        return image_files(records.records, records.indices[chosen])
+    if (listed := getattr(records, "image_files", None)) is not None:
+        return listed(chosen)
+    return [[image for image in records[index].images if isinstance(image, Path)] for index in chosen]
+
+
 def open_image(record: Record) -> Image.Image | None:
     """The record's first image in RGB, read from where it is stored if it is not in memory.
 
@@ -100,23 +152,20 @@ def open_images(record: Record) -> list[Image.Image]:
 
 def image_key(image: AnyImage) -> str:
     """Name of an image, the same wherever it is shown: its path, else a digest of its content."""
-    match image:
-        case Path() as path:
-            return str(path)
-        case StoredImage() as stored:
-            content = stored.read()
-        case _:
-            content = repr((image.size, image.mode)).encode() + image.tobytes()
+    if isinstance(image, Path):
+        return str(image)
+    if isinstance(image, StoredImage):
+        content = image.read()
+    else:
+        content = repr((image.size, image.mode)).encode() + image.tobytes()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _opened(image: AnyImage, name: str) -> Image.Image:
-    if isinstance(image, Image.Image) and image.mode == "RGB":
-        return image
     shown = f"image {str(image)!r}" if isinstance(image, Path) else "its image"
     try:
         if isinstance(image, Image.Image):
-            return rgb(image)
+            return image if image.mode == "RGB" else rgb(image)
         with Image.open(BytesIO(image.read()) if isinstance(image, StoredImage) else image) as file:
             return rgb(file)
     except FileNotFoundError as error:
@@ -126,3 +175,48 @@ def _opened(image: AnyImage, name: str) -> Image.Image:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"record {name!r}: {shown} cannot be read ({reason}); repair it or drop the record") from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """Bring an image to 8 bits per channel of red, green and blue; transparency is dropped.
+
+    More than 8 bits are scaled, where the format says what is white.
+
+    Args:
+        image: Of any mode.
+
+    Returns:
+        An image in memory, of mode ``RGB``.
+
+    Raises:
+        ValueError: The range of the values is not known, or Pillow knows no conversion.
+    """
+    mode, kind = image.mode, image.format
+    if mode.startswith("I;16") or (mode == "I" and kind in ("PNG", "PPM")):
+        if kind not in FULL_RANGE:
+            raise ValueError(f"{kind} of mode {mode} does not say which value is white; convert it to 8 bits")
+        return _scaled(image).convert("RGB")
+    if mode in ("I", "F"):
+        numbers = "integers" if mode == "I" else "floating-point numbers"
+        raise ValueError(f"32-bit {numbers} do not say which value is white; convert it to 8 bits")
+    if mode == "L" and int(np.ravel(getattr(image, "tag_v2", {}).get(SAMPLES, 1))[0]) == SIGNED:
+        raise ValueError("its values have a sign, which Pillow does not see; convert it to 8 bits without")
+    if mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None only in place
+    if mode in ("La", "RGBa"):  # multiplied by their transparency, which Pillow takes back one step at a time
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[mode])
+    if mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow warns of the direct way, which gives the same
+    return image.convert("RGB")
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """A grey image of 16 bits, or of as many as a TIFF says, in 8."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    bits = int(np.ravel(tags.get(BITS, 16))[0])
+    largest = 2 ** (bits if 8 < bits <= 16 else 16) - 1
+    if values.min() < 0 or values.max() > largest:
+        raise ValueError(f"its values span {values.min()} to {values.max()}, not 0 to {largest}; convert it to 8 bits")
+    grey = (values.astype(np.uint32) * 255 + largest // 2) // largest
+    return Image.fromarray((255 - grey if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else grey).astype(np.uint8))

@@ -1,20 +1,11 @@
-"""Which records serve which purpose: train, calibration, minival and test share none, and every draw is seeded.
-
-Some records of a sequence, and what can be known of records without making them.
-
-Faults of the records that a run will use, found before it begins.
-"""
+"""Which records serve which purpose: train, calibration, minival and test share none, and every draw is seeded."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,178 +13,10 @@ import numpy as np
 from ..runtime.content import stamp
 from ..runtime.errors import UserError
 from ..settings.schema import CalibrationConfig, DataConfig, RunConfig
-from .embedded.digits import SPLITS, Digits
-from .records import Record, image_key
-from .sources import is_file, parts_of, report_bad
-
-if TYPE_CHECKING:
-    from .table import Conversations
-
-
-class Subset(Sequence[Record]):
-    """Chosen records of a sequence, made or opened only when asked for.
-
-    Args:
-        records: The sequence.
-        indices: Which of its records, in which order.
-    """
-
-    def __init__(self, records: Sequence[Record], indices: Sequence[int] | np.ndarray) -> None:
-        self.records = records
-        self.indices = np.asarray(indices, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.records[int(self.indices[index])]
-
-    def record_id(self, index: int) -> str:
-        """Id of a record, without making it where that is possible."""
-        return record_id(self.records, int(self.indices[index]))
-
-    def column(self, name: str) -> np.ndarray:
-        """A property of all records; see `column`."""
-        return column(self.records, name)[self.indices]
-
-
-def record_id(records: Sequence[Record], index: int) -> str:
-    """Id of a record, without making it where that is possible."""
-    name_of = getattr(records, "record_id", None)
-    return records[index].id if name_of is None else name_of(index)
-
-
-def column(records: Sequence[Record], name: str) -> np.ndarray:
-    """``id``, ``source``, or ``length`` (words, negative without an image) of all records of a file.
-
-    Of records that come from no file, there is no ``length``.
-    """
-    if (read := getattr(records, "column", None)) is not None:
-        return read(name)
-    if isinstance(records, Digits) and name == "source":
-        return np.full(len(records), "digits_vqa", dtype=object)
-    if name == "id":
-        return np.array([record_id(records, index) for index in range(len(records))], dtype=object)
-    return np.array([getattr(record, name) for record in records], dtype=object)
-
-
-def conversations_of(records: Sequence[Record]) -> tuple[Conversations | None, np.ndarray]:
-    """The table that records come from, and their places in it; None for records that come from no file."""
-    indices = np.arange(len(records))
-    while isinstance(records, Subset):
-        indices, records = records.indices[indices], records.records
-    return (records if hasattr(records, "image_files") else None), indices  # pyright: ignore[reportReturnType]
-
-
-def show_images(records: Sequence[Record]) -> bool:
-    """Whether any record has an image; none is made or opened."""
-    table, _ = conversations_of(records)
-    return table is None or bool((column(records, "length") > 0).any())
-
-
-log = logging.getLogger(__name__)
-
-# Up to this many records are opened and measured before a run. Of more, it is only asked whether their images exist;
-# a broken one is then found when its record is used.
-CHECK_LIMIT = 5000
-SHOWN_FOLDERS = 8  # in a message
-
-
-def usable(records: Sequence[Record], collate: Any, data: DataConfig) -> Sequence[Record]:
-    """Leave out the records that cannot be used; see `CHECK_LIMIT`.
-
-    Args:
-        records: The records to check; no other record's image is touched.
-        collate: The collator that will serve them.
-        data: Path for messages, and the share of corrupt records that is tolerated.
-
-    Returns:
-        The records that can be collated.
-
-    Raises:
-        UserError: If too many cannot.
-    """
-    problems = missing_images(records)
-    hint = _layout(records) if problems else ""
-    if len(records) <= CHECK_LIMIT:
-        for index in range(len(records)):
-            try:
-                if index not in problems:
-                    collate.check(records[index])
-            except UserError as error:
-                problems[index] = str(error)
-    bad = [problems[index] for index in sorted(problems)]
-    report_bad(str(data.path or data.name), bad, len(records), data.max_bad_fraction, hint)
-    if not bad:
-        return records
-    return Subset(records, np.setdiff1d(np.arange(len(records)), list(problems)))
-
-
-def usable_first(records: Sequence[Record], count: int, collate: Any, data: DataConfig, where: str) -> list[Record]:
-    """The first records that can be used.
-
-    Args:
-        records: Where to take them from.
-        count: How many.
-        collate: The collator that will serve them.
-        data: Share of corrupt records that is tolerated among those tried, rounded up.
-        where: The file, for messages.
-
-    Returns:
-        ``count`` records, or fewer where the data ends.
-
-    Raises:
-        UserError: If too many cannot be used.
-    """
-    good: list[Record] = []
-    bad: list[str] = []
-    for index in range(len(records)):
-        if len(good) == count:
-            break
-        record = records[index]
-        try:
-            collate.check(record)
-            good.append(record)
-        except UserError as error:
-            bad.append(str(error))
-            tried = len(good) + len(bad)
-            if len(bad) > math.ceil(data.max_bad_fraction * count):
-                report_bad(where, bad, tried, data.max_bad_fraction, _layout(records))
-    if bad:
-        log.warning("%s: %d calibration records are corrupt and left out, the first: %s", where, len(bad), bad[0])
-    return good
-
-
-def missing_images(records: Sequence[Record]) -> dict[int, str]:
-    """What is missing, by index of the record; images are looked for, not opened."""
-    table, indices = conversations_of(records)
-    if table is None:
-        return {}
-    files = table.image_files(indices)
-    paths = sorted({path for images in files for path in images})
-    # In parallel, since image folders are often on a network.
-    with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda path: is_file(table.image_root / path), paths, chunksize=256)
-        missing = {path for path, there in zip(paths, found, strict=True) if not there}
-    return {
-        index: f"record {table.record_id(indices[index])!r}: image {str(table.image_root / path)!r} does not exist"
-        for index, images in enumerate(files)
-        if (path := next((p for p in images if p in missing), None)) is not None
-    }
-
-
-def _layout(records: Sequence[Record]) -> str:
-    """The folders that the images of some records are expected in."""
-    table, indices = conversations_of(records)
-    if table is None:
-        return ""
-    files = table.image_files(indices[: 10 * CHECK_LIMIT])
-    counts = Counter(str(Path(path).parent) for images in files for path in images)
-    folders = [folder for folder, _ in counts.most_common(SHOWN_FOLDERS)]
-    if not folders or folders == ["."]:
-        return f"; the images are expected in data.image_root={table.image_root}"
-    return f"; data.image_root={table.image_root} is expected to hold {', '.join(folders)}"
-
+from .checks import usable_first
+from .embedded.digits import Digits
+from .records import Record, Subset, column, image_files, image_key
+from .sources import parts_of
 
 if TYPE_CHECKING:
     from .table import Conversations
@@ -230,8 +53,7 @@ def _read(path: str, image_root: str | None, max_bad_fraction: float, key: str, 
 def _source(data: DataConfig, calibration: CalibrationConfig | None = None) -> Conversations | None:
     """The file behind a configuration, or None for the embedded data."""
     if calibration is not None and calibration.path is not None:
-        where = (calibration.path, calibration.image_root)
-        return _conversations(*where, data.max_bad_fraction, "calibration.path")
+        return _conversations(calibration.path, calibration.image_root, data.max_bad_fraction, "calibration.path")
     if data.name == "digits_vqa":
         return None
     if not data.path:
@@ -255,8 +77,8 @@ def open_data(config: RunConfig) -> dict[str, str]:
     # What no stage reads is not opened, which may mean fetched.
     read = {"prune": _source(config.data, config.calibration)} if config.prune.method != "none" else {}
     read |= {"recover": _source(config.data)} if config.recover.name != "none" else {}
-    reports = read and config.data.path is not None  # losses of its minival
-    read |= {"evaluate": _source(config.data)} if reports else {}
+    # Losses of its minival are reported.
+    read |= {"evaluate": _source(config.data)} if read and config.data.path is not None else {}
     return {stage: "" if table is None else f"{table.key}:{table.image_root}" for stage, table in read.items()}
 
 
@@ -277,14 +99,9 @@ def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:
     """
     if split not in PURPOSES:
         raise UserError(f"data split: {split!r} is not one of {', '.join(PURPOSES)}")
-    if data.name == "digits_vqa":
-        sizes = {"train": data.images, "test": data.test_questions}
-        records: Sequence[Record] = Digits(split, sizes.get(split, SPLITS[split].size))
-    else:
-        records = _part(data, split)
-    if split in ("train", "test"):
-        return records
-    return Subset(records, _rng(seed, split).permutation(len(records)))
+    sizes = {"train": data.images, "test": data.test_questions}
+    records = Digits(split, sizes.get(split)) if data.name == "digits_vqa" else _part(data, split)
+    return records if split in sizes else Subset(records, _rng(seed, split).permutation(len(records)))
 
 
 def _part(data: DataConfig, split: str) -> Sequence[Record]:
@@ -297,7 +114,7 @@ def _part(data: DataConfig, split: str) -> Sequence[Record]:
     parts = _division(records)
     # Only training repeats what a list of files asks to repeat, so that no repetition is in two splits.
     train = parts["train"]
-    return Subset(records, np.repeat(train, records.repeats()[train]) if split == "train" else parts[split])
+    return Subset(records, np.repeat(train, records.column("repeats")[train]) if split == "train" else parts[split])
 
 
 @lru_cache(maxsize=2)
@@ -309,19 +126,19 @@ def _division(records: Conversations) -> dict[str, np.ndarray]:
     sizes = np.bincount(groups)
     held, smallest = min(HELD_OUT, len(records) // 10), sizes.min()
     waiting = _rng(0, "division").permutation(len(sizes)).tolist()
-    split_of = np.full(len(sizes), PURPOSES.index("train"))
+    split_of = np.full(len(sizes), "train", dtype=object)
     for split in ("calibration", "minival"):
         missing = held
         for group in list(waiting):
-            if missing > 0 and sizes[group] <= max(missing, smallest):
-                split_of[group] = PURPOSES.index(split)
+            if sizes[group] <= max(missing, smallest):
+                split_of[group] = split
                 missing -= sizes[group]
                 waiting.remove(group)
             if missing <= 0:
                 break
     order = _rng(0, "order").permutation(len(records))
-    found = {split: order[split_of[groups[order]] == PURPOSES.index(split)] for split in ("calibration", "minival")}
-    return {"train": np.flatnonzero(split_of[groups] == PURPOSES.index("train")), **found}
+    found = {split: order[split_of[groups[order]] == split] for split in ("calibration", "minival")}
+    return {"train": np.flatnonzero(split_of[groups] == "train"), **found}
 
 
 def groups_of(records: Sequence[Record]) -> list[str]:
@@ -329,11 +146,11 @@ def groups_of(records: Sequence[Record]) -> list[str]:
 
     The document is what stands before the last "/" of an id, without the source's name and the number of a repeated id.
     """
-    table, places = conversations_of(records)
-    if table is not None:
-        images = [files[0] if files else None for files in table.image_files(places)]
-    else:
-        images = [image_key(record.image) if record.image is not None else None for record in records]
+    images = (
+        [image_key(record.image) if record.image is not None else None for record in records]
+        if isinstance(records, list)
+        else [str(files[0]) if files else None for files in image_files(records)]
+    )
     ids, sources = column(records, "id").tolist(), column(records, "source").tolist()
     documents = [_document(*pair) for pair in zip(ids, sources, strict=True)]
     alone = len({d for d, image in zip(documents, images, strict=True) if image is None}) < LEAST_DOCUMENTS
@@ -372,7 +189,7 @@ def calibration_records(
             else "set aside for it (a tenth of the data); ask for fewer, or give a file of its own as calibration.path"
         )
         raise UserError(f"calibration.samples={calibration.samples}: only {len(records)} records are {there}")
-    return _first(records, calibration.samples, calibration, data, collate)
+    return usable_first(records, calibration.samples, collate, calibration, data)
 
 
 def _own(calibration: CalibrationConfig, data: DataConfig, seed: int) -> Subset:
@@ -380,14 +197,6 @@ def _own(calibration: CalibrationConfig, data: DataConfig, seed: int) -> Subset:
     source = _source(data, calibration)
     assert source is not None
     return Subset(source, _rng(seed, "calibration").permutation(len(source)))
-
-
-def _first(
-    records: Sequence[Record], count: int, calibration: CalibrationConfig, data: DataConfig, collate: Any
-) -> list[Record]:
-    if collate is None:
-        return [records[index] for index in range(min(count, len(records)))]
-    return usable_first(records, count, collate, data, str(calibration.path or data.path or data.name))
 
 
 def keep_back(config: RunConfig, records: Sequence[Record], collate: Any = None) -> tuple[list[Record], list[Record]]:
@@ -413,7 +222,7 @@ def keep_back(config: RunConfig, records: Sequence[Record], collate: Any = None)
         traces = _traces([*records, *near])
         seen = set().union(*traces[: len(records)])
         fresh = [record for record, trace in zip(near, traces[len(records) :], strict=True) if seen.isdisjoint(trace)]
-        return _first(fresh, count, own, data, collate)
+        return usable_first(fresh, count, collate, own, data)
 
     source = _source(data) if data.path is not None else None
     if data.name == "digits_vqa" or (source is not None and len(source) >= LEAST):
@@ -518,7 +327,7 @@ def _shares(sizes: dict[str, int], fraction: float) -> dict[str, int]:
     return counts
 
 
-def digest(records: Sequence[Record]) -> str:
+def ids_digest(records: Sequence[Record]) -> str:
     """Hash of the ids in their order, 16 hexadecimal digits: which records a run has used."""
     hasher = hashlib.sha256()
     for name in column(records, "id").tolist():

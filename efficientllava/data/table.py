@@ -1,12 +1,15 @@
-"""A file of any size as a sequence of records: rows in an Arrow file that is mapped, not held, in memory."""
+"""A file of any size as a sequence of records: rows in an Arrow file that is mapped, not held, in memory.
+
+How one raw record of a file, in any of the accepted forms, becomes a row.
+"""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,45 +19,40 @@ import datasets
 import datasets.config
 import numpy as np
 import pyarrow as pa
+from pyarrow.parquet import ParquetFile
 
-from ..runtime.content import Stamp, digest, stamp
+from ..runtime.content import digest
 from ..runtime.errors import UserError
 from ..runtime.source import source_digest
 from ..runtime.store import Store, library_versions
-from .records import (
-    AnyImage,
-    Record,
-    StoredImage,
-    Turn,
-)
-from .sources import (
-    BadRecordError,
-    Part,
-    locate,
-    parts_of,
-    raw_records,
-    report_bad,
-    row_of,
-)
+from .checks import report_bad
+from .records import AnyImage, Record, StoredImage, Turn
+from .sources import BadRecordError, Part, locate, parts_of, raw_records
 
 log = logging.getLogger(__name__)
 
 ARROW = "rows.arrow"
 # Files below this size are read anew in every run instead of being kept as Arrow.
 SMALL = 16 << 20
-BATCH = 1000  # rows per Arrow batch
+BATCH = 100  # rows that are held at once: they may have images in them
 TURN = pa.struct([("question", pa.string()), ("answer", pa.string()), ("images_at", pa.list_(pa.int32()))])
 COLUMNS = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
-        ("images", pa.list_(pa.string())),
+        ("images", pa.list_(pa.string())),  # paths; null where the content is in the next column
+        ("contents", pa.list_(pa.large_binary())),
         ("turns", pa.list_(TURN)),
         ("length", pa.int32()),
-        ("part", pa.int32()),
+        ("repeats", pa.int32()),
         ("problem", pa.string()),
     ]
 )
+TAG = "<image>"
+# Where several images stand in a text, a tag is followed by a line break, which the chat templates write again.
+TAG_AND_BREAK = TAG + r"\n?"
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+Row = dict[str, Any]
 
 
 class Conversations(Sequence[Record]):
@@ -62,59 +60,41 @@ class Conversations(Sequence[Record]):
 
     Args:
         rows: Rows of `COLUMNS`, corrupt ones included.
-        parts: The files that they come from.
-        stamps: These files as they were when they were read.
         image_root: Folder that image paths start from.
         key: Digest of all that the rows depend on.
     """
 
-    def __init__(
-        self, rows: datasets.Dataset, parts: Sequence[Part], stamps: Sequence[Stamp], image_root: Path, key: str
-    ) -> None:
-        self._rows, self._parts, self._stamps, self.image_root, self.key = rows, parts, stamps, image_root, key
-        table: pa.Table = rows.data
-        self._usable = np.flatnonzero(table.column("problem").is_null().to_numpy())
-        self.problems: list[str] = table.column("problem").drop_null().to_pylist()
+    def __init__(self, rows: datasets.Dataset, image_root: Path, key: str) -> None:
+        self._rows, self.image_root, self.key = rows, image_root, key
+        self._shown = rows.remove_columns("contents")
+        problems = rows.data.column("problem")
+        self._usable = np.flatnonzero(problems.is_null().to_numpy())
+        self.problems: list[str] = problems.drop_null().to_pylist()
 
     def __len__(self) -> int:
         return len(self._usable)
 
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
-        row = self._rows[int(self._usable[index])]
-        stored = self._stored(row["part"])
-        images: list[AnyImage] = [self._image(stored, place) for place in row["images"]]
+        place = int(self._usable[index])
+        row = self._shown[place]
+        images: list[AnyImage] = [
+            StoredImage(partial(self._content, place, number)) if path is None else self.image_root / path
+            for number, path in enumerate(row["images"])
+        ]
         turns = tuple(Turn(t["question"], t["answer"], images_at=tuple(t["images_at"])) for t in row["turns"])
         return Record(row["id"], images[0] if images else None, turns, False, row["source"], tuple(images[1:]))
 
     def column(self, name: str) -> np.ndarray:
-        """One of ``id``, ``source``, ``length`` of all records."""
+        """One of ``id``, ``source``, ``length``, ``repeats`` (in the training data) of all records."""
         return self._rows.data.column(name).to_numpy()[self._usable]
 
-    def record_id(self, index: int) -> str:
-        """Id of a record, without making it."""
-        return self._rows.data.column("id")[int(self._usable[index])].as_py()
+    def image_files(self, indices: np.ndarray) -> list[list[Path]]:
+        """The image files of records; images that are stored in the data have none."""
+        images = self._rows.data.column("images").take(self._usable[indices]).to_pylist()
+        return [[self.image_root / path for path in paths if path is not None] for paths in images]
 
-    def repeats(self) -> np.ndarray:
-        """How often each record occurs in the training data."""
-        return np.array([part.repeats for part in self._parts])[self.column("part")]
-
-    def image_files(self, indices: np.ndarray) -> list[list[str]]:
-        """Image paths of records, relative to ``image_root``; images that are stored in the data have none."""
-        images, parts = (self._rows.data.column(n).take(self._usable[indices]).to_pylist() for n in ("images", "part"))
-        stored = {part: self._stored(part) for part in {*parts}}
-        return [
-            [path for place in places if (path := _path(stored[part], place)) is not None]
-            for places, part in zip(images, parts, strict=True)
-        ]
-
-    def _stored(self, part: int) -> Stored | None:
-        return stored_images(self._parts[part].file, self._stamps[part])
-
-    def _image(self, stored: Stored | None, place: str) -> AnyImage:
-        path = _path(stored, place)
-        if stored is None or path is not None:
-            return self.image_root / str(path)
-        return StoredImage(partial(_read_stored, stored, place))
+    def _content(self, place: int, number: int) -> bytes:
+        return self._rows.data.column("contents")[place][number].as_py()
 
 
 def read_conversations(
@@ -122,9 +102,9 @@ def read_conversations(
 ) -> Conversations:
     """Open LLaVA-style JSON or JSONL, Hugging Face ``images`` and ``messages`` in JSON or parquet, or an InternVL list.
 
-    The accepted records are those of `efficientllava.data.sources.row_of`, the accepted paths those of
-    `efficientllava.data.sources.parts_of`. Large files are read once and kept as Arrow beside the caches of the
-    `datasets` library, by content. No image is opened.
+    The accepted records are those of `row_of`, the accepted paths those of `efficientllava.data.sources.parts_of`.
+    Large files are read once and kept as Arrow beside the caches of the `datasets` library, by content. No image is
+    opened.
 
     Args:
         path: The data.
@@ -144,10 +124,10 @@ def read_conversations(
         raise UserError(
             f"{key.replace('path', 'image_root')}: {str(root)!r} is not a folder; give the folder that holds the images"
         )
+    store, files = _store(), [part.file for part in parts]
     try:
-        store, stamps = _store(), [stamp(part.file) for part in parts]
-        contents = store.memo.digests([part.file for part in parts])
-        small = sum(size for size, *_ in stamps) < SMALL
+        contents = store.memo.digests(files)
+        small = sum(file.stat().st_size for file in files) < SMALL
     except OSError as error:
         raise UserError(f"{key}: {str(path)!r} cannot be read ({error}); give an existing file") from error
     facts = [(content, p.root, p.source, p.share, p.repeats) for content, p in zip(contents, parts, strict=True)]
@@ -157,8 +137,8 @@ def read_conversations(
         rows = datasets.Dataset(pa.Table.from_batches(_batches(parts, key), COLUMNS))
     else:
         rows = datasets.Dataset.from_file(str(_arrow(store, parts, key, inputs)))
-    records = Conversations(rows, parts, stamps, root, digest(inputs))
-    report_bad(str(path), records.problems, len(records) + len(records.problems), max_bad_fraction)
+    records = Conversations(rows, root, digest(inputs))
+    report_bad(str(path), records.problems, len(rows), max_bad_fraction)
     return records
 
 
@@ -212,29 +192,34 @@ def mapped(form: str, files: Sequence[Path]) -> datasets.Dataset:
     return rows
 
 
+def image_paths(images: pa.ChunkedArray) -> list[str | None]:
+    """Of encoded images the files of which nothing but the path is there, None for all others."""
+    return [
+        path if bare else None
+        for chunk in images.chunks
+        for path, bare in zip(chunk.field("path").to_pylist(), chunk.field("bytes").is_null().to_pylist(), strict=True)
+    ]
+
+
 def _batches(parts: Sequence[Part], key: str) -> Iterator[pa.RecordBatch]:
-    rows = _unique(row for index in range(len(parts)) for row in _part_rows(parts, index, key))
+    rows = _unique(row for part in parts for row in _part_rows(part, key))
     while batch := list(islice(rows, BATCH)):
         yield pa.RecordBatch.from_pylist(batch, COLUMNS)
 
 
-def _part_rows(parts: Sequence[Part], index: int, key: str) -> Iterator[dict[str, Any]]:
-    part = parts[index]
-    rows = (_row(raw, number, part) | {"part": index} for number, raw in enumerate(_raw(part, key)))
+def _part_rows(part: Part, key: str) -> Iterator[Row]:
     # A prefix is a share of a number that only reading tells.
-    yield from rows if part.share == 1 else (kept := list(rows))[: int(len(kept) * part.share)]
+    count = None if part.share == 1 else int(part.share * sum(1 for _ in _raw(part, key)))
+    for number, raw in enumerate(islice(_raw(part, key), count)):
+        try:
+            row = row_of(raw, number, part.root, part.source)
+        except (BadRecordError, RecursionError) as error:
+            # What is no text in UTF-8 cannot be kept, and not be printed either.
+            row = {"id": str(number), "problem": str(error).encode(errors="backslashreplace").decode()}
+        yield row | {"repeats": part.repeats}
 
 
-def _row(raw: Any, number: int, part: Part) -> dict[str, Any]:
-    try:
-        row = row_of(raw, number, part.root, part.source)
-        return row if part.source is None else row | {"id": f"{part.source}/{row['id']}"}
-    except (BadRecordError, RecursionError) as error:
-        # What is no text in UTF-8 cannot be kept, and not be printed either.
-        return {"id": str(number), "problem": str(error).encode(errors="backslashreplace").decode()}
-
-
-def _unique(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _unique(rows: Iterator[Row]) -> Iterator[Row]:
     """Number repeated ids: the published mixtures use an image's id for several records."""
     seen: Counter[str] = Counter()
     for row in rows:
@@ -244,98 +229,158 @@ def _unique(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-# ---- images inside parquet files ------------------------------------------------------------------------------------
-
-
 def _raw(part: Part, key: str) -> Iterator[Any]:
+    """The raw records of a file; images in a parquet file are their content, or the path where that is all there is."""
     if part.file.suffix != ".parquet":
         yield from raw_records(part.file, key)
         return
-    when = stamp(part.file)
-    stored, rows = stored_images(part.file, when), _parquet(part.file, when)
-    if stored is None:
-        yield from rows
-        return
-    images = stored.rows.data.column(0)
-    counts = (
-        images.combine_chunks().value_lengths().fill_null(0) if pa.types.is_list(images.type) else images.is_valid()
-    )
-    for number, row in enumerate(rows.remove_columns(stored.rows.column_names)):
-        yield {**dict(row), "images": [f"{number}:{place}" for place in range(int(counts[number].as_py()))]}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """The column of images of a parquet file.
-
-    Attributes:
-        rows: The encoded images, one or several a row.
-        paths: For each row that says of an image nothing but where its file is: these places, None for all others.
-    """
-
-    rows: datasets.Dataset
-    paths: dict[int, list[str | None]]
-
-
-@lru_cache(maxsize=64)
-def _parquet(file: Path, _when: Stamp) -> datasets.Dataset:
     try:
-        return mapped("parquet", [file])
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow and datasets raise different kinds for a broken file
+        with ParquetFile(part.file) as file:
+            for row in (row for batch in file.iter_batches(BATCH) for row in batch.to_pylist()):
+                yield row | {name: _plain(row[name]) for name in ("image", "images") if name in row}
+    except Exception as error:  # pyarrow raises different kinds for a broken file
         reason = " ".join(str(error).split())
-        raise UserError(f"data.path: {str(file)!r} is no parquet file ({reason}); get the file again") from error
+        raise UserError(f"{key}: {str(part.file)!r} is no parquet file ({reason}); get the file again") from error
 
 
-@lru_cache(maxsize=64)
-def stored_images(file: Path, when: Stamp) -> Stored | None:
-    """The column of encoded images of a parquet file, or None where it has none.
+def _plain(cell: Any) -> Any:
+    if isinstance(cell, list):
+        return [_plain(each) for each in cell]
+    if isinstance(cell, dict) and cell.keys() == {"bytes", "path"}:
+        return cell["path"] if cell["bytes"] is None else cell["bytes"]
+    return cell
+
+
+# ---- one raw record -------------------------------------------------------------------------------------------------
+
+
+def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> Row:
+    """Bring one decoded record into the form in which all are kept.
+
+    One record is ``{"id"?, "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`` or
+    ``{"id"?, "images"?: [...], "messages": [{"role": "user" | "assistant", "content"}]}``; ``image`` may be a list.
+    Images stand where their tags ``<image>`` do, or all before the first question; some models see a single one before
+    its question nevertheless, see `efficientllava.data.prompts`.
 
     Args:
-        file: A file of any format.
-        when: Its stamp: another one may hold something else.
+        raw: The record.
+        number: Its place in the file, and its id if it has none.
+        root: Folder that image paths start from.
+        source: Name of the data set; None: the record's own ``source``, else the first folder of its image, else
+            ``text``.
+
+    Returns:
+        What `COLUMNS` has; ``length`` is the number of words, negative without an image (``modality_lengths`` in
+        LLaVA).
+
+    Raises:
+        BadRecordError: It cannot be used.
     """
-    if file.suffix != ".parquet":
-        return None
-    rows = _parquet(file, when)
-    for name in ("images", "image"):
-        feature = rows.features.get(name)
-        if isinstance(getattr(feature, "feature", feature), datasets.Image):
-            plain = datasets.Image(decode=False)
-            images = rows.select_columns([name]).cast_column(
-                name, plain if isinstance(feature, datasets.Image) else datasets.List(plain)
-            )
-            return Stored(images, image_paths(images.data.column(0)))
-    return None
+    if isinstance(raw, BadRecordError):
+        raise raw
+    if not isinstance(raw, dict):
+        raise BadRecordError(f"record {number}: a {type(raw).__name__} instead of an object")
+    name = str(raw.get("id", number))
+    said, inline = _said(raw, name)
+    images = raw.get("image", raw.get("images")) or inline
+    images = images if isinstance(images, list) else [images]
+    for image in images:
+        if not isinstance(image, str | bytes):
+            raise BadRecordError(f"record {name!r}: image is a {type(image).__name__} instead of a path")
+    paths = [image if isinstance(image, str) else None for image in images]
+    questions = _placed(said[::2], len(images), name)
+    answers = [text.replace(TAG, "").strip() for text in said[1::2]]
+    if not all(answers):
+        raise BadRecordError(f"record {name!r}: an empty answer")
+    # Blanks are counted much faster than words are made.
+    words = sum(text.count(" ") for text in said) + len(said)
+    folder, _, file = (paths[0] or "").lstrip("/").partition("/") if images else ("text", "", "text")
+    origin = str(source or raw.get("source") or (folder if file else "images"))
+    try:
+        "".join((name, origin, root, *filter(None, paths), *said)).encode()
+    except UnicodeEncodeError as error:
+        raise BadRecordError(f"record {name!r}: holds half of a surrogate pair, or bytes that are no UTF-8") from error
+    return {
+        "id": name if source is None else f"{source}/{name}",
+        "source": origin,
+        "images": [None if path is None else root + path for path in paths],
+        "contents": [image if isinstance(image, bytes) else None for image in images],
+        "turns": [
+            {"question": question, "answer": answer, "images_at": places}
+            for (question, places), answer in zip(questions, answers, strict=True)
+        ],
+        "length": words if images else -words,
+    }
 
 
-def image_paths(images: pa.ChunkedArray) -> dict[int, list[str | None]]:
-    """The ``paths`` of `Stored`; of the encoded images it is only looked whether they are there."""
-    found: dict[int, list[str | None]] = {}
-    first = 0
-    for chunk in images.chunks:
-        several = pa.types.is_list(chunk.type)
-        cells = chunk.flatten() if several else chunk
-        bare = cells.is_valid().to_numpy(False) & cells.field("bytes").is_null().to_numpy(False)
-        paths = cells.field("path").to_pylist() if bare.any() else []
-        places = [path if alone else None for path, alone in zip(paths, bare, strict=False)]
-        ends = np.cumsum(chunk.value_lengths().fill_null(0)) if several else np.arange(1, len(chunk) + 1)
-        for row, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True) if places else ()):
-            if any(path is not None for path in places[start:end]):
-                found[first + row] = places[start:end]
-        first += len(chunk)
-    return found
+def _said(raw: Row, name: str) -> tuple[list[str], list[Any]]:
+    """Questions and answers by turns, tags included, and image paths that stand inside the messages."""
+    messages = raw.get("conversations", raw.get("messages"))
+    if not isinstance(messages, list) or not messages:
+        raise BadRecordError(f"record {name!r}: neither 'conversations' nor 'messages' with at least one turn")
+    images: list[Any] = []
+    roles: list[str] = []
+    texts: list[str] = []
+    for message in messages:
+        if not isinstance(message, dict):
+            raise BadRecordError(f"record {name!r}: a turn is a {type(message).__name__} instead of an object")
+        role = message.get("from", message.get("role"))
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRecordError(f"record {name!r}: role {role!r} is not one of {', '.join(ROLES)}")
+        content = message.get("value", message.get("content"))
+        roles.append(ROLES[role])
+        texts.append(_content(content, name, images))
+    # As in LLaVA: an answer without a question at the start is dropped.
+    start = int(roles[0] == "assistant")
+    if len(roles) == start or roles[start:] != ["user", "assistant"] * ((len(roles) - start) // 2):
+        raise BadRecordError(f"record {name!r}: roles do not alternate between a question and its answer")
+    return texts[start:], images
 
 
-def _path(stored: Stored | None, place: str) -> str | None:
-    if stored is None:
-        return place
-    row, _, index = place.partition(":")
-    return stored.paths[int(row)][int(index)] if int(row) in stored.paths else None
+def _content(content: Any, name: str, images: list[Any]) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRecordError(f"record {name!r}: a turn holds a {type(content).__name__} instead of text")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            texts.append(_content(part.get("text"), name, images))
+        elif kind == "image":
+            # A bare marker refers to the record's own ``images``.
+            images.extend(part[key] for key in ("image", "path") if part.get(key))
+            texts.append(TAG)
+        else:
+            raise BadRecordError(f"record {name!r}: a part of a turn is neither text nor image")
+    return "\n".join(texts)
 
 
-def _read_stored(stored: Stored, place: str) -> bytes:
-    row, _, index = place.partition(":")
-    value = stored.rows[int(row)][stored.rows.column_names[0]]
-    return (value[int(index)] if isinstance(value, list) else value)["bytes"]
+def _placed(questions: Sequence[str], images: int, name: str) -> list[tuple[str, list[int]]]:
+    """Questions without tags, each with the places of its images; see `row_of`."""
+    counts = [question.count(TAG) for question in questions]
+    # Inside a line, in a text about XML say, it is no image's.
+    if not images and any(TAG in question.splitlines() for question in questions):
+        raise BadRecordError(f"record {name!r}: a question shows {TAG}, but neither 'image' nor 'images' names a file")
+    if images > 1 and sum(counts) not in (0, images):
+        raise BadRecordError(f"record {name!r}: {images} images, but {sum(counts)} tags {TAG} in its questions")
+    if images > 1 and sum(counts):
+        return [in_place(question) for question in questions]
+    if not images:
+        return [(question.replace(TAG, "").strip(), []) for question in questions]
+    placed = [in_place(question, TAG) for question in questions]
+    first = next((index for index, count in enumerate(counts) if count), 0)
+    # An image that begins the first question needs no place.
+    return [(text, at[:1] if index == first and (first or any(at)) else []) for index, (text, at) in enumerate(placed)]
+
+
+def in_place(question: str, tag: str = TAG_AND_BREAK) -> tuple[str, list[int]]:
+    """A question without its tags, and where in it they stood, counted in characters.
+
+    White space before an image that ends the question is part of it.
+    """
+    parts = re.split(tag, question)
+    text = "".join(parts)
+    start, end = len(text) - len(text.lstrip()), len(text) if not parts[-1] else len(text.rstrip())
+    ends = [len("".join(parts[: index + 1])) for index in range(len(parts) - 1)]
+    return text[start:end], [max(0, min(at, end) - start) for at in ends]

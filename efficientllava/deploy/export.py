@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.card import named
+from ..checkpoint.hub import named
 from ..models.anatomy import decoder_of
 from ..runtime.errors import UserError, disk_full
 from ..runtime.files import whole_file

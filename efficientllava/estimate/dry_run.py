@@ -13,14 +13,13 @@ import torch
 from rich import box
 from rich.table import Table
 
+from ..data.checks import usable
 from ..data.records import Record
-from ..data.sources import BUILTIN, is_remote
 from ..data.splits import (
     calibration_records,
     draw,
     load_split,
     record_count,
-    usable,
 )
 from ..evaluation import tasks
 from ..models.anatomy import sizes
@@ -28,9 +27,10 @@ from ..recovery.losses import describe as describe_loss
 from ..recovery.trainable import require_trainable
 from ..report.tables import percent, quantity, tabulate
 from ..runtime.console import quiet_libraries, say
+from ..runtime.content import digest
 from ..runtime.errors import UserError
 from ..runtime.files import whole_file
-from ..settings.compose import digest
+from ..runtime.places import BUILTIN, is_remote
 from ..settings.schema import MASKED, RunConfig
 from ..stages.identity import made
 from .cost import (

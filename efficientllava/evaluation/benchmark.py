@@ -138,10 +138,10 @@ class Rows:
         return [
             None
             if not there
-            else self._folder / str(elsewhere[index][0])
-            if index in elsewhere
             else StoredImage(partial(_content, cells, column, index))
-            for index, there in enumerate(present)
+            if path is None
+            else self._folder / path
+            for index, (there, path) in enumerate(zip(present, elsewhere, strict=True))
         ]
 
 

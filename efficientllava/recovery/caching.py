@@ -34,9 +34,9 @@ from ..checkpoint.folder import (
     read_config,
     resolve,
 )
-from ..checkpoint.hub import digest
-from ..data.splits import record_id
-from ..data.stamps import image_stamps
+from ..checkpoint.hub import folder_digest
+from ..data.checks import image_stamps
+from ..data.records import column
 from ..models.forward import FeatureCache, supervised_positions, to_device
 from ..runtime.console import progress, say
 from ..runtime.content import Memo
@@ -116,7 +116,7 @@ class TargetStore:
     Args:
         folder: The store; may not exist yet.
         parts: Which parts to open.
-        stamps: See `efficientllava.data.stamps.image_stamps`, by id of a record; what the teacher has said about other
+        stamps: See `efficientllava.data.checks.image_stamps`, by id of a record; what the teacher has said about other
             images is passed over.
 
     Attributes:
@@ -313,7 +313,7 @@ def require_teacher(config: RecoverConfig, base: Mapping[str, str], student: nn.
 
 def teacher_digest(config: TeacherConfig, base: Mapping[str, str], memo: Memo | None = None) -> str:
     """Digest of the checkpoint that teaches; arguments as for `open_teacher`."""
-    return digest(resolve(*_place(config, base)), memo)
+    return folder_digest(resolve(*_place(config, base)), memo)
 
 
 def _place(config: TeacherConfig, base: Mapping[str, str]) -> tuple[str, str | None]:
@@ -367,7 +367,8 @@ def cached_teacher(
         UserError: The answers do not fit on the disk.
     """
     started, folder = time.perf_counter(), cache.folder
-    names = {record_id(loader.dataset, index): index for index in used}  # pyright: ignore[reportArgumentType]
+    ids = column(loader.dataset, "id")  # pyright: ignore[reportArgumentType]
+    names = {str(ids[index]): index for index in used}
     stamps: dict[str, str] = from_first(
         dict(zip(names, image_stamps(loader.dataset, list(names.values())), strict=True)) if rank() == 0 else None  # pyright: ignore[reportArgumentType]
     )

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.records import Record
-from ..data.splits import show_images
+from ..data.records import Record, column
 from ..models.anatomy import decoder_of, projector_of
 from ..runtime.errors import UserError
 
@@ -46,7 +45,7 @@ def require_trainable(records: Sequence[Record], train: str) -> None:
     Raises:
         UserError: Only the projector trains, and no record shows it an image.
     """
-    if train == "projector" and not show_images(records):
+    if train == "projector" and not (column(records, "length") > 0).any():
         raise UserError(
             "recover.train=projector: none of the records has an image, so nothing would train; give data with images, "
             "or set recover.train=lora or recover.train=full"

@@ -16,10 +16,9 @@ from urllib.parse import urlsplit
 
 from omegaconf import MISSING
 
-from ..checkpoint.hub import is_hub_id, local_folder
-from ..data.sources import is_elsewhere
 from ..runtime.errors import ConfigError, UserError
 from ..runtime.exit_codes import of_hydra
+from ..runtime.places import is_elsewhere, is_hub_id, local_folder
 from .compose import key_of
 from .schema import (
     BLOCKS,

@@ -32,8 +32,8 @@ def run_key(settings: RunConfig) -> str:
     Args:
         settings: The checked configuration.
     """
-    from ..checkpoint.hub import digest as digest_of
-    from ..checkpoint.hub import origin_of, source_folder
+    from ..checkpoint.hub import folder_digest, origin_of, source_folder
+    from ..data.checks import image_stamps
     from ..data.splits import (
         calibration_records,
         draw,
@@ -41,12 +41,11 @@ def run_key(settings: RunConfig) -> str:
         load_split,
         open_data,
     )
-    from ..data.stamps import image_stamps
 
     memo = Memo(Path(settings.paths.cache_dir) / MEMO)
     model, teacher, data, read = settings.model, settings.recover.teacher, settings.data, open_data(settings)
     folder = source_folder(model.path, model.revision)
-    base = digest_of(folder, memo)
+    base = folder_digest(folder, memo)
     prunes, own = settings.prune.method != "none", read.get("prune")
     calibration = calibration_records(settings.calibration, data, settings.seed) if prunes and own else []
     reported = keep_back(settings, calibration)[1] if own or read.get("evaluate") else []
@@ -59,7 +58,7 @@ def run_key(settings: RunConfig) -> str:
     if settings.recover.name != "none":
         taught_by = None
         if taught(settings) and (place := (teacher.path, teacher.revision) if teacher.path else origin_of(folder)):
-            taught_by = digest_of(source_folder(*place), memo)
+            taught_by = folder_digest(source_folder(*place), memo)
         files = read["recover"]
         drawn = draw(load_split(data, "train"), settings.data_frac, settings.seed) if files else []
         images = digest(image_stamps(drawn))
@@ -69,7 +68,7 @@ def run_key(settings: RunConfig) -> str:
 
 def _shown(settings: RunConfig) -> list[str]:
     """Stamps of the images of benchmarks whose files are the user's own."""
-    from ..data.stamps import image_stamps
+    from ..data.checks import image_stamps
     from ..evaluation.tasks import load
 
     tasks = settings.evaluate.tasks if settings.evaluate.root else []

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..data.checks import image_contents
 from ..data.splits import load_split
-from ..data.stamps import image_contents
 from ..pruning.module import PruningModule
 from ..pruning.self_text import sequences, write_text
 from ..report.pictures import draw_search

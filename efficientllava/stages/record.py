@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.card import usage
+from ..checkpoint.export import usage
 from ..checkpoint.folder import resolve
 from ..evaluation.answers import set_aside
 from ..evaluation.efficiency import checkpoint_bytes, measure, quantized

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint
-from ..data.stamps import image_stamps
+from ..data.checks import image_stamps
 from ..record import CURVE, read_curve, write_curve
 from ..recovery.caching import open_teacher, teacher_digest
 from ..recovery.losses import describe

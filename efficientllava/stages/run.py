@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import Checkpoint, load, round_weights, write
-from ..checkpoint.reload import reload_gate
+from ..checkpoint.export import reload_gate, round_weights, write
+from ..checkpoint.folder import Checkpoint, load
 from ..data.collator import Collator, prompt
 from ..data.datamodule import RecoveryData
 from ..data.records import Record, open_image

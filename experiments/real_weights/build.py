@@ -23,7 +23,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from efficientllava.models.processors import chat_template
+from efficientllava.checkpoint.processors import chat_template
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor
 
 from efficientllava.checkpoint.folder import stock_config
+from efficientllava.checkpoint.processors import vicuna_template
 from efficientllava.estimate.forecast import meta_model
-from efficientllava.models.processors import vicuna_template
 from efficientllava.settings.compose import register_schema, typed
 from experiments.tiny_models.tiny import tiny_llava
 from tests.models.originals import (

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from efficientllava.data.collator import Collator
-from efficientllava.data.embedded.digits import Digits
-from efficientllava.data.embedded.questions import NOTHING
+from efficientllava.data.embedded.digits import NOTHING, Digits
 from efficientllava.data.embedded.scenes import COLOURS, PLACES, WORDS
 from efficientllava.models.anatomy import decoder_of, projector_of
 from efficientllava.models.forward import answer_loss

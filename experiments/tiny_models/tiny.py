@@ -29,9 +29,9 @@ from transformers import (
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-from efficientllava.data.embedded.questions import vocabulary
+from efficientllava.checkpoint.processors import PHI3, VICUNA, InternVLStills, chat_template
+from efficientllava.data.embedded.digits import vocabulary
 from efficientllava.data.embedded.scenes import IMAGE_SIZE
-from efficientllava.models.processors import PHI3, VICUNA, InternVLStills, chat_template
 
 PATCH = 8
 LAYERS, HIDDEN, HEADS, HEAD_DIM = 8, 96, 8, 16

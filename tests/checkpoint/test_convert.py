@@ -14,11 +14,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor
 
 from efficientllava.checkpoint import convert
-from efficientllava.checkpoint.convert import layouts, processing, shards
-from efficientllava.checkpoint.folder import load, save, stock_config
+from efficientllava.checkpoint.convert import layouts
+from efficientllava.checkpoint.export import save
+from efficientllava.checkpoint.folder import load, stock_config
+from efficientllava.checkpoint.processors import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    load_processor,
+    with_protocol,
+    with_system,
+)
 from efficientllava.data.collator import Collator
 from efficientllava.data.records import Record, Turn
-from efficientllava.models.processors import load_processor
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import typed
 from experiments.tiny_models.tiny import tiny_llava
@@ -43,6 +50,7 @@ ASKED = [
     {"role": "user", "content": "and now?"},
 ]
 KINDS = ["bunny", "internvl"]
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @pytest.fixture(autouse=True)
@@ -140,22 +148,20 @@ def test_weights_keep_their_type_and_every_bit(tmp_path, kind, dtype):
     assert used == set(found)
 
 
-def test_large_checkpoints_are_written_in_shards(bunny, tmp_path, monkeypatch):
-    pending: list[int] = []
-    flush = shards.ShardWriter._flush
-
-    def watched(self):
-        pending.append(self._size)
-        flush(self)
-
-    monkeypatch.setattr(shards.ShardWriter, "_flush", watched)
-    monkeypatch.setattr(shards.ShardWriter.__init__, "__defaults__", (100_000,))
+def test_large_checkpoints_are_written_in_shards(bunny, home, monkeypatch):
+    whole = load_file(convert.stock_folder(bunny) / "model.safetensors")
+    shutil.rmtree(home)
+    monkeypatch.setattr(convert, "SHARD", 100_000)
     folder = convert.stock_folder(bunny)
-    assert len(pending) > 3
-    assert max(pending) <= 100_000
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    assert names[0] == f"model-00001-of-{len(pending):05d}.safetensors"
-    assert len(names) == len(pending)
+    files = sorted(folder.glob("*.safetensors"))
+    parts = [load_file(file) for file in files]
+    assert len(parts) > 3
+    assert all(sum(tensor.nbytes for tensor in part.values()) <= 100_000 for part in parts)
+    assert files[0].name == f"model-00001-of-{len(parts):05d}.safetensors"
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file, part in zip(files, parts, strict=True) for name in part}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert all(torch.equal(tensor, whole[name]) for part in parts for name, tensor in part.items())
     stock(folder)
 
 
@@ -208,7 +214,7 @@ def test_stock_folders_pass_through(bunny):
 
 
 def test_a_failed_conversion_leaves_nothing(bunny, home, monkeypatch):
-    monkeypatch.setattr(shards.ShardWriter, "finish", lambda _: 1 / 0)
+    monkeypatch.setattr(convert, "save_file", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert.stock_folder(bunny)
     assert [path for path in (home / "efficientllava" / "converted").iterdir() if path.is_dir()] == []
@@ -289,7 +295,7 @@ def test_a_tensor_in_two_shards(bunny):
     first, second = sorted(bunny.glob("*.safetensors"))
     twice = next(iter(load_file(first)))
     save_file({**load_file(second), twice: load_file(first)[twice]}, second, {"format": "pt"})
-    refuses(bunny, second.name, f"tensor {twice} is also in {first.name}")
+    refuses(bunny, second.name, f"tensor {twice} is in {first.name} and in {second.name}")
 
 
 @pytest.mark.parametrize(
@@ -375,10 +381,10 @@ def test_bunny_pads_with_grey_and_resizes(bunny, size):
 def test_llava_pads_with_the_mean_colour_and_resizes(size, side):
     tokenizer = tiny_llava()[1].tokenizer
     cropping = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    processor = convert.with_protocol(LlavaProcessor(cropping, tokenizer), "vicuna_v1")
+    processor = with_protocol(LlavaProcessor(cropping, tokenizer), "vicuna_v1")
     batch = processor(images=[picture(*size)], text=["<image>"], return_tensors="np")
     square = padded(picture(*size), (122, 116, 104)).resize((side, side), Image.Resampling.BICUBIC)
-    expected = normalised(square, processing.CLIP_MEAN, processing.CLIP_STD)
+    expected = normalised(square, CLIP_MEAN, CLIP_STD)
     assert np.array_equal(batch["pixel_values"][0], expected)
     assert (batch["input_ids"] == processor.image_token_id).sum() == (side // 14) ** 2
 
@@ -408,7 +414,7 @@ def test_internvl_cuts_tiles_and_adds_a_thumbnail(internvl, size, tiles):
     batch = processor(images=[picture(*size)], text=["<IMG_CONTEXT>"], return_tensors="np")
     wanted = original_tiles(picture(*size), 12, 28)
     assert len(wanted) == tiles
-    expected = [normalised(tile, processing.IMAGENET_MEAN, processing.IMAGENET_STD) for tile in wanted]
+    expected = [normalised(tile, IMAGENET_MEAN, IMAGENET_STD) for tile in wanted]
     assert np.array_equal(batch["pixel_values"], np.stack(expected))
     assert (batch["input_ids"] == processor.image_token_id).sum() == 4 * tiles
 
@@ -438,7 +444,7 @@ def test_internvl_at_its_real_size(internvl, size, tiles):
     wanted = original_tiles(picture(*size), 12, 448)
     assert len(wanted) == len(batch["pixel_values"]) == tiles
     for found, tile in zip(batch["pixel_values"], wanted, strict=True):
-        assert np.array_equal(found, normalised(tile, processing.IMAGENET_MEAN, processing.IMAGENET_STD))
+        assert np.array_equal(found, normalised(tile, IMAGENET_MEAN, IMAGENET_STD))
     assert (batch["input_ids"] == processor.image_token_id).sum() == 256 * tiles
 
 
@@ -491,10 +497,10 @@ def test_a_system_sentence_for_llava(tmp_path):
     assert prompt_of(own).startswith("Be brief. USER: <image>\nwhere? ASSISTANT: here</s>")
     processor.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}"
     with pytest.raises(UserError, match=r"^model\.system: the chat template writes no system message; leave it out$"):
-        convert.with_system(processor, "Be brief.")
+        with_system(processor, "Be brief.")
     processor.chat_template = "{{ raise_exception('no system') }}"
     with pytest.raises(UserError, match=r"^model\.system: the chat template takes no system message \(no system\); le"):
-        convert.with_system(processor, "Be brief.")
+        with_system(processor, "Be brief.")
 
 
 @pytest.mark.parametrize(
@@ -524,7 +530,7 @@ def test_a_tokenizer_of_sentencepiece_alone(tmp_path):
 
 
 def test_the_llava_protocol_survives_saving(tmp_path):
-    processor = convert.with_protocol(tiny_llava()[1], "vicuna_v1")
+    processor = with_protocol(tiny_llava()[1], "vicuna_v1")
     processor.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     loaded = load_processor(tmp_path)
@@ -546,4 +552,4 @@ def test_a_checkpoint_is_loaded_with_a_protocol(tmp_path):
 
 def test_a_protocol_of_another_family(internvl):
     with pytest.raises(UserError, match=r"model\.protocol=vicuna_v1: .* InternVLProcessor"):
-        convert.with_protocol(load_processor(convert.stock_folder(internvl)), "vicuna_v1")
+        with_protocol(load_processor(convert.stock_folder(internvl)), "vicuna_v1")

@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from efficientllava.checkpoint import folder as store
-from efficientllava.checkpoint.card import LICENSES, model_card, usage
+from efficientllava.checkpoint.export import model_card, round_weights, save, usage, write
+from efficientllava.checkpoint.hub import LICENSES, about, folder_digest
 from efficientllava.data.prompts import Prompts
 from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
+from efficientllava.runtime.places import PROVENANCE
 from experiments.speed.rows import peak_memory
 
 from ..runs import ROOT, save_tiny
@@ -35,7 +37,7 @@ def test_half_precision_weights_are_computed_in_fp32_on_a_cpu_and_stored_as_they
     assert loaded.storage == torch.float16
     assert {p.dtype for p in loaded.model.parameters()} == {torch.float32}
     assert not loaded.model.training
-    copy = store.save(loaded, tmp_path / "copy")
+    copy = save(loaded, tmp_path / "copy")
     before, after = load_file(folder / "model.safetensors"), load_file(copy / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(after[name].dtype == torch.float16 and torch.equal(before[name], after[name]) for name in before)
@@ -57,7 +59,7 @@ def test_a_named_type_is_computed_in(folder, name, expected):
 def test_stock_transformers_loads_what_was_saved(loaded, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    copy = store.save(loaded, tmp_path / "copy")
+    copy = save(loaded, tmp_path / "copy")
     model = AutoModelForImageTextToText.from_pretrained(copy, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(copy)
     assert processor.tokenizer.get_vocab() == loaded.processor.tokenizer.get_vocab()
@@ -71,31 +73,31 @@ def test_saving_replaces_a_folder_and_leaves_nothing_else(loaded, tmp_path):
     target = tmp_path / "copy"
     target.mkdir()
     (target / "stale").write_text("")
-    store.save(loaded, target)
+    save(loaded, target)
     assert not (target / "stale").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
 def test_digest_follows_content_and_not_place(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert store.digest(copy) == store.digest(folder)
+    assert folder_digest(copy) == folder_digest(folder)
     (copy / "notes.txt").write_text("read me")
-    (copy / store.PROVENANCE).write_text("{}")
-    assert store.digest(copy) == store.digest(folder)
+    (copy / PROVENANCE).write_text("{}")
+    assert folder_digest(copy) == folder_digest(folder)
     state = load_file(copy / "model.safetensors")
     last = sorted(state)[-1]
     state[last].view(-1)[-1] += 1
     save_file(state, copy / "model.safetensors", {"format": "pt"})
-    assert store.digest(copy) != store.digest(folder)
+    assert folder_digest(copy) != folder_digest(folder)
     shutil.copy(folder / "model.safetensors", copy / "model.safetensors")
-    assert store.digest(copy) == store.digest(folder)
+    assert folder_digest(copy) == folder_digest(folder)
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
-    assert store.digest(copy) != store.digest(folder)
+    assert folder_digest(copy) != folder_digest(folder)
 
 
 def test_whoever_loads_weights_that_were_changed_behind_their_provenance_is_told(loaded, tmp_path, caplog):
     (tmp_path / "copy").mkdir()
-    store.write(loaded, tmp_path / "copy", memo=Memo())
+    write(loaded, tmp_path / "copy", memo=Memo())
     assert store.load(tmp_path / "copy").digest and not caplog.records
     file = tmp_path / "copy" / "model.safetensors"
     content = bytearray(file.read_bytes())
@@ -109,8 +111,8 @@ def test_rounding_makes_memory_equal_to_what_is_saved(folder, tmp_path):
     checkpoint = store.load(str(folder))
     for parameter in checkpoint.model.parameters():
         parameter.data.mul_(1.0001)
-    store.round_weights(checkpoint.model, checkpoint.storage)
-    again = store.load(str(store.save(checkpoint, tmp_path / "copy")))
+    round_weights(checkpoint.model, checkpoint.storage)
+    again = store.load(str(save(checkpoint, tmp_path / "copy")))
     assert all(torch.equal(a, b) for a, b in zip(checkpoint.model.parameters(), again.model.parameters(), strict=True))
 
 
@@ -130,7 +132,7 @@ def test_weights_that_the_storage_type_cannot_hold_are_refused_by_name(folder):
     model = store.load(folder).model.float()
     model.lm_head.weight.data[0, 0] = 1e6
     with pytest.raises(UserError, match=r"^tensor lm_head\.weight, stored as float16: not finite, 1 infinite"):
-        store.round_weights(model, torch.float16)
+        round_weights(model, torch.float16)
 
 
 def test_provenance_composes_over_two_prunings(loaded):
@@ -159,7 +161,7 @@ def test_the_model_card_is_read_by_hubs(loaded, tmp_path):
     import yaml
 
     pruned = loaded.after(loaded.model, {"stage": "prune", "achieved": 0.3}, [0, 1])
-    text = (store.save(pruned, tmp_path / "copy", {"samples": 8}) / "README.md").read_text()
+    text = (save(pruned, tmp_path / "copy", {"samples": 8}) / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
     meta = yaml.safe_load(front)
     assert meta["library_name"] == "transformers"
@@ -171,10 +173,10 @@ def test_the_model_card_is_read_by_hubs(loaded, tmp_path):
 
 
 @pytest.mark.parametrize("base", list(LICENSES))
-def test_the_card_names_base_and_licence(base):
+def test_the_card_names_base_and_licence(tmp_path, base):
     import yaml
 
-    card = model_card({"base": {"path": base}, "original_layers": [0]}, True, {})
+    card = model_card({"base": {"path": base, **about(tmp_path, base)}, "original_layers": [0]}, True, {})
     meta = yaml.safe_load(card.split("---\n")[1])
     assert (meta["base_model"], meta["license"]) == (base, LICENSES[base])
     assert usage("<this folder>", True) in card
@@ -205,10 +207,10 @@ def test_the_card_carries_the_name_and_the_licence_of_the_base_and_no_path(folde
     for name, text in files.items():
         (mine / name).write_text(text)
     loaded = store.load(mine)
-    first = store.save(loaded.after(loaded.model, {"stage": "prune"}, [0, 1]), tmp_path / "first")
+    first = save(loaded.after(loaded.model, {"stage": "prune"}, [0, 1]), tmp_path / "first")
     shutil.rmtree(mine)
     again = store.load(first)
-    second = store.save(again.after(again.model, {"stage": "prune"}, [0, 1]), tmp_path / "second")
+    second = save(again.after(again.model, {"stage": "prune"}, [0, 1]), tmp_path / "second")
     for made in (first, second):
         text = (made / "README.md").read_text()
         front = front_of(text)
@@ -223,14 +225,15 @@ def test_a_shipped_model_has_the_licence_of_this_package():
     assert "# A smaller tiny_llava\n" in card and "builtin" not in card
 
 
-def test_a_folder_of_the_hub_s_cache_has_its_hub_id():
+def test_a_folder_of_the_hub_s_cache_has_its_hub_id(tmp_path):
     path = "/home/me/.cache/huggingface/hub/models--llava-hf--llava-1.5-7b-hf/snapshots/0123abcd"
-    front = front_of(model_card({"base": {"path": path}, "original_layers": [0]}, False, {}))
+    base = {"path": path, **about(tmp_path, path)}
+    front = front_of(model_card({"base": base, "original_layers": [0]}, False, {}))
     assert (front["base_model"], front["license"]) == ("llava-hf/llava-1.5-7b-hf", "llama2")
 
 
 def test_the_lines_of_the_card_load_the_model(loaded, tmp_path):
-    copy = store.save(loaded, tmp_path / "copy")
+    copy = save(loaded, tmp_path / "copy")
     scope = {}
     exec(usage(str(copy), False), scope)
     assert sum(p.numel() for p in scope["model"].parameters()) == sum(p.numel() for p in loaded.model.parameters())
@@ -330,8 +333,8 @@ BASE = {"path": "org/name", "digest": "0"}
     ],
 )
 def test_a_provenance_that_does_not_fit(broken, text, told):
-    (broken / store.PROVENANCE).write_text(text)
-    fails(broken, store.PROVENANCE, told, "mend it" if len(text) < 3 else "remove it")
+    (broken / PROVENANCE).write_text(text)
+    fails(broken, PROVENANCE, told, "mend it" if len(text) < 3 else "remove it")
 
 
 @pytest.mark.parametrize("said", [True, 0])
@@ -427,7 +430,7 @@ def test_a_hub_id_without_network(monkeypatch):
     "error", [OSError(28, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")]
 )
 def test_a_full_disk_leaves_what_was_there(loaded, tmp_path, monkeypatch, error):
-    target = store.save(loaded, tmp_path / "copy")
+    target = save(loaded, tmp_path / "copy")
     before = sorted(p.name for p in target.iterdir())
 
     def fail(*_, **__):
@@ -435,7 +438,7 @@ def test_a_full_disk_leaves_what_was_there(loaded, tmp_path, monkeypatch, error)
 
     monkeypatch.setattr(loaded.processor, "save_pretrained", fail)
     with pytest.raises(UserError, match=r"copy: the disk is full; free some space or set paths\.output_dir"):
-        store.save(loaded, target)
+        save(loaded, target)
     assert sorted(p.name for p in target.iterdir()) == before
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
@@ -443,7 +446,7 @@ def test_a_full_disk_leaves_what_was_there(loaded, tmp_path, monkeypatch, error)
 def test_another_failure_while_saving_leaves_nothing(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(loaded.processor, "save_pretrained", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        store.save(loaded, tmp_path / "copy")
+        save(loaded, tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -458,7 +461,7 @@ def test_saving_in_another_type_holds_no_second_copy(tmp_path):
         for weight in weights:
             weight.data = weight.data.clone()
 
-    above = peak_memory(prepare, lambda _: store.save(checkpoint, tmp_path / "half"))
+    above = peak_memory(prepare, lambda _: save(checkpoint, tmp_path / "half"))
     assert above < 2 * largest < sum(weight.nbytes for weight in weights) / 4
     for name, tensor in checkpoint.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -537,7 +540,7 @@ def test_a_json_file_that_cannot_be_read_is_named(broken, name, content, told):
 def test_exports_follow_the_umask(loaded, tmp_path, umask):
     before = os.umask(umask)
     try:
-        folder = store.save(loaded, tmp_path / "copy")
+        folder = save(loaded, tmp_path / "copy")
     finally:
         os.umask(before)
     assert {oct(file.stat().st_mode & 0o777) for file in folder.iterdir()} == {oct(0o666 & ~umask)}

@@ -12,7 +12,8 @@ from unittest.mock import MagicMock
 import pytest
 from huggingface_hub import errors
 
-from efficientllava.checkpoint.folder import load, save, stock_config
+from efficientllava.checkpoint.export import save
+from efficientllava.checkpoint.folder import load, stock_config
 from efficientllava.checkpoint.hub import FILES, TELLING
 from efficientllava.recovery.caching import open_teacher
 from efficientllava.runtime.errors import UserError

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from efficientllava.checkpoint import folder as store
-from efficientllava.checkpoint.reload import CHECK, reload_gate
+from efficientllava.checkpoint.export import CHECK, reload_gate
 from efficientllava.data.collator import prompt
 from efficientllava.data.embedded.digits import Digits
 from efficientllava.models.pruned import is_per_layer

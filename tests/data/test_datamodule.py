@@ -7,9 +7,10 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 
+from efficientllava.data.checks import usable
 from efficientllava.data.collator import Collator
 from efficientllava.data.datamodule import RecoveryData, ShardedBatches
-from efficientllava.data.splits import digest, load_split, usable
+from efficientllava.data.splits import ids_digest, load_split
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import DataConfig
 from experiments.tiny_models.tiny import BUILDERS
@@ -70,8 +71,8 @@ def test_batches_reach_a_trainer(processor) -> None:
     Trainer(max_epochs=1, use_distributed_sampler=False, enable_model_summary=False, **options).fit(module, data)
     assert len(module.seen) == 12
     assert set(module.seen) == {data.records[index].id for index in range(12)}
-    assert digest(data.records) == digest(RecoveryData(DATA, processor, data_frac=0.2, seed=1).records)
-    assert digest(data.records) != digest(RecoveryData(DATA, processor, data_frac=0.2, seed=2).records)
+    assert ids_digest(data.records) == ids_digest(RecoveryData(DATA, processor, data_frac=0.2, seed=1).records)
+    assert ids_digest(data.records) != ids_digest(RecoveryData(DATA, processor, data_frac=0.2, seed=2).records)
 
 
 def test_overlong_prompts_fail_before_training(processor, tmp_path: Path) -> None:

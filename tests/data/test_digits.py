@@ -13,6 +13,7 @@ from efficientllava.data.embedded.digits import (
     Digits,
 )
 from efficientllava.data.embedded.scenes import strokes
+from efficientllava.data.records import column
 from efficientllava.runtime.errors import UserError
 
 
@@ -67,7 +68,7 @@ def test_options_change_what_they_name() -> None:
     assert sum(turn.kind == "count" for turn in extra) >= 2
     blank = Digits("train", images=np.zeros_like(strokes("train").images))
     assert np.asarray(blank[0].image).max() < 60
-    assert Digits("train").record_id(7) == Digits("train")[7].id
+    assert column(Digits("train"), "id")[7] == Digits("train")[7].id
     assert len(Digits("train", 3)) == len(list(Digits("train", 3))) == 3
 
 

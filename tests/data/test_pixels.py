@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientllava.data.pixels import rgb
-from efficientllava.data.records import Record, open_image
+from efficientllava.data.records import Record, open_image, rgb
 from efficientllava.runtime.errors import UserError
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import pytest
 from numpy.random import PCG64, Generator
 
-from efficientllava.data.embedded.questions import (
+from efficientllava.data.embedded.digits import (
     KINDS,
     NOTHING,
     TEXT_KINDS,

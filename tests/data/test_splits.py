@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from efficientllava.data.embedded.digits import Digits
-from efficientllava.data.records import Record, Turn
+from efficientllava.data.records import Record, Subset, Turn, column
 from efficientllava.data.splits import (
-    Subset,
     calibration_records,
-    digest,
     draw,
     groups_of,
+    ids_digest,
     keep_back,
     load_split,
     split_folds,
@@ -80,7 +79,7 @@ def test_draw_is_seeded_nested_and_stratified() -> None:
 def test_default_fraction_is_two_hundred_images() -> None:
     drawn = draw(Digits("train"), 0.05, 0)
     assert len(drawn) == 200
-    assert drawn.record_id(3) == drawn[3].id  # pyright: ignore[reportAttributeAccessIssue]
+    assert column(drawn, "id")[3] == drawn[3].id
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.5])
@@ -91,8 +90,8 @@ def test_draw_rejects_what_is_no_share(fraction: float) -> None:
 
 def test_digest_tells_records_and_their_order_apart() -> None:
     data = Digits("train", 20)
-    assert digest(Subset(data, [0, 1, 2])) == digest(Digits("train", 3))
-    assert len({digest(Subset(data, index)) for index in ([0, 1], [1, 0], [0, 2])}) == 3
+    assert ids_digest(Subset(data, [0, 1, 2])) == ids_digest(Digits("train", 3))
+    assert len({ids_digest(Subset(data, index)) for index in ([0, 1], [1, 0], [0, 2])}) == 3
 
 
 @pytest.mark.parametrize(

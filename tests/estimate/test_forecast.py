@@ -10,10 +10,11 @@ import torch
 from efficientllava.checkpoint import convert
 from efficientllava.checkpoint.convert import layouts
 from efficientllava.checkpoint.folder import load, stock_config
-from efficientllava.checkpoint.hub import TELLING, local_folder
+from efficientllava.checkpoint.hub import TELLING
 from efficientllava.estimate.forecast import meta_model
 from efficientllava.models.anatomy import language_parameters, layers_of, parameters, projector_of
 from efficientllava.runtime.errors import UserError
+from efficientllava.runtime.places import local_folder
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import ModelConfig
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from efficientllava.checkpoint.folder import load
-from efficientllava.checkpoint.hub import local_folder
 from efficientllava.data.collator import Collator, GenerationCollator
 from efficientllava.evaluation.answers import (
     MEANINGLESS,
@@ -24,6 +23,7 @@ from efficientllava.models.forward import (
     vision_features,
 )
 from efficientllava.runtime.errors import UserError
+from efficientllava.runtime.places import local_folder
 
 
 def _features(model, batch):

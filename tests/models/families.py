@@ -52,10 +52,10 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
+from efficientllava.checkpoint.processors import PHI3, InternVLStills, chat_template, stills
 from efficientllava.data.collator import Collator
 from efficientllava.data.records import Record, Turn
 from efficientllava.models.anatomy import decoder_of, projector_of
-from efficientllava.models.processors import PHI3, InternVLStills, chat_template, stills
 
 LAYERS, CHANNELS, GROUPS = 4, 64, 4
 ROLES = {

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from efficientllava.checkpoint.folder import Checkpoint, load, save
+from efficientllava.checkpoint.export import save
+from efficientllava.checkpoint.folder import Checkpoint, load
 from efficientllava.data.collator import Collator, GenerationCollator, prompt
 from efficientllava.evaluation.answers import generate
 from efficientllava.models.anatomy import (

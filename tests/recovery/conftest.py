@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,8 +85,11 @@ class Samples(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def record_id(self, index: int) -> str:
-        return str(index)
+    def column(self, _name: str) -> np.ndarray:
+        return np.array([str(index) for index in range(self.size)], dtype=object)
+
+    def image_files(self, indices: np.ndarray) -> list[list[Path]]:
+        return [[] for _ in indices]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(100 + index)

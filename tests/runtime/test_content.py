@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from efficientllava.checkpoint.hub import digest
+from efficientllava.checkpoint.hub import folder_digest
 from efficientllava.runtime import content
 from efficientllava.runtime.content import Memo, settle
 
@@ -69,6 +69,6 @@ def test_a_flipped_byte_in_the_middle_of_large_weights_is_another_checkpoint(tmp
             with weights.open("r+b") as handle:
                 handle.seek(place)
                 handle.write(b"\1")
-        seen.add(digest(tmp_path, memo))
-        assert digest(tmp_path, Memo()) in seen
+        seen.add(folder_digest(tmp_path, memo))
+        assert folder_digest(tmp_path, Memo()) in seen
     assert len(seen) == 4

@@ -2,8 +2,9 @@ import dataclasses
 
 import pytest
 
+from efficientllava.runtime.content import digest
 from efficientllava.runtime.errors import UserError
-from efficientllava.settings.compose import digest, instantiate, typed
+from efficientllava.settings.compose import instantiate, typed
 from efficientllava.settings.schema import RunConfig
 
 from ..runs import composed

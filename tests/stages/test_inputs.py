@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from efficientllava.data.checks import image_contents, image_stamps
 from efficientllava.data.splits import draw, load_split
-from efficientllava.data.stamps import image_contents, image_stamps
 from efficientllava.runtime.content import Memo, digest
 from efficientllava.runtime.source import closure
 from efficientllava.settings.compose import typed

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from efficientllava.data.embedded.questions import vocabulary
+from efficientllava.checkpoint.processors import load_processor
+from efficientllava.data.embedded.digits import vocabulary
 from efficientllava.models.anatomy import decoder_of
-from efficientllava.models.processors import load_processor
 from experiments.tiny_models.tiny import BUILDERS
 
 IMAGE = Image.effect_noise((32, 32), 80).convert("RGB")

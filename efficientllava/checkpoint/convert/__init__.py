@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -22,35 +24,26 @@ from ...runtime.errors import UserError
 from ...runtime.keeping import require_space
 from ...runtime.source import source_digest
 from ...runtime.store import Store, library_versions
-from ..hub import digest, own_root
+from ..hub import folder_digest, own_root
+from ..processors import published_system, with_system
 from .layouts import LAYOUTS, Layout
-from .processing import published_system, with_protocol, with_system
-from .shards import (
-    ShardWriter,
-    open_shard,
-    require_whole,
-    shard_files,
-)
-
-__all__ = ["convert", "layout_config", "layout_of", "require_whole", "stock_folder", "with_protocol", "with_system"]
+from .shards import WEIGHTS, stored_tensors
 
 # Fields that are made anew: names of classes and versions, the type of the weights, the rotary embedding.
 DERIVED = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "rope_parameters")
 
-log = logging.getLogger(__name__)
+SHARD = 2 << 30  # bytes of weights per file, counted as if they were of 32 bits; a shard is all that is in memory
 # A vocabulary that grows ends at a multiple of this, which matrix kernels like.
 ROWS = 8
 VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+log = logging.getLogger(__name__)
 
 
-def layout_of(folder: Path) -> Layout | None:
-    """Tell an original layout by a folder's ``config.json``.
-
-    Args:
-        folder: A folder with a ``config.json``; no weights are needed.
+def layout_of(folder: Path) -> tuple[Layout, dict[str, Any]] | None:
+    """Tell an original layout by a folder's ``config.json``; no weights are needed.
 
     Returns:
-        The layout; None where it is stock transformers', or the file says nothing of use.
+        The layout, and what config.json says; None where it is stock transformers', or the file says nothing of use.
 
     Raises:
         UserError: The layout is neither stock transformers' nor in `LAYOUTS`.
@@ -60,41 +53,37 @@ def layout_of(folder: Path) -> Layout | None:
     except (ValueError, OSError, RecursionError):
         return None  # whoever loads it says what is wrong with it
     kind = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(kind, str):
+        return None
     # LLaVA's original layout has the stock model_type, and names a tower that it does not hold.
-    if isinstance(kind, str) and kind not in LAYOUTS and (kind not in CONFIG_MAPPING or "mm_vision_tower" in raw):
+    if kind not in LAYOUTS and (kind not in CONFIG_MAPPING or "mm_vision_tower" in raw):
         raise UserError(
             f"{folder}: config.json is that of a {kind!r} in a layout of its own; take a checkpoint in the layout of "
             "stock transformers (on the hub its name often ends with -hf), or add an entry to LAYOUTS in "
             "efficientllava/checkpoint/convert/layouts.py"
         )
-    return LAYOUTS.get(kind) if isinstance(kind, str) else None
+    return (LAYOUTS[kind], raw) if kind in LAYOUTS else None
 
 
 def stock_folder(folder: Path) -> Path:
-    """Return a folder that stock transformers loads: the given one, or its converted copy.
-
-    Args:
-        folder: A checkpoint folder with a ``config.json``.
-
-    Returns:
-        The folder itself where its layout is in no row of `LAYOUTS`.
+    """A folder that stock transformers loads: the given one, or its converted copy.
 
     Raises:
         UserError: The checkpoint cannot be converted; see `convert`.
     """
-    layout = layout_of(folder)
-    if layout is None:
+    found = layout_of(folder)
+    if found is None:
         return folder
-    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    layout, raw = found
     store = Store(own_root(), together=False, fix="set HF_HOME to a folder of yours")
     inputs = {
-        "checkpoint": digest(folder, store.memo),
+        "checkpoint": folder_digest(folder, store.memo),
         "source": source_digest("checkpoint.convert"),
         "libraries": library_versions(),
     }
-    target = store.place("converted", inputs)
 
     def compute(partial: Path, _work: Path) -> dict[str, Any]:
+        target = store.place("converted", inputs)
         log.warning("%s is in its original layout; converting it once into %s", folder, target)
         needed = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
         require_space(target, needed, "the converted copy", "free some space or set HF_HOME elsewhere")
@@ -128,7 +117,7 @@ def convert(source: Path, target: Path, layout: Layout, raw: Mapping[str, Any]) 
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     rows = int(layout.text_part(raw)["vocab_size"])
     _check(layout, source, stored, {**expected, **{name: (rows, expected[name][1]) for name in VOCABULARY}})
-    dtype = _write(layout, source, target, config.text_config.vocab_size - rows)
+    dtype = _write(layout, stored, model.state_dict(), target, config.text_config.vocab_size - rows)
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
     config.architectures = [type(model).__name__]
@@ -147,19 +136,19 @@ def layout_config(folder: Path) -> Any:
     Raises:
         UserError: As `convert`.
     """
-    layout = layout_of(folder)
-    if layout is None:
+    found = layout_of(folder)
+    if found is None:
         return None
-    raw = json.loads((folder / "config.json").read_text("utf-8"))
+    layout, raw = found
     config, _, _ = _described(folder, layout, raw)
     config.dtype = layout.text_part(raw).get("torch_dtype")
     return config
 
 
 def _described(source: Path, layout: Layout, raw: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """Stock configuration, tokenizer, and shape and file of every stored tensor."""
+    """Stock configuration, tokenizer, and every stored tensor with its file."""
     _require(layout, raw, source)
-    stored = _stored(source)
+    stored = stored_tensors(source)
     try:
         tokenizer = _tokenizer(layout, source)
         config = layout.build(raw, _text_config(layout, raw, len(tokenizer)), stored)
@@ -178,18 +167,6 @@ def _require(layout: Layout, raw: Mapping[str, Any], source: Path) -> None:
                 f"{source}: config.json says {key}={found!r}, only {wanted!r} is converted; take a checkpoint in the "
                 "layout of stock transformers (on the hub its name often ends with -hf)"
             )
-
-
-def _stored(source: Path) -> dict[str, tuple[tuple[int, ...], Path]]:
-    """Shape and file of every stored tensor; opens every shard."""
-    stored: dict[str, tuple[tuple[int, ...], Path]] = {}
-    for file in shard_files(source):
-        with open_shard(file) as tensors:
-            for name, tensor in tensors.items():
-                if name in stored:
-                    raise UserError(f"{file}: tensor {name} is also in {stored[name][1].name}; get the original files")
-                stored[name] = (tensor.shape, file)
-    return stored
 
 
 def _tokenizer(layout: Layout, source: Path) -> Any:
@@ -240,37 +217,59 @@ def _check(layout: Layout, source: Path, stored: Mapping[str, Any], expected: di
     Args:
         layout: The layout.
         source: The original folder.
-        stored: Shape and file of every stored tensor.
+        stored: Every stored tensor with its file.
         expected: Shape of every stock tensor; emptied.
     """
-    for name, (shape, file) in stored.items():
+    for name, (tensor, file) in stored.items():
         targets = layout.targets(name)
         if not targets or any(target not in expected for target in targets):
             raise UserError(f"{file}: tensor {name} has no place in the model of config.json; get the original files")
         for target in targets:
             block = expected.pop(target)
             wanted = (block[0] * len(targets), *block[1:])
-            if shape != wanted:
-                raise UserError(f"{file}: tensor {name} is {shape}, config.json makes it {wanted}; get the original")
+            if tensor.shape != wanted:
+                raise UserError(
+                    f"{file}: tensor {name} is {tensor.shape}, config.json makes it {wanted}; get the original"
+                )
     if expected:
         name = next(iter(expected))
         raise UserError(f"{source}: no tensor becomes {name} ({len(expected)} are missing); get the complete folder")
 
 
-def _write(layout: Layout, source: Path, target: Path, grow: int) -> torch.dtype:
-    """Write the stock tensors, shard by shard; return the type of the embeddings."""
-    writer, dtype = ShardWriter(target), torch.float32
-    for file in shard_files(source):
-        with open_shard(file) as tensors:
-            for name, stored in tensors.items():
-                tensor, targets = stored.read(), layout.targets(name)
-                if targets[0] in VOCABULARY:
-                    tensor, dtype = _grown(tensor, grow), tensor.dtype
-                parts = [part.clone() for part in tensor.chunk(len(targets))] if len(targets) > 1 else [tensor]
-                for part, stock in zip(parts, targets, strict=True):
-                    writer.add(stock, part)
-    writer.finish()
-    return dtype
+def _write(layout: Layout, stored: Mapping[str, Any], shapes: Mapping[str, Tensor], target: Path, grow: int) -> Any:
+    """Write the stock tensors, shard by shard.
+
+    Args:
+        layout: The layout.
+        stored: Every stored tensor with its file.
+        shapes: The stock tensors on the meta device.
+        target: The folder.
+        grow: Rows that the vocabulary gains.
+
+    Returns:
+        The type of the embeddings.
+    """
+    blocks = {source: layout.targets(source) for source in stored}
+    origins = {
+        name: (stored[source][0], index, len(names))
+        for source, names in blocks.items()
+        for index, name in enumerate(names)
+    }
+
+    def stock(name: str) -> Tensor:
+        tensor, index, count = origins[name]
+        weight = _grown(tensor.read(), grow) if name in VOCABULARY else tensor.read()
+        return weight.chunk(count)[index].clone() if count > 1 else weight.contiguous()
+
+    split, size = split_torch_state_dict_into_shards(dict(shapes), max_shard_size=SHARD), 0
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: stock(name) for name in names}
+        save_file(shard, target / file, {"format": "pt"})
+        size += sum(tensor.nbytes for tensor in shard.values())
+    if split.is_sharded:
+        index = {"metadata": {"total_size": size}, "weight_map": split.tensor_to_filename}
+        (target / f"{WEIGHTS[0]}.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    return origins[VOCABULARY[0]][0].read().dtype
 
 
 def _grown(weight: Tensor, rows: int) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .processing import square_processor, tile_processor
+from ..processors import square_processor, tile_processor
 
 Raw = Mapping[str, Any]
 

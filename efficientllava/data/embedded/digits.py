@@ -7,21 +7,20 @@ seen in training, calibration or search.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.random import PCG64, Generator, SeedSequence
 
 from ...runtime.errors import UserError
-from ..records import Record
-from .questions import (
-    IMAGE_KINDS,
-    KINDS,
-    TEXT_KINDS,
-    ask,
-)
+from ..records import Record, Turn
 from .scenes import (
+    COLOURS,
+    PLACES,
+    WORDS,
+    Glyph,
     Scene,
     compose,
     draw,
@@ -29,7 +28,141 @@ from .scenes import (
     strokes,
 )
 
-__all__ = ["IMAGE_KINDS", "KINDS", "SPLITS", "TEXT_KINDS", "Digits", "Split"]
+NOTHING = "nothing"
+Asker = Callable[[Generator, Scene], tuple[str, str]]
+
+
+def _yes(rng: Generator) -> tuple[bool, str]:
+    value = bool(rng.integers(2))
+    return value, "yes" if value else "no"
+
+
+def _recognition(rng: Generator, scene: Scene) -> tuple[str, str]:
+    empty = sorted(set(range(4)) - {glyph.place for glyph in scene})
+    if empty and not rng.integers(8):
+        return f"which digit is {PLACES[pick(rng, empty)]}?", NOTHING
+    glyph = pick(rng, scene)
+    return f"which digit is {PLACES[glyph.place]}?", glyph.word
+
+
+def _about_one(say: Callable[[Glyph], tuple[str, str]]) -> Asker:
+    """Questions about one digit of the scene."""
+    return lambda rng, scene: say(pick(rng, scene))
+
+
+def _count(_rng: Generator, scene: Scene) -> tuple[str, str]:
+    return "how many digits are there?", str(len(scene))
+
+
+def _count_by_colour(rng: Generator, scene: Scene) -> tuple[str, str]:
+    present = sorted({glyph.colour for glyph in scene})
+    absent = [name for name in COLOURS if name not in present]
+    colour = pick(rng, absent) if not rng.integers(4) else pick(rng, present)
+    return f"how many {colour} digits are there?", str(sum(glyph.colour == colour for glyph in scene))
+
+
+def _absent_digit(rng: Generator, scene: Scene) -> str:
+    present = {glyph.digit for glyph in scene}
+    return WORDS[pick(rng, [digit for digit in range(10) if digit not in present])]
+
+
+def _existence(rng: Generator, scene: Scene) -> tuple[str, str]:
+    value, answer = _yes(rng)
+    return f"is there a {pick(rng, scene).word if value else _absent_digit(rng, scene)}?", answer
+
+
+def _existence_by_colour(rng: Generator, scene: Scene) -> tuple[str, str]:
+    value, answer = _yes(rng)
+    glyph = pick(rng, scene)
+    colour, word = glyph.colour, glyph.word
+    others = [name for name in COLOURS if name != colour]
+    if not value:
+        # Either the digit is there in another colour, preferably one of the scene, or the colour without the digit.
+        seen = sorted({other.colour for other in scene} - {colour})
+        if rng.integers(2):
+            colour = pick(rng, seen or others)
+        else:
+            word = _absent_digit(rng, scene)
+    return f"is there a {colour} {word}?", answer
+
+
+def _comparison(rng: Generator, scene: Scene) -> tuple[str, str]:
+    value, answer = _yes(rng)
+    first, second = (scene[int(index)] for index in rng.permutation(len(scene))[:2])
+    if (first.digit > second.digit) is not value:
+        first, second = second, first
+    return f"is the {PLACES[first.place]} digit larger than the {PLACES[second.place]} digit?", answer
+
+
+def _largest(_rng: Generator, scene: Scene) -> tuple[str, str]:
+    return "which digit is the largest?", WORDS[max(glyph.digit for glyph in scene)]
+
+
+def _arithmetic(rng: Generator, _scene: Scene) -> tuple[str, str]:
+    total = int(rng.integers(10))
+    part = int(rng.integers(total + 1))
+    if rng.integers(2):
+        return f"what is {part} plus {total - part}?", str(total)
+    return f"what is {total} minus {part}?", str(total - part)
+
+
+def _ordering(rng: Generator, _scene: Scene) -> tuple[str, str]:
+    first, second = (int(digit) for digit in rng.permutation(10)[:2])
+    larger = bool(rng.integers(2))
+    answer = max(first, second) if larger else min(first, second)
+    return f"which is {'larger' if larger else 'smaller'}, {WORDS[first]} or {WORDS[second]}?", WORDS[answer]
+
+
+def _copying(rng: Generator, _scene: Scene) -> tuple[str, str]:
+    names = (*WORDS, *COLOURS)
+    words = " ".join(names[int(index)] for index in rng.permutation(len(names))[: int(rng.integers(1, 4))])
+    return f"repeat {words}", words
+
+
+IMAGE_KINDS: dict[str, Asker] = {
+    "recognition": _recognition,
+    "colour_by_place": _about_one(lambda one: (f"which colour is the {PLACES[one.place]} digit?", one.colour)),
+    "colour_by_digit": _about_one(lambda one: (f"which colour is the {one.word}?", one.colour)),
+    "count": _count,
+    "count_by_colour": _count_by_colour,
+    "position": _about_one(lambda one: (f"where is the {one.word}?", PLACES[one.place])),
+    "existence": _existence,
+    "existence_by_colour": _existence_by_colour,
+    "comparison": _comparison,
+    "largest": _largest,
+}
+TEXT_KINDS: dict[str, Asker] = {
+    "text_arithmetic": _arithmetic,
+    "text_ordering": _ordering,
+    "text_copying": _copying,
+}
+KINDS = {**IMAGE_KINDS, **TEXT_KINDS}
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word that a question or an answer can hold, without punctuation, sorted."""
+    phrases = (
+        "which digit is the colour how many digits are there where a larger than largest",
+        "what plus minus smaller or repeat yes no",
+        *(str(number) for number in range(10)),
+    )
+    words = {*WORDS, *PLACES, *COLOURS, NOTHING}.union(*(phrase.split() for phrase in phrases))
+    return tuple(sorted(words))
+
+
+def ask(rng: Generator, scene: Scene, kind: str) -> Turn:
+    """One question of a kind and its answer.
+
+    Args:
+        rng: Source of chance.
+        scene: What the image shows; not read by text-only kinds.
+        kind: A key of ``KINDS``.
+
+    Returns:
+        The turn; ``sees_image`` is false for text-only kinds.
+    """
+    question, answer = KINDS[kind](rng, scene)
+    return Turn(question, answer, kind, sees_image=kind in IMAGE_KINDS)
 
 
 @dataclass(frozen=True)
@@ -58,6 +191,7 @@ SPLITS = {
     "pretrain": Split(1 << 40, "train", 10, 4),
 }
 
+SOURCE = "digits_vqa"
 # Splits of up to this many records keep what they made.
 KEEP_LIMIT = 20_000
 
@@ -107,21 +241,26 @@ class Digits(Sequence[Record]):
             raise UserError(f"data split: {split!r} is not one of {', '.join(SPLITS)}")
         if size is not None and size < 1:
             raise UserError(f"size of data split {split!r}: {size} is below 1; give a positive number or leave it out")
-        self.split = split
-        default = SPLITS[split]
+        self.split, self.seed, default = split, seed, SPLITS[split]
         self.spec = replace(default, size=size or default.size, questions=questions or default.questions)
-        self.seed = seed
-        self._max_digits = max_digits
-        self._extra = tuple(extra)
-        self._images = images
+        self._max_digits, self._extra, self._images = max_digits, tuple(extra), images
         self._made: dict[int, Record] = {}
 
     def __len__(self) -> int:
         return self.spec.size
 
-    def record_id(self, index: int) -> str:
-        """Id of a record, without making it."""
+    def _id(self, index: int) -> str:
         return f"digits-{self.seed}-{self.split}-{index}"
+
+    def column(self, name: str) -> np.ndarray:
+        """``id``, ``source`` or ``length`` of all records; see `efficientllava.data.records.column`."""
+        same = {"source": SOURCE, "length": 1}  # there are images
+        values = [self._id(index) if name == "id" else same[name] for index in range(len(self))]
+        return np.array(values, dtype=object)
+
+    def image_files(self, indices: np.ndarray) -> list[list[Path]]:
+        """The files of records' images: none."""
+        return [[] for _ in indices]
 
     def _kind(self, index: int) -> str:
         """The kind of a single-question record: cycles in which every kind has its share, each in its own order."""
@@ -154,7 +293,7 @@ class Digits(Sequence[Record]):
         images = strokes(self.spec.strokes).images if self._images is None else self._images
         image = draw(rng, scene, images) if any(kind in IMAGE_KINDS for kind in kinds) else None
         turns = tuple(ask(rng, scene, kind) for kind in kinds)
-        record = Record(self.record_id(index), image, turns, True, "digits_vqa")
+        record = Record(self._id(index), image, turns, True, SOURCE)
         if self.spec.size <= KEEP_LIMIT:
             self._made[index] = record
         return record

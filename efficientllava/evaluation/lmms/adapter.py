@@ -16,9 +16,8 @@ from torch import nn
 
 from ...checkpoint.folder import load
 from ...data.collator import GenerationCollator
-from ...data.pixels import rgb
-from ...data.records import Record, Turn
-from ...data.sources import in_place
+from ...data.records import Record, Turn, rgb
+from ...data.table import in_place
 from ...models.forward import FeatureCache, feature_cache, to_device
 from ...runtime.errors import UserError
 from ..answers import generate

@@ -12,15 +12,14 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoImageProcessor, AutoProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from efficientllava.checkpoint.convert.processing import square_processor, tile_processor
+from efficientllava.checkpoint.processors import InternVLStills, load_processor, square_processor, tile_processor
 from efficientllava.data.collator import Collator, GenerationCollator
 from efficientllava.data.prompts import IGNORE
 from efficientllava.data.records import Record, Turn, image_key
 from efficientllava.models.forward import TOKEN_TYPES, stock_inputs
-from efficientllava.models.processors import InternVLStills, load_processor
 from experiments.tiny_models.tiny import tiny_internvl, tiny_llava
 
-from .families import BUILDERS, make_records
+from ..models.families import BUILDERS, make_records
 
 
 def test_llava_folder_loads_in_stock_auto_processor(tmp_path: Path) -> None:
