@@ -349,7 +349,7 @@ def _provenance(folder: Path, path: str, layers: int) -> dict[str, Any]:
     provenance = read_json(folder / PROVENANCE, path)
     original, base, steps = provenance.get("original_layers"), provenance.get("base"), provenance.get("history", [])
     numbers = isinstance(original, list) and all(type(index) is int and index >= 0 for index in original)
-    named = original if numbers else []
+    named = list(original or ()) if numbers else []
     faults = {
         "original_layers is no list of numbers": not numbers,
         "original_layers do not rise": named != sorted({*named}),

@@ -127,7 +127,7 @@ def image_files(records: Sequence[Record], indices: Sequence[int] | np.ndarray |
         return image_files(records.records, records.indices[chosen])
     if (listed := getattr(records, "image_files", None)) is not None:
         return listed(chosen)
-    return [[image for image in records[index].images if isinstance(image, Path)] for index in chosen]
+    return [[image for image in records[int(index)].images if isinstance(image, Path)] for index in chosen]
 
 
 def open_image(record: Record) -> Image.Image | None:
