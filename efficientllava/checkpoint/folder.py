@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..models.anatomy import decoder_of
 from ..models.pruned import require_supported
 from ..runtime.content import Memo
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, first_line
 from ..runtime.finite import require_finite
 from ..runtime.places import (
     PROVENANCE,
@@ -175,7 +175,7 @@ def stock_config(model: ModelConfig, complete: bool = True) -> Any:
         try:
             return AutoConfig.for_model(**facts)
         except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
-            raise UserError(f"model.architecture: is no configuration ({_first_line(error)}); mend it") from error
+            raise UserError(f"model.architecture: is no configuration ({first_line(error)}); mend it") from error
     folder = here or described(model.path, model.revision)
     with _of(model.path, folder):
         if here is None and layout_of(folder):
@@ -205,7 +205,7 @@ def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:  # a configuration's class raises whatever its code stumbles over
-        raise UserError(f"model.path={path}: config.json cannot be read: {_first_line(error)}; mend it") from error
+        raise UserError(f"model.path={path}: config.json cannot be read: {first_line(error)}; mend it") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise UserError(
             f"model.path={path}: a {config.model_type!r} model takes no images; give an image-text-to-text checkpoint"
@@ -282,7 +282,7 @@ def load(
                 "prunes from host memory, trainer=cpu does everything there"
             ) from error
         except Exception as error:  # safetensors, transformers and torch raise different kinds for a broken folder
-            reason = next((line for line in report if "MISMATCH" in line), None) or _first_line(error)
+            reason = next((line for line in report if "MISMATCH" in line), None) or first_line(error)
             raise UserError(
                 f"model.path={path}: the weights cannot be loaded: {reason}; get the complete folder, or mend its "
                 "config.json"
@@ -308,10 +308,10 @@ def _processor(folder: Path, path: str, protocol: str | None) -> Any:
     try:
         processor = load_processor(folder)
     except ImportError as error:
-        raise UserError(f"model.path={path}: {_first_line(error)}") from error
+        raise UserError(f"model.path={path}: {first_line(error)}") from error
     except Exception as error:  # as many kinds as there are tokenizers
         raise UserError(
-            f"model.path={path}: the processor cannot be loaded: {_first_line(error)}; the folder needs the "
+            f"model.path={path}: the processor cannot be loaded: {first_line(error)}; the folder needs the "
             "tokenizer and processor files beside the weights"
         ) from error
     return processor if protocol is None else with_protocol(processor, protocol)
@@ -337,7 +337,7 @@ def _tokens_alone(folder: Path, path: str) -> Any:
     try:
         GenerationConfig.from_pretrained(folder)
     except Exception as error:  # ValueError, TypeError and AttributeError of many fields
-        log.warning("model.path=%s: of %s only the special tokens count (%s)", path, file.name, _first_line(error))
+        log.warning("model.path=%s: of %s only the special tokens count (%s)", path, file.name, first_line(error))
         return GenerationConfig(**tokens)
     return None
 
@@ -395,10 +395,3 @@ def _load_report() -> Iterator[list[str]]:
         yield lines
     finally:
         logger.removeFilter(keep)
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, KeyError):
-        return f"there is no {error}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

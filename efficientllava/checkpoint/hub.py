@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.content import MEMO, Memo
-from ..runtime.errors import UserError, disk_full
+from ..runtime.errors import UserError, disk_full, first_line
 from ..runtime.places import (
     ADAPTERS,
     BUILTIN,
@@ -84,12 +84,12 @@ def download(name: str, revision: str | None = None, files: list[str] | None = N
         # Nothing of a checkpoint lies in folders of its own; other formats of the weights do.
         return Path(snapshot_download(name, revision=revision, allow_patterns=files or FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub client raises a dozen unrelated kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         known = next((REFUSALS[cls.__name__] for cls in type(error).__mro__ if cls.__name__ in REFUSALS), None)
         if disk_full(error):
             known = "the disk is full; free some space, or set HF_HOME to a folder elsewhere"
         text = known or "cannot be fetched from the hub ({reason}); check the name and the network, or give a folder"
-        raise UserError(f"model.path={name}: {text.format(name=name, revision=revision, reason=reason)}") from error
+        told = text.format(name=name, revision=revision, reason=first_line(error))
+        raise UserError(f"model.path={name}: {told}") from error
 
 
 def described(name: str, revision: str | None = None) -> Path:

@@ -22,7 +22,10 @@ from .records import (
 
 @dataclass
 class _Row:
-    record: str
+    """Tokens of a row, and the images that it shows: the first ones of its record."""
+
+    record: Record
+    images: list[Image.Image]
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -41,35 +44,18 @@ def _stack(rows: Sequence[list[int]], fill: int, left: bool = False) -> Tensor:
     return torch.tensor([more + row if left else row + more for row, more in zip(rows, fills, strict=True)])
 
 
-def _tokens(prompts: Prompts, rows: Sequence[list[int]], left: bool = False) -> dict[str, Any]:
+def _batch(prompts: Prompts, rows: Sequence[_Row], left: bool = False) -> dict[str, Any]:
+    """Tokens and images of rows."""
     # Padding is told from text by the attention mask, never by its id, which may be the end token's.
-    ids = _stack(rows, prompts.tokenizer.pad_token_id or 0, left)
-    return {"input_ids": ids, "attention_mask": _stack([[1] * len(row) for row in rows], 0, left)}
-
-
-@dataclass(frozen=True)
-class _Shown:
-    """Images of a row, and how many its record has."""
-
-    names: list[str]
-    images: list[Image.Image]
-    share: int
-
-
-def _show(record: Record, seen: list[Image.Image]) -> _Shown:
-    """The first images of a record, as a row shows them."""
-    share = len(record.images) if seen else 0
+    ids = _stack([row.ids for row in rows], prompts.tokenizer.pad_token_id or 0, left)
+    batch: dict[str, Any] = {"input_ids": ids, "attention_mask": _stack([[1] * len(row.ids) for row in rows], 0, left)}
+    shown = [(row.record.images, place, image) for row in rows for place, image in enumerate(row.images)]
+    if not shown:
+        return batch
+    inputs, tiles = prompts.pixels([image for *_, image in shown], [len(images) for images, *_ in shown])
     # Images that share a record may be cut into fewer tiles than alone.
-    suffix = f"/{share}" if share > 1 else ""
-    return _Shown([image_key(image) + suffix for image in record.images[: len(seen)]], seen, share)
-
-
-def _images(prompts: Prompts, shown: Sequence[_Shown]) -> dict[str, Any]:
-    if not any(row.images for row in shown):
-        return {}
-    images = [image for row in shown for image in row.images]
-    inputs, tiles = prompts.pixels(images, [row.share for row in shown for _ in row.images])
-    return {**inputs, "image_ids": [name for row in shown for name in row.names], "image_tiles": tiles}
+    names = [image_key(images[place]) + (f"/{len(images)}" if images[1:] else "") for images, place, _ in shown]
+    return {**batch, **inputs, "image_ids": names, "image_tiles": tiles}
 
 
 def prompt(processor: Any, question: str, image: Image.Image | None = None) -> dict[str, Tensor]:
@@ -120,19 +106,13 @@ class Collator:
         Raises:
             UserError: If an image cannot be read, or the tokens of a record's images do not fit into ``max_length``.
         """
-        rows: list[_Row] = []
-        shown: list[_Shown] = []
-        for record in records:
-            images = open_images(record)
-            for row, seen in self._rows(record, images):
-                rows.append(row)
-                shown.append(_show(record, seen))
-        batch = _tokens(self.prompts, [row.ids for row in rows])
-        batch |= {"labels": _stack([row.labels for row in rows], IGNORE), "ids": [row.record for row in rows]}
+        rows = [row for record in records for row in self._rows(record)]
+        batch = _batch(self.prompts, rows)
+        batch |= {"labels": _stack([row.labels for row in rows], IGNORE), "ids": [row.record.id for row in rows]}
         if any(len(set(row.segments)) > 1 for row in rows):
             batch["position_ids"] = _stack([row.positions for row in rows], 0)
             batch["segment_ids"] = _stack([row.segments for row in rows], 0)
-        return batch | _images(self.prompts, shown)
+        return batch
 
     def check(self, record: Record) -> int:
         """Open a record's images and measure its prompts.
@@ -146,7 +126,7 @@ class Collator:
         Raises:
             UserError: As for `__call__`, or if a first question leaves no room for its answer.
         """
-        rows = [row for row, _ in self._rows(record, open_images(record))]
+        rows = list(self._rows(record))
         for row in rows:
             if all(label == IGNORE for label in row.labels):
                 raise UserError(
@@ -155,14 +135,14 @@ class Collator:
                 )
         return max(len(row.ids) for row in rows)
 
-    def _rows(self, record: Record, images: list[Image.Image]) -> Iterator[tuple[_Row, list[Image.Image]]]:
-        """The rows of a record, each with the images that it shows."""
+    def _rows(self, record: Record) -> Iterator[_Row]:
+        images = open_images(record)
         if not record.turns:
             raise UserError(f"record {record.id!r}: no question; drop the record")
         if not record.independent:
             yield self._conversation(record, record.turns, images)
         elif self.pack and len(record.turns) > 1:
-            yield self._packed(record, images), images if any(turn.sees_image for turn in record.turns) else []
+            yield self._packed(record, images)
         else:
             for turn in record.turns:
                 yield self._conversation(record, (turn,), images if turn.sees_image else [])
@@ -192,16 +172,14 @@ class Collator:
             )
         return ids[:cut], labels[:cut], min(after, cut), shown
 
-    def _conversation(
-        self, record: Record, turns: Sequence[Turn], images: list[Image.Image]
-    ) -> tuple[_Row, list[Image.Image]]:
-        row = _Row(record.id)
+    def _conversation(self, record: Record, turns: Sequence[Turn], images: list[Image.Image]) -> _Row:
         ids, labels, _, shown = self._encoded(record, turns, images)
+        row = _Row(record, images[:shown])
         row.add(ids, labels, 0, 1)
-        return row, images[:shown]
+        return row
 
     def _packed(self, record: Record, images: list[Image.Image]) -> _Row:
-        row = _Row(record.id)
+        row = _Row(record, images if any(turn.sees_image for turn in record.turns) else [])
         seeing = [turn for turn in record.turns if turn.sees_image and images]
         for number, turn in enumerate(seeing, 1):
             ids, labels, prefix, _ = self._encoded(record, (turn,), images)
@@ -235,9 +213,8 @@ class GenerationCollator:
             ``input_ids``, ``attention_mask`` ``(questions, seq)``; ``pixel_values``, ``image_ids``, ``image_tiles``
             where a question has an image; per question ``ids`` (of records), ``kinds`` and ``answers``.
         """
-        rows: list[list[int]] = []
-        shown: list[_Shown] = []
-        asked: list[tuple[Record, Turn]] = []
+        rows: list[_Row] = []
+        asked: list[Turn] = []
         for record in records:
             images = open_images(record)
             turns = self.prompts.arranged(record.turns, len(images))
@@ -245,13 +222,10 @@ class GenerationCollator:
                 history = (turn,) if record.independent else turns[: index + 1]
                 seen = images if turn.sees_image or not record.independent else []
                 seen = seen if record.independent else seen[: images_of(history, turns, len(images))]
-                rows.append(self._ids(record, history, seen, len(images)))
-                asked.append((record, turn))
-                shown.append(_show(record, seen))
-        batch = _tokens(self.prompts, rows, left=True) | _images(self.prompts, shown)
-        batch["ids"] = [record.id for record, _ in asked]
-        batch |= {"kinds": [turn.kind for _, turn in asked], "answers": [turn.answer for _, turn in asked]}
-        return batch
+                rows.append(_Row(record, seen, self._ids(record, history, seen, len(images))))
+                asked.append(turn)
+        facts = {"kinds": [turn.kind for turn in asked], "answers": [turn.answer for turn in asked]}
+        return {**_batch(self.prompts, rows, left=True), "ids": [row.record.id for row in rows], **facts}
 
     def _ids(self, record: Record, turns: Sequence[Turn], images: list[Image.Image], share: int) -> list[int]:
         ids, _ = self.prompts.tokenize(self.prompts.render(turns, len(images), True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import lightning
@@ -124,18 +125,15 @@ class RecoveryData(lightning.LightningDataModule):
         require_valid(data, "data.")
         self._data, self._frac, self._seed = data, data_frac, seed
         self._collate = Collator(processor, data.max_length)
-        self._records: Sequence[Record] | None = None
 
-    @property
+    @cached_property
     def records(self) -> Sequence[Record]:
         """The drawn records, checked; drawn on first use."""
-        if self._records is None:
-            drawn = draw(load_split(self._data, "train"), self._frac, self._seed)
-            if self._data.name != "digits_vqa":
-                drawn = usable(drawn, self._collate, self._data)
-            log.info("recovery data: %d records, ids %s", len(drawn), ids_digest(drawn))
-            self._records = drawn
-        return self._records
+        drawn = draw(load_split(self._data, "train"), self._frac, self._seed)
+        if self._data.name != "digits_vqa":
+            drawn = usable(drawn, self._collate, self._data)
+        log.info("recovery data: %d records, ids %s", len(drawn), ids_digest(drawn))
+        return drawn
 
     def setup(self, stage: str) -> None:
         """Draw and check the records, on every process alike."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -35,13 +35,6 @@ class Encoded:
     labels: tuple[int, ...]
     ends: tuple[int, ...]
     images_at: tuple[int, ...]
-
-
-def _common(first: str, second: str) -> int:
-    """Length of the longest common beginning."""
-    if second.startswith(first):
-        return len(first)
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
 class Prompts:
@@ -141,8 +134,9 @@ class Prompts:
             if not closed.startswith(before):
                 raise UserError("chat template: it rewrites earlier turns; give a template that only appends")
             # Some templates open an answer with more than stands before a given one, such as a blank.
-            answer, common = turn.answer.strip(), _common(asked, closed)
-            start = closed.find(answer, common)
+            answer = turn.answer.strip()
+            differ = (at for at, (a, b) in enumerate(zip(asked, closed, strict=False)) if a != b)
+            start = closed.find(answer, len(asked) if closed.startswith(asked) else next(differ, len(closed)))
             if start < 0:
                 raise UserError(
                     f"chat template: it changes the answer {answer[:40]!r}; give one that writes it as it is"
@@ -278,10 +272,7 @@ def images_of(some: Sequence[Turn], turns: Sequence[Turn], images: int) -> int:
 def _content(turn: Turn, leading: int) -> list[dict[str, str]]:
     """The parts of a question: images, text, and images inside the text."""
     parts: list[dict[str, str]] = [{"type": "image"}] * leading
-    start = 0
-    for place in turn.images_at:
-        parts += [{"type": "text", "text": turn.question[start:place]}] if place > start else []
+    for start, end in pairwise((0, *turn.images_at, len(turn.question))):
+        parts += [{"type": "text", "text": turn.question[start:end]}] if end > start else []
         parts.append({"type": "image"})
-        start = place
-    rest = turn.question[start:]
-    return [*parts, {"type": "text", "text": rest}] if rest or not parts else parts
+    return parts[:-1] or [{"type": "text", "text": ""}]

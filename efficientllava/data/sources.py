@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, first_line
 from ..runtime.places import HUB, is_file, is_remote, local
 
 MOST = 1_000_000  # repetitions of a record in the training data
@@ -106,10 +106,9 @@ def locate(path: str, key: str = "data.path") -> Path:
             return Path(hf_hub_download(f"{owner}/{name}", "/".join(rest), **place))
         return Path(snapshot_download(f"{owner}/{name}", allow_patterns="*.parquet", **place))
     except Exception as error:  # the hub client raises a dozen kinds; all mean the same to the user
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{key}={path}: neither in the hub's cache nor can it be fetched ({reason}); check the name and the "
-            f"network, or download it elsewhere and set {key} to the local file"
+            f"{key}={path}: neither in the hub's cache nor can it be fetched ({first_line(error)}); check the name and "
+            f"the network, or download it elsewhere and set {key} to the local file"
         ) from error
 
 

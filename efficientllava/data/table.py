@@ -230,25 +230,16 @@ def _unique(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _raw(part: Part, key: str) -> Iterator[Any]:
-    """The raw records of a file; images in a parquet file are their content, or the path where that is all there is."""
+    """The raw records of a file."""
     if part.file.suffix != ".parquet":
         yield from raw_records(part.file, key)
         return
     try:
         with ParquetFile(part.file) as file:
-            for row in (row for batch in file.iter_batches(BATCH) for row in batch.to_pylist()):
-                yield row | {name: _plain(row[name]) for name in ("image", "images") if name in row}
+            yield from (row for batch in file.iter_batches(BATCH) for row in batch.to_pylist())
     except Exception as error:  # pyarrow raises different kinds for a broken file
         reason = " ".join(str(error).split())
         raise UserError(f"{key}: {str(part.file)!r} is no parquet file ({reason}); get the file again") from error
-
-
-def _plain(cell: Any) -> Any:
-    if isinstance(cell, list):
-        return [_plain(each) for each in cell]
-    if isinstance(cell, dict) and cell.keys() == {"bytes", "path"}:
-        return cell["path"] if cell["bytes"] is None else cell["bytes"]
-    return cell
 
 
 # ---- one raw record -------------------------------------------------------------------------------------------------
@@ -282,8 +273,8 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
         raise BadRecordError(f"record {number}: a {type(raw).__name__} instead of an object")
     name = str(raw.get("id", number))
     said, inline = _said(raw, name)
-    images = raw.get("image", raw.get("images")) or inline
-    images = images if isinstance(images, list) else [images]
+    shown = raw.get("image", raw.get("images")) or inline
+    images = [_source(image) for image in (shown if isinstance(shown, list) else [shown])]
     for image in images:
         if not isinstance(image, str | bytes):
             raise BadRecordError(f"record {name!r}: image is a {type(image).__name__} instead of a path")
@@ -311,6 +302,13 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
         ],
         "length": words if images else -words,
     }
+
+
+def _source(image: Any) -> Any:
+    """Of an image as `datasets` keeps it the content, or the path where that is all there is."""
+    if not isinstance(image, dict) or "bytes" not in image:
+        return image
+    return image.get("path") if image["bytes"] is None else image["bytes"]
 
 
 def _said(raw: Row, name: str) -> tuple[list[str], list[Any]]:

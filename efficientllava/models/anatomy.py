@@ -3,8 +3,8 @@
 A decoder layer has two prunable *components*: ``attention``, whose units are KV groups (one key/value head with all the
 query heads that share it) or query heads (of which one of every group goes at a time), and ``mlp``, whose units are
 channels. A component is described by its *readers* (linear layers whose rows belong to the units; fused projections
-appear once per part, as row offsets) and its *writer* (the
-linear layer whose columns belong to the units). Scoring, refit and surgery are written against components alone.
+appear once per part, as row offsets) and its *writer* (the linear layer whose columns belong to the units). Scoring,
+refit and surgery are written against components alone.
 
 To support another decoder, add one row to `DECODERS`.
 """
@@ -35,7 +35,6 @@ class DecoderNames:
         attention_out: Writer of the attention.
         mlp_in: Gate and up projections, the one plain input projection, or the one fused projection.
         mlp_out: Writer of the MLP.
-        fused: Whether ``qkv`` and ``mlp_in`` each name one fused projection.
         gated: Whether the MLP has a gate.
         post_norms: Whether a norm stands between a writer and the residual stream.
         composite: ``model_type`` of the only model that has this decoder, where its configuration names the decoder's.
@@ -49,7 +48,6 @@ class DecoderNames:
     attention_out: str = "o_proj"
     mlp_in: tuple[str, ...] = ("gate_proj", "up_proj")
     mlp_out: str = "down_proj"
-    fused: bool = False
     gated: bool = True
     post_norms: bool = False
     composite: str | None = None
@@ -73,7 +71,7 @@ DECODERS: dict[str, DecoderNames] = {
         gated=False,
         biases=(ALWAYS, ALWAYS),
     ),
-    "phi3": DecoderNames("Phi3DecoderLayer", qkv=("qkv_proj",), mlp_in=("gate_up_proj",), fused=True),
+    "phi3": DecoderNames("Phi3DecoderLayer", qkv=("qkv_proj",), mlp_in=("gate_up_proj",)),
     "gemma3_text": DecoderNames(
         "Gemma3DecoderLayer", post_norms=True, composite="gemma3", biases=("attention_bias", None)
     ),
@@ -291,29 +289,20 @@ def describe_layer(module: Any, text_config: Any, heads: str = "group") -> Layer
     names = DECODERS[host_type(text_config)]
     attention, mlp = module.self_attn, module.mlp
     head_dim, per_group = int(attention.head_dim), int(attention.num_key_value_groups)
-    writer = getattr(attention, names.attention_out)
-    groups = writer.in_features // (per_group * head_dim)
-    widths = (per_group * head_dim, head_dim, head_dim)
-    if names.fused:
-        fused = getattr(attention, names.qkv[0])
-        offsets = (0, groups * widths[0], groups * (widths[0] + widths[1]))
-        qkv = tuple(Reader(fused, offset, width) for offset, width in zip(offsets, widths, strict=True))
-    else:
-        qkv = tuple(Reader(getattr(attention, n), 0, width) for n, width in zip(names.qkv, widths, strict=True))
+    writer, mlp_writer = getattr(attention, names.attention_out), getattr(mlp, names.mlp_out)
+    groups, channels = writer.in_features // (per_group * head_dim), mlp_writer.in_features
+    qkv = _readers(attention, names.qkv, (per_group * head_dim, head_dim, head_dim), groups)
     unit = Component("attention", attention, qkv, writer, groups, per_group * head_dim)
     if heads == "query" and per_group > 1:
         queries = (Reader(qkv[0].linear, 0, head_dim),)
         unit = Component("attention", attention, queries, writer, groups * per_group, head_dim, groups)
-    mlp_writer = getattr(mlp, names.mlp_out)
-    channels = mlp_writer.in_features
-    inputs = [getattr(mlp, name) for name in names.mlp_in]
-    readers = tuple(Reader(linear, 0, 1) for linear in inputs)
-    if names.fused and names.gated:
-        readers = (Reader(inputs[0], 0, 1), Reader(inputs[0], channels, 1))
-    return Layer(
-        module=module,
-        attention=unit,
-        mlp=Component("mlp", mlp, readers, mlp_writer, channels, 1),
-        heads_per_group=per_group,
-        head_dim=head_dim,
-    )
+    inputs = _readers(mlp, names.mlp_in, (1,) * (1 + names.gated), channels)
+    return Layer(module, unit, Component("mlp", mlp, inputs, mlp_writer, channels, 1), per_group, head_dim)
+
+
+def _readers(owner: Any, names: tuple[str, ...], widths: Sequence[int], units: int) -> tuple[Reader, ...]:
+    """Projections, each with its rows per unit; where one is all of them, their parts lie one behind the other."""
+    fused = len(names) < len(widths)
+    linears = [getattr(owner, name) for name in (names[:1] * len(widths) if fused else names)]
+    offsets = [units * sum(widths[:part]) if fused else 0 for part in range(len(widths))]
+    return tuple(Reader(*each) for each in zip(linears, offsets, widths, strict=True))

@@ -26,13 +26,25 @@ IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attentio
 TOKEN_TYPES = {"qwen2_5_vl": "mm_token_type_ids", "qwen3_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}
 
 
-class _DecoderReached(Exception):
-    pass
+class _Reached(Exception):
+    def __init__(self, received: tuple[Any, ...]) -> None:
+        self.received = received
 
 
-class _ProjectorInput(Exception):
-    def __init__(self, value: Tensor) -> None:
-        self.value = value
+@torch.no_grad()
+def _received(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, ...] | None:
+    """What a module receives when something runs, which goes no further; None where it is not called."""
+
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _Reached(args)
+
+    handle = module.register_forward_pre_hook(stop)
+    try:
+        run()
+    except _Reached as reached:
+        return reached.received
+    finally:
+        handle.remove()
 
 
 def vision_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -45,19 +57,11 @@ def vision_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
     Returns:
         The projector's input, ``(images, tokens, vision width)``, without gradient.
     """
-
-    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise _ProjectorInput(args[0])
-
-    handle = projector_of(model).register_forward_pre_hook(stop)
-    try:
-        with torch.no_grad():
-            model.get_image_features(pixel_values=pixel_values)  # pyright: ignore[reportCallIssue]
-    except _ProjectorInput as reached:
-        return reached.value.detach()
-    finally:
-        handle.remove()
-    raise RuntimeError(f"{type(model).__name__}: the projector was not called; see models/anatomy.py")
+    look: Any = model.get_image_features
+    received = _received(projector_of(model), lambda: look(pixel_values=pixel_values))
+    if received is None:
+        raise RuntimeError(f"{type(model).__name__}: the projector was not called; see models/anatomy.py")
+    return received[0].detach()
 
 
 def segment_mask(attention_mask: Tensor, segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,17 +110,9 @@ def require_images(model: nn.Module, inputs: Batch) -> None:
     Raises:
         UserError: The sizes of images, or the numbers of features and image tokens, differ.
     """
-
-    def stop(*_: Any) -> None:
-        raise _DecoderReached
-
     weight = next(model.parameters())
-    handle = decoder_of(model).register_forward_pre_hook(stop)
     try:
-        with torch.no_grad():
-            model(**to_device(inputs, weight.device, weight.dtype))
-    except _DecoderReached:
-        pass
+        _received(decoder_of(model), lambda: model(**to_device(inputs, weight.device, weight.dtype)))
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         if memory_full(error):
             raise
@@ -125,8 +121,6 @@ def require_images(model: nn.Module, inputs: Batch) -> None:
             f"model.path: it cannot take the images of its processor ({reason}); config.json and processor_config.json "
             "or preprocessor_config.json do not fit together: get the original files"
         ) from error
-    finally:
-        handle.remove()
 
 
 def decoder_inputs(model: nn.Module, batch: Batch, features: Tensor | None = None) -> dict[str, Any]:

@@ -39,3 +39,10 @@ def memory_full(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, of a GPU or of the host."""
     kinds = {cls.__name__ for cls in type(error).__mro__}  # by name: torch is not imported for this
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -283,10 +283,7 @@ class Digits(Sequence[Record]):
         return self._compose(index)[0]
 
     def __getitem__(self, index: int) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        index = range(len(self))[index]
         if index in self._made:
             return self._made[index]
         scene, kinds, rng = self._compose(index)
