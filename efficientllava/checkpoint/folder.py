@@ -45,11 +45,10 @@ class Checkpoint:
     Args:
         model: An image-text-to-text model in eval mode.
         processor: Its processor.
-        path: Folder or hub id as given.
+        path: Folder or hub id as given, and ``revision`` of the hub.
         storage: Type the weights are stored in; exports keep it.
         content: Content digest of the folder, or what finds it out when it is first asked for.
-        provenance: Base checkpoint, original layer indices and history; see `Checkpoint.original_layers`.
-        revision: Hub revision as given.
+        provenance: Base checkpoint, original layer indices and history.
         about: Name and licence, see `efficientllava.checkpoint.hub.about`.
     """
 
@@ -104,14 +103,11 @@ class Checkpoint:
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
-    """Find the folder of a checkpoint.
+    """The local folder of a checkpoint; hub ids are downloaded, original layouts are converted.
 
     Args:
         path: A folder, a hub id, or ``builtin:<name>``.
         revision: Hub revision.
-
-    Returns:
-        A local folder with a ``config.json``; hub ids are downloaded, original layouts are converted.
 
     Raises:
         UserError: There is no such checkpoint, or a file of it is missing or truncated.
@@ -156,14 +152,11 @@ def compute_dtype(name: str, storage: torch.dtype, device: str) -> torch.dtype:
 
 
 def stock_config(model: ModelConfig, complete: bool = True) -> Any:
-    """Find the configuration of a checkpoint; weights are not read.
+    """The configuration of an image-text-to-text model that stock transformers loads; weights are not read.
 
     Args:
         model: ``path``, ``revision``, and the facts in ``architecture``, which count for the hub id that they name.
         complete: Fetch the whole of a hub id where its config.json alone does not say enough.
-
-    Returns:
-        The configuration of an image-text-to-text model that stock transformers loads.
 
     Raises:
         UserError: There is no configuration, it cannot be read, or the model is not supported.
@@ -187,14 +180,11 @@ def stock_config(model: ModelConfig, complete: bool = True) -> Any:
 
 
 def read_config(folder: Path, path: str) -> tuple[Any, torch.dtype]:
-    """Read what a checkpoint says about its model.
+    """The configuration of a checkpoint's folder, and the type that the weights are stored in.
 
     Args:
-        folder: The checkpoint's folder, see `resolve`.
+        folder: See `resolve`.
         path: What the user has given, for messages.
-
-    Returns:
-        The configuration, and the type that the weights are stored in.
 
     Raises:
         UserError: It cannot be read, or the model is not supported.
@@ -230,7 +220,7 @@ def load(
     host: bool = False,
     memo: Memo | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint, strictly: every tensor of the model is in the folder, and the other way round.
+    """Load a checkpoint in eval mode, strictly: every tensor of the model is in the folder, and the other way round.
 
     Args:
         path: A folder, a hub id, or ``builtin:<name>``.
@@ -241,9 +231,6 @@ def load(
         system: System sentence of every prompt, written into the processor; None leaves the chat template's.
         host: Leave the weights in host memory, in the type that the device computes in.
         memo: See `efficientllava.checkpoint.hub.folder_digest`.
-
-    Returns:
-        The checkpoint; its model is in eval mode.
 
     Raises:
         UserError: Missing, unexpected or mismatched tensors, weights that are not finite, an unsupported model, or an

@@ -128,7 +128,9 @@ def load_processor(folder: str | Path) -> Any:
         The processor, with ``tokenizer``, ``image_processor`` and ``chat_template``; of still images alone.
     """
     folder = Path(folder)
-    stock = processor_class_from_name(_processor_class(folder) or "")
+    files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"))
+    names = (_read(file).get("processor_class") for file in files)
+    stock = processor_class_from_name(next(filter(None, names), ""))
     if stock is None or VIDEO not in stock.get_attributes():
         return AutoProcessor.from_pretrained(folder, backend="pil")
     settings, _ = ProcessorMixin.get_processor_dict(str(folder))
@@ -142,11 +144,6 @@ def load_processor(folder: str | Path) -> Any:
 
 def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
-
-
-def _processor_class(folder: Path) -> str | None:
-    files = (folder / name for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"))
-    return next((found for file in files if (found := _read(file).get("processor_class"))), None)
 
 
 def square_processor(

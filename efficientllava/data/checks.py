@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from os.path import isfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,6 @@ import numpy as np
 
 from ..runtime.content import Memo, digest, stamp
 from ..runtime.errors import UserError
-from ..runtime.places import is_file
 from ..settings.schema import CalibrationConfig, DataConfig
 from .records import Record, Subset, column, image_files, image_key
 
@@ -118,7 +118,8 @@ def _problem(collate: Any, record: Record) -> str | None:
 def missing_images(records: Sequence[Record]) -> dict[int, str]:
     """What is missing, by index of the record; images are looked for, not opened."""
     files = image_files(records)
-    there = _of_each(is_file, (file for each in files for file in each))
+    # Of `os.path`, since a name may be one that no file can have.
+    there = _of_each(isfile, (file for each in files for file in each))
     # From the last to the first, so that the first is named.
     lost = {index: file for index, each in enumerate(files) for file in reversed(each) if not there[file]}
     ids = column(records, "id") if lost else ()

@@ -21,6 +21,8 @@ from .collator import Collator
 from .records import Record, column
 from .splits import draw, ids_digest, load_split
 
+log = logging.getLogger(__name__)
+
 
 class ShardedBatches(Sampler[list[int]]):
     """Batches of one epoch for one process, in an order that depends on the seed and the epoch alone.
@@ -102,9 +104,6 @@ class GroupedBatches(ShardedBatches):
     def _sorted(self, group: np.ndarray) -> np.ndarray:
         records = group.ravel()
         return records[np.argsort(-self._lengths[records], kind="stable")].reshape(group.shape)
-
-
-log = logging.getLogger(__name__)
 
 
 class RecoveryData(lightning.LightningDataModule):

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import isfile
 from pathlib import Path
 from typing import IO, Any
 
 from ..runtime.errors import UserError, first_line
-from ..runtime.places import HUB, is_file, is_remote, local
+from ..runtime.places import HUB, is_remote, local
 
 MOST = 1_000_000  # repetitions of a record in the training data
 CHUNK = 1 << 24  # characters of a JSON list that are read at once
@@ -130,7 +131,7 @@ def _listed(file: Path, base: Path, key: str) -> list[Part]:
             )
         annotation = entry["annotation"]
         one = locate(annotation, key) if annotation.startswith(HUB) else base / annotation
-        if not is_file(one):
+        if not isfile(one):  # of `os.path`, since it may be a name that no file can have
             raise UserError(
                 f"{key}: annotation {str(one)!r} of {name!r} does not exist; the paths in {file.name} start from "
                 "data.image_root, or from its own folder where that is not set"

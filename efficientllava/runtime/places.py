@@ -63,14 +63,6 @@ def anchored(path: str) -> str:
     return str(here.resolve()) if here.is_dir() else path
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; a name that no file can have is none."""
-    try:
-        return path.is_file()
-    except OSError:  # such as one that is too long
-        return False
-
-
 def local_folder(path: str) -> Path | None:
     """The folder of a checkpoint that a path names; None for a hub id.
 

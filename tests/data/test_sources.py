@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -329,6 +330,32 @@ def test_a_damaged_table_of_a_parquet_file_is_made_anew(
         assert {record.turns[0].answer for record in read_conversations(file)} == {"right"}
         warned = [message for message in caplog.messages if not message.startswith("reading ")]
         assert [message.partition(".arrow is ")[2] for message in warned] == ["damaged; set aside and computed again"]
+
+
+def test_texts_of_parquet_that_are_no_utf8_are_named(tmp_path: Path) -> None:
+    columns = {"id": pa.array([b"\xff"]).view(pa.string()), "conversations": [said()]}
+    pq.write_table(pa.table(columns), tmp_path / "data.parquet")
+    with pytest.raises(UserError, match=r"data\.parquet' is no parquet file"):
+        read_conversations(tmp_path / "data.parquet")
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_list_names_parquet_files_with_images_of_both_kinds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: bool
+) -> None:
+    monkeypatch.setattr(table, "SMALL", table.SMALL if small else 0)
+    (tmp_path / "coco").mkdir()
+    Image.new("RGB", (3, 2)).save(tmp_path / "coco" / "a.png")
+    content = io.BytesIO()
+    Image.new("RGB", (5, 2)).save(content, "png")
+    cells = [{"bytes": None, "path": "a.png"}, {"bytes": content.getvalue(), "path": "b.png"}] * 2
+    rows = [{"conversations": said(f"{i}?"), "image": cell} for i, cell in enumerate(cells)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "some.parquet")
+    entry = {"annotation": "some.parquet", "root": "coco", "repeat_time": 0.5}
+    (tmp_path / "list.json").write_text(json.dumps({"some": entry}))
+    records = read_conversations(tmp_path / "list.json")
+    assert [image.size for record in records for image in open_images(record)] == [(3, 2), (5, 2)]
+    assert [record.id for record in records] == ["some/0", "some/1"]
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
