@@ -30,10 +30,10 @@ from .pruning.memory import micro_batch
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
 from .pruning.scores import Calibration
-from .recovery.caching import open_teacher, teacher_digest
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
-from .recovery.trainable import require_trainable
+from .recovery.student import require_trainable
+from .recovery.teacher import open_teacher, teacher_digest
 from .runtime.console import quiet_libraries
 from .runtime.content import digest
 from .runtime.errors import UserError
@@ -52,7 +52,7 @@ from .settings.schema import (
     RunConfig,
     WeightsConfig,
 )
-from .stages.inputs import inputs_of, taught
+from .stages.inputs import inputs_of
 
 __all__ = ["load", "plan", "prune", "recover", "save", "to_gguf"]
 
@@ -184,7 +184,7 @@ def recover(
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         store, teacher = Store(Path(workdir or scratch), together=False), None
         work, targets = _places(store, checkpoint, recovery, settings)
-        if taught(settings):
+        if config.taught:
             teacher = open_teacher(config.teacher, checkpoint.base, "cpu", targets, store.memo)
         with growing(work, store.memo):
             stats = run_recovery(
@@ -209,7 +209,7 @@ def recover(
 
 def _places(store: Store, checkpoint: Checkpoint, recovery: RecoveryData, settings: RunConfig) -> tuple[Path, Path]:
     """Where a recovery keeps what it goes on from, and a teacher's answers."""
-    teacher = teacher_digest(settings.recover.teacher, checkpoint.base, store.memo) if taught(settings) else None
+    teacher = teacher_digest(settings.recover.teacher, checkpoint.base, store.memo) if settings.recover.taught else None
     content = {"teacher": teacher, "files": open_data(settings)["recover"]}
     targets = inputs_of("targets", settings, model=checkpoint.base["digest"], **content)
     content |= {"images": digest(image_stamps(recovery.records)), "original_layers": checkpoint.original_layers}

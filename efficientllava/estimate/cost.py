@@ -37,7 +37,6 @@ from ..stages.inputs import (
     checkpoint,
     inputs_of,
     places,
-    taught,
 )
 from .forecast import Forecast, context_of, weight_bytes
 from .memory import LONGEST
@@ -144,7 +143,7 @@ def works(plan: Forecast) -> list[Work]:
         evaluate(STAGES[1], plan.pruned)
     if settings.recover.name != "none":
         trained = _records(plan)
-        if taught(settings) and settings.recover.teacher.source == "cached":
+        if settings.recover.taught and settings.recover.teacher.source == "cached":
             # Recoveries share the answers about records that both draw.
             drawn = [settings.data_frac, settings.seed, settings.data.images]
             asked_once = digest([key_of("targets", base, **places(settings, "targets")), drawn])
@@ -286,7 +285,7 @@ def _training(plan: Forecast) -> float:
     per_token = token * (3 if config.gradient_checkpointing else 2)
     if config.train == "full":
         per_token += token
-    if taught(plan.settings) and config.teacher.source == "live":
+    if config.taught and config.teacher.source == "live":
         per_token += _token(plan.base)
     return _image(plan.base) + tokens_of(plan) * per_token
 

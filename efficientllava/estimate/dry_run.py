@@ -24,7 +24,7 @@ from ..data.splits import (
 from ..evaluation import tasks
 from ..models.anatomy import sizes
 from ..recovery.losses import describe as describe_loss
-from ..recovery.trainable import require_trainable
+from ..recovery.student import require_trainable
 from ..report.tables import percent, quantity, tabulate
 from ..runtime.console import quiet_libraries, say
 from ..runtime.content import digest

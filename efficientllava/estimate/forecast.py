@@ -14,8 +14,7 @@ from ..models.anatomy import decoder_of, layers_of
 from ..models.pruned import is_per_layer
 from ..pruning.outline import Outline, outline
 from ..pruning.surgery import pruned_config
-from ..recovery.losses import build_terms
-from ..recovery.trainable import prepare, trainable
+from ..recovery.student import prepare, trainable
 from ..runtime import processes
 from ..runtime.errors import UserError
 from ..search.budget import asked_share
@@ -108,8 +107,7 @@ class Forecast:
         config = self.settings.recover
         student = meta_model(self.configs[0]).to(self.dtype)
         before = weight_bytes(student)
-        needs_head = any(loss.needs_logits for _, loss in build_terms(config))
-        prepare(student, replace(config, gradient_checkpointing=False), train_head=needs_head)
+        prepare(student, replace(config, gradient_checkpointing=False))
         count = sum(parameter.numel() for parameter in trainable(student))
         shares = self.processes if self.sharded else 1
         buckets = 4 if self.processes > shares else 0  # in which gradients are summed over processes

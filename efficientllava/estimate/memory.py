@@ -162,7 +162,7 @@ def _recovering(plan: Forecast, record: _Record, student: int) -> dict[str, Stag
     parts = {"student": student, "training state": plan.training[1]}
     # A student that is shared out is whole only before it trains.
     certain = ["student"] if plan.sharded else ["student", "training state"]
-    if config.weights.logit > 0 or config.weights.hidden > 0:
+    if config.taught:
         teacher = _teacher_bytes(plan)
         if config.teacher.source == "cached":
             asking = {"student": student, "teacher": teacher, "activations": _forward(plan, layers, rows, record)}

@@ -1,24 +1,21 @@
 """One pass of the teacher over the drawn records, before training: afterwards its answers lie on disk.
 
-What a teacher has said about the supervised tokens of records, kept on disk.
-
-A store is a folder that belongs to one teacher and one data set. It holds *parts*: the states after the final norm, the
-states of one layer, the most likely tokens at one temperature. Each part has shards of its own, safetensors files that
-are written whole or not at all and name their records in the header; so a recovery that wants more than another one
-adds what is missing, and one that draws fewer records finds all of them. A record is found by its id and by the stamp
-of its image files; its tokens must be those that the teacher has seen.
+The folder of these answers, an entry of the store that grows, belongs to one teacher and one data set. It holds
+*parts*: the states after the final norm, the states of one layer, the most likely tokens at one temperature. Each part
+has shards of its own, safetensors files that are written whole or not at all and name their records in the header; so a
+recovery that wants more than another one adds what is missing, and one that draws fewer records finds all of them. A
+record is found by its id and by the stamp of its image files; its tokens must be those that the teacher has seen.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -28,34 +25,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..checkpoint.folder import (
-    compute_dtype,
-    load,
-    read_config,
-    resolve,
-)
-from ..checkpoint.hub import folder_digest
 from ..data.checks import image_stamps
 from ..data.records import column
 from ..models.forward import FeatureCache, supervised_positions, to_device
 from ..runtime.console import progress, say
-from ..runtime.content import Memo
 from ..runtime.errors import UserError
 from ..runtime.files import whole_file
 from ..runtime.keeping import require_space
-from ..runtime.processes import (
-    barrier,
-    from_first,
-    rank,
-    world_size,
-)
+from ..runtime.processes import barrier, from_first, rank, world_size
 from ..runtime.store import growing
-from ..settings.schema import RecoverConfig, TeacherConfig
-from .losses import TopK, top_k
-from .teacher import Taught, Teacher, check_teacher, record_keys
+from .losses import TeacherLogits, TopK, top_k
+from .teacher import FINAL, Answer, TargetCache, Teacher, record_keys
 
 SUFFIX = ".safetensors"
-FINAL = "final"
+SHARD_BYTES = 64 << 20  # a killed pass loses no more than this per part and process
+CHUNK = 1024  # rows per call of the head
+SAMPLED = 64  # records whose tokens are counted to estimate the size of all
 
 
 @dataclass(frozen=True)
@@ -63,15 +48,13 @@ class Wanted:
     """What a recovery reads of a teacher.
 
     Attributes:
-        layers: Layers whose raw outputs are compared.
-        final: States after the final norm are compared.
-        top_k: Tokens per row whose log-probabilities are kept, already cut to the vocabulary; None: no logits.
+        layers: Layers whose states are compared, see `efficientllava.recovery.teacher.hidden_states`.
+        top_k: Tokens per row whose log-probabilities are kept, already cut to the vocabulary; 0: no logits.
         temperature: Temperature of these log-probabilities.
     """
 
     layers: tuple[int, ...] = ()
-    final: bool = False
-    top_k: int | None = None
+    top_k: int = 0
     temperature: float = 1.0
 
     @property
@@ -82,8 +65,7 @@ class Wanted:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of all parts."""
-        states = [*map(layer_part, self.layers), *([FINAL] if self.final else [])]
-        return (*states, *([self.likely] if self.top_k else []))
+        return (*map(layer_part, self.layers), *([self.likely] if self.top_k else []))
 
     def bytes_per_token(self, hidden: int, itemsize: int) -> int:
         """Size of the answer to one supervised token.
@@ -93,231 +75,106 @@ class Wanted:
             itemsize: Bytes per number of a hidden state.
         """
         likely = 8 * self.top_k + 4 if self.top_k else 0  # log-probability and token; the rest
-        return (len(self.layers) + self.final) * hidden * itemsize + likely
+        return len(self.layers) * hidden * itemsize + likely
 
 
 def layer_part(layer: int) -> str:
-    """Name of the part with the raw outputs of a layer."""
-    return f"layer_{layer}"
+    """Name of the part with the states of a layer."""
+    return "final" if layer == FINAL else f"layer_{layer}"
+
+
+class Row(NamedTuple):
+    """A record in a collated batch: its id, a key of its tokens, and how many of them are supervised."""
+
+    name: str
+    key: str
+    count: int
+
+
+def rows_of(batch: Mapping[str, Any], mask: Tensor) -> list[Row]:
+    """The records of a collated batch, of which some positions are wanted."""
+    keys = [key.hex()[:16] for key in record_keys(batch)]
+    return [Row(*row) for row in zip(batch["ids"], keys, mask.sum(1).tolist(), strict=True)]
 
 
 class Place(NamedTuple):
-    """Where the rows of a record lie."""
+    """Where the answer to a record lies."""
 
     file: Path
     start: int
-    count: int
-    key: str
-
-
-class TargetStore:
-    """The shards of some parts, opened for reading.
-
-    Args:
-        folder: The store; may not exist yet.
-        parts: Which parts to open.
-        stamps: See `efficientllava.data.checks.image_stamps`, by id of a record; what the teacher has said about other
-            images is passed over.
-
-    Attributes:
-        folder: As given.
-    """
-
-    def __init__(self, folder: Path, parts: Sequence[str], stamps: Mapping[str, str] | None = None) -> None:
-        self.folder = folder
-        self._open: dict[Path, Any] = {}
-        self._places: dict[str, dict[str, Place]] = {part: {} for part in parts}
-        for part, places in self._places.items():
-            for file in sorted(folder.glob(f"{part}-*{SUFFIX}")):
-                start = 0
-                for name, key, count, stamp in json.loads(self._shard(file).metadata()["records"]):
-                    if (stamps or {}).get(name, "") == stamp:
-                        places[name] = Place(file, start, count, key)
-                    start += count
-
-    def missing(self, part: str, names: Sequence[str]) -> list[str]:
-        """The records, by id, that a part does not hold."""
-        return [name for name in names if name not in self._places[part]]
-
-    def size(self, names: Sequence[str]) -> tuple[int, int]:
-        """Supervised tokens of records, and the bytes of the files that hold their answers."""
-        places = [[held[name] for name in names] for held in self._places.values()]
-        tokens = sum(place.count for place in places[0])
-        return tokens, sum(file.stat().st_size for file in {place.file for part in places for place in part})
-
-    def read(self, part: str, rows: Sequence[tuple[str, str, int]]) -> dict[str, Tensor]:
-        """The tensors of a part for the rows of a batch, one after the other.
-
-        Args:
-            part: One of the opened parts.
-            rows: Id, key and number of supervised tokens of each record.
-
-        Raises:
-            UserError: A record is not there, or the teacher has seen other tokens of it.
-        """
-        found: list[dict[str, Tensor]] = []
-        for name, key, count in rows:
-            place = self._places[part].get(name)
-            if place is None or (place.key, place.count) != (key, count):
-                known = f"saw {place.count} supervised tokens, other ones," if place else "was not asked"
-                raise UserError(
-                    f"recover.teacher.source=cached: of record {name!r}, which has {count} supervised tokens, the "
-                    f"teacher {known} when {self.folder} was made; delete that folder, it is made anew"
-                )
-            shard = self._shard(place.file)
-            ends = slice(place.start, place.start + place.count)
-            found.append({field: shard.get_slice(field)[ends] for field in shard.keys()})  # noqa: SIM118
-        return {field: torch.cat([one[field] for one in found]) for field in found[0]}
-
-    def _shard(self, file: Path) -> Any:
-        if file not in self._open:
-            self._open[file] = safe_open(file, "pt")
-        return self._open[file]
-
-
-def write_shard(
-    folder: Path,
-    part: str,
-    rows: Sequence[tuple[str, str, int]],
-    tensors: Mapping[str, Sequence[Tensor]],
-    stamps: Mapping[str, str] | None = None,
-) -> None:
-    """Add records to a part of a store.
-
-    Args:
-        folder: The store.
-        part: Name of the part.
-        rows: Id, key and number of supervised tokens of each record.
-        tensors: For each field, the rows of each record.
-        stamps: As for `TargetStore`.
-
-    Raises:
-        UserError: The disk is full.
-    """
-    records = json.dumps([(*row, (stamps or {}).get(row[0], "")) for row in rows])
-    name = blake2b(records.encode(), digest_size=8).hexdigest()
-    whole = {field: torch.cat(list(values)).cpu().contiguous() for field, values in tensors.items()}
-    with whole_file(folder / f"{part}-{name}{SUFFIX}") as partial:
-        save_file(whole, partial, {"records": records})
-
-
-def rows_of(batch: Mapping[str, Any], mask: Tensor) -> list[tuple[str, str, int]]:
-    """Id, key and number of wanted positions of each record in a collated batch."""
-    keys = [key.hex()[:16] for key in record_keys(batch)]
-    return list(zip(batch["ids"], keys, mask.sum(1).tolist(), strict=True))
+    row: Row
 
 
 class CachedTeacher:
-    """Answers from a store; the model that gave them is not in memory.
+    """Answers from a folder; the model that gave them is not in memory. A `TeacherSource`.
 
     Args:
-        store: The store, with the wanted parts open.
+        folder: The folder; may not exist yet.
         wanted: What the recovery reads.
+        stamps: See `efficientllava.data.checks.image_stamps`, by the ids of the records that it reads of; what the
+            teacher has said about other images is passed over.
     """
 
-    def __init__(self, store: TargetStore, wanted: Wanted) -> None:
-        self._store, self._wanted = store, wanted
-        self._device = torch.device("cpu")
+    def __init__(self, folder: Path, wanted: Wanted, stamps: Mapping[str, str]) -> None:
+        self._folder, self._wanted, self._names = folder, wanted, list(stamps)
+        self._shard = functools.cache(lambda file: safe_open(file, "pt"))
+        self._places: dict[str, dict[str, Place]] = {part: {} for part in wanted.parts}
+        for part, places in self._places.items():
+            for file in sorted(folder.glob(f"{part}-*{SUFFIX}")):
+                start = 0
+                for *row, stamp in json.loads(self._shard(file).metadata()["records"]):
+                    place = Place(file, start, Row(*row))
+                    if stamps.get(place.row.name) == stamp:
+                        places[place.row.name] = place
+                    start += place.row.count
 
-    def to(self, device: torch.device | str) -> CachedTeacher:
-        """Give answers on a device from now on."""
-        self._device = torch.device(device)
-        return self
+    def lacking(self) -> dict[str, list[str]]:
+        """The records, by id, that each part does not hold."""
+        return {part: [name for name in self._names if name not in held] for part, held in self._places.items()}
+
+    def size(self) -> tuple[int, int]:
+        """Supervised tokens of the records, and the bytes of the files that hold the answers."""
+        places = [[held[name] for name in self._names] for held in self._places.values()]
+        tokens = sum(place.row.count for place in places[0])
+        return tokens, sum(file.stat().st_size for file in {place.file for part in places for place in part})
 
     def __call__(
-        self, batch: Mapping[str, Any], features: Tensor | None, layers: Sequence[int], mask: Tensor
-    ) -> Taught:
-        """Answer for a batch; see `efficientllava.recovery.teacher.Teacher`. Images are not looked at."""
+        self, batch: Mapping[str, Any], features: Tensor | None, layers: Collection[int], mask: Tensor
+    ) -> Answer:
+        """Answer for a batch; images are not looked at."""
         rows = rows_of(batch, mask)
 
         def read(part: str) -> dict[str, Tensor]:
-            return {field: tensor.to(self._device) for field, tensor in self._store.read(part, rows).items()}
+            return {field: tensor.to(mask.device) for field, tensor in self.read(part, rows).items()}
 
         likely = read(self._wanted.likely) if self._wanted.top_k else {}
 
         def logits(part: slice) -> TopK:
             return TopK(likely["log_probs"][part], likely["tokens"][part].long(), likely["tail"][part])
 
-        final = read(FINAL)["states"] if self._wanted.final else None
-        return Taught(final, {layer: read(layer_part(layer))["states"] for layer in layers}, logits)
+        return Answer({layer: read(layer_part(layer))["states"] for layer in layers}, logits)
+
+    def read(self, part: str, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """The tensors of a part for the rows of a batch, one after the other.
+
+        Raises:
+            UserError: A record is not there, or the teacher has seen other tokens of it.
+        """
+        found: list[dict[str, Tensor]] = []
+        for row in rows:
+            place = self._places[part].get(row.name)
+            if place is None or place.row != row:
+                known = f"saw {place.row.count} supervised tokens, other ones," if place else "was not asked"
+                raise UserError(
+                    f"recover.teacher.source=cached: of record {row.name!r}, which has {row.count} supervised tokens, "
+                    f"the teacher {known} when {self._folder} was made; delete that folder, it is made anew"
+                )
+            shard, ends = self._shard(place.file), slice(place.start, place.start + row.count)
+            found.append({field: shard.get_slice(field)[ends] for field in shard.keys()})  # noqa: SIM118
+        return {field: torch.cat([one[field] for one in found]) for field in found[0]}
 
 
-SHARD_BYTES = 64 << 20  # a killed pass loses no more than this per part and process
-CHUNK = 1024  # rows per call of the head
-SAMPLED = 64  # records whose tokens are counted to estimate the size of all
-
-
-@dataclass(frozen=True)
-class TargetCache:
-    """Where a teacher's answers lie, and how the teacher is had if some are missing.
-
-    Attributes:
-        folder: The store; its name stands for the content of teacher and data.
-        config: The teacher's configuration.
-        dtype: Type that the teacher computes in.
-        load: Loads the teacher.
-        memo: Digests of files.
-    """
-
-    folder: Path
-    config: Any
-    dtype: torch.dtype
-    load: Callable[[], nn.Module]
-    memo: Memo | None = None
-
-
-def open_teacher(
-    config: Any, base: Mapping[str, str], device: str, folder: Path, memo: Memo | None = None
-) -> nn.Module | TargetCache:
-    """The teacher that a configuration asks for.
-
-    Args:
-        config: A `efficientllava.settings.schema.TeacherConfig`.
-        base: The original checkpoint, which teaches where none is named.
-        device: Where it runs.
-        folder: The store of its answers, where they are cached.
-        memo: Digests of files.
-
-    Raises:
-        UserError: It cannot be loaded.
-    """
-    path, revision = _place(config, base)
-    if config.source == "live":
-        return load(path, config.dtype, device, revision, host=config.offload).model
-    described, storage = read_config(resolve(path, revision), path)
-    dtype = compute_dtype(config.dtype, storage, device)
-    ask = lambda: load(path, config.dtype, device, revision).model  # noqa: E731
-    return TargetCache(folder, described, dtype, ask, memo)
-
-
-def require_teacher(config: RecoverConfig, base: Mapping[str, str], student: nn.Module) -> None:
-    """Refuse a recovery whose teacher is not there or cannot teach, before anything is computed.
-
-    Args:
-        config: Losses and teacher.
-        base: As for `open_teacher`.
-        student: The model, pruned or not.
-
-    Raises:
-        UserError: Says what is wrong with the teacher.
-    """
-    if not (config.weights.logit or config.weights.hidden):
-        return
-    path, revision = _place(config.teacher, base)
-    try:
-        described, _ = read_config(resolve(path, revision), path)
-    except UserError as error:
-        raise UserError(str(error).replace("model.path=", "recover.teacher.path=", 1)) from error
-    check_teacher(SimpleNamespace(config=described), student, config.weights.logit > 0, config.weights.hidden > 0)
-
-
-def teacher_digest(config: TeacherConfig, base: Mapping[str, str], memo: Memo | None = None) -> str:
-    """Digest of the checkpoint that teaches; arguments as for `open_teacher`."""
-    return folder_digest(resolve(*_place(config, base)), memo)
-
-
-def _place(config: TeacherConfig, base: Mapping[str, str]) -> tuple[str, str | None]:
-    return (config.path, config.revision) if config.path else (base["path"], base.get("revision"))
+# ---- the pass -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -351,7 +208,7 @@ def cached_teacher(
 ) -> tuple[CachedTeacher, TargetStats]:
     """Ask the teacher about the records that nobody has asked it about yet, and open the answers.
 
-    Runs that want the same store at the same time wait for the first. Processes share the work.
+    Runs that want the same answers at the same time wait for the first. Processes share the work.
 
     Args:
         cache: Where the answers lie.
@@ -367,40 +224,38 @@ def cached_teacher(
         UserError: The answers do not fit on the disk.
     """
     started, folder = time.perf_counter(), cache.folder
-    ids = column(loader.dataset, "id")  # pyright: ignore[reportArgumentType]
+    records: Any = loader.dataset
+    ids = column(records, "id")
     names = {str(ids[index]): index for index in used}
-    stamps: dict[str, str] = from_first(
-        dict(zip(names, image_stamps(loader.dataset, list(names.values())), strict=True)) if rank() == 0 else None  # pyright: ignore[reportArgumentType]
-    )
-    with growing(folder, cache.memo or Memo()):
-        lacks: dict[str, list[str]] = from_first(_lacking(folder, wanted, stamps) if rank() == 0 else None)
-        todo = sorted({names[name] for lacking in lacks.values() for name in lacking})
+    found = dict(zip(names, image_stamps(records, list(names.values())), strict=True)) if rank() == 0 else None
+    stamps: dict[str, str] = from_first(found)
+    with growing(folder, cache.memo):
+        lacking = from_first(CachedTeacher(folder, wanted, stamps).lacking() if rank() == 0 else None)
+        todo = sorted({names[name] for part in lacking.values() for name in part})
         if todo:
             _announce(cache, wanted, loader, todo)
             teacher = Teacher(cache.load(), student).to(trainer.strategy.root_device)
-            shards = _Shards(folder, {part: set(lacking) for part, lacking in lacks.items()}, stamps)
+            shards = {part: _Shard(folder, part, set(names), stamps) for part, names in lacking.items()}
+            mine: Any = todo[rank() :: world_size()]
+            batches = DataLoader(
+                records, batch_size, sampler=mine, collate_fn=loader.collate_fn, num_workers=loader.num_workers
+            )
             with trainer.precision_plugin.forward_context():
-                _ask(teacher, wanted, _batches(loader, todo, batch_size), features, shards, len(todo))
+                _ask(teacher, wanted, batches, features, shards, len(todo))
             barrier()
-    store = TargetStore(folder, wanted.parts, stamps)
-    stats = TargetStats(len(names), len(todo), *store.size(list(names)), time.perf_counter() - started)
+    source = CachedTeacher(folder, wanted, stamps)
+    stats = TargetStats(len(names), len(todo), *source.size(), time.perf_counter() - started)
     done = f"{stats.computed} asked in {stats.seconds:.1f} s" if todo else "(from cache)"
     say(f"teacher targets: {stats.records:,} records, {stats.tokens:,} tokens, {stats.bytes:,} bytes, {done}")
-    return CachedTeacher(store, wanted), stats
-
-
-def _lacking(folder: Path, wanted: Wanted, stamps: Mapping[str, str]) -> dict[str, list[str]]:
-    store = TargetStore(folder, wanted.parts, stamps)
-    return {part: store.missing(part, list(stamps)) for part in wanted.parts}
+    return source, stats
 
 
 def _announce(cache: TargetCache, wanted: Wanted, loader: DataLoader, todo: Sequence[int]) -> None:
     """Say what the pass will need on disk, and refuse it where that is not there."""
-    sample = [loader.dataset[todo[i * len(todo) // SAMPLED]] for i in range(SAMPLED)] if len(todo) > SAMPLED else None
-    batch: Any = loader.collate_fn(sample or [loader.dataset[index] for index in todo])
-    tokens = int(supervised_positions(batch["labels"])[0].sum()) * len(todo) / len(sample or todo)
-    text = cache.config.get_text_config()
-    need = int(tokens * wanted.bytes_per_token(text.hidden_size, cache.dtype.itemsize))
+    sample = [todo[i * len(todo) // SAMPLED] for i in range(SAMPLED)] if len(todo) > SAMPLED else todo
+    batch: Any = loader.collate_fn([loader.dataset[index] for index in sample])
+    tokens = int(supervised_positions(batch["labels"])[0].sum()) * len(todo) / len(sample)
+    need = int(tokens * wanted.bytes_per_token(cache.config.get_text_config().hidden_size, cache.dtype.itemsize))
     fix = "free the disk, set paths.cache_dir elsewhere, lower data_frac, or choose recover.teacher.source=live"
     free = require_space(cache.folder, need, "recover.teacher.source=cached", fix)
     say(
@@ -409,77 +264,72 @@ def _announce(cache: TargetCache, wanted: Wanted, loader: DataLoader, todo: Sequ
     )
 
 
-def _batches(loader: DataLoader, todo: list[int], size: int) -> DataLoader:
-    """This process's share of the records."""
-    mine = todo[rank() :: world_size()]
-    chunks = [mine[i : i + size] for i in range(0, len(mine), size)]
-    return DataLoader(
-        loader.dataset, batch_sampler=chunks, collate_fn=loader.collate_fn, num_workers=loader.num_workers
-    )
-
-
-class _Shards:
-    """Collects answers and writes a shard of a part when enough of it is there.
-
-    Args:
-        folder: The store.
-        lacks: For each part, the records that it lacks; other answers are dropped.
-        stamps: As for `TargetStore`.
-    """
-
-    def __init__(self, folder: Path, lacks: Mapping[str, set[str]], stamps: Mapping[str, str]) -> None:
-        self._folder, self._lacks, self._stamps = folder, lacks, stamps
-        self._rows: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
-        self._tensors: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        self._bytes: dict[str, int] = defaultdict(int)
-
-    def add(self, part: str, rows: Sequence[tuple[str, str, int]], tensors: Mapping[str, Tensor]) -> None:
-        """Take the answers to a batch, one tensor per field with the rows of all records."""
-        chosen = [index for index, row in enumerate(rows) if row[0] in self._lacks[part]]
-        self._rows[part] += [rows[index] for index in chosen]
-        for field, tensor in tensors.items():
-            records = tensor.cpu().split([count for _, _, count in rows])
-            self._tensors[part][field] += [records[index] for index in chosen]
-            self._bytes[part] += sum(records[index].nbytes for index in chosen)
-        if self._bytes[part] >= SHARD_BYTES:
-            self.write(part)
-
-    def write(self, part: str) -> None:
-        """Write what is there of a part."""
-        if rows := self._rows.pop(part, []):
-            write_shard(self._folder, part, rows, self._tensors.pop(part), self._stamps)
-            self._bytes[part] = 0
-
-
 @torch.no_grad()
 def _ask(
-    teacher: Teacher, wanted: Wanted, batches: DataLoader, features: FeatureCache, shards: _Shards, total: int
+    teacher: Teacher, wanted: Wanted, batches: DataLoader, features: FeatureCache, shards: dict[str, _Shard], total: int
 ) -> None:
-    device = next(teacher.model.lm_head.parameters()).device  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    done = 0
+    device, done = teacher.model.lm_head.weight.device, 0
     with progress() as tick:
         for collated in batches:
             batch = to_device(collated, device)
             mask = supervised_positions(batch["labels"])[0]
-            final, states, logits = teacher(batch, features(batch), wanted.layers, mask)
+            states, logits = teacher(batch, features(batch), wanted.layers, mask)
             rows = rows_of(batch, mask)
-            answers = {layer_part(layer): {"states": state} for layer, state in states.items()}
-            if wanted.final and final is not None:
-                answers[FINAL] = {"states": final}
+            for layer in wanted.layers:
+                shards[layer_part(layer)].add(rows, {"states": states[layer]})
             if wanted.top_k:
-                answers[wanted.likely] = _likely(logits, int(mask.sum()), wanted)
-            for part, tensors in answers.items():
-                shards.add(part, rows, tensors)
+                shards[wanted.likely].add(rows, _likely(logits, int(mask.sum()), wanted))
             done += len(rows)
             tick("teacher targets", min(done * world_size(), total), total)
-    for part in wanted.parts:
-        shards.write(part)
+    for shard in shards.values():
+        shard.write()
 
 
-def _likely(logits: Callable[[slice], Any], rows: int, wanted: Wanted) -> dict[str, Tensor]:
+def _likely(logits: TeacherLogits, rows: int, wanted: Wanted) -> dict[str, Tensor]:
     """The most likely tokens of all rows, with the logits of few rows alive at a time."""
-    parts = [
-        top_k(logits(slice(i, i + CHUNK)), wanted.top_k or 1, wanted.temperature) for i in range(0, max(rows, 1), CHUNK)
-    ]
+    starts = range(0, max(rows, 1), CHUNK)
+    parts: Any = [top_k(logits(slice(i, i + CHUNK)), wanted.top_k, wanted.temperature) for i in starts]  # pyright: ignore
     log_probs, tokens, tail = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return {"log_probs": log_probs, "tokens": tokens.int(), "tail": tail}
+
+
+class _Shard:
+    """Answers of a part that are not on disk yet.
+
+    Args:
+        folder: Where they belong.
+        part: The part.
+        lacking: The records that it lacks; answers about others are dropped.
+        stamps: As for `CachedTeacher`.
+    """
+
+    def __init__(self, folder: Path, part: str, lacking: set[str], stamps: Mapping[str, str]) -> None:
+        self._folder, self._part, self._lacking, self._stamps = folder, part, lacking, stamps
+        self._answers: list[tuple[Row, dict[str, Tensor]]] = []
+        self._bytes = 0
+
+    def add(self, rows: Sequence[Row], tensors: Mapping[str, Tensor]) -> None:
+        """Take the answers to a batch, one tensor per field with the rows of all records; write if they are enough."""
+        fields = {field: tensor.cpu().split([row.count for row in rows]) for field, tensor in tensors.items()}
+        for index, row in enumerate(rows):
+            if row.name in self._lacking:
+                answer = {field: records[index] for field, records in fields.items()}
+                self._answers.append((row, answer))
+                self._bytes += sum(tensor.nbytes for tensor in answer.values())
+        if self._bytes >= SHARD_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """Write what is there, whole or not at all.
+
+        Raises:
+            UserError: The disk is full.
+        """
+        if not self._answers:
+            return
+        records = json.dumps([(*row, self._stamps[row.name]) for row, _ in self._answers])
+        name = blake2b(records.encode(), digest_size=8).hexdigest()
+        whole = {field: torch.cat([answer[field] for _, answer in self._answers]) for field in self._answers[0][1]}
+        with whole_file(self._folder / f"{self._part}-{name}{SUFFIX}") as partial:
+            save_file(whole, partial, {"records": records})
+        self._answers, self._bytes = [], 0

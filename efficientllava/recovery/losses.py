@@ -1,9 +1,9 @@
-"""Recovery losses: small callables that declare what they need; `objective` sums them.
+"""What a recovery minimises: a weighted sum of losses, each of which says what it looks at.
 
-Every loss returns a *sum over rows* (a row is a position that predicts a supervised token), so that the caller can
-divide by the number of rows of the whole global batch, whatever its split over micro-batches and processes.
+A loss returns a *sum over rows* (a row is a position that predicts a supervised token), so that the caller can divide
+by the number of rows of the whole global batch, whatever its split over micro-batches and processes.
 
-What a recovery minimises: the weighted sum of losses, the positions it counts, and what the sums are divided by.
+A new loss is a class here, a line in `LOSSES`, and a weight in `efficientllava.settings.schema.WeightsConfig`.
 """
 
 from __future__ import annotations
@@ -17,92 +17,177 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.forward import supervised_positions
-from ..settings.checks import require_valid
+from ..settings.schema import RecoverConfig
 
 Head = Callable[[Tensor], Tensor]
 # A range of rows to the teacher's logits of them, or to what is known of these.
 TeacherLogits = Callable[[slice], "Tensor | TopK"]
 
 
+class TopK(NamedTuple):
+    """The k most likely tokens of a teacher, and all others as one.
+
+    Attributes:
+        log_probs: Log-probabilities of the k tokens at the temperature of the loss, ``(rows, k)``, fp32.
+        tokens: Their ids, ``(rows, k)``.
+        tail: Log-probability of all other tokens together, ``(rows,)``; means nothing when there are none.
+    """
+
+    log_probs: Tensor
+    tokens: Tensor
+    tail: Tensor
+
+
+def top_k(logits: Tensor, k: int, temperature: float) -> TopK:
+    """Reduce a teacher's logits to what `LogitKDLoss` needs of them.
+
+    Args:
+        logits: ``(rows, vocab)``, fp32.
+        k: Tokens to keep, >= 1; from the size of the vocabulary on, nothing is lost.
+        temperature: T > 0 of the loss.
+    """
+    log_probs = nn.functional.log_softmax(logits / temperature, dim=-1)
+    values, tokens = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
+    return TopK(values, tokens, log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1))
+
+
+class Loss:
+    """What losses are: called, they return a scalar, the sum over rows; as text, they name themselves.
+
+    A loss on logits is given those of the student, ``(rows, vocab)`` in fp32, the targets, ``(rows,)``, and the
+    teacher's logits, or None where it needs no teacher. A loss on hidden states is given those of student and teacher,
+    ``(rows, hidden)``, once per pair of matched layers, and its sums are averaged.
+    """
+
+    needs_logits: ClassVar[bool] = False
+    needs_hidden: ClassVar[bool] = False
+    needs_teacher: ClassVar[bool] = False
+
+    def __call__(self, *given: Any) -> Tensor:
+        """Sum over rows."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class SFTLoss(Loss):
+    """Cross-entropy of the supervised tokens, in nats."""
+
+    needs_logits = True
+
+    def __call__(self, logits: Tensor, targets: Tensor, teacher: None = None) -> Tensor:
+        """Sum over rows; those with the target -100 do not count."""
+        return nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+
+    def __str__(self) -> str:
+        return "CE"
+
+
+@dataclass(frozen=True)
+class LogitKDLoss(Loss):
+    """Kullback-Leibler divergence between the teacher's and the student's next-token distributions.
+
+    T² · Σ_v p_v (log p_v - log q_v) per row at temperature T, p the teacher and q the student (``forward``), or the
+    two exchanged (``reverse``). Source: arXiv 1503.02531, section 2 (the factor T²); arXiv 2604.24380 (both ways).
+
+    Of a cached teacher only its k most likely tokens K are known. Then v runs over K and one more outcome "any other
+    token", with p_rest = 1 - Σ_{v in K} p_v and q_rest = 1 - Σ_{v in K} q_v. Merging outcomes never raises a divergence
+    (log sum inequality), so this is a lower bound of the full one, equal to it when K is the whole vocabulary.
+
+    Args:
+        direction: ``forward`` or ``reverse``.
+        temperature: T > 0.
+    """
+
+    direction: str = "forward"
+    temperature: float = 2.0
+    needs_logits = needs_teacher = True
+
+    def __call__(self, logits: Tensor, targets: Tensor, teacher: Tensor | TopK) -> Tensor:
+        """Sum over rows, in nats times T²; the teacher may be what `top_k` makes of it at this temperature."""
+        student = nn.functional.log_softmax(logits / self.temperature, dim=-1)
+        if isinstance(teacher, TopK):
+            student, reference = _outcomes(student, teacher)
+        else:
+            reference = nn.functional.log_softmax(teacher / self.temperature, dim=-1)
+        p, q = (reference, student) if self.direction == "forward" else (student, reference)
+        return nn.functional.kl_div(q, p, reduction="sum", log_target=True) * self.temperature**2
+
+    def __str__(self) -> str:
+        return f"{'KL' if self.direction == 'forward' else 'RKL'}(T={self.temperature:g})"
+
+
+def _outcomes(log_probs: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the teacher's k tokens and of the rest, of student and teacher."""
+    student = log_probs.gather(-1, teacher.tokens)
+    if student.shape == log_probs.shape:
+        return student, teacher.log_probs
+    rest = log_probs.scatter(-1, teacher.tokens, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([student, rest], -1), torch.cat([teacher.log_probs, teacher.tail.unsqueeze(-1)], -1)
+
+
+@dataclass(frozen=True)
+class HiddenStateKDLoss(Loss):
+    """Distance between hidden states of student and teacher.
+
+    ``l2``: mean over channels of (s - t)², divided by the mean over channels of t² (the teacher's power at that
+    position; `normalise` False leaves it out, as arXiv 2604.24380 does). ``cosine``: 1 - cos(s, t). Which states are
+    compared is described in `efficientllava.recovery.teacher`.
+
+    Args:
+        metric: ``l2`` or ``cosine``.
+        normalise: Divide the squared difference by the teacher's power.
+    """
+
+    metric: str = "l2"
+    normalise: bool = True
+    needs_hidden = needs_teacher = True
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Sum over rows, without unit when normalised."""
+        student, teacher = student.float(), teacher.float()
+        if self.metric == "cosine":
+            return (1 - nn.functional.cosine_similarity(student, teacher, dim=-1)).sum()
+        distance = (student - teacher).square().mean(-1)
+        if self.normalise:
+            distance = distance / teacher.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        return distance.sum()
+
+    def __str__(self) -> str:
+        return f"{'L2' if self.metric == 'l2' else 'cosine'}(hidden)"
+
+
+# By the name of the weight; in this order they are told and summed.
+LOSSES: dict[str, Callable[[RecoverConfig], Loss]] = {
+    "sft": lambda cfg: SFTLoss(),
+    "logit": lambda cfg: LogitKDLoss(cfg.kl, cfg.temperature),
+    "hidden": lambda cfg: HiddenStateKDLoss(cfg.hidden_metric, normalise=cfg.parity is None),
+}
+
+
 class Term(NamedTuple):
-    """A loss and its weight in the sum."""
+    """A loss with its name and its weight in the sum."""
 
+    name: str
     weight: float
-    loss: SFTLoss | LogitKDLoss | HiddenStateKDLoss
+    loss: Loss
 
 
-def build_terms(cfg: Any) -> tuple[Term, ...]:
-    """Build the weighted losses of a configuration; weights of 0 are left out.
-
-    Args:
-        cfg: A `efficientllava.settings.schema.RecoverConfig`.
-
-    Returns:
-        The terms in the order sft, logit, hidden.
-
-    Raises:
-        UserError: What `efficientllava.settings.compose` does not allow.
-    """
-    require_valid(cfg, "recover.")
-    layers = cfg.hidden_layers if isinstance(cfg.hidden_layers, str) else tuple(int(i) for i in cfg.hidden_layers)
-    terms = (
-        Term(cfg.weights.sft, SFTLoss()),
-        Term(cfg.weights.logit, LogitKDLoss(cfg.kl, cfg.temperature)),
-        Term(cfg.weights.hidden, HiddenStateKDLoss(cfg.hidden_metric, layers, normalise=cfg.parity is None)),
-    )
-    return tuple(term for term in terms if term.weight > 0)
+def build_terms(cfg: RecoverConfig) -> tuple[Term, ...]:
+    """The losses with a weight above 0, in the order of `LOSSES`."""
+    weights = {name: getattr(cfg.weights, name) for name in LOSSES}
+    return tuple(Term(name, weight, LOSSES[name](cfg)) for name, weight in weights.items() if weight > 0)
 
 
-def describe(cfg: Any) -> str:
-    """Say in one line what a recovery minimises, such as ``0.5 x CE + 0.5 x L2(hidden)``.
+def compared(cfg: RecoverConfig) -> tuple[bool, bool]:
+    """Whether logits, and whether hidden states, are compared with a teacher's."""
+    taught = [term.loss for term in build_terms(cfg) if term.loss.needs_teacher]
+    return any(loss.needs_logits for loss in taught), any(loss.needs_hidden for loss in taught)
 
-    Args:
-        cfg: A `efficientllava.settings.schema.RecoverConfig`.
 
-    Returns:
-        The sum of weighted losses; a parity mode is named in brackets.
-
-    Raises:
-        UserError: As `build_terms`.
-    """
-    text = " + ".join(f"{weight:g} x {loss}" for weight, loss in build_terms(cfg))
+def describe(cfg: RecoverConfig) -> str:
+    """Say in one line what a recovery minimises, such as ``0.5 x CE + 0.5 x L2(hidden)``; a parity is in brackets."""
+    text = " + ".join(f"{weight:g} x {loss}" for _, weight, loss in build_terms(cfg))
     return f"{text} [as {cfg.parity}]" if cfg.parity else text
-
-
-def logit_sums(
-    losses: Sequence[SFTLoss | LogitKDLoss],
-    rows: Tensor,
-    targets: Tensor,
-    head: Head,
-    teacher: TeacherLogits | None = None,
-    chunk: int = 1024,
-) -> Tensor:
-    """Sum the losses on logits over rows, with at most ``chunk`` rows of logits alive at a time.
-
-    With more than one chunk, logits are computed again in the backward pass.
-
-    Args:
-        losses: The losses that need logits.
-        rows: Student hidden states after the final norm, ``(rows, hidden)``.
-        targets: Token ids, ``(rows,)``.
-        head: The student's head.
-        teacher: Gives the teacher's logits of a range of the rows.
-        chunk: Rows per call of the heads, >= 1.
-
-    Returns:
-        One sum per loss, ``(losses,)``, fp32; connected to ``rows`` and the head even when there are no rows.
-    """
-
-    def sums(part: slice) -> Tensor:
-        logits = head(rows[part]).float()
-        with torch.no_grad():
-            reference = None if teacher is None else teacher(part)
-        return torch.stack([loss(logits, targets[part], reference) for loss in losses])  # pyright: ignore[reportArgumentType]
-
-    if len(rows) <= chunk:
-        return sums(slice(None))
-    parts = [checkpoint(sums, slice(i, i + chunk), use_reentrant=False) for i in range(0, len(rows), chunk)]
-    return torch.stack(parts).sum(0)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def positions(labels: Tensor, parity: str | None) -> tuple[Tensor, Tensor]:
@@ -134,10 +219,9 @@ def divisors(terms: Sequence[Term], labels: Tensor, parity: str | None) -> Tenso
         ``(terms,)``, fp32.
     """
     supervised = int(supervised_positions(labels)[0].sum())
-    sizes = {"sft": supervised, "logit": supervised, "hidden": supervised}
-    if parity is not None:
-        sizes |= {"logit": len(labels), "hidden": labels.numel()}
-    return torch.tensor([sizes[loss.name] for _, loss in terms], dtype=torch.float32, device=labels.device)
+    others = {} if parity is None else {"logit": len(labels), "hidden": labels.numel()}
+    sizes = [others.get(term.name, supervised) for term in terms]
+    return torch.tensor(sizes, dtype=torch.float32, device=labels.device)
 
 
 def term_sums(
@@ -152,7 +236,7 @@ def term_sums(
     """Sum every loss over rows.
 
     Args:
-        terms: The weighted losses, in the order of `build_terms`.
+        terms: The weighted losses.
         rows: Student hidden states after the final norm, ``(rows, hidden)``.
         targets: Token ids, ``(rows,)``.
         head: The student's head.
@@ -164,162 +248,41 @@ def term_sums(
     Returns:
         Unweighted sums, ``(terms,)``.
     """
-    on_logits = [loss for _, loss in terms if not isinstance(loss, HiddenStateKDLoss)]
-    taught = teacher if any(loss.needs_teacher_logits for loss in on_logits) else None
-    parts = [logit_sums(on_logits, rows, targets, head, taught, chunk)] if on_logits else []
-    for _, loss in terms:
-        if isinstance(loss, HiddenStateKDLoss):
-            parts.append(torch.stack([loss(ours, theirs) for ours, theirs in pairs]).mean(0, keepdim=True))
-    return torch.cat(parts)
+    on_logits = [term.loss for term in terms if term.loss.needs_logits]
+    sums = iter(logit_sums(on_logits, rows, targets, head, teacher, chunk) if on_logits else ())
+
+    def total(loss: Loss) -> Tensor:
+        if loss.needs_hidden:
+            return torch.stack([loss(ours, theirs) for ours, theirs in pairs]).mean()
+        return next(sums)
+
+    return torch.stack([total(term.loss) for term in terms])
 
 
-class TopK(NamedTuple):
-    """The k most likely tokens of a teacher, and all others as one.
+def logit_sums(
+    losses: Sequence[Loss],
+    rows: Tensor,
+    targets: Tensor,
+    head: Head,
+    teacher: TeacherLogits | None = None,
+    chunk: int = 1024,
+) -> Tensor:
+    """Sum the losses on logits over rows, with at most ``chunk`` rows of logits alive at a time.
 
-    Attributes:
-        log_probs: Log-probabilities of the k tokens at the temperature of the loss, ``(rows, k)``, fp32.
-        tokens: Their ids, ``(rows, k)``.
-        tail: Log-probability of all other tokens together, ``(rows,)``; means nothing when there are none.
+    With more than one chunk, logits are computed again in the backward pass.
+
+    Returns:
+        One sum per loss, ``(losses,)``, fp32; connected to ``rows`` and the head even when there are no rows.
     """
+    taught = teacher if any(loss.needs_teacher for loss in losses) else None
 
-    log_probs: Tensor
-    tokens: Tensor
-    tail: Tensor
+    def sums(part: slice) -> Tensor:
+        logits = head(rows[part]).float()
+        with torch.no_grad():
+            reference = taught(part) if taught else None
+        return torch.stack([loss(logits, targets[part], reference) for loss in losses])
 
-
-def top_k(logits: Tensor, k: int, temperature: float) -> TopK:
-    """Reduce a teacher's logits to what `LogitKDLoss` needs of them.
-
-    Args:
-        logits: ``(rows, vocab)``, fp32.
-        k: Tokens to keep, >= 1; from the size of the vocabulary on, nothing is lost.
-        temperature: T > 0 of the loss.
-    """
-    log_probs = nn.functional.log_softmax(logits / temperature, dim=-1)
-    values, tokens = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
-    return TopK(values, tokens, log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1))
-
-
-@dataclass(frozen=True)
-class SFTLoss:
-    """Cross-entropy of the supervised tokens, in nats."""
-
-    name: ClassVar[str] = "sft"
-    needs_logits: ClassVar[bool] = True
-    needs_teacher_logits: ClassVar[bool] = False
-    needs_hidden: ClassVar[bool] = False
-
-    def __call__(self, logits: Tensor, targets: Tensor, teacher: object = None) -> Tensor:
-        """Sum the cross-entropy over rows.
-
-        Args:
-            logits: Student logits, ``(rows, vocab)``, fp32.
-            targets: Token ids, ``(rows,)``; rows with -100 do not count.
-            teacher: Not used.
-
-        Returns:
-            Scalar sum.
-        """
-        return nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
-
-    def __str__(self) -> str:
-        return "CE"
-
-
-@dataclass(frozen=True)
-class LogitKDLoss:
-    """Kullback-Leibler divergence between the teacher's and the student's next-token distributions.
-
-    T² · Σ_v p_v (log p_v - log q_v) per row at temperature T, p the teacher and q the student (``forward``), or the
-    two exchanged (``reverse``). Source: arXiv 1503.02531, section 2 (the factor T²); arXiv 2604.24380 (both ways).
-
-    Of a cached teacher only its k most likely tokens K are known. Then v runs over K and one more outcome "any other
-    token", with p_rest = 1 - Σ_{v in K} p_v and q_rest = 1 - Σ_{v in K} q_v. Merging outcomes never raises a divergence
-    (log sum inequality), so this is a lower bound of the full one, equal to it when K is the whole vocabulary.
-
-    Args:
-        direction: ``forward`` or ``reverse``.
-        temperature: T > 0.
-    """
-
-    direction: str = "forward"
-    temperature: float = 2.0
-    name: ClassVar[str] = "logit"
-    needs_logits: ClassVar[bool] = True
-    needs_teacher_logits: ClassVar[bool] = True
-    needs_hidden: ClassVar[bool] = False
-
-    def __call__(self, logits: Tensor, targets: Tensor, teacher: Tensor | TopK) -> Tensor:
-        """Sum the divergence over rows.
-
-        Args:
-            logits: Student logits, ``(rows, vocab)``, fp32.
-            targets: Not used.
-            teacher: Teacher logits, ``(rows, vocab)``, fp32, or what `top_k` makes of them at this temperature.
-
-        Returns:
-            Scalar sum, in nats times T².
-        """
-        student = nn.functional.log_softmax(logits / self.temperature, dim=-1)
-        if isinstance(teacher, TopK):
-            student, reference = _outcomes(student, teacher)
-        else:
-            reference = nn.functional.log_softmax(teacher / self.temperature, dim=-1)
-        p, q = (reference, student) if self.direction == "forward" else (student, reference)
-        return nn.functional.kl_div(q, p, reduction="sum", log_target=True) * self.temperature**2
-
-    def __str__(self) -> str:
-        return f"{'KL' if self.direction == 'forward' else 'RKL'}(T={self.temperature:g})"
-
-
-def _outcomes(log_probs: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the teacher's k tokens and of the rest, of student and teacher."""
-    student = log_probs.gather(-1, teacher.tokens)
-    if student.shape == log_probs.shape:
-        return student, teacher.log_probs
-    rest = log_probs.scatter(-1, teacher.tokens, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([student, rest], -1), torch.cat([teacher.log_probs, teacher.tail.unsqueeze(-1)], -1)
-
-
-@dataclass(frozen=True)
-class HiddenStateKDLoss:
-    """Distance between hidden states of student and teacher.
-
-    ``l2``: mean over channels of (s - t)², divided by the mean over channels of t² (the teacher's power at that
-    position; `normalise` False leaves it out, as arXiv 2604.24380 does). ``cosine``: 1 - cos(s, t). Which states are
-    compared is described in `efficientllava.recovery.teacher`.
-
-    Args:
-        metric: ``l2`` or ``cosine``.
-        layers: ``last``, ``all`` or original layer indices (negative ones count from the end).
-        normalise: Divide the squared difference by the teacher's power.
-    """
-
-    metric: str = "l2"
-    layers: str | tuple[int, ...] = "last"
-    normalise: bool = True
-    name: ClassVar[str] = "hidden"
-    needs_logits: ClassVar[bool] = False
-    needs_teacher_logits: ClassVar[bool] = False
-    needs_hidden: ClassVar[bool] = True
-
-    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Sum the distance over rows.
-
-        Args:
-            student: ``(rows, hidden)``.
-            teacher: ``(rows, hidden)``.
-
-        Returns:
-            Scalar sum, without unit when normalised.
-        """
-        student, teacher = student.float(), teacher.float()
-        if self.metric == "cosine":
-            return (1 - nn.functional.cosine_similarity(student, teacher, dim=-1)).sum()
-        distance = (student - teacher).square().mean(-1)
-        if self.normalise:
-            distance = distance / teacher.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        return distance.sum()
-
-    def __str__(self) -> str:
-        return f"{'L2' if self.metric == 'l2' else 'cosine'}(hidden)"
+    if len(rows) <= chunk:
+        return sums(slice(None))
+    parts: list[Any] = [checkpoint(sums, slice(i, i + chunk), use_reentrant=False) for i in range(0, len(rows), chunk)]
+    return torch.stack(parts).sum(0)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import decoder_of, projector_of
-from ..models.forward import FeatureCache, feature_cache, forward_hidden
+from ..models.anatomy import projector_of
+from ..models.forward import FeatureCache
 from ..runtime.errors import UserError
 from ..runtime.finite import NotFiniteError
-from .losses import (
-    build_terms,
-    divisors,
-    positions,
-    term_sums,
-)
-from .teacher import Match, TeacherSource, captured
-from .trainable import parameter_groups, trainable, weights_of
+from ..settings.schema import RecoverConfig
+from .losses import build_terms, divisors, positions, term_sums
+from .student import parameter_groups, trainable, weights_of
+from .teacher import FINAL, Match, Teacher, TeacherSource, hidden_states
 
 RECENT = 20
 
@@ -58,51 +53,43 @@ class RecoveryModule(L.LightningModule):
     its token mean, KL by the batch size, L2 by all elements, both over all positions, padding included.
 
     Args:
-        student: The pruned model, after `trainable.prepare`.
-        cfg: A `efficientllava.settings.schema.RecoverConfig`.
+        student: The pruned model, after `student.prepare`.
+        cfg: What is minimised, and how.
         total_steps: Optimiser steps of the whole run, for the schedule.
+        features: Kept vision features of the student.
         teacher: The frozen teacher, or its cached answers; needed by the distillation losses.
-        matches: Pairs of layers of the hidden-state loss, from `alignment.match_layers`.
+        matches: Pairs of layers of the hidden-state loss, from `teacher.match_layers`.
         seed: Seeds what is random in a step (the dropout of adapters), so that a resumed run repeats it.
-        features: Kept vision features of the student; None keeps them from here on.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        cfg: Any,
+        cfg: RecoverConfig,
         total_steps: int,
+        features: FeatureCache,
         teacher: TeacherSource | None = None,
-        matches: tuple[Match, ...] = (),
+        matches: Sequence[Match] = (),
         seed: int = 0,
-        features: FeatureCache | None = None,
     ) -> None:
         super().__init__()
         self.strict_loading = False
-        self.student = student
-        self.cfg = cfg
-        self.terms = build_terms(cfg)
-        self.teacher = teacher
-        self.matches = matches
+        self.student: Any = student
+        self.cfg, self.terms = cfg, build_terms(cfg)
+        self.teacher, self.matches = teacher, matches
         self.total_steps = total_steps
-        self.seconds, self.tokens = 0.0, 0
+        self.tokens = 0
         self.recent: deque[Tensor] = deque(maxlen=RECENT)
         # Taken now: while weights are sharded, names and shapes are others.
         self._shapes = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
         self._groups = parameter_groups(student, cfg.lr, cfg.projector_lr, cfg.weight_decay)
-        self._seed = seed
-        self._features = features or feature_cache(student)
+        self._features, self._seed = features, seed
         self._group = torch.zeros(1 + len(self.terms))  # of an optimiser step: tokens, and the sum of every loss
-        self._started = 0.0
 
     # Loss
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Loss of a micro-batch: a sum over its tokens, or in parity mode a mean.
-
-        Args:
-            batch: A collated batch.
-            batch_idx: Position in the run.
 
         Returns:
             Scalar loss, connected to every trainable parameter.
@@ -110,45 +97,33 @@ class RecoveryModule(L.LightningModule):
         if self.cfg.lora.dropout and self.cfg.train == "lora":
             torch.manual_seed((self._seed * 1_000_003 + batch_idx) * 8191 + self.global_rank)
         sums = self._sums(batch)
-        weights = torch.tensor([weight for weight, _ in self.terms], device=sums.device)
+        weights = torch.tensor([term.weight for term in self.terms], device=sums.device)
         values = sums / divisors(self.terms, batch["labels"], self.cfg.parity).clamp_min(1)
         total = (weights * (sums if self.cfg.parity is None else values)).sum()
         tokens = (batch["labels"][:, 1:] != -100).sum()
         self.tokens += int(tokens)
         self._group = self._group.to(total.device) + torch.cat([tokens.float()[None], sums.detach()])
-        self._log(values.detach(), weights)
+        self.recent.append(values.detach())
+        self.log("recover/loss", (weights * values.detach()).sum(), prog_bar=True, batch_size=1)
+        named = {f"recover/{term.name}": value for term, value in zip(self.terms, values.detach(), strict=True)}
+        self.log_dict({**named, "recover/tokens": float(self.tokens)}, batch_size=1)
         return total
 
     def _sums(self, batch: Mapping[str, Any]) -> Tensor:
         """Unweighted loss sums of a micro-batch, in the order of `terms`, connected to all trainable parameters."""
         mask, targets = positions(batch["labels"], self.cfg.parity)
-        features = self._features(batch)
-        projector = weights_of(projector_of(self.student))
-        inner = [match for match in self.matches if not match.final]
-        with captured(decoder_of(self.student), [match.student for match in inner], mask) as states:
-            rows = forward_hidden(self.student, batch, None if features is None else features.to(projector[0].dtype))[
-                mask
-            ]
-        logits, pairs = None, []
+        features, logits, pairs = self._features(batch), None, []
+        ours = hidden_states(self.student, batch, features, [match.student for match in self.matches], mask)
         if self.teacher is not None:
-            final, taught, logits = self.teacher(batch, features, [match.teacher for match in inner], mask)
-            pairs = [
-                (rows, final) if match.final else (states[match.student], taught[match.teacher])
-                for match in self.matches
-            ]
-        head: Any = self.student.lm_head
-        sums = term_sums(self.terms, rows, targets, head, logits, pairs, self.cfg.chunk)  # pyright: ignore[reportArgumentType]
+            theirs, logits = self.teacher(batch, features, [match.teacher for match in self.matches], mask)
+            pairs = [(ours[match.student], theirs[match.teacher]) for match in self.matches]
+        rows = ours[FINAL]
+        sums = term_sums(self.terms, rows, targets, self.student.lm_head, logits, pairs, self.cfg.chunk)
         # Text-only batches and losses on inner layers leave parameters out; DDP needs a gradient for each.
         sums = sums + 0.0 * rows.float().sum()
         if features is None:
-            sums = sums + 0.0 * torch.stack([p.float().sum() for p in projector]).sum()
+            sums = sums + 0.0 * torch.stack([p.float().sum() for p in weights_of(projector_of(self.student))]).sum()
         return sums
-
-    def _log(self, values: Tensor, weights: Tensor) -> None:
-        self.recent.append(values)
-        named = {f"recover/{loss.name}": value for (_, loss), value in zip(self.terms, values, strict=True)}
-        self.log("recover/loss", (weights * values).sum(), prog_bar=True, batch_size=1)
-        self.log_dict({**named, "recover/tokens": float(self.tokens)}, batch_size=1)
 
     # Optimisation
 
@@ -169,8 +144,8 @@ class RecoveryModule(L.LightningModule):
         """Turn summed gradients into the mean over all tokens of the global batch."""
         tokens, *sums = self.trainer.strategy.reduce(self._group, reduce_op="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
         self._group = torch.zeros_like(self._group)
-        for (_, loss), value in zip(self.terms, sums, strict=True):
-            self._require(value, f"the loss {loss.name}, {loss},")
+        for term, value in zip(self.terms, sums, strict=True):
+            self._require(value, f"the loss {term.name}, {term.loss},")
         self.log("recover/lr", optimizer.param_groups[-1]["lr"], batch_size=1)
         if self.cfg.parity is not None:
             return
@@ -200,21 +175,15 @@ class RecoveryModule(L.LightningModule):
     # State
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to the student's device."""
-        if self.teacher is not None:
+        """Bring a live teacher to the student's device."""
+        if isinstance(self.teacher, Teacher):
             self.teacher.to(self.device)
-        self._started = time.monotonic() - self.seconds
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Keep the training time, over resumed runs."""
-        self.seconds = time.monotonic() - self._started
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep trainable parameters only; the rest comes from the pruned checkpoint."""
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: v for name, v in weights.items() if name in self._shapes}
-        recent = [values.tolist() for values in self.recent]
-        checkpoint["recovery"] = {"seconds": self.seconds, "tokens": self.tokens, "recent": recent}
+        checkpoint["recovery"] = {"tokens": self.tokens, "recent": [values.tolist() for values in self.recent]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a resume point belongs to this run and restore its counters."""
@@ -223,13 +192,12 @@ class RecoveryModule(L.LightningModule):
             raise UserError(
                 "recover: the resume point last.ckpt was written for another model; delete it to start anew"
             )
-        state = checkpoint["recovery"]
-        self.seconds, self.tokens = state["seconds"], state["tokens"]
-        self.recent.extend(torch.tensor(values) for values in state["recent"])
+        self.tokens = checkpoint["recovery"]["tokens"]
+        self.recent.extend(torch.tensor(values) for values in checkpoint["recovery"]["recent"])
 
     def final_losses(self) -> dict[str, float]:
         """Mean of each loss over the last micro-batches of this process, by name."""
         if not self.recent:
             return {}
         mean = torch.stack([values.cpu() for values in self.recent]).mean(0).tolist()
-        return {loss.name: value for (_, loss), value in zip(self.terms, mean, strict=True)}
+        return {term.name: value for term, value in zip(self.terms, mean, strict=True)}

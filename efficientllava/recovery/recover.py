@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Timer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,12 +22,13 @@ from ..models.forward import feature_cache
 from ..runtime.errors import UserError
 from ..runtime.files import put
 from ..runtime.processes import gather
-from .caching import TargetCache, TargetStats, Wanted, cached_teacher
-from .losses import HiddenStateKDLoss, Term, build_terms, describe
+from ..settings.checks import require_valid
+from ..settings.schema import RecoverConfig
+from .caching import TargetStats, Wanted, cached_teacher
+from .losses import compared, describe
 from .module import RecoveryModule
-from .sharding import Sharding
-from .teacher import Match, Teacher, check_teacher, match_layers
-from .trainable import prepare, trainable
+from .student import Sharding, prepare, trainable
+from .teacher import Match, TargetCache, Teacher, check_teacher, match_layers
 
 RESUME_POINT = "last.ckpt"
 
@@ -154,7 +156,7 @@ class RecoveryStats:
 def recover(
     student: nn.Module,
     datamodule: L.LightningDataModule,
-    cfg: Any,
+    cfg: RecoverConfig,
     trainer_factory: Callable[..., L.Trainer],
     workdir: Path,
     *,
@@ -170,7 +172,7 @@ def recover(
         student: The pruned model; changed in place, adapters merged at the end, storage types kept.
         datamodule: Gives the training loader: map-style, its batch sampler sharded over processes and, where it has
             ``set_epoch``, in an order of the epoch's own.
-        cfg: A `efficientllava.settings.schema.RecoverConfig`.
+        cfg: What is minimised, and how.
         trainer_factory: Makes a trainer from keyword arguments: ``callbacks`` (to be added to the user's own),
             ``max_epochs``, ``default_root_dir``, ``enable_checkpointing``, ``use_distributed_sampler``.
         workdir: Folder of the resume point; only the caller knows when it may be deleted.
@@ -187,13 +189,13 @@ def recover(
     Raises:
         UserError: A faulty configuration, a teacher that does not fit, or a loss that is not finite.
     """
-    terms = build_terms(cfg)
-    distils = any(loss.needs_hidden or loss.needs_teacher_logits for _, loss in terms)
-    matches = _matches(student, teacher, terms, original_layers) if distils else ()
+    require_valid(cfg, "recover.")
+    matches = _matches(student, teacher, cfg, original_layers) if cfg.taught else ()
     # The two towers are compared before adapters change the student.
-    live = Teacher(teacher, student, cfg.teacher.offload) if distils and isinstance(teacher, nn.Module) else None
+    live = Teacher(teacher, student, cfg.teacher.offload) if cfg.taught and isinstance(teacher, nn.Module) else None
+    timer = Timer()
     trainer = trainer_factory(
-        callbacks=[ResumePoint(workdir, cfg.save_every)],
+        callbacks=[ResumePoint(workdir, cfg.save_every), timer],
         max_epochs=1,
         default_root_dir=workdir,
         enable_checkpointing=False,
@@ -201,7 +203,7 @@ def recover(
     )
     if isinstance(trainer.strategy, Sharding):
         decoder_of(student).layers.to("cpu")  # they go to their device in shares
-    finish = prepare(student, cfg, seed, train_head=any(loss.needs_logits for _, loss in terms))
+    finish = prepare(student, cfg, seed)
     count = sum(p.numel() for p in trainable(student))
     datamodule.trainer = trainer
     datamodule.setup("fit")
@@ -210,13 +212,13 @@ def recover(
     trainer.accumulate_grad_batches = accumulate
     steps = optimiser_steps(cfg.steps, cfg.epochs, len(loader), accumulate)
     source, targets, features = live, None, feature_cache(student)
-    if distils and isinstance(teacher, TargetCache):
-        wanted, used = _wanted(cfg, terms, matches, teacher), used_records(loader, steps * accumulate)
+    if cfg.taught and isinstance(teacher, TargetCache):
+        wanted, used = _wanted(cfg, matches, teacher), used_records(loader, steps * accumulate)
         source, targets = cached_teacher(teacher, wanted, student, loader, used, batch_size, features, trainer)
     # Parity counts padding too, which is no property of a record.
     elif live is not None and len(loader) < steps * accumulate and cfg.parity is None:
         live.remember()
-    module = RecoveryModule(student, cfg, steps, source, matches, seed, features)
+    module = RecoveryModule(student, cfg, steps, features, source, matches, seed)
     workdir.mkdir(parents=True, exist_ok=True)
     resume = workdir / RESUME_POINT
     stream = BatchStream(loader, steps * accumulate)
@@ -229,7 +231,7 @@ def recover(
         steps=trainer.global_step,
         samples=trainer.global_step * accumulate * batch_size * trainer.world_size,
         tokens=module.tokens,
-        seconds=module.seconds,
+        seconds=timer.time_elapsed("train"),
         final_losses=module.final_losses(),
         targets=targets,
     )
@@ -276,29 +278,27 @@ def optimiser_steps(steps: int | None, epochs: float | None, batches_per_epoch: 
 
 
 def _matches(
-    student: nn.Module, teacher: nn.Module | TargetCache | None, terms: Sequence[Term], original: Sequence[int] | None
+    student: nn.Module,
+    teacher: nn.Module | TargetCache | None,
+    cfg: RecoverConfig,
+    original: Sequence[int] | None,
 ) -> tuple[Match, ...]:
     """Pairs of compared layers, after a check that the teacher fits."""
-    hidden = [loss for _, loss in terms if isinstance(loss, HiddenStateKDLoss)]
     if teacher is None:
         raise UserError("recover.weights: distillation needs a teacher; set recover.teacher.path to the original model")
-    check_teacher(teacher, student, any(loss.needs_teacher_logits for _, loss in terms), bool(hidden))
-    depth: int = teacher.config.get_text_config().num_hidden_layers  # pyright: ignore
-    layers = len(decoder_of(student).layers)
+    config: Any = teacher.config
+    check_teacher(config, student, cfg)
+    depth, layers = config.get_text_config().num_hidden_layers, len(decoder_of(student).layers)
     kept = list(range(layers)) if original is None else list(original)
     if len(kept) != layers or kept[-1] >= depth or (original is None and layers != depth):
         raise UserError(
             f"recover.teacher.path: the teacher's {depth} layers do not match the student's {layers}, "
             f"which are taken to be its layers {kept}; give the checkpoint that was pruned"
         )
-    return match_layers(hidden[0].layers, kept, depth) if hidden else ()
+    return match_layers(cfg.hidden_layers, kept, depth) if compared(cfg)[1] else ()
 
 
-def _wanted(cfg: Any, terms: Sequence[Term], matches: Sequence[Match], teacher: TargetCache) -> Wanted:
+def _wanted(cfg: RecoverConfig, matches: Sequence[Match], teacher: TargetCache) -> Wanted:
     """What is read of a cached teacher."""
-    inner = tuple(sorted(match.teacher for match in matches if not match.final))
-    final = any(match.final for match in matches)
-    if not any(loss.needs_teacher_logits for _, loss in terms):
-        return Wanted(inner, final)
-    vocabulary = teacher.config.get_text_config().vocab_size
-    return Wanted(inner, final, min(cfg.teacher.top_k, vocabulary), cfg.temperature)
+    tokens = min(cfg.teacher.top_k, teacher.config.get_text_config().vocab_size) if compared(cfg)[0] else 0
+    return Wanted(tuple(match.teacher for match in matches), tokens, cfg.temperature)

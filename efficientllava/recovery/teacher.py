@@ -10,36 +10,38 @@ kept layer was trained to receive. The deepest kept layer is measured after the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.folder import compute_dtype, load, read_config, resolve
+from ..checkpoint.hub import folder_digest
 from ..models.anatomy import decoder_of, projector_of
 from ..models.forward import HostMemory, feature_cache, forward_hidden
 from ..models.offload import Offload, offload_layers
+from ..runtime.content import Memo
 from ..runtime.errors import UserError
-from .losses import TeacherLogits
-from .trainable import silence_dropout
+from ..settings.schema import RecoverConfig, TeacherConfig
+from .losses import TeacherLogits, compared
+from .student import silence_dropout, weights_of
+
+FINAL = -1  # in place of a layer's position: after the final norm
+MEMORY_LIMIT = 1 << 30  # bytes of remembered states
 
 
-@dataclass(frozen=True)
-class Match:
-    """One pair of hidden states.
-
-    Attributes:
-        student: Position of the layer in the student.
-        teacher: Index of the layer in the teacher.
-        final: Both are measured after the final norm.
-    """
+class Match(NamedTuple):
+    """Positions of two layers whose outputs are compared, in student and teacher; both `FINAL` for the deepest one."""
 
     student: int
     teacher: int
-    final: bool
 
 
 def match_layers(which: str | Sequence[int], kept: Sequence[int], depth: int) -> tuple[Match, ...]:
@@ -58,12 +60,10 @@ def match_layers(which: str | Sequence[int], kept: Sequence[int], depth: int) ->
         UserError: An index outside the teacher, or one with no kept layer at or before it.
     """
     ends = [after - 1 for after in [*kept[1:], depth]]
-    pairs = [Match(i, end, i == len(kept) - 1) for i, end in enumerate(ends)]
-    if which == "last":
-        return (pairs[-1],)
+    pairs = (*(Match(i, end) for i, end in enumerate(ends[:-1])), Match(FINAL, FINAL))
     if isinstance(which, str):
-        return tuple(pairs)
-    chosen = []
+        return pairs if which == "all" else pairs[-1:]
+    chosen = set()
     for index in which:
         layer = index + depth if index < 0 else index
         if not kept[0] <= layer < depth:
@@ -71,82 +71,56 @@ def match_layers(which: str | Sequence[int], kept: Sequence[int], depth: int) ->
                 f"recover.hidden_layers: {index} has no kept layer at or before it; "
                 f"the teacher has layers 0 to {depth - 1}, the student keeps {list(kept)}"
             )
-        chosen.append(next(pair for pair in pairs if layer <= pair.teacher))
-    return tuple(sorted(set(chosen), key=lambda pair: pair.student))
+        chosen.add(bisect_left(ends, layer))
+    return tuple(pairs[i] for i in sorted(chosen))
 
 
-@contextmanager
-def captured(decoder: nn.Module, layers: Sequence[int], mask: Tensor) -> Iterator[dict[int, Tensor]]:
-    """Collect block outputs of one forward pass.
+def hidden_states(
+    model: nn.Module, batch: Mapping[str, Any], features: Tensor | None, layers: Collection[int], mask: Tensor
+) -> dict[int, Tensor]:
+    """Run a decoder once and keep what its layers say at some positions.
 
     Args:
-        decoder: A bare decoder with ``layers``.
+        model: Student or teacher.
+        batch: A collated batch.
+        features: Vision features of the batch; None where there are none to share.
         layers: Positions of the wanted layers.
         mask: Wanted positions, ``(batch, seq)``.
 
-    Yields:
-        A dictionary that fills, by layer, with ``(positions, hidden)`` as the layers run.
+    Returns:
+        Raw outputs of the layers by position and, always, the states after the final norm as `FINAL`; each
+        ``(positions, hidden)``.
     """
     states: dict[int, Tensor] = {}
+    blocks: Any = decoder_of(model).layers
 
-    def keep(position: int) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            states[position] = (output[0] if isinstance(output, tuple) else output)[mask]
+    def keep(layer: int, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        states[layer] = (output[0] if isinstance(output, tuple) else output)[mask]
 
-        return hook
-
-    blocks: nn.ModuleList = decoder.layers  # pyright: ignore[reportAssignmentType]
-    handles = [blocks[i].register_forward_hook(keep(i)) for i in layers]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+    if features is not None:
+        features = features.to(weights_of(projector_of(model))[0].dtype)
+    with ExitStack() as hooks:
+        for layer in {*layers} - {FINAL}:
+            hooks.enter_context(blocks[layer].register_forward_hook(partial(keep, layer)))
+        states[FINAL] = forward_hidden(model, batch, features)[mask]
+    return states
 
 
-MEMORY_LIMIT = 1 << 30  # bytes of remembered states
-
-
-def same_tower(one: nn.Module, other: nn.Module) -> bool:
-    """Tell whether two models have the same vision tower, bit for bit in the coarser of their two types.
-
-    Args:
-        one: An image-text-to-text model.
-        other: Another.
-
-    Returns:
-        True when everything but decoder, head and projector has the same names, shapes and values.
-    """
-    first, second = _tower(one), _tower(other)
-    return first.keys() == second.keys() and all(_equal(first[name], second[name]) for name in first)
-
-
-class Taught(NamedTuple):
+class Answer(NamedTuple):
     """What a teacher says about the wanted positions of a batch, its rows.
 
     Attributes:
-        final: States after the final norm, ``(rows, hidden)``; None where a cached teacher was not asked for them.
-        states: Raw outputs of the wanted layers by index, ``(rows, hidden)``.
+        states: Hidden states by layer, see `hidden_states`.
         logits: Gives the logits of a range of rows, or what is known of them.
     """
 
-    final: Tensor | None
     states: Mapping[int, Tensor]
     logits: TeacherLogits
 
 
-class TeacherSource(Protocol):
-    """Where a recovery's targets come from: the live `Teacher`, or what it has said before."""
-
-    def to(self, device: torch.device | str) -> TeacherSource:
-        """Give answers on a device from now on."""
-        ...
-
-    def __call__(
-        self, batch: Mapping[str, Any], features: Tensor | None, layers: Sequence[int], mask: Tensor
-    ) -> Taught:
-        """Answer for a batch; see `Teacher`."""
-        ...
+# Where the targets of a recovery come from, the live `Teacher` or what it has said before: given a collated batch, the
+# student's vision features for it, the wanted layers, and the wanted positions, ``(batch, seq)``.
+TeacherSource = Callable[[Mapping[str, Any], Tensor | None, Collection[int], Tensor], Answer]
 
 
 class Teacher:
@@ -164,8 +138,7 @@ class Teacher:
     def __init__(self, model: nn.Module, student: nn.Module, offloaded: bool = False) -> None:
         model.eval().requires_grad_(False)
         silence_dropout(model)
-        self.model = model
-        self.depth = len(decoder_of(model).layers)
+        self.model: Any = model
         shared = same_tower(model, student)
         self._features = None if shared else feature_cache(model)
         self._twins = list(zip(*(_tower(m).values() for m in (model, student)), strict=True)) if shared else []
@@ -198,65 +171,51 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(
-        self,
-        batch: Mapping[str, Any],
-        features: Tensor | None,
-        layers: Sequence[int],
-        mask: Tensor,
-    ) -> Taught:
+        self, batch: Mapping[str, Any], features: Tensor | None, layers: Collection[int], mask: Tensor
+    ) -> Answer:
         """Run the decoder once, or recall what it said about the same records.
 
         Args:
             batch: A collated batch.
             features: The student's vision features for the batch.
-            layers: Layers whose raw outputs are wanted; the same in every call.
+            layers: Wanted layers; the same in every call.
             mask: Wanted positions, ``(batch, seq)``; a function of the records.
         """
-        final, *states = self._recalled(batch, features, layers, mask)
-        return Taught(final, dict(zip(layers, states, strict=True)), lambda rows: self.head(final[rows]))
+        states = self._recalled(batch, features, layers, mask)
+        return Answer(states, lambda rows: self.model.lm_head(states[FINAL][rows]).float())
 
     def _recalled(
-        self, batch: Mapping[str, Any], features: Tensor | None, layers: Sequence[int], mask: Tensor
-    ) -> Sequence[Tensor]:
+        self, batch: Mapping[str, Any], features: Tensor | None, layers: Collection[int], mask: Tensor
+    ) -> dict[int, Tensor]:
         if self._memory is None:
             return self._run(batch, features, layers, mask)
-        keys = record_keys(batch)
+        keys, order = record_keys(batch), sorted({FINAL, *layers})
         if (known := self._memory.get(keys)) is not None:
-            return list(torch.cat(known, dim=1).to(mask.device))
+            return dict(zip(order, torch.cat(known, dim=1).to(mask.device), strict=True))
         states = self._run(batch, features, layers, mask)
-        self._memory.put(keys, torch.stack(states).split(mask.sum(1).tolist(), dim=1))
+        self._memory.put(keys, torch.stack([states[layer] for layer in order]).split(mask.sum(1).tolist(), dim=1))
         return states
 
     def _run(
-        self, batch: Mapping[str, Any], features: Tensor | None, layers: Sequence[int], mask: Tensor
-    ) -> list[Tensor]:
-        if self._features is not None:
-            features = self._features(batch)
-        if features is not None:
-            features = features.to(next(projector_of(self.model).parameters()).dtype)
-        with captured(decoder_of(self.model), layers, mask) as states:
-            final = forward_hidden(self.model, batch, features)[mask]
-        return [final, *(states[layer] for layer in layers)]
-
-    def head(self, rows: Tensor) -> Tensor:
-        """Logits of rows after the final norm, ``(rows, hidden)`` to ``(rows, vocab)``, fp32."""
-        return self.model.lm_head(rows).float()  # pyright: ignore[reportCallIssue]
+        self, batch: Mapping[str, Any], features: Tensor | None, layers: Collection[int], mask: Tensor
+    ) -> dict[int, Tensor]:
+        return hidden_states(self.model, batch, self._features(batch) if self._features else features, layers, mask)
 
 
-def check_teacher(teacher: Any, student: nn.Module, logits: bool, hidden: bool) -> None:
+def check_teacher(teacher: Any, student: nn.Module, config: RecoverConfig) -> None:
     """Refuse a teacher that cannot teach this student.
 
     Args:
-        teacher: The candidate, or what else has its ``config``.
+        teacher: The candidate's configuration.
         student: The pruned model.
-        logits: Logits are compared.
-        hidden: Hidden states are compared.
+        config: Says whether logits or hidden states are compared.
 
     Raises:
         UserError: The vocabularies or the widths of the residual stream differ.
     """
+    logits, hidden = compared(config)
     for needed, field, what in ((logits, "vocab_size", "vocabulary"), (hidden, "hidden_size", "hidden width")):
-        ours, theirs = (getattr(m.config.get_text_config(), field) for m in (student, teacher))  # pyright: ignore
+        ours, theirs = (getattr(c.get_text_config(), field) for c in (student.config, teacher))  # pyright: ignore
         if needed and ours != theirs:
             raise UserError(
                 f"recover.teacher.path: the teacher's {what} is {theirs}, the student's {ours}; "
@@ -271,15 +230,97 @@ def record_keys(batch: Mapping[str, Any]) -> list[bytes]:
     return [blake2b(row[:length].tobytes(), key=blake2b(name.encode()).digest()).digest() for name, row, length in rows]
 
 
+def same_tower(one: nn.Module, other: nn.Module) -> bool:
+    """Tell whether two models have the same vision tower, bit for bit in the coarser of their two types.
+
+    Returns:
+        True when everything but decoder, head and projector has the same names, shapes and values.
+    """
+    first, second = _tower(one), _tower(other)
+    return first.keys() == second.keys() and all(_equal(first[name], second[name]) for name in first)
+
+
 def _tower(model: nn.Module) -> dict[str, Tensor]:
-    ours: set[int] = set()
-    for part in (decoder_of(model), projector_of(model), model.lm_head):
-        ours |= {id(p) for p in part.parameters()}  # pyright: ignore[reportAttributeAccessIssue]
-    return {name: p for name, p in model.named_parameters() if id(p) not in ours}
+    parts: Any = (decoder_of(model), projector_of(model), model.lm_head)
+    others = {id(p) for part in parts for p in part.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) not in others}
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
     coarse = min(one.dtype, other.dtype, key=lambda t: t.itemsize)
     return torch.equal(one.to(coarse), other.to(one.device, coarse))
+
+
+# ---- where it is ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TargetCache:
+    """Where a teacher's answers lie, and how the teacher is had if some are missing.
+
+    Attributes:
+        folder: Of the answers; its name stands for the content of teacher and data.
+        config: The teacher's configuration.
+        dtype: Type that the teacher computes in.
+        load: Loads the teacher.
+        memo: Digests of files.
+    """
+
+    folder: Path
+    config: Any
+    dtype: torch.dtype
+    load: Callable[[], nn.Module]
+    memo: Memo
+
+
+def open_teacher(
+    config: TeacherConfig, base: Mapping[str, str], device: str, folder: Path, memo: Memo
+) -> nn.Module | TargetCache:
+    """The teacher that a configuration asks for.
+
+    Args:
+        config: Where it is, and whether it is asked live.
+        base: The original checkpoint, which teaches where none is named.
+        device: Where it runs.
+        folder: Of its answers, where they are cached.
+        memo: Digests of files.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    path, revision = _place(config, base)
+    if config.source == "live":
+        return load(path, config.dtype, device, revision, host=config.offload).model
+    described, storage = read_config(resolve(path, revision), path)
+    dtype = compute_dtype(config.dtype, storage, device)
+    return TargetCache(folder, described, dtype, lambda: load(path, config.dtype, device, revision).model, memo)
+
+
+def require_teacher(config: RecoverConfig, base: Mapping[str, str], student: nn.Module) -> None:
+    """Refuse a recovery whose teacher is not there or cannot teach, before anything is computed.
+
+    Args:
+        config: Losses and teacher.
+        base: As for `open_teacher`.
+        student: The model, pruned or not.
+
+    Raises:
+        UserError: Says what is wrong with the teacher.
+    """
+    if not config.taught:
+        return
+    path, revision = _place(config.teacher, base)
+    try:
+        described, _ = read_config(resolve(path, revision), path)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path=", "recover.teacher.path=", 1)) from error
+    check_teacher(described, student, config)
+
+
+def teacher_digest(config: TeacherConfig, base: Mapping[str, str], memo: Memo) -> str:
+    """Digest of the checkpoint that teaches; arguments as for `open_teacher`."""
+    return folder_digest(resolve(*_place(config, base)), memo)
+
+
+def _place(config: TeacherConfig, base: Mapping[str, str]) -> tuple[str, str | None]:
+    return (config.path, config.revision) if config.path else (base["path"], base.get("revision"))

@@ -177,6 +177,11 @@ class RecoverConfig:
     chunk: int = 1024  # positions per head call of CE and KL, bounds memory, >= 1
     save_every: int = 100  # optimiser steps between resume points, >= 1
 
+    @property
+    def taught(self) -> bool:
+        """Whether a loss needs a teacher."""
+        return self.weights.logit > 0 or self.weights.hidden > 0
+
 
 @dataclass
 class JudgeConfig:

@@ -16,7 +16,7 @@ from ..runtime.files import set_aside
 from ..runtime.source import source_digest
 from ..runtime.store import library_versions
 from ..settings.schema import RunConfig
-from .inputs import inputs_of, numbers, taught
+from .inputs import inputs_of, numbers
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,8 @@ def run_key(settings: RunConfig) -> str:
         stages.append(inputs_of("prune", settings, model=base, files=files, images=images))
     if settings.recover.name != "none":
         taught_by = None
-        if taught(settings) and (place := (teacher.path, teacher.revision) if teacher.path else origin_of(folder)):
+        place = (teacher.path, teacher.revision) if teacher.path else origin_of(folder)
+        if settings.recover.taught and place:
             taught_by = folder_digest(source_folder(*place), memo)
         files = read["recover"]
         drawn = draw(load_split(data, "train"), settings.data_frac, settings.seed) if files else []

@@ -137,7 +137,7 @@ def _recover(settings: RunConfig) -> dict[str, Any]:
     """
     recover = _node(settings, "recover")
     teacher = recover.pop("teacher")
-    if taught(settings):
+    if settings.recover.taught:
         # Its place is content; it is of one type with the model unless somebody says otherwise.
         recover["teacher"] = {key: teacher[key] for key in ("dtype", "source", "top_k")}
     return {
@@ -176,11 +176,6 @@ _STAGES: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
 }
 
 
-def taught(settings: RunConfig) -> bool:
-    """Whether a loss of the recovery needs a teacher."""
-    return settings.recover.weights.logit > 0 or settings.recover.weights.hidden > 0
-
-
 def asked(settings: RunConfig) -> dict[str, Any]:
     """Which questions the evaluations of a run ask, in place of ``task`` and of what is read of it."""
     config = settings.evaluate
@@ -195,7 +190,7 @@ def places(settings: RunConfig, stage: str) -> dict[str, Any]:
     files: dict[str, Any] = {"files": [data.name, data.path, data.image_root]}
     if stage == "prune":
         files["files"] += [calibration.path, calibration.image_root]
-    if stage == "targets" or (stage == "recover" and taught(settings)):
+    if stage == "targets" or (stage == "recover" and settings.recover.taught):
         files["teacher"] = [teacher.path, teacher.revision]
     return files
 

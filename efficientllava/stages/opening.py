@@ -13,9 +13,9 @@ from ..data.datamodule import RecoveryData
 from ..data.splits import calibration_records, keep_back, open_data
 from ..evaluation import judges, lmms, tasks
 from ..models.forward import feature_cache, require_images
-from ..recovery.caching import require_teacher
 from ..recovery.recover import accumulation
-from ..recovery.trainable import require_trainable
+from ..recovery.student import require_trainable
+from ..recovery.teacher import require_teacher
 from ..runtime import processes
 from ..runtime.console import quiet_libraries
 from ..runtime.errors import ConfigError, UserError

@@ -10,13 +10,12 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint
 from ..data.checks import image_stamps
 from ..record import CURVE, read_curve, write_curve
-from ..recovery.caching import open_teacher, teacher_digest
 from ..recovery.losses import describe
 from ..recovery.recover import recover as train
+from ..recovery.teacher import open_teacher, teacher_digest
 from ..runtime import processes
 from ..runtime.console import say
 from ..runtime.content import digest
-from .inputs import taught
 from .run import Made, Run
 
 
@@ -51,7 +50,7 @@ def recover(run: Run, before: Made) -> Made:
         return {"seconds": stats.seconds, "stats": asdict(stats)}
 
     teacher = None
-    if taught(settings):
+    if config.taught:
         teacher = processes.on_first(lambda: teacher_digest(config.teacher, student.base, run.store.memo))
     entry = run.entry(
         "recover",

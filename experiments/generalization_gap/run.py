@@ -8,13 +8,13 @@ correlation of ``z(risk) + weight * z(gap)`` with the answer loss on held-out sa
 
 from __future__ import annotations
 
-import csv
 import random
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from scipy.stats import spearmanr
 
@@ -81,21 +81,16 @@ def rows(model: str, policies: int, unseen: int, scratch: Path) -> list[dict[str
     return result
 
 
-def table(found: list[dict[str, Any]]) -> str:
+def table(found: pd.DataFrame) -> str:
     """Markdown: a row per budget, number of samples, risk and gap; a column per weight."""
-    lines = [
-        "| removed | samples | risk | gap | " + " | ".join(f"weight {w:g}" for w in WEIGHTS) + " | gap with excess |"
-    ]
-    lines.append("|---|---:|---|---|" + "---:|" * (len(WEIGHTS) + 1))
-    groups: dict[tuple[Any, ...], dict[float, Any]] = {}
-    for row in found:
-        key = (row["ratio"], row["samples"], row["risk"], row["gap"])
-        groups.setdefault(key, {})[row["weight"]] = row
-    for (ratio, samples, risk, gap), by_weight in groups.items():
-        cells = [f"{by_weight[w]['spearman']:.3f}" if w in by_weight else "-" for w in WEIGHTS]
-        own = next(iter(by_weight.values()))["spearman_gap_excess"]
-        last = "-" if own != own else f"{own:.3f}"
-        lines.append(f"| {ratio:.0%} | {samples} | {risk} | {gap} | " + " | ".join(cells) + f" | {last} |")
+    heads = ["removed", "samples", "risk", "gap", *(f"weight {w:g}" for w in WEIGHTS), "gap with excess"]
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---|---|" + "---:|" * (len(WEIGHTS) + 1)]
+    groups: Any = found.groupby(["ratio", "samples", "risk", "gap"], sort=False)
+    for (ratio, samples, risk, gap), group in groups:
+        own = group["spearman_gap_excess"].iloc[0]
+        values = [*group.set_index("weight")["spearman"].reindex(WEIGHTS), own]
+        cells = [f"{ratio:.0%}", str(samples), risk, gap, *("-" if pd.isna(v) else f"{v:.3f}" for v in values)]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -105,11 +100,8 @@ def main() -> None:
     policies, unseen = (int(value) for value in sys.argv[2:4]) if len(sys.argv) == 4 else (200, 2000)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        found = rows(model, policies, unseen, Path(scratch))
-    with (HERE / f"{model}.csv").open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, fieldnames=list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+        found = pd.DataFrame(rows(model, policies, unseen, Path(scratch)))
+    found.to_csv(HERE / f"{model}.csv", index=False, na_rep="nan", lineterminator="\r\n")
     (HERE / f"{model}.md").write_text(table(found), encoding="utf-8")
 
 

@@ -6,11 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from efficientllava.estimate.forecast import forecast
 from efficientllava.models.anatomy import layers_of
@@ -19,11 +17,12 @@ from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
 from efficientllava.pruning.ranking import OBS_ROUNDS, eliminate
 from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
-from efficientllava.settings.compose import register_schema, typed
+from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import PruneConfig
 from experiments.speed import pruning as bench
+from experiments.speed.rows import peak_memory
+from tests.runs import composed
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)
 WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)
 PAPER = PruneConfig("widthwise_paper", "widthwise", 0.3, "param_first", "local", taylor_mean="batch")
@@ -31,9 +30,7 @@ PAPER = PruneConfig("widthwise_paper", "widthwise", 0.3, "param_first", "local",
 
 def llava_7b() -> Any:
     """LLaVA-1.5-7B on the meta device, of the sizes in ``conf/model``."""
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return forecast(typed(compose("config", ["model=llava_1_5_7b", "dry_run=true"]))).base
+    return forecast(typed(composed("model=llava_1_5_7b", "dry_run=true"))).base
 
 
 def closed_form() -> None:
@@ -79,7 +76,7 @@ def report(
         function(argument)
         spent = time.process_time() - began
 
-    peak = bench.peak_memory(prepare, timed)
+    peak = peak_memory(prepare, timed)
     memory = pruning_memory(one_layer("meta"), config, CalibrationSize.of(bench.random_batches()), stored=False)
     bound = memory.phases[phase] - memory.model
     print(f"| {what} | {peak / 1e6:.0f} | {bound / 1e6:.0f} | {spent:.0f} |", flush=True)

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, LlavaProcessor
@@ -26,14 +25,10 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, Lla
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.checkpoint.processors import vicuna_template
 from efficientllava.estimate.forecast import meta_model
-from efficientllava.settings.compose import register_schema, typed
+from efficientllava.settings.compose import typed
 from experiments.tiny_models.tiny import tiny_llava
-from tests.models.originals import (
-    BUNNY,
-    INTERNVL,
-    bunny_tokenizer,
-    internvl_tokenizer,
-)
+from tests.models.originals import BUNNY, INTERNVL, bunny_tokenizer, internvl_tokenizer
+from tests.runs import composed
 
 ROOT, LAYERS, SIDE = Path(__file__).resolve().parents[2], 2, 448
 # Stock names to published ones, replaced in this order.
@@ -62,9 +57,7 @@ INTERNVL_NAMES = {
 
 def config_of(option: str) -> Any:
     """The stock configuration of a family, with few decoder layers."""
-    register_schema()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = stock_config(typed(compose("config", [f"model={option}", "dry_run=true"])).model)
+    config = stock_config(typed(composed(f"model={option}", "dry_run=true")).model)
     config.text_config.num_hidden_layers = LAYERS
     return config
 

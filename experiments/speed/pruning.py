@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.pruner import apply_plan, make_plan
@@ -25,8 +27,6 @@ METHODS = {
 
 def middle_sized() -> Any:
     """A random LLaVA whose decoder is large enough that activations do not hide what its weights need."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
     tower = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
     )
@@ -52,8 +52,7 @@ def random_batches() -> list[dict[str, Any]]:
     batches = []
     for number in range(BATCHES):
         ids = torch.randint(3, VOCABULARY - 1, (ROWS, LENGTH), generator=generator)
-        labels = ids.clone()
-        labels[:, : 3 * LENGTH // 4] = -100
+        labels = ids.index_fill(1, torch.arange(3 * LENGTH // 4), -100)
         names = [f"{number}/{row}" for row in range(ROWS)]
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "ids": names})
     return batches
@@ -74,14 +73,13 @@ def memory_bound(model: Any) -> int:
 
 def memory_rows() -> list[Row]:
     """Peak memory of scoring, refit and cutting above the weights, against the bound."""
-    rows = []
-    for name, config in METHODS.items():
 
-        def prune(model: Any, config: PruneConfig = config) -> None:
-            calibration = Calibration(random_batches())
-            plan, _ = make_plan(model, calibration, config)
-            apply_plan(model, plan, calibration, config)
+    def prune(model: Any, config: PruneConfig) -> None:
+        calibration = Calibration(random_batches())
+        plan, _ = make_plan(model, calibration, config)
+        apply_plan(model, plan, calibration, config)
 
-        peak, bound = peak_memory(middle_sized, prune), memory_bound(middle_sized())
-        rows.append(Row(f"pruning memory above the weights / bound: {name}", peak / 2**20, bound / 2**20, "MiB", "< 1"))
-    return rows
+    bound = memory_bound(middle_sized()) / 2**20
+    peaks = {name: peak_memory(middle_sized, partial(prune, config=config)) for name, config in METHODS.items()}
+    what = "pruning memory above the weights / bound"
+    return [Row(f"{what}: {name}", peak / 2**20, bound, "MiB", "< 1") for name, peak in peaks.items()]

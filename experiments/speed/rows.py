@@ -9,12 +9,15 @@ held before. Images and other memory outside torch's allocator are not counted.
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def peak_memory(prepare: Callable[[], Any], function: Callable[[Any], Any]) -> i
             has seen it allocated.
         function: What to measure; on a CPU.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write lines between those of the table
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         argument = prepare()
@@ -56,13 +60,7 @@ def peak_memory(prepare: Callable[[], Any], function: Callable[[Any], Any]) -> i
         function(argument)
     results: Any = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    before = held = sum(size for at, size in events if at < began)
-    peak = 0
-    for at, size in events:
-        if at >= began:
-            held += size
-            peak = max(peak, held - before)
-    return peak
+    return max(accumulate((size for at, size in events if at >= began), initial=0))
 
 
 def seconds(measured: Callable[[], Any], reference: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
@@ -78,18 +76,9 @@ def seconds(measured: Callable[[], Any], reference: Callable[[], Any], repeats: 
 
 def quiet_trainer(**options: Any) -> Any:
     """A CPU Trainer that prints and writes nothing."""
-    from lightning.pytorch import Trainer
-
+    silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     return Trainer(
-        **{
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "use_distributed_sampler": False,
-            **options,
-        }
+        **{"accelerator": "cpu", "use_distributed_sampler": False, **dict.fromkeys(silent, False), **options}
     )
 
 

@@ -49,25 +49,18 @@ class Setting:
     evaluator: Evaluator
 
 
-def deep_llava(depth: int = DEPTH) -> tuple[Any, Any]:
-    """Random-weight variant of tiny_llava with another number of layers, and its processor."""
-    model, processor = tiny_llava()
-    config = copy.deepcopy(model.config)
-    config.text_config.num_hidden_layers = depth
-    deep = type(model)(config).eval()
-    initialise(deep, seed=0)
-    return deep, processor
-
-
 def make_setting(folder: Path, depth: int = DEPTH, samples: int = SAMPLES) -> Setting:
-    """Level table and search space of the deep model on digits.
+    """Level table and search space of tiny_llava with other weights and another number of layers, on digits.
 
     Args:
         folder: Becomes the table's folder.
         depth: Number of decoder layers.
         samples: Number of samples.
     """
-    model, processor = deep_llava(depth)
+    shallow, processor = tiny_llava()
+    shallow.config.text_config.num_hidden_layers = depth
+    model = type(shallow)(shallow.config).eval()
+    initialise(model, seed=0)
     records, collate = Digits("calibration", samples), Collator(processor)
     batches = [collate([records[i] for i in range(at, min(at + BATCH, samples))]) for at in range(0, samples, BATCH)]
     calibration = Calibration(batches, feature_cache(model))

@@ -8,9 +8,7 @@ the rest.
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 import platform
 import time
 from dataclasses import asdict
@@ -29,25 +27,14 @@ from efficientllava.models.anatomy import decoder_of, projector_of
 from efficientllava.models.forward import answer_loss
 from efficientllava.record import commit
 from efficientllava.runtime.console import say
-from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.files import (
-    remove,
-    set_aside,
-    sha256,
-    whole_file,
-    whole_folder,
-)
-from efficientllava.runtime.store import growing
-from experiments.tiny_models.pretraining_data import PretrainConfig, Scenes, quadrants, scene_targets
-from experiments.tiny_models.scoring import Scores, forced_match
+from efficientllava.runtime.files import sha256, whole_file
+from efficientllava.runtime.store import Entry, Store
+from experiments.tiny_models.pretraining_data import PretrainConfig, Scenes, forced_match, painted, quadrants
 from experiments.tiny_models.tiny import BUILDERS
 
-STATE = "last.ckpt"  # in a folder beside the checkpoint's
+STATE = "last.ckpt"
 PROVENANCE = "provenance.json"
-WEIGHTS = "model.safetensors"
-
-log = logging.getLogger(__name__)
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -58,15 +45,14 @@ def initialise(model: nn.Module, seed: int) -> None:
         seed: Seed of the weights.
     """
     generator = torch.Generator().manual_seed(seed)
-    depth = len(decoder_of(model).layers)  # pyright: ignore[reportArgumentType]
+    deep = math.sqrt(2 * len(decoder_of(model).layers))  # pyright: ignore[reportArgumentType]
     residual = ("o_proj", "down_proj", "self_attn.dense", "fc2")
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             module.weight.data.normal_(0, 0.5, generator=generator)
         elif isinstance(module, nn.Linear | nn.Conv2d):
             std = module.weight[0].numel() ** -0.5
-            if "language_model" in name and name.endswith(residual):
-                std /= math.sqrt(2 * depth)
+            std /= deep if "language_model" in name and name.endswith(residual) else 1
             module.weight.data.normal_(0, std, generator=generator)
             if module.bias is not None:
                 module.bias.data.zero_()
@@ -102,9 +88,6 @@ class Pretraining:
         model: The freshly initialised model.
         processor: Its processor.
         folder: Where the training state is kept.
-
-    Raises:
-        UserError: The state in the folder belongs to another recipe.
     """
 
     def __init__(self, config: PretrainConfig, model: nn.Module, processor: Any, folder: Path) -> None:
@@ -119,7 +102,6 @@ class Pretraining:
         self.optimizers = self._optimizers()
         if (folder / STATE).exists():
             state = torch.load(folder / STATE, weights_only=True)
-            _same_recipe(state["config"], config, folder / STATE)
             self.model.load_state_dict(state["model"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
@@ -127,13 +109,11 @@ class Pretraining:
 
     def _optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """AdamW on the tower and projector for stage one; Muon and AdamW on projector and decoder for stage two."""
-        tower = list(self.model.model.vision_tower.parameters())
+        tower, lr = list(self.model.model.vision_tower.parameters()), self.config.lr
         matrices = [p for p in decoder_of(self.model).layers.parameters() if p.ndim == 2]
-        fused = {id(owner) for owner, _, _ in self.parts}
+        fused, known = {id(owner) for owner, _, _ in self.parts}, {id(p) for p in [*tower, *matrices]}
         whole = [p for p in matrices if id(p) not in fused] + [part for _, _, part in self.parts]
-        known = {id(p) for p in [*tower, *matrices]}
         rest = [p for p in self.model.parameters() if id(p) not in known]
-        lr = self.config.lr
         optimizers = (
             torch.optim.AdamW([*tower, *projector_of(self.model).parameters()], lr=lr, weight_decay=0.05),
             torch.optim.Muon(whole, lr=self.config.muon_lr),
@@ -203,9 +183,7 @@ class Pretraining:
         self.model.eval()
         row: dict[str, Any] = {"step": self.step, "seconds": round(self.elapsed()), "loss": round(loss, 4)}
         if self.step <= self.config.align_steps:
-            data = Digits("minival", 400)
-            images, _ = Collator(self.processor).prompts.pixels([record.image for record in data])  # pyright: ignore[reportArgumentType]
-            batch = {**images, **scene_targets([data.scene(i) for i in range(len(data))])}
+            batch = painted(Collator(self.processor), Digits("minival", 400), range(400))
             row["digits"] = round(float(self.alignment(batch)[1]), 4)
         else:
             scores = forced_match(self.model, self.processor, self.minival)
@@ -222,43 +200,38 @@ class Pretraining:
         """Write weights, optimisers and progress, whole or not at all."""
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = {"model": self.model.state_dict(), "optimizers": optimizers, "step": self.step}
-        state |= {"seconds": self.elapsed(), "history": self.history, "config": _recipe(self.config)}
+        state |= {"seconds": self.elapsed(), "history": self.history}
         with whole_file(self.folder / STATE) as file:
             torch.save(state, file)
 
 
-def pretrain(config: PretrainConfig, out_dir: str | Path) -> Scores:
+def pretrain(config: PretrainConfig, root: Path) -> Entry:
     """Train a tiny model and leave a half-precision checkpoint folder.
 
     Args:
         config: The recipe.
-        out_dir: Folder of the checkpoint, replaced where it exists; a complete one of the same recipe is not trained
-            again. Until then the training state lies in a folder beside it.
+        root: Folder of the results of all recipes; a complete one of this recipe is not trained again.
 
     Returns:
-        Share of ``test`` answered exactly by greedy decoding, see `experiments.tiny_models.scoring.forced_match`.
+        The checkpoint. Its record has ``test``, the share of that split answered exactly by greedy decoding, see
+        `experiments.tiny_models.pretraining_data.forced_match`.
 
     Raises:
-        UserError: If the model's name is unknown or the folder belongs to another recipe.
+        UserError: If the model's name is unknown.
     """
     if config.name not in BUILDERS:
         raise UserError(f"pretrain.name: {config.name!r} is not one of {', '.join(BUILDERS)}")
-    folder, memo = Path(out_dir), Memo()
-    if (done := _finished(folder, memo)) is not None:
-        _same_recipe(done["recipe"], config, folder / PROVENANCE)
-        return done["test"]
-    work = folder.with_name(f"{folder.name}.work")
-    with growing(work, memo):
+
+    def compute(folder: Path, work: Path) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)
         model, processor = BUILDERS[config.name]()
         initialise(model, config.seed)
         training = Pretraining(config, model, processor, work)
         training.run()
-        with whole_folder(folder) as partial:
-            scores = _finish(training, partial)
-        remove(work)
-    return scores
+        return _finish(training, folder)
+
+    return Store(root, together=False).entry(config.name, asdict(config), compute)
 
 
 def train(folder: Path, **recipe: Any) -> float:
@@ -275,37 +248,13 @@ def train(folder: Path, **recipe: Any) -> float:
         config = PretrainConfig(**recipe)
     except TypeError as error:
         raise UserError(f"pretrain: {error}; see experiments/tiny_models/pretraining_data.py") from error
-    score = pretrain(config, folder / config.name)["all"]
-    say(f"test accuracy {score['accuracy']:.4f} over {score['n']:.0f} questions: {folder / config.name}")
+    entry = pretrain(config, folder)
+    score = entry.record["test"]["all"]
+    say(f"test accuracy {score['accuracy']:.4f} over {score['n']:.0f} questions: {entry.folder}")
     return score["accuracy"]
 
 
-def _finished(folder: Path, memo: Memo) -> dict[str, Any] | None:
-    """The provenance of a complete checkpoint; one that is damaged is set aside, and None."""
-    if not os.path.lexists(folder / PROVENANCE):
-        return None
-    try:
-        done = json.loads((folder / PROVENANCE).read_text("utf-8"))
-        if done["weights"] == memo.digest(folder / WEIGHTS) and {"recipe", "test"} <= done.keys():
-            return done
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass  # told below
-    log.warning("%s: is damaged; set aside, the model is trained again", folder)
-    set_aside(folder)
-    return None
-
-
-def _recipe(config: PretrainConfig) -> dict[str, Any]:
-    """The recipe as it is after a round trip through JSON."""
-    return json.loads(json.dumps(asdict(config), default=list))
-
-
-def _same_recipe(found: Any, config: PretrainConfig, file: Path) -> None:
-    if found != _recipe(config):
-        raise UserError(f"{file}: belongs to another recipe; choose another folder or remove this one")
-
-
-def _finish(training: Pretraining, folder: Path) -> Scores:
+def _finish(training: Pretraining, folder: Path) -> dict[str, Any]:
     """Round to half precision, score, and write the checkpoint with its provenance."""
     model, processor, config = training.model, training.processor, training.config
     model.half().float().eval()
@@ -315,14 +264,14 @@ def _finish(training: Pretraining, folder: Path) -> Scores:
     provenance = {
         "command": f"python run.py experiment=train_{config.name} seed={config.seed}",
         "commit": commit(),
-        "recipe": _recipe(config),
+        "recipe": asdict(config),
         "minutes": round(training.seconds / 60, 1),
         "device": f"{platform.machine()} CPU, {config.threads} thread(s)",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "data": "digits_vqa, scikit-learn load_digits",
         "test": {kind: {"accuracy": round(v["accuracy"], 4), "n": v["n"]} for kind, v in scores.items()},
         "history": training.history,
-        "weights": sha256(folder / WEIGHTS),
+        "weights": sha256(folder / "model.safetensors"),
     }
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", "utf-8")
-    return scores
+    return {"test": scores}

@@ -1,4 +1,4 @@
-"""What a tiny model is trained on from nothing: fresh scenes, painted with augmented training strokes."""
+"""What a tiny model is trained on from nothing, fresh scenes with augmented training strokes, and how it is scored."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from torch.utils.data import Dataset
 
 from efficientllava.data.collator import Collator
 from efficientllava.data.embedded.digits import Digits
-from efficientllava.data.embedded.scenes import (
-    COLOURS,
-    FULL,
-    WORDS,
-    Scene,
-    strokes,
-)
+from efficientllava.data.embedded.scenes import COLOURS, FULL, WORDS, Scene, strokes
+from efficientllava.data.records import Record
+from efficientllava.models.forward import forward_hidden, supervised_positions
+
+Scores = dict[str, dict[str, float]]
+CHUNK = 32  # records per forward pass
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,12 @@ def scene_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
     return {"digits": digits, "colours": colours}
 
 
+def painted(collate: Collator, data: Digits, indices: Sequence[int]) -> dict[str, Any]:
+    """Pixels of scenes, and what they show."""
+    images: list[Any] = [data[i].image for i in indices]
+    return {**collate.prompts.pixels(images)[0], **scene_targets([data.scene(i) for i in indices])}
+
+
 def quadrants(tokens: int) -> Tensor:
     """Index of the quadrant that each of ``tokens`` image tokens (a square grid, row by row) lies in."""
     side = math.isqrt(tokens)
@@ -118,8 +123,37 @@ class Scenes(Dataset[Any]):
         size = config.align_images if align else config.images
         # Blocks of indices that no two steps share, whatever the sizes.
         indices = range(step * 4096, step * 4096 + size)
-        records = [data[i] for i in indices]
-        if not align:
-            return self.collate(records)
-        inputs, _ = self.collate.prompts.pixels([record.image for record in records if record.image is not None])  # pyright: ignore[reportArgumentType]
-        return {**inputs, **scene_targets([data.scene(i) for i in indices])}
+        return painted(self.collate, data, indices) if align else self.collate([data[i] for i in indices])
+
+
+@torch.no_grad()
+def forced_match(model: nn.Module, processor: Any, records: Sequence[Record]) -> Scores:
+    """Share of questions that greedy decoding answers exactly, end token included; all and by kind.
+
+    Greedy decoding writes the reference if and only if each of its tokens is the most likely one after those before it,
+    so that one teacher-forced pass tells.
+
+    Args:
+        model: The model, in eval mode.
+        processor: Its processor.
+        records: Records of independent questions.
+
+    Returns:
+        ``{"all": {"accuracy", "n"}, kind: ...}``.
+    """
+    collate = Collator(processor, pack=False)
+    kinds: list[str] = []
+    right: list[bool] = []
+    for start in range(0, len(records), CHUNK):
+        chunk = [records[index] for index in range(start, min(start + CHUNK, len(records)))]
+        batch = collate(chunk)
+        mask, targets = supervised_positions(batch["labels"])
+        hits = torch.ones_like(mask)
+        hits[mask] = model.lm_head(forward_hidden(model, batch)[mask]).argmax(-1) == targets  # pyright: ignore[reportCallIssue]
+        kinds += [turn.kind for record in chunk for turn in record.turns]
+        right += hits.all(1).tolist()
+    scores: Scores = {}
+    for kind in ("all", *sorted(set(kinds))):
+        counted = [hit for name, hit in zip(kinds, right, strict=True) if kind in ("all", name)]
+        scores[kind] = {"accuracy": sum(counted) / len(counted), "n": len(counted)}
+    return scores

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from torch import nn
 
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.estimate.forecast import meta_model, plan_outline
 from efficientllava.models.anatomy import parameters
-from efficientllava.settings.compose import FAMILIES, SHARES, register_schema, typed
+from efficientllava.settings.compose import FAMILIES, SHARES, typed
 from efficientllava.settings.schema import RunConfig
+from tests.runs import composed
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 # Billions of parameters left, by label: widthwise and layerwise.
 PRINTED = {
     "llava": {"w": {15: 6.0, 30: 5.0, 45: 3.8, 60: 2.8}, "l": {15: 6.0, 30: 5.0, 45: 4.0, 60: 2.8}},
@@ -28,9 +26,7 @@ HEAD = "| preset | nominal | language model removed | left | printed | deviation
 @cache
 def settings_of(name: str) -> RunConfig:
     """The configuration of a preset."""
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed(compose("config", [f"experiment={name}", "dry_run=true", "trainer=cpu"]))
+    return typed(composed(f"experiment={name}", "dry_run=true", "trainer=cpu"))
 
 
 @cache

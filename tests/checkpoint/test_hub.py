@@ -15,7 +15,8 @@ from huggingface_hub import errors
 from efficientllava.checkpoint.export import save
 from efficientllava.checkpoint.folder import load, stock_config
 from efficientllava.checkpoint.hub import FILES, TELLING
-from efficientllava.recovery.caching import open_teacher
+from efficientllava.recovery.teacher import open_teacher
+from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import ModelConfig, TeacherConfig
 
@@ -91,11 +92,11 @@ def test_the_teacher_is_of_the_revision_that_was_pruned(
         "efficientllava.checkpoint.hub.download",
         lambda _name, revision, *_: revisions.append(revision) or tmp_path / "remote",
     )
-    open_teacher(TeacherConfig(source=source), load(str(tmp_path / "pruned")).base, "cpu", tmp_path / "targets")
+    open_teacher(TeacherConfig(source=source), load(str(tmp_path / "pruned")).base, "cpu", tmp_path / "targets", Memo())
     assert set(revisions) == {"v2"}
     revisions.clear()
     other = TeacherConfig(path="org/teacher", revision="v3", source=source)
-    open_teacher(other, first.base, "cpu", tmp_path / "targets")
+    open_teacher(other, first.base, "cpu", tmp_path / "targets", Memo())
     assert set(revisions) == {"v3"}
 
 

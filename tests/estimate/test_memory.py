@@ -14,7 +14,7 @@ from efficientllava.estimate import memory
 from efficientllava.estimate.forecast import forecast
 from efficientllava.estimate.memory import require_memory, stage_memory, weight_bytes
 from efficientllava.models.forward import answer_loss
-from efficientllava.recovery.trainable import prepare, trainable
+from efficientllava.recovery.student import prepare, trainable
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import typed
 

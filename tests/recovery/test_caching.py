@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from efficientllava.models import forward
 from efficientllava.recovery import caching
-from efficientllava.recovery.caching import TargetCache, TargetStore, Wanted
+from efficientllava.recovery.caching import CachedTeacher, Row, Wanted
 from efficientllava.recovery.recover import RecoveryStats, recover
-from efficientllava.recovery.teacher import Teacher
+from efficientllava.recovery.teacher import FINAL, TargetCache, Teacher
+from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
 
 from .conftest import (
@@ -35,7 +36,7 @@ class Asked:
 
     def __init__(self, teacher: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loads, self.records = 0, []
-        self.cache = TargetCache(folder, teacher.config, torch.float32, lambda: self.load(teacher))
+        self.cache = TargetCache(folder, teacher.config, torch.float32, lambda: self.load(teacher), Memo())
         run = Teacher._run
         monkeypatch.setattr(Teacher, "_run", lambda *args: self.records.extend(args[1]["ids"]) or run(*args))
 
@@ -138,16 +139,16 @@ def test_only_records_that_are_used_and_new_are_asked_about(teacher, asked, tmp_
 def test_a_killed_pass_goes_on_after_its_finished_shards(teacher, asked, tmp_path, monkeypatch):
     student, batches = perturb(teacher), []
     monkeypatch.setattr(caching, "SHARD_BYTES", 1)  # a shard per batch
-    write = caching.write_shard
+    write = caching.save_file
 
-    def killed(folder: Path, *rest: Any) -> None:
+    def killed(*shard: Any) -> None:
         batches.append(1)
         if len(batches) == 4:
-            (folder / ".final-x.safetensors.part").write_bytes(b"half")
+            (asked.cache.folder / ".final-x.safetensors.part").write_bytes(b"half")
             raise KeyboardInterrupt
-        write(folder, *rest)
+        write(*shard)
 
-    monkeypatch.setattr(caching, "write_shard", killed)
+    monkeypatch.setattr(caching, "save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         train(student, asked.cache, tmp_path / "killed")
     assert len(list(asked.cache.folder.glob("*.safetensors"))) == 3
@@ -240,7 +241,7 @@ def test_need_size_and_time_are_told(teacher, asked, tmp_path, capsys, monkeypat
     assert "(from cache)" in capsys.readouterr().out
     files = list(asked.cache.folder.glob("*.safetensors"))
     assert stats.targets.bytes == sum(file.stat().st_size for file in files)
-    per_token = Wanted((), True, 3, 2.0).bytes_per_token(24, 4)
+    per_token = Wanted((FINAL,), 3, 2.0).bytes_per_token(24, 4)
     assert sum(numbers(file) for file in files) == stats.targets.tokens * per_token
 
 
@@ -253,7 +254,7 @@ def numbers(file: Path) -> int:
 def test_a_teacher_that_does_not_fit_is_refused_without_loading_it(teacher, asked, tmp_path):
     other = copy.deepcopy(teacher.config)
     other.text_config.hidden_size += 8
-    cache = TargetCache(tmp_path / "targets", other, torch.float32, asked.cache.load)
+    cache = TargetCache(tmp_path / "targets", other, torch.float32, asked.cache.load, Memo())
     with pytest.raises(UserError, match=r"recover\.teacher\.path: the teacher's hidden width is 32"):
         train(perturb(teacher), cache, tmp_path)
     assert asked.loads == 0
@@ -267,10 +268,10 @@ def test_parity_is_refused(teacher, asked, tmp_path):
 
 
 def test_an_empty_store_lacks_everything(tmp_path):
-    store = TargetStore(tmp_path / "nothing", ["final"])
-    assert store.missing("final", ["a", "b"]) == ["a", "b"]
+    nothing = CachedTeacher(tmp_path / "nothing", Wanted((FINAL,)), dict.fromkeys("ab", ""))
+    assert nothing.lacking() == {"final": ["a", "b"]}
     with pytest.raises(UserError, match=r"record .a.*was not asked"):
-        store.read("final", [("a", "0", 1)])
+        nothing.read("final", [Row("a", "0", 1)])
 
 
 def test_stats_are_plain():

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.models.forward import answer_loss
+from efficientllava.models.forward import answer_loss, feature_cache
 from efficientllava.recovery.module import RecoveryModule, learning_rate_factor
+from efficientllava.recovery.student import prepare, trainable
 from efficientllava.recovery.teacher import Teacher, match_layers
-from efficientllava.recovery.trainable import prepare, trainable
 
 from ..conftest import make_model as make_family
 from ..conftest import make_packed
@@ -28,9 +28,9 @@ ALL = {"sft": 0.2, "logit": 0.3, "hidden": 0.5, "hidden_layers": "all"}
 def make_module(student: Any, teacher: Any = None, kept: list[int] | None = None, **changes: Any) -> RecoveryModule:
     cfg = make_cfg(**changes)
     frozen = Teacher(teacher, student) if teacher is not None else None
-    prepare(student, cfg, train_head=bool(cfg.weights.sft or cfg.weights.logit))
+    prepare(student, cfg)
     matches = match_layers(cfg.hidden_layers, kept or list(range(LAYERS)), LAYERS) if cfg.weights.hidden else ()
-    module = RecoveryModule(student, cfg, 10, frozen, matches)
+    module = RecoveryModule(student, cfg, 10, feature_cache(student), frozen, matches)
     module.log = module.log_dict = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     return module
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from efficientllava.recovery.losses import (
+    LOSSES,
     LogitKDLoss,
     SFTLoss,
     build_terms,
@@ -18,9 +20,10 @@ from efficientllava.recovery.losses import (
     positions,
     term_sums,
 )
+from efficientllava.recovery.recover import recover
 from efficientllava.runtime.errors import UserError
 
-from .conftest import make_cfg
+from .conftest import Data, make_cfg, make_factory, make_model
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "kd_losses.json").read_text())
 LABELS = torch.tensor(VECTORS["recipe"]["labels"])
@@ -125,6 +128,14 @@ def test_the_loss_is_described(cfg, text):
     assert describe(cfg) == text
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_configuration_knows_which_losses_need_a_teacher(name):
+    cfg = make_cfg(**{name: 1.0})
+    [term] = build_terms(cfg)
+    assert cfg.taught == term.loss.needs_teacher
+    assert list(LOSSES) == [field.name for field in fields(cfg.weights)]
+
+
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
@@ -146,6 +157,6 @@ def test_the_loss_is_described(cfg, text):
         ({"sft": float("nan")}, "recover.weights.sft=nan"),
     ],
 )
-def test_faults_name_the_key(changes, key):
+def test_faults_name_the_key(tmp_path, changes, key):
     with pytest.raises(UserError, match=key):
-        build_terms(make_cfg(**{"sft": 1.0, **changes}))
+        recover(make_model(), Data(), make_cfg(**{"sft": 1.0, **changes}), make_factory(), tmp_path, batch_size=4)

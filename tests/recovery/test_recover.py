@@ -208,9 +208,10 @@ from pathlib import Path
 from tests.recovery.conftest import Data, make_cfg, make_factory, make_model, perturb
 from tests.recovery.test_recover import Kill, KilledError
 from efficientllava.runtime.processes import connect, finish, rank
-from efficientllava.recovery.caching import TargetCache
+from efficientllava.recovery.teacher import TargetCache
+from efficientllava.runtime.content import Memo
 from efficientllava.recovery.recover import recover
-from efficientllava.recovery.sharding import Sharding
+from efficientllava.recovery.student import Sharding
 from efficientllava.settings.schema import LoraConfig
 
 torch.set_num_threads(1)
@@ -226,7 +227,7 @@ def run(student, source, workdir, extra=()):
 
 student = perturb(teacher)
 if world > 1:
-    cache = TargetCache(out / "targets", teacher.config, torch.float32, lambda: copy.deepcopy(teacher))
+    cache = TargetCache(out / "targets", teacher.config, torch.float32, lambda: copy.deepcopy(teacher), Memo())
     try:
         run(copy.deepcopy(student), cache, out, (Kill(3),))
     except KilledError:

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from efficientllava.models.anatomy import decoder_of, projector_of
-from efficientllava.recovery.sharding import units_of
-from efficientllava.recovery.trainable import prepare, weights_of
+from efficientllava.recovery.student import prepare, units_of, weights_of
 from efficientllava.settings.schema import LoraConfig
 
 from ..runs import RUN, save_tiny, small

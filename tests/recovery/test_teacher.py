@@ -14,6 +14,7 @@ from efficientllava.models.forward import (
     supervised_positions,
 )
 from efficientllava.recovery.teacher import (
+    FINAL,
     Teacher,
     check_teacher,
     record_keys,
@@ -25,6 +26,7 @@ from .conftest import (
     Samples,
     collate,
     make_batch,
+    make_cfg,
     make_model,
 )
 
@@ -39,8 +41,8 @@ def test_the_teacher_is_frozen_and_without_dropout():
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(getattr(m, "attention_dropout", 0.0) == 0.0 for m in model.modules())
     batch = make_batch(2)
-    final, states, _ = teacher(batch, feature_cache(model)(batch), [0], everywhere(batch))
-    assert not final.requires_grad and not states[0].requires_grad
+    states, _ = teacher(batch, feature_cache(model)(batch), [0], everywhere(batch))
+    assert not states[FINAL].requires_grad and not states[0].requires_grad
 
 
 def test_the_tower_runs_once_for_both_when_it_is_the_same(monkeypatch):
@@ -52,16 +54,16 @@ def test_the_tower_runs_once_for_both_when_it_is_the_same(monkeypatch):
     monkeypatch.setattr(module, "vision_features", lambda *args: runs.append(1) or original(*args))
     features, teacher, batch = feature_cache(student), Teacher(model, student), make_batch(4)
     for _ in range(3):
-        final, *_ = teacher(batch, features(batch), [], everywhere(batch))
+        states, _ = teacher(batch, features(batch), [], everywhere(batch))
     assert len(runs) == 1
-    torch.testing.assert_close(final, forward_hidden(model, batch).flatten(0, 1))
+    torch.testing.assert_close(states[FINAL], forward_hidden(model, batch).flatten(0, 1))
 
 
 def test_a_teacher_with_another_tower_sees_through_its_own():
     model, student, batch = make_model(0), make_model(1), make_batch(4)
     assert not same_tower(model, student) and same_tower(model, copy.deepcopy(model).half())
-    final, *_ = Teacher(model, student)(batch, feature_cache(student)(batch), [], everywhere(batch))
-    torch.testing.assert_close(final, forward_hidden(model, batch).flatten(0, 1))
+    states, _ = Teacher(model, student)(batch, feature_cache(student)(batch), [], everywhere(batch))
+    torch.testing.assert_close(states[FINAL], forward_hidden(model, batch).flatten(0, 1))
 
 
 def test_the_teacher_keeps_its_own_projector():
@@ -70,16 +72,16 @@ def test_the_teacher_keeps_its_own_projector():
     for p in projector_of(student).parameters():
         p.data.zero_()
     batch = make_batch(4)
-    final, *_ = Teacher(model, student)(batch, feature_cache(student)(batch), [], everywhere(batch))
-    torch.testing.assert_close(final, forward_hidden(model, batch).flatten(0, 1))
+    states, _ = Teacher(model, student)(batch, feature_cache(student)(batch), [], everywhere(batch))
+    torch.testing.assert_close(states[FINAL], forward_hidden(model, batch).flatten(0, 1))
 
 
 def test_a_teacher_of_another_size_is_refused():
     student, other = make_model(), make_model()
     other.config.text_config.vocab_size += 1
-    check_teacher(other, student, logits=False, hidden=True)
+    check_teacher(other.config, student, make_cfg(hidden=1.0))
     with pytest.raises(UserError, match=r"recover\.teacher\.path.*vocabulary is 38.*37"):
-        check_teacher(other, student, logits=True, hidden=False)
+        check_teacher(other.config, student, make_cfg(logit=1.0))
 
 
 def test_a_remembered_record_is_the_same_in_any_batch(monkeypatch):
@@ -92,7 +94,7 @@ def test_a_remembered_record_is_the_same_in_any_batch(monkeypatch):
         batch = collate([data[i] for i in rows])
         mask, _ = supervised_positions(batch["labels"])
         got, expected = (t(batch, feature_cache(model)(batch), [0, 2], mask) for t in (teacher, fresh))
-        torch.testing.assert_close(got[:2], expected[:2])
+        torch.testing.assert_close(got.states, expected.states)
     assert len(runs) == 3  # the first, the second and the fifth hold something new
 
 

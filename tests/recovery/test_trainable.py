@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efficientllava.models.forward import forward_hidden
-from efficientllava.recovery.trainable import parameter_groups, prepare, trainable
+from efficientllava.recovery.student import parameter_groups, prepare, trainable
 
 from .conftest import (
     LAYERS,
@@ -35,7 +35,7 @@ def test_full_mode_trains_everything_but_the_tower():
 
 def test_a_head_that_no_loss_reads_is_not_trained():
     model = make_model()
-    prepare(model, make_cfg(hidden=1, train="full"), train_head=False)
+    prepare(model, make_cfg(hidden=1, train="full"))
     assert "lm_head.weight" not in names(model) and "model.language_model.norm.weight" in names(model)
 
 

@@ -82,7 +82,7 @@ def test_only_training_is_sharded(tmp_path, monkeypatch):
     trainers.make_trainer(settings, tmp_path, logger=False)
     trainers.make_trainer(settings, tmp_path, logger=False, training=True)
     assert built[0]["strategy"] == "ddp"
-    assert built[1]["strategy"]["_target_"] == "efficientllava.recovery.sharding.Sharding"
+    assert built[1]["strategy"]["_target_"] == "efficientllava.recovery.student.Sharding"
 
 
 def start(monkeypatch, tmp_path, body):

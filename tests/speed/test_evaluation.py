@@ -1,5 +1,5 @@
 from efficientllava.checkpoint.folder import load
-from experiments.speed.evaluation import generation_row
+from experiments.speed.loops import generation_row
 
 
 def test_an_evaluation_is_compared_with_a_loop_that_answers_the_same():

@@ -16,10 +16,8 @@ from efficientllava.data.embedded.digits import KINDS, Digits
 from efficientllava.data.embedded.scenes import FULL, strokes
 from efficientllava.evaluation.answers import generate
 from efficientllava.models.forward import answer_loss
-from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.files import whole_file
-from efficientllava.runtime.store import growing
+from efficientllava.runtime.store import Entry
 from experiments.tiny_models.pretraining import (
     PROVENANCE,
     STATE,
@@ -31,10 +29,10 @@ from experiments.tiny_models.pretraining_data import (
     PretrainConfig,
     Scenes,
     augmented,
+    forced_match,
     quadrants,
     scene_targets,
 )
-from experiments.tiny_models.scoring import forced_match
 from experiments.tiny_models.tiny import BUILDERS
 
 QUICK = PretrainConfig(
@@ -52,10 +50,12 @@ QUICK = PretrainConfig(
 )
 
 
-def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = pretrain(QUICK, tmp_path / "whole")
-    assert scores["all"]["n"] == 20
+def weights(entry: Entry) -> dict[str, torch.Tensor]:
+    return load_file(entry.folder / "model.safetensors")
 
+
+def kill(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Kill a training after its second saved state; returns that state."""
     train = Pretraining.train
 
     def killed(training: Pretraining, batch: Any) -> None:
@@ -66,30 +66,37 @@ def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Pretraining, "train", killed)
         with pytest.raises(KeyboardInterrupt):
-            pretrain(QUICK, tmp_path / "killed")
-    assert (tmp_path / "killed.work" / STATE).exists()
-    assert not (tmp_path / "killed").exists()
-    assert pretrain(QUICK, tmp_path / "killed") == scores
-    assert not (tmp_path / "killed.work").exists()
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+            pretrain(QUICK, root)
+    [work] = root.glob("tiny_internvl/*.work")
+    return work / STATE
+
+
+def test_killed_training_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = pretrain(QUICK, tmp_path / "whole")
+    assert whole.record["test"]["all"]["n"] == 20
+    state = kill(tmp_path / "killed", monkeypatch)
+    assert state.is_file() and not list(tmp_path.glob(f"killed/*/*/{PROVENANCE}"))
+    resumed = pretrain(QUICK, tmp_path / "killed")
+    assert resumed.record == whole.record and not state.exists()
+    assert weights(whole).keys() == weights(resumed).keys()
+    assert all(torch.equal(value, weights(resumed)[key]) for key, value in weights(whole).items())
 
 
 @pytest.mark.parametrize("damage", ["empty", "flipped", "a folder"])
-def test_a_damaged_state_of_training_is_none(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    (work := tmp_path / "model.work").mkdir()
-    with growing(work, Memo()), whole_file(work / STATE) as file:
-        file.write_bytes(b"a state of training")
+def test_a_damaged_state_of_training_is_none(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = kill(tmp_path, monkeypatch)
+    content = state.read_bytes()
+    state.unlink()
     match damage:
         case "empty":
-            (work / STATE).write_bytes(b"")
+            state.write_bytes(b"")
         case "flipped":
-            (work / STATE).write_bytes(b"a state of trainimg")
+            state.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
         case _:
-            (work / STATE).unlink()
-            (work / STATE).mkdir()
-    assert pretrain(QUICK, tmp_path / "model")["all"]["n"] == 20
+            state.mkdir()
+    assert pretrain(QUICK, tmp_path).record["test"]["all"]["n"] == 20
     assert [record.getMessage().partition(": ")[2] for record in caplog.records if record.levelname == "WARNING"] == [
         f"{STATE} is damaged; set aside and computed again"
     ]
@@ -97,40 +104,35 @@ def test_a_damaged_state_of_training_is_none(tmp_path: Path, damage: str, caplog
 
 @pytest.mark.parametrize("name", [PROVENANCE, "model.safetensors"])
 def test_a_damaged_checkpoint_is_trained_again(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "model"
-    scores = pretrain(QUICK, folder)
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / name).write_bytes((folder / name).read_bytes()[:-10])
-    assert pretrain(QUICK, folder) == scores and (folder / "model.safetensors").read_bytes() == whole
-    assert sum("is damaged; set aside, the model is trained again" in text for text in caplog.messages) == 1
+    entry = pretrain(QUICK, tmp_path)
+    whole = (entry.folder / "model.safetensors").read_bytes()
+    (entry.folder / name).write_bytes((entry.folder / name).read_bytes()[:-10])
+    again = pretrain(QUICK, tmp_path)
+    assert again.record == entry.record and not again.reused
+    assert (again.folder / "model.safetensors").read_bytes() == whole
+    assert sum(f"{name} is damaged; set aside and computed again" in text for text in caplog.messages) == 1
 
 
-def test_complete_folder_is_a_checkpoint_and_is_kept(tmp_path: Path) -> None:
-    tmp_path /= "model"
-    scores = pretrain(QUICK, tmp_path)
-    provenance = json.loads((tmp_path / PROVENANCE).read_text())
+def test_a_complete_folder_is_a_checkpoint_and_is_kept(tmp_path: Path) -> None:
+    entry = pretrain(QUICK, tmp_path)
+    provenance = json.loads((entry.folder / PROVENANCE).read_text())
     assert provenance["command"] == "python run.py experiment=train_tiny_internvl seed=0"
     assert provenance["recipe"]["steps"] == 4
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(entry.folder)
     assert model.dtype == torch.float16
-    assert not (tmp_path / STATE).exists()
-    before = (tmp_path / "model.safetensors").stat().st_mtime_ns
-    assert pretrain(QUICK, tmp_path)["all"] == scores["all"]
-    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(UserError, match="another recipe"):
-        pretrain(replace(QUICK, seed=1), tmp_path)
+    assert not (entry.folder / STATE).exists()
+    before = (entry.folder / "model.safetensors").stat().st_mtime_ns
+    assert pretrain(QUICK, tmp_path) == replace(entry, reused=True)
+    assert (entry.folder / "model.safetensors").stat().st_mtime_ns == before
+    assert pretrain(replace(QUICK, seed=1), tmp_path).folder != entry.folder
 
 
 def test_each_stage_trains_its_own_part(tmp_path: Path) -> None:
-    def weights(config: PretrainConfig) -> dict[str, torch.Tensor]:
-        pretrain(config, tmp_path / f"{config.align_steps}-{config.steps}")
-        return load_file(tmp_path / f"{config.align_steps}-{config.steps}" / "model.safetensors")
-
     model, _ = BUILDERS[QUICK.name]()
     initialise(model, 0)
     model.half().save_pretrained(tmp_path / "start")
     start = load_file(tmp_path / "start" / "model.safetensors")
-    aligned, answered = weights(replace(QUICK, steps=0)), weights(replace(QUICK, align_steps=0))
+    aligned, answered = (weights(pretrain(replace(QUICK, **{key: 0}), tmp_path)) for key in ("steps", "align_steps"))
     changed = [{key.split(".")[0] for key in start if not torch.equal(start[key], w[key])} for w in (aligned, answered)]
     assert changed == [{"vision_tower", "multi_modal_projector"}, {"language_model", "multi_modal_projector"}]
 

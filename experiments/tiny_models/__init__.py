@@ -1,1 +1,0 @@
-"""The shipped models: how they are built and trained."""
