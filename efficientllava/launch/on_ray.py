@@ -6,6 +6,7 @@ resources. On a cluster of our own (``ray.init.address=null``) nothing stays: it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from ..runtime import state
 from ..runtime.errors import UserError
 from ..runtime.keeping import require_shared_locks
-from .cluster import Work, asked_devices
+from .cluster import CANCELLED, Work, asked_devices
 from .spawn import Job
 
 NAMESPACE = "efficientllava"
@@ -106,9 +107,9 @@ class Ray:
             ray.init(
                 **{"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE, **own, **self._init}
             )
-        except Exception as error:
-            address = self._init.get("address", "local")
-            raise UserError(f"hydra.launcher.ray.init.address={address}: {' '.join(str(error).split())}") from error
+        except (Exception, SystemExit) as error:
+            told = "nobody answers there" if isinstance(error, SystemExit) else " ".join(str(error).split())
+            raise UserError(f"hydra.launcher.ray.init.address={self._init.get('address', 'local')}: {told}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,12 +166,7 @@ class Ray:
 
     def cancel(self, ids: Sequence[str]) -> None:
         """End jobs, politely where they run."""
-        import ray  # pyright: ignore[reportMissingImports]
-
-        running = [self._actors[key] for key in ids if key in self._actors]
-        ray.wait([actor.stop.remote() for actor in running], num_returns=len(running), timeout=15)
-        for actor in running:
-            ray.kill(actor)
+        _end([self._actors[key] for key in ids if key in self._actors])
 
     def how_to_cancel(self, ids: Sequence[str], folder: Path) -> str:
         """The line that does so later."""
@@ -210,18 +206,25 @@ def cancel(folder: Path) -> int:
     import ray  # pyright: ignore[reportMissingImports]
 
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    count = 0
+    actors = {}
     for place in sorted(file.parent for file in folder.glob(f"*/{state.CLUSTER}")):
-        try:
-            actor = ray.get_actor(state.read(place, state.CLUSTER).get("ray", ""), NAMESPACE)
-        except ValueError:
-            continue  # over
-        ray.wait([actor.stop.remote()], timeout=15)
-        ray.kill(actor)
+        with contextlib.suppress(ValueError):  # it is over
+            actors[place] = ray.get_actor(state.read(place, state.CLUSTER).get("ray", ""), NAMESPACE)
+    _end(list(actors.values()))
+    for place in actors:
         if state.read(place).get("state") != state.DONE:
-            state.write(place, state=state.FAILED, reason="cancelled")
-        count += 1
-    return count
+            state.write(place, state=state.FAILED, reason=CANCELLED)
+    return len(actors)
+
+
+def _end(actors: Sequence[Any]) -> None:
+    """End the jobs of actors, politely where they run; one that waits for resources cannot be asked."""
+    import ray  # pyright: ignore[reportMissingImports]
+
+    if actors:
+        ray.wait([actor.stop.remote() for actor in actors], num_returns=len(actors), timeout=15)
+    for actor in actors:
+        ray.kill(actor)
 
 
 if __name__ == "__main__":

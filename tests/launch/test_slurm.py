@@ -1,36 +1,29 @@
-"""Slurm and Ray for real, brought up for the test: `make test-cluster`.
+"""Slurm for real, brought up for the test: `make test-cluster`.
 
-Jobs that only have to run, fail or hang are a line of Python; a sweep and a run over two nodes are the real thing.
+Jobs that only have to run, fail or hang are a line of Python; sweeps, training and runs over two nodes are real ones.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import re
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from efficientllava.launch import cluster, slurm
-from efficientllava.launch.spawn import Job
 from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
 
-from ..runs import (
-    ROOT,
-    RUN,
-    save_tiny,
-    small,
-)
+from ..runs import ROOT, save_tiny, small
 from . import slurmd
+from .real import HANG, TINY, check_sweep, interrupts, job, running, shell, sweep, when
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 OPTIONS = {
@@ -45,6 +38,7 @@ OPTIONS = {
     "array_parallelism": 16,
     "name": "test",
 }
+SLURM = ("hydra/launcher=slurm", "hydra.launcher.poll_s=1")
 
 
 def no_slurm():
@@ -67,37 +61,9 @@ def nodes():
         yield environment
 
 
-def job(number, folder, body):
-    begin = (
-        f"from efficientllava.runtime import state; from pathlib import Path; f = Path({str(folder / str(number))!r})\n"
-    )
-    command = (sys.executable, "-c", f"import os, sys, time\n{begin}state.begin(f, [])\n{body}\nstate.end(f, None)")
-    return Job(number, f"job={number}", command, folder / str(number))
-
-
 def supervise(jobs, tmp_path, show=lambda _: None, **options):
     queue = slurm.Slurm({**OPTIONS, "submitit_folder": str(tmp_path / "submitit" / "%j"), **options}, [{}])
     return cluster.supervise(jobs, queue, show, (), 0.5)
-
-
-def running(folder):
-    return state.read(folder).get("state") == state.RUNNING
-
-
-def when(condition, action, seconds=120):
-    def watch():
-        deadline = time.monotonic() + seconds
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        action()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
-def shell(*command):
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def key_of(folder):
@@ -105,9 +71,8 @@ def key_of(folder):
 
 
 def test_every_end_of_a_job_has_its_reason(nodes, tmp_path, capfd):
-    hang = "time.sleep(300)"
     bodies = ["print('fine')", "print('error: the key: no', file=sys.stderr); sys.exit(1)", "os.kill(os.getpid(), 9)"]
-    jobs = [job(number, tmp_path, body) for number, body in enumerate([*bodies, hang])]
+    jobs = [job(number, tmp_path, body) for number, body in enumerate([*bodies, HANG])]
     when(lambda: running(tmp_path / "3"), lambda: shell("scancel", key_of(tmp_path / "3")))
     ended = supervise(jobs, tmp_path)
     assert [entry.failed for entry in ended] == [False, True, True, True]
@@ -182,7 +147,7 @@ def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(nod
 
 def test_the_second_interrupt_cancels(nodes, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(cluster, "GRACE", 30)
-    jobs = [job(0, tmp_path, "time.sleep(300)")]
+    jobs = [job(0, tmp_path, HANG)]
     with interrupts(lambda: running(tmp_path / "0"), times=2), pytest.raises(KeyboardInterrupt):
         supervise(jobs, tmp_path)
     assert "1 jobs cancelled" in capfd.readouterr().err
@@ -194,33 +159,9 @@ def test_the_second_interrupt_cancels(nodes, tmp_path, monkeypatch, capfd):
     assert (standing.state, standing.reason) == ("failed", "cancelled")
 
 
-class interrupts:
-    """Ctrl-C when a condition holds."""
-
-    def __init__(self, condition, times=1):
-        self.condition, self.times = condition, times
-
-    def __enter__(self):
-        self.previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        def press():
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(1)
-
-        when(self.condition, press)
-
-    def __exit__(self, *_):
-        time.sleep(0.1)
-        signal.signal(signal.SIGINT, self.previous)
-
-
 def test_what_slurm_refuses_is_one_line(nodes, tmp_path):
     with pytest.raises(UserError, match=r"^hydra/launcher=slurm: sbatch refuses the jobs: .*partition"):
         supervise([job(0, tmp_path, "")], tmp_path, partition="nowhere")
-
-
-TINY = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "prune.selection=local", "reuse=true")
 
 
 @pytest.fixture(scope="module")
@@ -228,49 +169,53 @@ def model(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
 
 
-def sweep(*typed, place):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [*RUN, "-m", *typed]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=place, check=False)
-
-
-def check_sweep(model, place, *launcher):
-    """Four jobs, one of which cannot work and one of which is killed; and the same command once more."""
-    line = small(model, place / "out", *TINY, "prune.ratio=0.2,0.3,0.4,1.5", *launcher)
-    victim = lambda: next((place / "out" / "sweeps").glob("*/2"), place / "none")  # noqa: E731
-    killer = when(lambda: running(victim()), lambda: os.kill(state.read(victim())["pid"], signal.SIGKILL), 400)
-    first = sweep(*line, place=place)
-    killer.join(5)
-    [folder] = (place / "out" / "sweeps").iterdir()
-    assert first.returncode == 1, first.stdout + first.stderr
-    assert "error: 2 jobs of the sweep failed: [2, 3]" in first.stderr and "sacct" not in first.stderr, first.stderr
-    assert [(folder / name / "results.json").exists() for name in "0123"] == [True, True, False, False]
-    table, page = (folder / "results.md").read_text(), (folder / "report.html").read_text()
-    for told in ("SIGKILL", "prune.ratio=1.5: must be in [0, 1)", str(folder / "2" / "job.log")):
-        assert told in table and told in page, table
-    again = sweep(*line, place=place)
-    assert "job 0 was finished" in again.stdout and "job 1 was finished" in again.stdout, again.stdout
-    assert (folder / "2" / "results.json").exists() and "[3]" in again.stderr, again.stderr
-    assert [place.name for place in (place / "out" / "sweeps").iterdir()] == [folder.name]
-    return folder
-
-
 @pytest.mark.slow
 def test_a_sweep_on_slurm_lies_in_one_folder_and_its_gaps_are_filled(nodes, model, tmp_path):
-    folder = check_sweep(model, tmp_path, "hydra/launcher=slurm", "hydra.launcher.poll_s=1")
-    done = sweep(
-        *small(model, tmp_path / "out", *TINY, "prune.ratio=0.2,0.3", f"sweep.name={folder.name}"),
-        "hydra/launcher=slurm",
-        place=tmp_path,
-    )
-    assert done.returncode == 0 and done.stdout.count("was finished") == 2, done.stdout + done.stderr
+    check_sweep(model, tmp_path, "hydra/launcher=slurm", "hydra.launcher.poll_s=1")
 
 
 @pytest.mark.slow
-def test_a_sweep_on_ray_lies_in_one_folder_and_its_gaps_are_filled(model, tmp_path):
-    if not importlib.util.find_spec("ray"):
-        pytest.skip("no ray here (extra [ray])")
-    check_sweep(model, tmp_path, "hydra/launcher=ray", "hydra.launcher.ray.init.num_cpus=2")
+def test_two_nodes_share_what_is_computed(nodes, model, tmp_path):
+    """Jobs that want the same pruned model at the same time: one makes it, the other waits and takes it."""
+    line = small(model, tmp_path / "out", *TINY, "prune.ratio=0.3", "optimized_metric=null,ratio.achieved")
+    done = sweep(*line, *SLURM, "hydra.launcher.cpus_per_task=3", "sweep.name=shared", place=tmp_path)
+    folder = tmp_path / "out" / "sweeps" / "shared"
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [shell("scontrol", "show", "job", key_of(folder / name)).stdout for name in "01"]
+    assert sorted(re.findall(r" NodeList=(\w+)", "".join(told))) == ["n1", "n2"]
+    begun = [state.read(folder / name)["started"] for name in "01"]
+    ends = [begin + state.read(folder / name)["seconds"] for begin, name in zip(begun, "01", strict=True)]
+    assert max(begun) < min(ends), "they were at work at the same time"
+    results = [json.loads((folder / name / "results.json").read_text()) for name in "01"]
+    assert sorted(result["reused"] for result in results) == [[], ["prune"]]
+    assert len(list((tmp_path / "out" / "cache" / "prune").glob("[!.]*/stage.json"))) == 1
+
+
+@pytest.mark.slow
+def test_training_whose_time_is_over_ends_with_the_numbers_of_one_that_had_enough(nodes, model, tmp_path):
+    """Stopped in the middle by the signal that Slurm sends, requeued, and taken up from its last checkpoint."""
+    more = (
+        "recover.steps=150",
+        "recover.save_every=2",
+        "prune.ratio=0.3",
+        "evaluate=none",
+        "evaluate.efficiency=false",
+    )
+    whole = sweep(*small(model, tmp_path / "whole", *more), "sweep.name=x", "hydra/launcher=basic", place=tmp_path)
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    out, folder = tmp_path / "out", tmp_path / "out" / "sweeps" / "x" / "0"
+    when(lambda: any(out.glob("cache/recover/*.work/last.ckpt")), lambda: _time_is_over(folder), 400)
+    again = when(lambda: state.read(folder).get("reason") == "requeued", lambda: _at_once(folder), 400)
+    done = sweep(*small(model, out, *more), *SLURM, "sweep.name=x", place=tmp_path)
+    again.join(5)
+    log = (folder / "job.log").read_text()
+    assert done.returncode == 0, done.stdout + done.stderr + log
+    assert log.count("\n$ ") == 2, "it was started twice"
+    places = [tmp_path / "whole" / "sweeps" / "x" / "0", folder]
+    left, right = (load_file(place / "recovered" / "model.safetensors") for place in places)
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    stats = [json.loads((place / "results.json").read_text())["reports"]["recover"]["stats"] for place in places]
+    assert all(stats[0][name] == stats[1][name] for name in ("steps", "tokens", "final_losses"))
 
 
 @pytest.mark.slow
@@ -287,7 +232,7 @@ def test_two_nodes_make_the_plan_of_one_process(nodes, model, tmp_path):
         "calibration.batch_size=2",
     )
     line = [typed for typed in line if typed != "trainer=cpu"] + ["trainer.accelerator=cpu"]
-    ddp = ["trainer.strategy=ddp", "hydra/launcher=slurm", "hydra.launcher.poll_s=1"]
+    ddp = ["trainer.strategy=ddp", *SLURM]
     plans = []
     for name, more in {
         "one": ["hydra/launcher=basic"],

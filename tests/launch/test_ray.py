@@ -1,0 +1,139 @@
+"""Ray for real, started for the test: a cluster of a sweep's own, and one that others have started."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from efficientllava.launch import cluster
+from efficientllava.launch.on_ray import Ray
+from efficientllava.runtime import state
+from efficientllava.runtime.errors import UserError
+
+from ..runs import ROOT, save_tiny
+from .real import HANG, check_sweep, interrupts, job, running, shell, when
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="no ray here (extra [ray])"),
+]
+BODIES = ["print('fine')", "print('error: the key: no', file=sys.stderr); sys.exit(1)", "os.kill(os.getpid(), 9)"]
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model", layers=2)
+
+
+@pytest.fixture(scope="module")
+def head():
+    """A cluster of two CPUs that ``address=auto`` finds."""
+    with tempfile.TemporaryDirectory(prefix="ray") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)  # where the address is written and looked for
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("PYTHONPATH", str(ROOT))
+        ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port=0", "--num-cpus=2"]
+        with (Path(folder) / "head.log").open("wb") as log:
+            process = subprocess.Popen(
+                [*ray, "--include-dashboard=false"], stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            deadline = time.monotonic() + 240
+            while shell(ray[0], "status").returncode and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(1)
+            assert not shell(ray[0], "status").returncode, (Path(folder) / "head.log").read_text()
+            yield folder
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def supervise(jobs, address=None):
+    options = {"init": {"address": address, "num_cpus": None if address else 2}, "remote": {"num_cpus": 1}}
+    with Ray(options, [{}]) as queue:
+        return cluster.supervise(jobs, queue, lambda _: None, (), 0.5)
+
+
+def check_ends(tmp_path, address=None):
+    ended = supervise([job(number, tmp_path, body) for number, body in enumerate(BODIES)], address)
+    assert [entry.failed for entry in ended] == [False, True, True]
+    assert ended[1].reason() == "the key: no"
+    assert "SIGKILL" in ended[2].reason() and str(tmp_path / "2" / "job.log") in ended[2].reason()
+    assert "fine" in (tmp_path / "0" / "job.log").read_text()
+    standings = state.standings(tmp_path)
+    assert [(entry.state, entry.reason) for entry in standings[1:]] == [
+        ("failed", entry.reason()) for entry in ended[1:]
+    ]
+
+
+def test_no_cluster_is_one_line(tmp_path):
+    """Comes first: a cluster that is there is found."""
+    with pytest.raises(UserError, match=r"^hydra\.launcher\.ray\.init\.address=auto: Could not find any running Ray"):
+        supervise([job(0, tmp_path, "")], "auto")
+
+
+def test_every_end_of_a_job_has_its_reason_and_nothing_stays_of_a_cluster_of_its_own(tmp_path, capfd):
+    check_ends(tmp_path / "ends")
+    jobs = [job(0, tmp_path, HANG)]
+    with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
+        supervise(jobs)
+    assert "1 jobs cancelled" in capfd.readouterr().err
+    [standing] = state.standings(tmp_path)
+    assert (standing.state, standing.reason) == ("failed", "cancelled")
+    assert not state.alive(state.read(tmp_path / "0"))
+
+
+def test_every_end_of_a_job_has_its_reason_on_a_cluster_that_is_there(head, tmp_path):
+    check_ends(tmp_path, "auto")
+
+
+def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(head, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(cluster, "GRACE", 0.5)
+    jobs = [job(0, tmp_path, "while not (f / 'go').exists(): time.sleep(0.1)")]
+    with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
+        supervise(jobs, "auto")
+    told = capfd.readouterr().err
+    assert f"-m efficientllava.launch.on_ray {tmp_path}" in told and "--watch" in told
+    assert running(tmp_path / "0") and state.alive(state.read(tmp_path / "0"))
+    began = state.read(tmp_path / "0")["started"]
+    when(lambda: True, (tmp_path / "0" / "go").touch)
+    assert not supervise(jobs, "auto")[0].failed
+    assert state.read(tmp_path / "0")["started"] == began, "it was started once"
+
+
+def test_the_line_that_is_told_cancels(head, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "GRACE", 0.5)
+    with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
+        supervise([job(0, tmp_path, HANG), job(1, tmp_path, HANG), job(2, tmp_path, HANG)], "auto")
+    done = shell(sys.executable, "-m", "efficientllava.launch.on_ray", str(tmp_path))
+    assert done.returncode == 0 and "3 jobs cancelled" in done.stdout, done.stdout + done.stderr
+    assert [(entry.state, entry.reason) for entry in state.standings(tmp_path)] == [("failed", "cancelled")] * 3
+    assert not state.alive(state.read(tmp_path / "0"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", ["null", "auto"])
+def test_a_sweep_on_ray_lies_in_one_folder_and_its_gaps_are_filled(request, model, tmp_path, address):
+    if address == "auto":
+        request.getfixturevalue("head")
+    own = ["hydra.launcher.ray.init.num_cpus=2"] if address == "null" else []
+    check_sweep(model, tmp_path, "hydra/launcher=ray", f"hydra.launcher.ray.init.address={address}", *own)
