@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from .launch.ranks import relaunch
+from .launch.local import relaunch
 from .record import lookup, read, read_curve
 from .runtime import keeping, processes
 from .runtime.console import say

@@ -6,22 +6,16 @@ Hydra finds launchers in this package only, and imports it whenever it starts: w
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from efficientllava.launch.launcher import ProcessLauncher
-from efficientllava.launch.spawn import (
-    Ended,
-    Job,
-    Show,
-    cores,
-    cpu_slots,
-    gpu_slots,
-    run_jobs,
-)
+from efficientllava.launch.local import POLL, Pool, cores, cpu_slots, gpu_slots
+from efficientllava.launch.supervisor import Runner
+from efficientllava.launch.sweep import ProcessLauncher
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import GpuPoolConfig
 
@@ -40,6 +34,7 @@ class GpuPoolLauncher(ProcessLauncher):
 
     def __init__(self, gpus_per_job: int | None, slots: int | None, timeout_min: float | None) -> None:
         super().__init__()
+        self.poll = POLL
         self._gpus_per_job, self._slots, self._timeout_min = gpus_per_job, slots, timeout_min
 
     def check(self) -> None:
@@ -50,10 +45,10 @@ class GpuPoolLauncher(ProcessLauncher):
         if self._timeout_min is not None and self._timeout_min <= 0:
             raise UserError(f"hydra.launcher.timeout_min={self._timeout_min:g}: must be above 0, or null")
 
-    def run(self, jobs: Sequence[Job], trainers: Sequence[Any], finished: Collection[int], show: Show) -> list[Ended]:
-        """Run the jobs on leased GPUs or cores."""
+    def runner(self, trainers: Sequence[Any]) -> AbstractContextManager[Runner]:
+        """Leased GPUs or cores."""
         slots = self._environments(trainers) if trainers else []  # looks for GPUs, and imports torch for it
-        return run_jobs(jobs, slots, self._timeout_min and 60 * self._timeout_min, show, finished)
+        return nullcontext(Pool(slots, self._timeout_min and 60 * self._timeout_min))
 
     def _environments(self, trainers: Sequence[Any]) -> list[dict[str, str]]:
         """The slots that the trainers of the jobs call for."""
@@ -74,14 +69,13 @@ class SlurmLauncher(ProcessLauncher):
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self._options = {key: _plain(value) for key, value in options.items()}
+        self.poll = self._options["poll_s"]
 
-    def run(self, jobs: Sequence[Job], trainers: Sequence[Any], finished: Collection[int], show: Show) -> list[Ended]:
-        """Submit the jobs that are neither finished nor in the queue, and wait for all."""
-        from efficientllava.launch.cluster import supervise
+    def runner(self, trainers: Sequence[Any]) -> AbstractContextManager[Runner]:
+        """The queue."""
         from efficientllava.launch.slurm import Slurm
 
-        queue = Slurm(self._options, trainers)
-        return supervise(jobs, queue, show, finished, self._options["poll_s"])
+        return nullcontext(Slurm(self._options, trainers))
 
     def check(self) -> None:
         """Refuse what is out of range, or cannot work here."""
@@ -100,15 +94,13 @@ class RayLauncher(ProcessLauncher):
 
     def __init__(self, ray: DictConfig, poll_s: float) -> None:
         super().__init__()
-        self._options, self._poll = _plain(ray), poll_s
+        self._options, self.poll = _plain(ray), poll_s
 
-    def run(self, jobs: Sequence[Job], trainers: Sequence[Any], finished: Collection[int], show: Show) -> list[Ended]:
-        """Start what is neither finished nor at work, as an actor per job, and wait for all."""
-        from efficientllava.launch.cluster import supervise
+    def runner(self, trainers: Sequence[Any]) -> AbstractContextManager[Runner]:
+        """The cluster, which is left when the sweep has ended."""
         from efficientllava.launch.on_ray import Ray
 
-        with Ray(self._options, trainers) as cluster:
-            return supervise(jobs, cluster, show, finished, self._poll)
+        return Ray(self._options, trainers)
 
     def check(self) -> None:
         """Refuse what cannot work here."""

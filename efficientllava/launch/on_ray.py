@@ -13,17 +13,22 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..runtime import state
 from ..runtime.errors import UserError
 from ..runtime.keeping import require_shared_locks
-from .cluster import CANCELLED, Work, asked_devices
-from .spawn import Job
+from .local import Work, of_this_process
+from .supervisor import Job, asked, cancelled
+
+ray: Any = import_module("ray") if find_spec("ray") else None
 
 NAMESPACE = "efficientllava"
 DECIDED = ("RAY_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+QUIET = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
 LINGER = 60.0  # seconds after its end in which an actor gives its result to somebody who waits
 
 
@@ -36,10 +41,8 @@ def require(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: Says which and why.
     """
-    try:
-        import ray  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError("hydra/launcher=ray: needs ray; pip install -c constraints.txt -e '.[ray]'") from error
+    if ray is None:
+        raise UserError("hydra/launcher=ray: needs ray; pip install -c constraints.txt -e '.[ray]'")
     for name in ("num_cpus", "num_gpus"):
         value = options["remote"].get(name)
         if value is not None and value < 0:
@@ -58,7 +61,8 @@ class Host:
     def __init__(self, job: Job, environment: Mapping[str, str], folder: str) -> None:
         os.chdir(folder)
         self._code: int | None = None
-        self._work = Work(job, merged({**environment, **job.environment}, os.environ))
+        environment = merged({**environment, **job.environment}, os.environ)
+        self._work = Work(job, environment, before=of_this_process)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
@@ -90,37 +94,27 @@ class Ray:
 
     def __init__(self, options: Mapping[str, Any], trainers: Sequence[Mapping[str, Any]]) -> None:
         self._init = {key: value for key, value in options["init"].items() if value is not None}
-        self._remote = {**options["remote"]}
-        for key, value in _resources(trainers).items():
-            if self._remote.get(key) is None:
-                self._remote[key] = value
+        told = {key: value for key, value in options["remote"].items() if value is not None}
+        self._remote = {**options["remote"], **resources(trainers), **told}
         address = self._init.get("address", os.environ.get("RAY_ADDRESS"))
         self.stays = address not in (None, "", "local")
         self._actors: dict[str, Any] = {}
         self._ends: dict[str, Any] = {}
 
     def __enter__(self) -> Ray:
-        import ray  # pyright: ignore[reportMissingImports]
-
         own = {} if self.stays else {"include_dashboard": False}
         try:
-            ray.init(
-                **{"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE, **own, **self._init}
-            )
+            ray.init(**{**QUIET, **own, **self._init})
         except (Exception, SystemExit) as error:
             told = "nobody answers there" if isinstance(error, SystemExit) else " ".join(str(error).split())
             raise UserError(f"hydra.launcher.ray.init.address={self._init.get('address', 'local')}: {told}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
-        import ray  # pyright: ignore[reportMissingImports]
-
         ray.shutdown()
 
     def submit(self, jobs: Sequence[Job]) -> list[str]:
         """Make an actor per job; each waits for its resources."""
-        import ray  # pyright: ignore[reportMissingImports]
-
         if self.stays:
             require_shared_locks(jobs[0].folder)
         actor, environment = ray.remote(Host), ray.put(dict(os.environ))
@@ -138,28 +132,19 @@ class Ray:
 
     def look(self, ids: Sequence[str]) -> dict[str, tuple[bool, str]] | None:
         """What has become of jobs; nothing of those whose actors are gone."""
-        import ray  # pyright: ignore[reportMissingImports]
-
-        found: dict[str, tuple[bool, str]] = {}
         for key in ids:
             if key not in self._ends:
-                try:
+                with contextlib.suppress(ValueError):  # it is gone
                     self._watch(key, ray.get_actor(key, NAMESPACE))
-                except ValueError:
-                    continue
-        over, _ = ray.wait(list(self._ends.values()), num_returns=len(self._ends), timeout=0) if self._ends else ([], 0)
-        for key in (key for key in ids if key in self._ends):
-            found[key] = (self._ends[key] not in over, self._word(key) if self._ends[key] in over else "")
-        return found
+        ends = {key: self._ends[key] for key in ids if key in self._ends}
+        over, _ = ray.wait(list(ends.values()), num_returns=len(ends), timeout=0) if ends else ([], [])
+        return {key: (end not in over, self._word(key) if end in over else "") for key, end in ends.items()}
 
     def _word(self, key: str) -> str:
         """Why an actor is gone; nothing where its job has ended by itself. It gives its resources back."""
-        import ray  # pyright: ignore[reportMissingImports]
-        from ray.exceptions import RayError  # pyright: ignore[reportMissingImports]
-
         try:
             ray.get(self._ends[key])
-        except RayError as error:
+        except ray.exceptions.RayError as error:
             return f"Ray: {' '.join(str(error).split())[:200]}"
         ray.kill(self._actors[key])
         return ""
@@ -184,14 +169,12 @@ def merged(given: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
     return {**kept, **{name: value for name, value in own.items() if name.startswith(DECIDED)}}
 
 
-def _resources(trainers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def resources(trainers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """CPUs and GPUs of a job, from what the trainers ask for."""
-    several = [int(trainer.get("num_nodes", 1)) for trainer in trainers]
+    several, devices, on_gpu = asked(trainers)
     if max(several, default=1) > 1:
         raise UserError(f"trainer.num_nodes={max(several)}: a job of hydra/launcher=ray is on one machine; take slurm")
-    devices = max((asked_devices(trainer, 1) for trainer in trainers), default=1)
-    on_gpu = any(str(trainer.get("accelerator")) in ("gpu", "cuda") for trainer in trainers)
-    return {"num_cpus": devices, "num_gpus": devices if on_gpu else 0}
+    return {"num_cpus": devices, "num_gpus": devices * on_gpu}
 
 
 def cancel(folder: Path) -> int:
@@ -203,24 +186,18 @@ def cancel(folder: Path) -> int:
     Returns:
         Their number.
     """
-    import ray  # pyright: ignore[reportMissingImports]
-
-    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address="auto", **QUIET)
     actors = {}
     for place in sorted(file.parent for file in folder.glob(f"*/{state.CLUSTER}")):
         with contextlib.suppress(ValueError):  # it is over
             actors[place] = ray.get_actor(state.read(place, state.CLUSTER).get("ray", ""), NAMESPACE)
     _end(list(actors.values()))
-    for place in actors:
-        if state.read(place).get("state") != state.DONE:
-            state.write(place, state=state.FAILED, reason=CANCELLED)
+    cancelled(actors)
     return len(actors)
 
 
 def _end(actors: Sequence[Any]) -> None:
     """End the jobs of actors, politely where they run; one that waits for resources cannot be asked."""
-    import ray  # pyright: ignore[reportMissingImports]
-
     if actors:
         ray.wait([actor.stop.remote() for actor in actors], num_returns=len(actors), timeout=15)
     for actor in actors:

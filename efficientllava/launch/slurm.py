@@ -8,14 +8,18 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ..runtime import state
 from ..runtime.errors import UserError
 from ..runtime.keeping import require_shared_locks
-from .cluster import STOPPED, Work, asked_devices
-from .spawn import Job
+from .local import STOPPED, Work, of_this_process
+from .supervisor import Job, asked
+
+submitit: Any = import_module("submitit") if find_spec("submitit") else None
 
 OURS = ("cluster", "poll_s", "submitit_folder", "max_num_timeout", "processes")  # keys that are no options of sbatch
 COMMON = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
@@ -45,10 +49,8 @@ def require(options: Mapping[str, Any]) -> None:
     Raises:
         UserError: Says which and why.
     """
-    try:
-        import submitit  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError("hydra/launcher=slurm: needs submitit; pip install -c constraints.txt -e '.[slurm]'") from error
+    if submitit is None:
+        raise UserError("hydra/launcher=slurm: needs submitit; pip install -c constraints.txt -e '.[slurm]'")
     for name in ("timeout_min", "array_parallelism", "poll_s", "nodes", "tasks_per_node", "cpus_per_task", "mem_gb"):
         value = options.get(name)
         if value is not None and value <= 0:
@@ -69,19 +71,13 @@ class Slurm:
     """
 
     def __init__(self, options: Mapping[str, Any], trainers: Sequence[Mapping[str, Any]]) -> None:
-        self._options = {**options, **_resources(options, trainers)} if trainers else dict(options)
+        self._options = {**options, **resources(options, trainers)} if trainers else dict(options)
         self.name = "slurm" if options["cluster"] == "slurm" else "submitit_local"
         self.stays = self.name == "slurm"
         self._local: dict[str, Any] = {}
 
     def submit(self, jobs: Sequence[Job]) -> list[str]:
         """Hand jobs over as one array."""
-        import submitit  # pyright: ignore[reportMissingImports]
-        from submitit.core.utils import (  # pyright: ignore[reportMissingImports]
-            FailedJobError,
-            FailedSubmissionError,
-        )
-
         cluster, options = self._options["cluster"], self._options
         if cluster == "slurm":
             require_shared_locks(jobs[0].folder)
@@ -92,7 +88,7 @@ class Slurm:
         try:
             executor.update_parameters(**given)
             submitted = executor.map_array(Attempt(self._options["processes"]), jobs)
-        except (FailedJobError, FailedSubmissionError, ValueError) as error:
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, ValueError) as error:
             told = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
             raise UserError(f"hydra/launcher=slurm: sbatch refuses the jobs: {told[-1]}") from error
         if not self.stays:
@@ -141,18 +137,16 @@ def look(ids: Sequence[str]) -> dict[str, tuple[bool, str]] | None:
     return {key: found[key] for key in ids if key in found}
 
 
-def _resources(options: Mapping[str, Any], trainers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the trainers ask for, where the user has not said it."""
-    asked = {int(trainer.get("num_nodes", 1)) for trainer in trainers}
-    nodes = options["nodes"] or max(asked)
-    if asked != {nodes}:
+def resources(options: Mapping[str, Any], trainers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the trainers of jobs ask for, where ``hydra.launcher`` does not say it."""
+    several, devices, on_gpu = asked(trainers, int(options["gpus_per_node"] or 1))
+    nodes = options["nodes"] or max(several)
+    if several != {nodes}:
         raise UserError(
             f"hydra.launcher.nodes={nodes}: jobs of one sweep share their size, and trainer.num_nodes is "
-            f"{', '.join(map(str, sorted(asked)))}; give both the same number"
+            f"{', '.join(map(str, sorted(several)))}; give both the same number"
         )
-    devices = max(asked_devices(trainer, int(options["gpus_per_node"] or 1)) for trainer in trainers)
-    on_gpu = any(str(trainer.get("accelerator")) in ("gpu", "cuda") for trainer in trainers)
-    gpus = options["gpus_per_node"] if options["gpus_per_node"] is not None else devices if on_gpu else 0
+    gpus = options["gpus_per_node"] if options["gpus_per_node"] is not None else devices * on_gpu
     # On one node the run starts its own processes; on several, srun starts all of them.
     tasks = options["tasks_per_node"] or (devices if nodes > 1 else 1)
     found = {"nodes": nodes, "tasks_per_node": tasks, "gpus_per_node": gpus or None}
@@ -178,7 +172,7 @@ class Attempt:
         cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or 1)
         threads = {"OMP_NUM_THREADS": str(max(1, cpus // self.processes))} if "SLURM_JOB_ID" in os.environ else {}
         rank = int(os.environ.get("SLURM_PROCID", "0"))
-        self._work = Work(job, {**os.environ, **threads, **job.environment}, rank)
+        self._work = Work(job, {**os.environ, **threads, **job.environment}, rank, of_this_process)
         started = time.monotonic()
         try:
             code = self._work.wait()
@@ -198,8 +192,6 @@ class Attempt:
 
     def checkpoint(self, job: Job) -> Any:
         """Called when the time is over, or another job is more urgent: stop, and go on from the last checkpoint."""
-        import submitit  # pyright: ignore[reportMissingImports]
-
         self._work.stop()
         state.write(job.folder, state=state.WAITING, reason="requeued")
         return submitit.helpers.DelayedSubmission(Attempt(self.processes), job)

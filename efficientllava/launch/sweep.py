@@ -1,41 +1,36 @@
-"""What a sweep does beside its jobs: it holds the cache, tells of failures as they come, and ends in a report."""
+"""Hydra's side of a sweep: its beginning and end, its jobs from what was typed to commands, and results from folders.
+
+Every job of a launcher of ours is one process with its own command line, whoever starts it. Nobody else in this package
+knows how Hydra sweeps.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..runtime import state
 from ..runtime.errors import UserError
-from ..runtime.exit_codes import (
-    SweepRefused,
-    at_end,
-    hand_over,
-    job_failed,
-    lines_of,
-)
-from ..settings.checks import check_sweep
-from ..settings.compose import (
-    SWEEP_NAME,
-    at_home,
-    key_of,
-    quoted,
-    typed,
-)
+from ..runtime.exit_codes import DEBUG, TRACEBACKS, SweepRefused, at_end, hand_over, job_failed, lines_of
+from ..settings.checks import check, check_sweep
+from ..settings.compose import SWEEP_NAME, at_home, key_of, quoted, typed
+from .supervisor import Job, Runner, jobs_table, supervise
 
 
 class ReportSweep(Callback):
@@ -97,6 +92,128 @@ def _in_sweep(config: DictConfig) -> bool:
     return first and not (config.dry_run or OmegaConf.is_missing(config.hydra.job, "num"))
 
 
+def _close(folder: Path, held: ExitStack, complete: bool) -> None:
+    """Write table, plots and page of a sweep that has finished runs; a complete one lets go of the cache."""
+    if complete:
+        held.close()
+    if "efficientllava.estimate.dry_run" in sys.modules:
+        from ..estimate.dry_run import tell_sweep
+
+        tell_sweep(folder, folder.name)
+    if any(entry.state in state.ENDS for entry in state.standings(folder)):
+        from ..report.page import report
+        from ..runtime.keeping import alone_in
+
+        with alone_in(folder, print):
+            report(folder)
+        print(f"table, plots and page of the sweep: {folder / 'report.html'}")
+
+
+class ProcessLauncher(BasicLauncher):
+    """Runs the jobs of a sweep as processes; a dry run, which needs no slots, as Hydra's own launcher does.
+
+    Attributes:
+        poll: Seconds between two looks at the jobs.
+    """
+
+    poll: float
+
+    def check(self) -> None:
+        """Refuse keys of ``hydra.launcher`` that cannot work.
+
+        Raises:
+            UserError: One is out of range, or what it needs is not here.
+        """
+
+    def runner(self, trainers: Sequence[Any]) -> AbstractContextManager[Runner]:
+        """What runs the jobs; ``trainers`` are the trainer nodes of those that are not finished."""
+        raise NotImplementedError
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run a batch of jobs.
+
+        Args:
+            job_overrides: Overrides of every job.
+            initial_job_idx: Number of the first one.
+
+        Returns:
+            One result per job; that of a failed one raises when it is looked at.
+
+        Raises:
+            UserError: A key of ``hydra.launcher`` is out of range, or there is not enough for one job.
+        """
+        assert self.config is not None
+        self.check()
+        if self.config.dry_run:
+            return super().launch(job_overrides, initial_job_idx)
+        setup_globals()
+        configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
+        configs = [self._composed(number, words) for number, words in enumerate(job_overrides, initial_job_idx)]
+        jobs = [_job(config, words) for config, words in zip(configs, job_overrides, strict=True)]
+        finished = {job.number for job, config in zip(jobs, configs, strict=True) if _is_finished(job, config)}
+        waiting = [config.trainer for config in configs if config.hydra.job.num not in finished]
+        trainers = [OmegaConf.to_container(trainer) for trainer in waiting]
+        with jobs_table() as show, self.runner(trainers) as runner:
+            ended = supervise(jobs, runner, show, finished, self.poll)
+        reasons = [job.reason if job.state == state.FAILED else None for job in ended]
+        return [_result(*each) for each in zip(configs, jobs, reasons, strict=True)]
+
+    def _composed(self, number: int, overrides: Sequence[str]) -> DictConfig:
+        assert self.hydra_context is not None and self.config is not None
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+        return config
+
+
+def _job(config: DictConfig, overrides: Sequence[str]) -> Job:
+    hydra = config.hydra
+    folder = Path(str(hydra.sweep.dir), str(hydra.sweep.subdir)).absolute()
+    command = [sys.executable, sys.argv[0], *_config_flags(config), *overrides, "hydra.mode=RUN"]
+    command += ["hydra/launcher=basic", "hydra/sweeper=basic", f"hydra.run.dir={quoted(folder)}"]
+    command += [f"hydra.job.num={hydra.job.num}"]
+    # Tracebacks are for those who ask for them; the sweep's own process has them on for itself.
+    environment = {**hydra.job.env_set, DEBUG: os.environ.get(TRACEBACKS, "0")}
+    return Job(hydra.job.num, tuple(filter_overrides(overrides)), tuple(command), folder, environment)
+
+
+def _config_flags(config: DictConfig) -> list[str]:
+    """Where the jobs find the configuration, if it is not where the program looks."""
+    flags = []
+    for source in config.hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            flags += ["--config-dir", source.path]
+    if config.hydra.job.config_name not in (None, "config"):
+        flags += ["--config-name", config.hydra.job.config_name]
+    return flags
+
+
+def _is_finished(job: Job, config: DictConfig) -> bool:
+    """Whether a job has nothing to do; what is wrong with one, its own process tells."""
+    from ..stages.identity import nothing_to_do
+
+    task, overrides = copy.deepcopy(config), list(config.hydra.overrides.task)
+    with open_dict(task):
+        del task["hydra"]  # as Hydra does for the job itself
+    try:
+        settings = typed(task, overrides)
+        check(settings)
+        return nothing_to_do(settings, job.folder)
+    except UserError:
+        return False
+
+
+def _result(config: DictConfig, job: Job, reason: str | None) -> JobReturn:
+    from ..record import lookup, read
+
+    known = {"overrides": config.hydra.overrides.task, "cfg": config, "working_dir": str(job.folder)}
+    if reason is not None:
+        return FailedJob(job.number, reason, **known)
+    metric = config.get("optimized_metric")
+    value = None if metric is None else lookup(read(job.folder), metric)
+    return JobReturn(status=JobStatus.COMPLETED, _return_value=value, **known)
+
+
 class FailedJob(JobReturn):
     """What is left of a job of a sweep that has failed in a process of its own; told when it is made.
 
@@ -155,20 +272,3 @@ def jobs_of(grid: Sequence[Sequence[str]], arms: Mapping[str, Sequence[str]], ty
             content = (*rest, *(override for override in arm if key_of(override) != "name"))
             jobs.setdefault(tuple(sorted(content)), [*rest, *arm])
     return list(jobs.values())
-
-
-def _close(folder: Path, held: ExitStack, complete: bool) -> None:
-    """Write table, plots and page of a sweep that has finished runs; a complete one lets go of the cache."""
-    if complete:
-        held.close()
-    if "efficientllava.estimate.dry_run" in sys.modules:
-        from ..estimate.dry_run import tell_sweep
-
-        tell_sweep(folder, folder.name)
-    if any(entry.state in (state.DONE, state.FAILED) for entry in state.standings(folder)):
-        from ..report.page import report
-        from ..runtime.keeping import alone_in
-
-        with alone_in(folder, print):
-            report(folder)
-        print(f"table, plots and page of the sweep: {folder / 'report.html'}")

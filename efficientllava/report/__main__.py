@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,32 +64,15 @@ def watch(folder: Path, poll: float = POLL) -> None:
         if (line := summary(jobs)) != before:
             print(f"{time.strftime('%H:%M:%S')}  {line}", flush=True)
             before = line
-        if all(job.state in (state.DONE, state.FAILED) for job in jobs):
+        if all(job.state in state.ENDS for job in jobs):
             return
         time.sleep(poll)
 
 
 def summary(jobs: Sequence[Standing]) -> str:
     """Counts by state and the time that is left, in one line."""
-    counts = Counter(job.state for job in jobs)
-    line = ", ".join(f"{counts[name]} {name}" for name in (state.DONE, state.FAILED, state.RUNNING, state.WAITING))
-    seconds = left(jobs)
+    line, seconds = state.counted(jobs), state.seconds_left(jobs)
     return line if seconds is None else f"{line}, about {max(1, round(seconds / 60))} min left"
-
-
-def left(jobs: Sequence[Standing]) -> float | None:
-    """Estimate of the seconds until all have ended, from those that are done; None where these say nothing.
-
-    Args:
-        jobs: The jobs of a sweep; as many are believed to run at once as do now.
-    """
-    took = [job.seconds for job in jobs if job.state == state.DONE and job.seconds]
-    running = [job.seconds or 0.0 for job in jobs if job.state == state.RUNNING]
-    if not took or not running:
-        return None
-    mean = sum(took) / len(took)
-    waiting = mean * sum(job.state == state.WAITING for job in jobs)
-    return (waiting + sum(max(mean - seconds, 0.0) for seconds in running)) / len(running)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from .files import whole_file
 JOB, SWEEP, RESULTS = "job.json", "jobs.json", "results.json"
 CLUSTER = "cluster.json"  # what a cluster calls a job; written once, by who has submitted it
 WAITING, RUNNING, DONE, FAILED = "waiting", "running", "done", "failed"
+ENDS = (DONE, FAILED)
 BORN = time.time()
 
 
@@ -34,6 +36,7 @@ class Standing:
         reason: Why it has failed, or what it waits for.
         seconds: How long it took, or has been running; None: not known.
         folder: Its folder.
+        place: Where it runs, as whoever has started it calls that.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Standing:
     reason: str
     seconds: float | None
     folder: Path
+    place: str = ""
 
 
 def write(folder: Path, file: str = JOB, /, **facts: Any) -> None:
@@ -61,9 +65,9 @@ def read(folder: Path, file: str = JOB) -> dict[str, Any]:
     return known if isinstance(known, dict) else {}
 
 
-def begin(folder: Path, overrides: Sequence[str]) -> None:
-    """Say that a job is at work in this process."""
-    here = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+def begin(folder: Path, overrides: Sequence[str], pid: int | None = None) -> None:
+    """Say that a job is at work in a process of this machine, by default in this one."""
+    here = {"host": socket.gethostname(), "pid": pid or os.getpid(), "started": time.time()}
     write(folder, state=RUNNING, reason="", seconds=None, overrides=list(overrides), **here)
 
 
@@ -84,7 +88,7 @@ def standings(folder: Path) -> list[Standing]:
     Args:
         folder: The sweep's folder.
     """
-    found = [_standing(place) for place in sorted(_places(folder), key=lambda place: (len(place.name), place.name))]
+    found = [standing(place) for place in sorted(_places(folder), key=lambda place: (len(place.name), place.name))]
     named = {entry.name for entry in found}
     planned = enumerate(read(folder, SWEEP).get("jobs", []))
     rest = [
@@ -99,7 +103,8 @@ def _places(folder: Path) -> Iterator[Path]:
     return iter({file.parent for name in (JOB, RESULTS) for file in folder.glob(f"*/{name}")})
 
 
-def _standing(folder: Path) -> Standing:
+def standing(folder: Path) -> Standing:
+    """How the job of a folder stands."""
     facts, results = read(folder), (folder / RESULTS).is_file()
     state = facts.get("state", DONE if results else WAITING)
     reason, seconds = facts.get("reason", ""), facts.get("seconds")
@@ -108,6 +113,27 @@ def _standing(folder: Path) -> Standing:
         if not alive(facts):
             state, reason = FAILED, "its process is gone and has left no word"
     return Standing(folder.name, state, tuple(facts.get("overrides", ())), reason, seconds, folder)
+
+
+def counted(jobs: Sequence[Standing]) -> str:
+    """How many jobs stand how, in words."""
+    counts = Counter(job.state for job in jobs)
+    return ", ".join(f"{counts[name]} {name}" for name in (DONE, FAILED, RUNNING, WAITING))
+
+
+def seconds_left(jobs: Sequence[Standing]) -> float | None:
+    """Estimate of the seconds until all have ended, from those that are done; None where these say nothing.
+
+    Args:
+        jobs: The jobs of a sweep; as many are believed to run at once as do now.
+    """
+    took = [job.seconds for job in jobs if job.state == DONE and job.seconds]
+    running = [job.seconds or 0.0 for job in jobs if job.state == RUNNING]
+    if not took or not running:
+        return None
+    mean = sum(took) / len(took)
+    waiting = mean * sum(job.state == WAITING for job in jobs)
+    return (waiting + sum(max(mean - seconds, 0.0) for seconds in running)) / len(running)
 
 
 def alive(facts: dict[str, Any]) -> bool:

@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 
-from efficientllava.launch import cluster
-from efficientllava.launch.spawn import Job
+from efficientllava.launch.supervisor import Job
+from efficientllava.launch.supervisor import supervise as run
 from efficientllava.runtime import state
 
 from ..runs import ROOT, RUN, small
@@ -24,11 +24,11 @@ def job(number, folder, body):
         f"from efficientllava.runtime import state; from pathlib import Path; f = Path({str(folder / str(number))!r})\n"
     )
     command = (sys.executable, "-c", f"import os, sys, time\n{begin}state.begin(f, [])\n{body}\nstate.end(f, None)")
-    return Job(number, f"job={number}", command, folder / str(number))
+    return Job(number, (f"job={number}",), command, folder / str(number))
 
 
-def supervise(jobs, queue, show=lambda _: None):
-    return cluster.supervise(jobs, queue, show, (), 0.5)
+def supervise(jobs, runner):
+    return run(jobs, runner, lambda _: None, (), 0.5)
 
 
 def running(folder):

@@ -17,7 +17,7 @@ OPTIONS = {"cluster": "slurm", "nodes": None, "tasks_per_node": None, "gpus_per_
 
 
 def resources(*trainers, **options):
-    found = slurm.Slurm({**OPTIONS, **options}, trainers)._options
+    found = slurm.resources({**OPTIONS, **options}, trainers)
     return [found[key] for key in ("nodes", "tasks_per_node", "gpus_per_node", "processes")]
 
 
@@ -31,10 +31,10 @@ def test_a_job_asks_slurm_for_what_its_trainer_asks_for():
 
 
 def test_a_job_asks_ray_for_what_its_trainer_asks_for():
-    assert on_ray._resources([{}]) == {"num_cpus": 1, "num_gpus": 0}
-    assert on_ray._resources([{"accelerator": "gpu", "devices": 2}]) == {"num_cpus": 2, "num_gpus": 2}
+    assert on_ray.resources([{}]) == {"num_cpus": 1, "num_gpus": 0}
+    assert on_ray.resources([{"accelerator": "gpu", "devices": 2}]) == {"num_cpus": 2, "num_gpus": 2}
     with pytest.raises(UserError, match="on one machine"):
-        on_ray._resources([{"num_nodes": 2}])
+        on_ray.resources([{"num_nodes": 2}])
 
 
 def test_what_ray_decides_wins_over_what_was_sent():

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.launch import cluster
+from efficientllava.launch import supervisor
 from efficientllava.launch.on_ray import Ray
 from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
 
 from ..runs import ROOT, save_tiny
+from . import real
 from .real import HANG, check_sweep, interrupts, job, running, shell, when
 
 pytestmark = [
@@ -70,19 +71,17 @@ def head():
 def supervise(jobs, address=None):
     options = {"init": {"address": address, "num_cpus": None if address else 2}, "remote": {"num_cpus": 1}}
     with Ray(options, [{}]) as queue:
-        return cluster.supervise(jobs, queue, lambda _: None, (), 0.5)
+        return real.supervise(jobs, queue)
 
 
 def check_ends(tmp_path, address=None):
     ended = supervise([job(number, tmp_path, body) for number, body in enumerate(BODIES)], address)
-    assert [entry.failed for entry in ended] == [False, True, True]
-    assert ended[1].reason() == "the key: no"
-    assert "SIGKILL" in ended[2].reason() and str(tmp_path / "2" / "job.log") in ended[2].reason()
+    assert [entry.state for entry in ended] == ["done", "failed", "failed"]
+    assert ended[1].reason == "the key: no"
+    assert "SIGKILL" in ended[2].reason and str(tmp_path / "2" / "job.log") in ended[2].reason
     assert "fine" in (tmp_path / "0" / "job.log").read_text()
     standings = state.standings(tmp_path)
-    assert [(entry.state, entry.reason) for entry in standings[1:]] == [
-        ("failed", entry.reason()) for entry in ended[1:]
-    ]
+    assert [(entry.state, entry.reason) for entry in standings[1:]] == [("failed", entry.reason) for entry in ended[1:]]
 
 
 def test_no_cluster_is_one_line(tmp_path):
@@ -107,7 +106,7 @@ def test_every_end_of_a_job_has_its_reason_on_a_cluster_that_is_there(head, tmp_
 
 
 def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(head, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(cluster, "GRACE", 0.5)
+    monkeypatch.setattr(supervisor, "GRACE", 0.5)
     jobs = [job(0, tmp_path, "while not (f / 'go').exists(): time.sleep(0.1)")]
     with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
         supervise(jobs, "auto")
@@ -116,12 +115,12 @@ def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(hea
     assert running(tmp_path / "0") and state.alive(state.read(tmp_path / "0"))
     began = state.read(tmp_path / "0")["started"]
     when(lambda: True, (tmp_path / "0" / "go").touch)
-    assert not supervise(jobs, "auto")[0].failed
+    assert supervise(jobs, "auto")[0].state == "done"
     assert state.read(tmp_path / "0")["started"] == began, "it was started once"
 
 
 def test_the_line_that_is_told_cancels(head, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "GRACE", 0.5)
+    monkeypatch.setattr(supervisor, "GRACE", 0.5)
     with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
         supervise([job(0, tmp_path, HANG), job(1, tmp_path, HANG), job(2, tmp_path, HANG)], "auto")
     done = shell(sys.executable, "-m", "efficientllava.launch.on_ray", str(tmp_path))

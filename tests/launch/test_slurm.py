@@ -17,12 +17,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from efficientllava.launch import cluster, slurm
+from efficientllava.launch import slurm, supervisor
 from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
 
 from ..runs import ROOT, save_tiny, small
-from . import slurmd
+from . import real, slurmd
 from .real import HANG, TINY, check_sweep, interrupts, job, running, shell, sweep, when
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -61,9 +61,9 @@ def nodes():
         yield environment
 
 
-def supervise(jobs, tmp_path, show=lambda _: None, **options):
-    queue = slurm.Slurm({**OPTIONS, "submitit_folder": str(tmp_path / "submitit" / "%j"), **options}, [{}])
-    return cluster.supervise(jobs, queue, show, (), 0.5)
+def supervise(jobs, tmp_path, **options):
+    given = {**OPTIONS, "submitit_folder": str(tmp_path / "submitit" / "%j"), **options}
+    return real.supervise(jobs, slurm.Slurm(given, [{}]))
 
 
 def key_of(folder):
@@ -75,14 +75,14 @@ def test_every_end_of_a_job_has_its_reason(nodes, tmp_path, capfd):
     jobs = [job(number, tmp_path, body) for number, body in enumerate([*bodies, HANG])]
     when(lambda: running(tmp_path / "3"), lambda: shell("scancel", key_of(tmp_path / "3")))
     ended = supervise(jobs, tmp_path)
-    assert [entry.failed for entry in ended] == [False, True, True, True]
-    assert ended[1].reason() == "the key: no"
-    assert "SIGKILL" in ended[2].reason() and str(tmp_path / "2" / "job.log") in ended[2].reason()
-    assert ended[3].reason() == "cancelled"
+    assert [entry.state for entry in ended] == ["done", "failed", "failed", "failed"]
+    assert ended[1].reason == "the key: no"
+    assert "SIGKILL" in ended[2].reason and str(tmp_path / "2" / "job.log") in ended[2].reason
+    assert ended[3].reason == "cancelled"
     assert "fine" in (tmp_path / "0" / "job.log").read_text()
     standings = state.standings(tmp_path)
     assert [entry.state for entry in standings] == ["done", "failed", "failed", "failed"]
-    assert [entry.reason for entry in standings[1:]] == [entry.reason() for entry in ended[1:]]
+    assert [entry.reason for entry in standings[1:]] == [entry.reason for entry in ended[1:]]
     # There is no accounting here, and nobody complains about it.
     assert not shutil.which("sacct") or "sacct" not in capfd.readouterr().err
 
@@ -113,9 +113,9 @@ def test_a_job_whose_time_is_over_is_requeued_as_often_as_it_may(nodes, tmp_path
     ended = supervise(jobs, tmp_path)
     for thread in (*threads, again, also):
         thread.join(5)
-    assert [entry.failed for entry in ended] == [False, True]
+    assert [entry.state for entry in ended] == ["done", "failed"]
     assert [len((tmp_path / name / "attempts").read_text()) for name in told] == [2, 2]
-    assert "timed out" in ended[1].reason() and "timeout_min" in ended[1].reason()
+    assert "timed out" in ended[1].reason and "timeout_min" in ended[1].reason
 
 
 def _time_is_over(folder):
@@ -132,7 +132,7 @@ def _at_once(folder):
 
 
 def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(nodes, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(cluster, "GRACE", 0.5)
+    monkeypatch.setattr(supervisor, "GRACE", 0.5)
     jobs = [job(0, tmp_path, "while not (f / 'go').exists(): time.sleep(0.1)")]
     with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
         supervise(jobs, tmp_path)
@@ -141,12 +141,12 @@ def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(nod
     assert f"scancel {key}" in told and f"python -m efficientllava.report {tmp_path}" in told and "--watch" in told
     assert slurm.look([key])[key][0] and running(tmp_path / "0")
     when(lambda: True, (tmp_path / "0" / "go").touch)
-    assert not supervise(jobs, tmp_path)[0].failed
+    assert supervise(jobs, tmp_path)[0].state == "done"
     assert key_of(tmp_path / "0") == key, "it was submitted once"
 
 
 def test_the_second_interrupt_cancels(nodes, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(cluster, "GRACE", 30)
+    monkeypatch.setattr(supervisor, "GRACE", 30)
     jobs = [job(0, tmp_path, HANG)]
     with interrupts(lambda: running(tmp_path / "0"), times=2), pytest.raises(KeyboardInterrupt):
         supervise(jobs, tmp_path)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from efficientllava import pipeline
-from efficientllava.launch import ranks
+from efficientllava.launch import local
 from efficientllava.runtime import processes
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import typed as to_settings
@@ -89,7 +89,7 @@ def start(monkeypatch, tmp_path, body):
     script = tmp_path / "script.py"
     script.write_text("import os, sys, time\nrank = int(os.environ['RANK'])\n" + body)
     monkeypatch.setattr(sys, "argv", [str(script)])
-    return ranks.relaunch(2, ["a=1"], str(tmp_path / "run"))
+    return local.relaunch(2, ["a=1"], str(tmp_path / "run"))
 
 
 def test_processes_get_their_place_and_the_folder(monkeypatch, tmp_path):
@@ -105,7 +105,7 @@ def test_the_same_error_of_all_is_told_once(monkeypatch, tmp_path, capfd):
 
 
 def test_when_one_fails_the_others_are_ended_and_it_is_told_who(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(ranks, "GRACE", 0.2)
+    monkeypatch.setattr(local, "GRACE", 0.2)
     body = "rank or time.sleep(600)\nprint('error: broken', file=sys.stderr); sys.exit(1)"
     assert start(monkeypatch, tmp_path, body) == 1
     assert capfd.readouterr().err == "error: process 1: broken\n"
@@ -113,7 +113,7 @@ def test_when_one_fails_the_others_are_ended_and_it_is_told_who(monkeypatch, tmp
 
 
 def test_a_process_that_does_not_hear_is_killed(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr(ranks, "GRACE", 0.3)
+    monkeypatch.setattr(local, "GRACE", 0.3)
     deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     assert (
         start(monkeypatch, tmp_path, f"if rank:\n    {deaf}\nprint('error: broken', file=sys.stderr); sys.exit(1)") == 1
