@@ -1,14 +1,14 @@
-"""What the installed runtime computes, against transformers: tokens, probabilities, answers, image features."""
+"""What the installed runtime computes, against transformers: tokens, probabilities, answers; and how fast it does."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,8 +19,8 @@ from ..data.records import Turn
 from ..models.anatomy import decoder_of
 from ..models.forward import going_on, stock_inputs
 from ..runtime.errors import UserError
-from . import probe, vision
 from .runtime import Runtime, serve
+from .vision import noise, side
 from .vocabulary import MARKER, lead
 
 TEXT = (
@@ -31,11 +31,13 @@ TEXT = (
 POSITIONS = 24  # of the probe text whose next token is compared
 ANSWER = 8  # greedy tokens of a question
 TOP = 5
-IMAGE_TOKENS = 16  # of an image that are read out of the runtime
 # Largest difference of the log-probabilities of the likeliest tokens that is rounding. Of types with fewer bits it is
 # told, not bounded.
 BOUNDS = {"f32": 0.02, "f16": 0.1, "bf16": 1.0}
-SAME = 0.999  # cosine of image features that counts as the same
+# Speed is measured on one thread, files in turn.
+PROMPT, DECODED = 128, 32  # tokens, as far as the context has room for them
+LOADS = 3
+WORDS = 24  # tokens that any vocabulary has, from the fourth on
 
 Question = tuple[str, Image.Image | None]
 
@@ -82,11 +84,6 @@ def questions(tokenizer: Any, size: int) -> list[Question]:
     asked = [" ".join(words[start : start + 6]) for start in range(0, len(words), 6)]
     images = [noise(size, size), noise(2 * size, size)]
     return [(text, image) for text, image in zip(asked, (None, None, *images), strict=False)]
-
-
-def noise(width: int, height: int) -> Image.Image:
-    """An image of noise, always the same."""
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def require_tokens(runtime: Runtime, tokenizer: Any) -> None:
@@ -187,15 +184,12 @@ def _agreement(runtime: Runtime, probes: Sequence[Probe], placeholder: str) -> d
         "kl": statistics.fmean(kl),
         "top1": statistics.fmean(same),
         "logprob_error": max(error),
-        "greedy_equal": all(each for each in greedy if each is not None),
+        "greedy_equal": all(greedy),
     }
-    if probes[0].image is None:
-        return found
-    return {
-        **found,
-        "lengths_equal": all(length),
-        "chat_equal": all(_same_chat(runtime, p, placeholder) for p in probes),
-    }
+    if probes[0].image is not None:
+        found["lengths_equal"] = all(length)
+        found["chat_equal"] = all(_same_chat(runtime, each, placeholder) for each in probes)
+    return found
 
 
 def _same_chat(runtime: Runtime, each: Probe, placeholder: str) -> bool:
@@ -205,7 +199,7 @@ def _same_chat(runtime: Runtime, each: Probe, placeholder: str) -> bool:
     return theirs.partition(MARKER)[2].partition(">")[2] == each.text.partition(placeholder)[2]
 
 
-def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, float, bool | None, bool]:
+def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, float, bool, bool]:
     asked: Any = each.text
     if each.image is not None and isinstance(each.text, str):
         asked = runtime.prompt(each.text.replace(placeholder, runtime.marker), [each.image])
@@ -215,50 +209,8 @@ def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, 
     error = float((theirs - each.logprobs)[best].abs().max())
     terms = each.logprobs.exp() * (each.logprobs - theirs)
     kl = max(0.0, float(terms[each.logprobs.exp() > 0].sum()))
-    greedy = None
-    if each.greedy is not None:
-        greedy = runtime.complete(asked, tokens=ANSWER)["tokens"] == each.greedy
+    greedy = each.greedy is None or runtime.complete(asked, tokens=ANSWER)["tokens"] == each.greedy
     return kl, int(theirs.argmax()) == int(best[0]), error, greedy, length == each.tokens
-
-
-def require_close(found: dict[str, Any], kind: str) -> None:
-    """Refuse an export whose text side is not what the model computes.
-
-    Args:
-        found: Output of `compare`.
-        kind: Type of the file.
-
-    Raises:
-        UserError: In a type of 16 bits or more, log-probabilities differ by more than rounding.
-    """
-    error = found["text"]["logprob_error"]
-    if kind in BOUNDS and not error <= BOUNDS[kind]:
-        raise UserError(
-            f"deploy=gguf: in {kind} the runtime's log-probabilities differ by {error:.3g} (allowed {BOUNDS[kind]:g}): "
-            "the exported decoder is not the model; please report it"
-        )
-
-
-def image_side(model: Any, processor: Any, mmproj: Path, folder: Path) -> dict[str, Any]:
-    """Cosine of the runtime's image features with the model's, on an image that needs no resizing.
-
-    Args:
-        model: An image-text-to-text model on the CPU.
-        processor: Its processor.
-        mmproj: The exported image side.
-        folder: For a file that is removed again.
-
-    Returns:
-        ``cosine``, the least one and ``n``, the number of image tokens that were compared.
-    """
-    size = vision.side(model.config.vision_config.image_size)
-    image = noise(size, size)
-    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"].to(model.dtype)
-    features = vision.image_features(model, pixels)
-    step = -(-len(features) // IMAGE_TOKENS)
-    sample = range(0, len(features), step)
-    found = probe.cosines(folder, mmproj, image, features.float(), sample, vision.is_closed(model))
-    return {"cosine": statistics.fmean(found), "cosine_min": min(found), "n": len(found)}
 
 
 def agreements(
@@ -277,14 +229,68 @@ def agreements(
         Types, and what `compare` says of each.
 
     Raises:
-        UserError: Token ids differ, or log-probabilities differ by more than rounding.
+        UserError: Token ids differ or, in a type of 16 bits or more, log-probabilities by more than rounding.
     """
     probes = expected(model, processor, asked, mmproj is not None)
     context = 2 * max(each.tokens for each in probes) + ANSWER
-    size = vision.side(model.config.vision_config.image_size)
+    size = side(model.config.vision_config.image_size)
     for kind, file in files.items():
         with serve(file, mmproj, context=context, exact=kind in BOUNDS) as runtime:
             require_tokens(runtime, processor.tokenizer)
             found = compare(runtime, probes, Prompts(processor).image_token, size)
-        require_close(found, kind)
+        error = found["text"]["logprob_error"]
+        if kind in BOUNDS and not error <= BOUNDS[kind]:
+            raise UserError(
+                f"deploy=gguf: in {kind} the runtime's log-probabilities differ by {error:.3g} (allowed "
+                f"{BOUNDS[kind]:g}): the exported decoder is not the model; please report it"
+            )
         yield kind, found
+
+
+def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Measure files side by side, on one thread.
+
+    Args:
+        files: By name, such as ``dense`` and ``exported``.
+        context: Tokens that all of them have room for, >= 8.
+        repeats: Rounds over all files; medians are reported.
+
+    Returns:
+        By name: ``bytes`` on disk, ``load_seconds`` (file in memory already), and tokens per second of CPU of a prompt
+        (``prefill``) and of the tokens behind it (``decode``; ``decode_ms``: milliseconds of CPU for one).
+    """
+    prompt = min(PROMPT, context // 2)
+    answer = min(DECODED, context - prompt - 1)
+    ids = [3 + position % WORDS for position in range(prompt)]
+    loads = {name: [_load_seconds(file, context) for _ in range(LOADS)] for name, file in files.items()}
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(serve(file, context=context)) for name, file in files.items()}
+        for number in range(1 + repeats):
+            for name in [*servers][:: 1 if number % 2 else -1]:
+                first, whole = (_cpu_seconds(servers[name], ids, count) for count in (1, 1 + answer))
+                rounds[name].append((first, max(whole - first, 1e-6)))
+    found = {}
+    for name, file in files.items():
+        first, later = (statistics.median(times) for times in zip(*rounds[name][1:], strict=True))  # after a warm-up
+        found[name] = {
+            "bytes": file.stat().st_size,
+            "load_seconds": statistics.median(loads[name]),
+            "prefill": prompt / first,
+            "decode": answer / later,
+            "decode_ms": 1e3 / answer * later,
+        }
+    return found
+
+
+def _load_seconds(file: Path, context: int) -> float:
+    with serve(file, context=context) as runtime:
+        return runtime.seconds
+
+
+def _cpu_seconds(runtime: Runtime, ids: list[int], count: int) -> float:
+    started = runtime.cpu()
+    told: Any = runtime.complete(ids, tokens=count, ignore_eos=True)
+    if told["tokens_predicted"] != count:
+        raise RuntimeError(f"the runtime wrote {told['tokens_predicted']} tokens, asked for were {count}")
+    return runtime.cpu() - started

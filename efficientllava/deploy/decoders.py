@@ -3,14 +3,18 @@
 ``llama`` holds Llama, Mistral, Qwen2 and Phi3 of one shape; ``deci`` is the same computation with a number of heads and
 a width per layer. Both turn neighbouring channels of a head by one angle, where transformers turns channels half a head
 apart: rows of the query and key projections, and their biases, are written in the other order.
+
+A file is written tensor by tensor, in the type that is asked for where a row has a whole number of blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +28,7 @@ from ..models.anatomy import (
     layers_of,
 )
 from ..runtime.errors import UserError
+from ..settings.schema import BLOCKS, GGUF_TYPES
 
 PARTS = {"attention": ("attn_q", "attn_k", "attn_v"), "mlp": ("ffn_gate", "ffn_up"), "plain": ("ffn_up",)}
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "phi3")
@@ -39,6 +44,12 @@ FIXES = {
 }
 ACTIVATIONS = {"phi": ("gelu_new",)}  # of the others: silu
 EMPTY = 32  # channels of zeros that stand for an MLP that is gone: a layer without any would lose its attention
+
+PLAIN = ("f32", "f16", "bf16")
+QUANTIZED = tuple(kind for kind in GGUF_TYPES if kind in BLOCKS)
+BLOCK = 32  # weights of a row that share a scale, of all in QUANTIZED
+FALLBACK = "f16"  # of a tensor whose rows are no whole number of blocks
+HEAD = "q8_0"  # of the embedding and the head where the others have fewer bits, as llama-quantize keeps them wider
 
 Tensors = Iterator[tuple[str, Callable[[], Tensor]]]
 
@@ -93,21 +104,21 @@ class Decoder:
             yield name, lambda factors=factors: factors
         for index, layer in enumerate(self.layers):
             yield from ((f"blk.{index}.{name}", made) for name, made in self._layer(layer))
-        yield from _affine("output_norm", norm)
+        yield from affine("output_norm", norm)
         if head.weight is not embedding.weight or self.architecture == "phi2":
-            yield from _affine("output", head)
+            yield from affine("output", head)
         if self.architecture == "phi2" and head.bias is None:
             yield "output.bias", lambda: torch.zeros(head.out_features)  # which the runtime does not do without
 
     def _layer(self, layer: Layer) -> Tensors:
         module: Any = layer.module
         permuted = self.architecture in ("llama", "deci")
-        yield from _affine("attn_norm", module.input_layernorm)
+        yield from affine("attn_norm", module.input_layernorm)
         if self.architecture != "phi2":  # attention and MLP of Phi read the same norm
-            yield from _affine("ffn_norm", module.post_attention_layernorm)
+            yield from affine("ffn_norm", module.post_attention_layernorm)
         if self.architecture == "qwen3":
-            yield from _affine("attn_q_norm", module.self_attn.q_norm)
-            yield from _affine("attn_k_norm", module.self_attn.k_norm)
+            yield from affine("attn_q_norm", module.self_attn.q_norm)
+            yield from affine("attn_k_norm", module.self_attn.k_norm)
         if layer.attention.units:
             yield from _component(layer.attention, PARTS["attention"], "attn_output", layer.head_dim * permuted)
         if layer.mlp.units:
@@ -119,7 +130,8 @@ class Decoder:
             yield "ffn_down.weight", lambda: torch.zeros(width, EMPTY)
 
 
-def _affine(name: str, module: Any) -> Tensors:
+def affine(name: str, module: Any) -> Tensors:
+    """Weight and, where there is one, bias of a module."""
     yield f"{name}.weight", lambda: module.weight
     if getattr(module, "bias", None) is not None:
         yield f"{name}.bias", lambda: module.bias
@@ -131,7 +143,7 @@ def _component(component: Component, parts: tuple[str, ...], writer: str, permut
         yield f"{name}.weight", lambda reader=reader, head=head: _rows(reader.linear.weight, reader, component, head)
         if reader.linear.bias is not None:
             yield f"{name}.bias", lambda reader=reader, head=head: _rows(reader.linear.bias, reader, component, head)
-    yield from _affine(writer, component.writer)
+    yield from affine(writer, component.writer)
 
 
 def _rows(tensor: Any, reader: Reader, component: Component, head_dim: int) -> Tensor:
@@ -228,3 +240,68 @@ def _context(config: Any) -> int:
     """Most tokens for which the runtime computes the same: it knows no sliding window in these architectures."""
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))
+
+
+def storage(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Type that a tensor is stored in.
+
+    Args:
+        name: Its name in the file.
+        shape: Its shape; the last dimension is that of a row.
+        kind: One of `efficientllava.settings.schema.GGUF_TYPES`, that of the file.
+    """
+    if len(shape) < 2 or name.startswith("rope_") or "position_embd" in name:
+        return "f32"  # norms, biases, positions and rotary factors: the runtime adds and multiplies nothing else
+    if kind in PLAIN:
+        return kind
+    if len(shape) > 2 or shape[-1] % BLOCK:
+        return FALLBACK
+    return HEAD if name in ("token_embd.weight", "output.weight") else kind
+
+
+def write(
+    path: Path,
+    architecture: str,
+    metadata: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Callable[[], Tensor]]],
+    kind: str,
+) -> list[str]:
+    """Write one file.
+
+    Args:
+        path: The file.
+        architecture: ``general.architecture``.
+        metadata: Further keys; lists and bytes are arrays.
+        tensors: Names, and what makes the tensors.
+        kind: One of `efficientllava.settings.schema.GGUF_TYPES`.
+
+    Returns:
+        Names of the tensors that are stored in `FALLBACK`, since their rows are no whole number of blocks.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        if key == "tokenizer.ggml.precompiled_charsmap":
+            writer.add_precompiled_charsmap(value)
+        else:
+            number = gguf.GGUFValueType.UINT32 if type(value) is int else gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, number)
+    whole = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"
+    writer.add_uint32("general.file_type", int(gguf.LlamaFileType[whole]))
+    writer.add_uint32("general.quantization_version", gguf.GGML_QUANT_VERSION)
+    made = [(name, make, storage(name, tuple(make().shape), kind)) for name, make in tensors]
+    for name, make, stored in made:
+        tensor, code = make(), gguf.GGMLQuantizationType[stored.upper()]
+        count, size = gguf.GGML_QUANT_SIZES[code]
+        writer.add_tensor_info(
+            name, tuple(tensor.shape), np.dtype(np.float32), tensor.numel() // count * size, raw_dtype=code
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, make, stored in made:
+        array = make().detach().cpu().float().numpy()
+        writer.write_tensor_data(gguf.quants.quantize(array, gguf.GGMLQuantizationType[stored.upper()]))
+    writer.close()
+    return [name for name, make, stored in made if kind in QUANTIZED and stored == FALLBACK and make().ndim == 2]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from ..checkpoint.hub import named
 from ..models.anatomy import decoder_of
@@ -17,36 +17,19 @@ from ..runtime.files import whole_file
 from ..runtime.keeping import require_space
 from ..settings.checks import require_valid
 from ..settings.schema import DeployConfig
-from . import (
-    check,
-    decoders,
-    files,
-    vision,
-)
-from .measure import speeds
+from . import check, decoders, vision
 from .runtime import version
 from .vocabulary import vocabulary
 
 README, MODELFILE = "README.md", "Modelfile"
+TEMPLATE = Path(__file__).with_name("README.md.jinja")
 
 
-@dataclass(frozen=True)
-class Content:
-    """What the files of a checkpoint will hold.
-
-    Args:
-        decoder: The decoder.
-        words: Keys of its tokenizer.
-        image_side: Keys and tensors of the image side; None where it is not exported.
-    """
-
-    decoder: decoders.Decoder
-    words: dict[str, Any]
-    image_side: tuple[dict[str, Any], Any] | None
-
-
-def describe(checkpoint: Any, config: DeployConfig) -> Content:
+def describe(checkpoint: Any, config: DeployConfig) -> tuple[decoders.Decoder, dict[str, Any], vision.ImageSide | None]:
     """Find out whether a checkpoint can be exported; nothing is written.
+
+    Returns:
+        The decoder, keys of its tokenizer, and keys and tensors of the image side where it is exported.
 
     Raises:
         UserError: It cannot; says why and what would help.
@@ -54,7 +37,7 @@ def describe(checkpoint: Any, config: DeployConfig) -> Content:
     require_valid(config, "deploy.")
     model = checkpoint.model
     rows = decoder_of(model).embed_tokens.num_embeddings
-    return Content(
+    return (
         decoders.describe(model),
         vocabulary(checkpoint.processor, rows, check.end_tokens(model)),
         vision.describe(model, checkpoint.processor) if config.mmproj else None,
@@ -66,16 +49,6 @@ def name_of(checkpoint: Any) -> str:
     base = checkpoint.base
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(base.get("name") or named(str(base["path"]))).rpartition("/")[2])
     return f"{name}-pruned" if checkpoint.provenance.get("history") else name
-
-
-def file_names(name: str, config: DeployConfig) -> dict[str, str]:
-    """Names of the files by type; ``mmproj`` is the image side, which stays in 16 or 32 bits."""
-    names = {kind: f"{name}-{kind.upper()}.gguf" for kind in config.types}
-    return names | ({"mmproj": f"mmproj-{name}-{_image_type(config).upper()}.gguf"} if config.mmproj else {})
-
-
-def _image_type(config: DeployConfig) -> str:
-    return "f32" if set(config.types) == {"f32"} else "f16"
 
 
 def needed_bytes(model: Any, config: DeployConfig, dense: bool) -> int:
@@ -100,32 +73,24 @@ def write(checkpoint: Any, folder: Path, config: DeployConfig) -> dict[str, Any]
     Raises:
         UserError: It cannot be exported, or the disk is full.
     """
-    content, name = describe(checkpoint, config), name_of(checkpoint)
-    names, decoder = file_names(name, config), content.decoder
+    (decoder, words, image_side), name = describe(checkpoint, config), name_of(checkpoint)
     general = {"general.name": name, "general.type": "model"}
     made: dict[str, Any] = {"architecture": decoder.architecture, "context": decoder.context, "files": {}}
-    with _room(folder):
-        for kind in config.types:
-            keys = general | decoder.metadata() | content.words
-            fallback = files.write(folder / names[kind], decoder.architecture, keys, decoder.tensors(), kind)
-            size = (folder / names[kind]).stat().st_size
-            made["files"][kind] = {"file": names[kind], "bytes": size, "fallback": fallback}
-        if content.image_side is not None:
-            keys, tensors = content.image_side
-            keys = general | {"general.type": "mmproj"} | keys
-            files.write(folder / names["mmproj"], "clip", keys, tensors, _image_type(config))
-            made["mmproj"] = {"file": names["mmproj"], "bytes": (folder / names["mmproj"]).stat().st_size}
-    return made
-
-
-@contextmanager
-def _room(folder: Path) -> Iterator[None]:
     try:
-        yield
+        for kind in config.types:
+            file, keys = folder / f"{name}-{kind.upper()}.gguf", general | decoder.metadata() | words
+            fallback = decoders.write(file, decoder.architecture, keys, decoder.tensors(), kind)
+            made["files"][kind] = {"file": file.name, "bytes": file.stat().st_size, "fallback": fallback}
+        if image_side is not None:
+            kind = "f32" if set(config.types) == {"f32"} else "f16"  # it stays in 16 or 32 bits
+            file, (keys, tensors) = folder / f"mmproj-{name}-{kind.upper()}.gguf", image_side
+            decoders.write(file, "clip", {**general, "general.type": "mmproj", **keys}, tensors, kind)
+            made["mmproj"] = {"file": file.name, "bytes": file.stat().st_size}
     except OSError as error:
         if disk_full(error):
             raise UserError(f"{folder}: the disk is full; free some space, or export fewer deploy.types") from error
         raise
+    return made
 
 
 def deploy(
@@ -171,7 +136,7 @@ def _check(checkpoint: Any, folder: Path, made: dict[str, Any], paths: dict[str,
     model, processor = checkpoint.model, checkpoint.processor
     mmproj = folder / made["mmproj"]["file"] if "mmproj" in made else None
     if mmproj is not None:
-        made["mmproj"] |= check.image_side(model, processor, mmproj, folder)
+        made["mmproj"] |= vision.image_side(model, processor, mmproj, folder)
     size = vision.side(model.config.vision_config.image_size) if mmproj is not None else 32
     asked = questions or check.questions(processor.tokenizer, size)
     for kind, found in check.agreements(paths, mmproj, model, processor, asked):
@@ -187,7 +152,7 @@ def _measure(made: dict[str, Any], paths: dict[str, Path], config: DeployConfig,
         for kind, path in paths.items():
             measured = {"dense": Path(scratch) / beside[kind]} if beside else {}
             context = min(512, made["context"])
-            made["files"][kind]["speed"] = speeds({**measured, "exported": path}, context, config.repeats)
+            made["files"][kind]["speed"] = check.speeds({**measured, "exported": path}, context, config.repeats)
 
 
 def remarks(made: dict[str, Any]) -> list[str]:
@@ -196,10 +161,10 @@ def remarks(made: dict[str, Any]) -> list[str]:
     for kind, entry in made["files"].items():
         if entry["fallback"]:
             lines.append(
-                f"{kind}: {len(entry['fallback'])} tensors stay in {files.FALLBACK} and the file grows, since their "
-                f"rows are no multiple of {files.BLOCK}, such as {entry['fallback'][0]}; prune.round_to={kind} helps"
+                f"{kind}: {len(entry['fallback'])} tensors stay in {decoders.FALLBACK} and the file grows, since their "
+                f"rows are no multiple of {decoders.BLOCK}, such as {entry['fallback'][0]}; prune.round_to={kind} helps"
             )
-    if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < check.SAME:
+    if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < vision.SAME:
         equal = all(entry["agreement"]["text"]["greedy_equal"] for entry in _tight(made))
         lines.append(
             f"image side differs in the installed runtime (cosine {made['mmproj']['cosine']:.3f}), text side "
@@ -228,53 +193,13 @@ def tell(folder: Path, name: str, made: dict[str, Any]) -> None:
         name: See `name_of`.
         made: Output of `deploy`.
     """
-    model = next(iter(made["files"].values()))["file"]
-    image = f" --mmproj {made['mmproj']['file']}" if "mmproj" in made else ""
-    table = [
-        "| type | file | MiB | KL, nats | same top token | decode, tokens per CPU second |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for kind, entry in made["files"].items():
-        text = entry.get("agreement", {}).get("text", {})
-        speed = {key: f"{value['decode']:.0f}" for key, value in entry.get("speed", {}).items()}
-        cells = [kind, f"`{entry['file']}`", f"{entry['bytes'] / 2**20:.1f}"]
-        cells += [f"{text['kl']:.2g}", f"{100 * text['top1']:.0f} %"] if text else ["-", "-"]
-        cells.append(
-            f"{speed['exported']} (dense {speed['dense']})" if "dense" in speed else speed.get("exported", "-")
-        )
-        table.append("| " + " | ".join(cells) + " |")
-    told = f"checked and measured with {made['runtime']}" if "runtime" in made else "not checked"
-    lines = [
-        f"# {name} for llama.cpp",
-        "",
-        f"Architecture `{made['architecture']}`, context {made['context']} tokens, {told}.",
-        "",
-        *table,
-        "",
-        *(f"- {line}" for line in remarks(made)),
-        "",
-        "```",
-        f"llama-server -m {model}{image} --jinja",
-        *(
-            [f'llama-mtmd-cli -m {model}{image} --jinja --image picture.png -p "What is in this picture?"']
-            if image
-            else []
-        ),
-        f"ollama create {name.lower()} -f {MODELFILE}",
-        "```",
-        "",
-        "KL and the same top token: the next token against transformers, on prompts of text. K-quants are made of the "
-        f"f16 file by llama.cpp's own program: `llama-quantize {name}-F16.gguf {name}-Q4_K_M.gguf Q4_K_M`.",
-        "",
-    ]
-    for file, text in ((README, "\n".join(lines)), (MODELFILE, _modelfile(made))):
+    files = [entry["file"] for entry in made["files"].values()]
+    mmproj = [made["mmproj"]["file"]] if "mmproj" in made else []
+    page = jinja2.Template(TEMPLATE.read_text("utf-8"), keep_trailing_newline=True)
+    image = "".join(f" --mmproj {file}" for file in mmproj)
+    told = page.render(name=name, made=made, files=made["files"], model=files[0], image=image, remarks=remarks(made))
+    modelfile = "".join(f"FROM ./{file}\n" for file in [files[0], *mmproj])
+    modelfile += f"PARAMETER temperature 0\nPARAMETER num_ctx {made['context']}\n"
+    for file, text in ((README, told), (MODELFILE, modelfile)):
         with whole_file(folder / file) as path:
             path.write_text(text, encoding="utf-8")
-
-
-def _modelfile(made: dict[str, Any]) -> str:
-    names = [next(iter(made["files"].values()))["file"], *([made["mmproj"]["file"]] if "mmproj" in made else [])]
-    return (
-        "".join(f"FROM ./{name}\n" for name in names)
-        + f"PARAMETER temperature 0\nPARAMETER num_ctx {made['context']}\n"
-    )

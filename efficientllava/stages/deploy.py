@@ -8,7 +8,8 @@ import torch
 
 from ..checkpoint.folder import Checkpoint, load
 from ..data.records import open_image
-from ..deploy import decoders, export, files
+from ..deploy import decoders, export
+from ..deploy.decoders import BLOCK, FALLBACK, QUANTIZED
 from ..models.anatomy import layers_of
 from ..runtime import processes
 from ..runtime.console import say
@@ -33,13 +34,13 @@ def prepare(run: Run) -> None:
     for shape in shapes:
         decoders.architecture(model, shape)
     width = layers_of(model)[0].attention.width
-    odd = {groups * width for groups, _ in shapes[0] if groups * width % files.BLOCK}
-    odd |= {channels for _, channels in shapes[0] if channels % files.BLOCK}
-    if odd and not {*config.types}.isdisjoint(files.QUANTIZED):
-        quantized = next(kind for kind in config.types if kind in files.QUANTIZED)
+    sizes = (size for groups, channels in shapes[0] for size in (groups * width, channels))
+    odd = [size for size in sizes if size % BLOCK]
+    quantized = [kind for kind in config.types if kind in QUANTIZED]
+    if odd and quantized:
         say(
-            f"deploy.types: {quantized} takes rows in multiples of {files.BLOCK}; of widths such as {min(odd)} tensors "
-            f"stay in {files.FALLBACK} and the file grows; prune.round_to={quantized} keeps channels to multiples"
+            f"deploy.types: {quantized[0]} takes rows in multiples of {BLOCK}; of widths such as {min(odd)} tensors "
+            f"stay in {FALLBACK} and the file grows; prune.round_to={quantized[0]} keeps channels to multiples"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.deploy import decoders, files
+from efficientllava.deploy import decoders
 from efficientllava.deploy.runtime import serve
 from efficientllava.models.anatomy import decoder_of, layers_of
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
@@ -49,7 +49,7 @@ def differences(
     """The architecture of the exported decoder, and the largest difference of log-probabilities on a text's ends."""
     decoder, path = decoders.describe(model), folder / "model.gguf"
     keys = decoder.metadata() | words(decoder_of(model).embed_tokens.num_embeddings)
-    files.write(path, decoder.architecture, keys, decoder.tensors(), kind)
+    decoders.write(path, decoder.architecture, keys, decoder.tensors(), kind)
     ours = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     with serve(path, context=context, exact=True) as runtime:
         found = [

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.deploy import decoders, files
+from efficientllava.deploy import decoders
 from efficientllava.models.anatomy import decoder_of
 from efficientllava.runtime.errors import UserError
 
@@ -144,4 +144,4 @@ def test_a_sliding_window_limits_the_context() -> None:
     ],
 )
 def test_type_of_a_tensor(shape: tuple[int, ...], kind: str, stored: str) -> None:
-    assert files.storage("blk.0.ffn_down.weight", shape, kind) == stored
+    assert decoders.storage("blk.0.ffn_down.weight", shape, kind) == stored

@@ -11,13 +11,7 @@ import pytest
 import torch
 
 from efficientllava.checkpoint.folder import load
-from efficientllava.deploy import (
-    check,
-    export,
-    files,
-    measure,
-    vision,
-)
+from efficientllava.deploy import check, decoders, export, vision
 from efficientllava.runtime.errors import ConfigError, UserError
 from efficientllava.settings.schema import DeployConfig
 
@@ -30,8 +24,8 @@ F32 = DeployConfig(name="gguf", types=["f32"], measure=False)
 def cosine(name: str, folder: Path) -> float:
     checkpoint = load(f"builtin:{name}")
     keys, tensors = vision.describe(checkpoint.model, checkpoint.processor)
-    files.write(folder / "mmproj.gguf", "clip", keys, tensors, "f32")
-    found = check.image_side(checkpoint.model, checkpoint.processor, folder / "mmproj.gguf", folder)
+    decoders.write(folder / "mmproj.gguf", "clip", keys, tensors, "f32")
+    found = vision.image_side(checkpoint.model, checkpoint.processor, folder / "mmproj.gguf", folder)
     return found["cosine_min"]
 
 
@@ -59,7 +53,7 @@ def test_other_positions_are_found_out(tmp_path: Path, monkeypatch: pytest.Monke
         return keys, ((name, (lambda: rows) if "position" in name else made) for name, made in tensors)
 
     monkeypatch.setattr(vision, "describe", in_order)
-    assert cosine("tiny_internvl", tmp_path) < check.SAME
+    assert cosine("tiny_internvl", tmp_path) < vision.SAME
 
 
 @needs_runtime
@@ -100,13 +94,13 @@ def test_a_pruned_checkpoint_in_the_runtime(tmp_path: Path) -> None:
 
 @needs_runtime
 def test_a_wrong_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = files.write
+    written = decoders.write
 
     def spoilt(path: Path, architecture: str, metadata: Any, tensors: Any, kind: str) -> list[str]:
         other = [(name, (lambda made=made: 1.3 * made()) if "blk.2.attn_v" in name else made) for name, made in tensors]
         return written(path, architecture, metadata, other, kind)
 
-    monkeypatch.setattr(files, "write", spoilt)
+    monkeypatch.setattr(decoders, "write", spoilt)
     with pytest.raises(UserError, match="the exported decoder is not the model"):
         export.deploy(load("builtin:tiny_internvl"), tmp_path, F32)
 
@@ -115,7 +109,7 @@ def test_a_wrong_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_the_runtime_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(UserError, match=r"bad\.gguf: xllamacpp .* does not take it: ") as raised:
-        measure.speeds({"exported": tmp_path / "bad.gguf"}, 64, 1)
+        check.speeds({"exported": tmp_path / "bad.gguf"}, 64, 1)
     assert "\n" not in str(raised.value)
 
 
@@ -138,7 +132,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     def full(*_: Any) -> list[str]:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write", full)
+    monkeypatch.setattr(decoders, "write", full)
     monkeypatch.setattr("efficientllava.settings.checks._installed", lambda _: [])
     with pytest.raises(UserError, match="the disk is full; free some space"):
         export.write(load("builtin:tiny_internvl"), tmp_path, F32)
@@ -164,4 +158,6 @@ def test_the_last_but_one_block_of_a_tower() -> None:
 
 
 def test_probe_image_is_always_the_same() -> None:
-    assert torch.equal(*(torch.frombuffer(bytearray(check.noise(4, 4).tobytes()), dtype=torch.uint8) for _ in range(2)))
+    assert torch.equal(
+        *(torch.frombuffer(bytearray(vision.noise(4, 4).tobytes()), dtype=torch.uint8) for _ in range(2))
+    )

@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from efficientllava.checkpoint.folder import load
-from efficientllava.deploy import check, probe, vocabulary
-from efficientllava.deploy import files as gguf_files
+from efficientllava.deploy import check, vision, vocabulary
+from efficientllava.deploy.decoders import write
 from efficientllava.deploy.runtime import serve
 from efficientllava.runtime.errors import UserError
 
@@ -74,12 +74,12 @@ def keys_of(tokenizer: Any, template: str = "") -> dict[str, Any]:
 
 def require_same(tokenizer: Any, folder: Path) -> None:
     """Compare in the runtime, with a decoder that is of no further interest."""
-    metadata, tensors = probe._decoder(64, 64)
+    metadata, tensors = vision.probe_decoder(64, 64)
     keys = {key: value for key, value in metadata.items() if key.startswith("llama.")} | keys_of(tokenizer)
     made = dict(tensors)
     rows = len(keys["tokenizer.ggml.tokens"])
     made["token_embd.weight"] = lambda: torch.zeros(rows, 64)
-    gguf_files.write(folder / "words.gguf", "llama", keys, made.items(), "f32")
+    write(folder / "words.gguf", "llama", keys, made.items(), "f32")
     with serve(folder / "words.gguf", context=64) as runtime:
         check.require_tokens(runtime, tokenizer)
 

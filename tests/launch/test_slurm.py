@@ -108,8 +108,8 @@ def test_a_job_whose_time_is_over_is_requeued_as_often_as_it_may(nodes, tmp_path
                 else False
             )
             threads.append(when(begun, lambda name=name: _time_is_over(tmp_path / name), 400))
-    again = when(lambda: state.read(tmp_path / "0").get("reason") == "requeued", lambda: _at_once(tmp_path / "0"), 400)
-    also = when(lambda: state.read(tmp_path / "1").get("reason") == "requeued", lambda: _at_once(tmp_path / "1"), 400)
+    again = when(lambda: requeued(tmp_path / "0"), lambda: _at_once(tmp_path / "0"), 400)
+    also = when(lambda: requeued(tmp_path / "1"), lambda: _at_once(tmp_path / "1"), 400)
     ended = supervise(jobs, tmp_path)
     for thread in (*threads, again, also):
         thread.join(5)
@@ -121,6 +121,12 @@ def test_a_job_whose_time_is_over_is_requeued_as_often_as_it_may(nodes, tmp_path
 def _time_is_over(folder):
     time.sleep(1)  # past the imports
     shell("scancel", "--signal=USR2", key_of(folder))
+
+
+def requeued(folder):
+    """Whether a job waits that has been at work."""
+    facts = state.read(folder)
+    return facts.get("state") == state.WAITING and "pid" in facts
 
 
 def _at_once(folder):
@@ -205,7 +211,7 @@ def test_training_whose_time_is_over_ends_with_the_numbers_of_one_that_had_enoug
     assert whole.returncode == 0, whole.stdout + whole.stderr
     out, folder = tmp_path / "out", tmp_path / "out" / "sweeps" / "x" / "0"
     when(lambda: any(out.glob("cache/recover/*.work/last.ckpt")), lambda: _time_is_over(folder), 400)
-    again = when(lambda: state.read(folder).get("reason") == "requeued", lambda: _at_once(folder), 400)
+    again = when(lambda: requeued(folder), lambda: _at_once(folder), 400)
     done = sweep(*small(model, out, *more), *SLURM, "sweep.name=x", place=tmp_path)
     again.join(5)
     log = (folder / "job.log").read_text()
