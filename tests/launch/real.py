@@ -35,12 +35,13 @@ def running(folder):
     return state.read(folder).get("state") == state.RUNNING
 
 
-def when(condition, action, seconds=120):
+def when(condition, action, seconds=400):
     def watch():
         deadline = time.monotonic() + seconds
-        while not condition() and time.monotonic() < deadline:
+        while not (holds := condition()) and time.monotonic() < deadline:
             time.sleep(0.1)
-        action()
+        if holds:
+            action()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -82,7 +83,7 @@ def check_sweep(model, place, *launcher):
     """Four jobs, one of which cannot work and one of which is killed; and the same command once more."""
     line = small(model, place / "out", *TINY, "prune.ratio=0.2,0.3,0.4,1.5", *launcher)
     victim = lambda: next((place / "out" / "sweeps").glob("*/2"), place / "none")  # noqa: E731
-    killer = when(lambda: running(victim()), lambda: os.kill(state.read(victim())["pid"], signal.SIGKILL), 400)
+    killer = when(lambda: running(victim()), lambda: os.kill(state.read(victim())["pid"], signal.SIGKILL))
     first = sweep(*line, place=place)
     killer.join(5)
     [folder] = (place / "out" / "sweeps").iterdir()

@@ -107,9 +107,9 @@ def test_a_job_whose_time_is_over_is_requeued_as_often_as_it_may(nodes, tmp_path
                 if (tmp_path / name / "attempts").exists()
                 else False
             )
-            threads.append(when(begun, lambda name=name: _time_is_over(tmp_path / name), 400))
-    again = when(lambda: requeued(tmp_path / "0"), lambda: _at_once(tmp_path / "0"), 400)
-    also = when(lambda: requeued(tmp_path / "1"), lambda: _at_once(tmp_path / "1"), 400)
+            threads.append(when(begun, lambda name=name: _time_is_over(tmp_path / name)))
+    again = when(lambda: requeued(tmp_path / "0"), lambda: _at_once(tmp_path / "0"))
+    also = when(lambda: requeued(tmp_path / "1"), lambda: _at_once(tmp_path / "1"))
     ended = supervise(jobs, tmp_path)
     for thread in (*threads, again, also):
         thread.join(5)
@@ -210,8 +210,8 @@ def test_training_whose_time_is_over_ends_with_the_numbers_of_one_that_had_enoug
     whole = sweep(*small(model, tmp_path / "whole", *more), "sweep.name=x", "hydra/launcher=basic", place=tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
     out, folder = tmp_path / "out", tmp_path / "out" / "sweeps" / "x" / "0"
-    when(lambda: any(out.glob("cache/recover/*.work/last.ckpt")), lambda: _time_is_over(folder), 400)
-    again = when(lambda: requeued(folder), lambda: _at_once(folder), 400)
+    when(lambda: any(out.glob("cache/recover/*.work/last.ckpt")), lambda: _time_is_over(folder))
+    again = when(lambda: requeued(folder), lambda: _at_once(folder))
     done = sweep(*small(model, out, *more), *SLURM, "sweep.name=x", place=tmp_path)
     again.join(5)
     log = (folder / "job.log").read_text()

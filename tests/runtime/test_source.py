@@ -31,7 +31,7 @@ def test_an_edit_of_what_makes_numbers_gives_a_new_run(package, name):
     assert source.source_digest(*STAGES) != before
 
 
-@pytest.mark.parametrize("name", ["report/plots.py", "launch/spawn.py", "runtime/console.py"])
+@pytest.mark.parametrize("name", ["report/plots.py", "launch/local.py", "runtime/console.py"])
 def test_an_edit_of_what_shows_them_does_not(package, name):
     before = source.source_digest(*STAGES)
     edited(package / name)
