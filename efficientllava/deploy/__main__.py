@@ -36,11 +36,6 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--no-{name}", action="store_false", dest=name)
     told = vars(parser.parse_args(arguments))
     path, out, dense = (told.pop(name) for name in ("checkpoint", "out", "dense"))
-    export(path, out, DeployConfig(name="gguf", **told), dense)
-
-
-def export(path: str, out: Path | None, config: DeployConfig, dense: str | None = None) -> None:
-    """Export the checkpoint of a path and say what was found; see `main`."""
     from ..checkpoint.folder import load
     from ..checkpoint.hub import origin_of
     from ..report.tables import tabulate_deployed
@@ -48,6 +43,7 @@ def export(path: str, out: Path | None, config: DeployConfig, dense: str | None 
     from .export import deploy, remarks
 
     quiet_libraries()
+    config = DeployConfig(name="gguf", **told)
     require_valid(config, "deploy.")
     local = Path(path).expanduser()
     out = out or (local if local.is_dir() else Path()) / "gguf"

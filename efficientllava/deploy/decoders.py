@@ -206,34 +206,30 @@ def architecture(model: Any, shapes: Sequence[tuple[int, int]]) -> str:
     Raises:
         UserError: The runtime holds it in no way; says why.
     """
-    config, first = decoder_of(model).config, layers_of(model)[0]
+    config, first, rope = decoder_of(model).config, layers_of(model)[0], decoder_of(model).rotary_emb.rope_type
     host = host_type(config)
-    if host in REFUSED:
-        raise _refusal(host, REFUSED[host])
     uniform, whole = len({*shapes}) == 1, all(groups and channels for groups, channels in shapes)
-    if host in LLAMA_LIKE:
-        name = "llama" if uniform and whole else "deci"
-    else:
-        name = OTHERS[host]
-        if not uniform:
-            raise _refusal(host, f"the runtime's {name} has one shape for all layers; {FIXES[host]}")
-    if name == "phi2" and shapes[0][0] * first.attention.width != config.hidden_size:
-        raise _refusal(host, f"the runtime's phi2 keeps all heads; {FIXES[host]}")
-    _require_known(host, name, config, decoder_of(model).rotary_emb.rope_type, first.head_dim)
+    llama = "llama" if uniform and whole else "deci"
+    name, fix = llama if host in LLAMA_LIKE else OTHERS.get(host, ""), FIXES.get(host)
+    heads = name == "phi2" and shapes[0][0] * first.attention.width != config.hidden_size
+    problems = {
+        REFUSED.get(host, "no architecture of the runtime is known to hold it"): not name,
+        f"the runtime's {name} has one shape for all layers; {fix}": host in OTHERS and not uniform,
+        f"the runtime's phi2 keeps all heads; {fix}": heads,
+        f"the runtime's {name} has no activation {config.hidden_act!r}": (
+            config.hidden_act not in ACTIVATIONS.get(host, ("silu", "swish"))
+        ),
+        f"the runtime's {name} rotates whole heads, this one a part of each": (
+            name != "phi2" and _rotated(config, first.head_dim) != first.head_dim
+        ),
+        f"rope_type {rope!r} is none that the runtime's {name} computes": (
+            rope == "dynamic" or (name == "phi2" and rope != "default")
+        ),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(f"deploy=gguf: a {host} decoder of this shape is not exported: {problem}")
     return name
-
-
-def _require_known(host: str, name: str, config: Any, rope: str, head_dim: int) -> None:
-    if config.hidden_act not in ACTIVATIONS.get(host, ("silu", "swish")):
-        raise _refusal(host, f"the runtime's {name} has no activation {config.hidden_act!r}")
-    if name != "phi2" and _rotated(config, head_dim) != head_dim:
-        raise _refusal(host, f"the runtime's {name} rotates whole heads, this one a part of each")
-    if rope == "dynamic" or (name == "phi2" and rope != "default"):
-        raise _refusal(host, f"rope_type {rope!r} is none that the runtime's {name} computes")
-
-
-def _refusal(host: str, reason: str) -> UserError:
-    return UserError(f"deploy=gguf: a {host} decoder of this shape is not exported: {reason}")
 
 
 def _context(config: Any) -> int:

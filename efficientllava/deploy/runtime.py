@@ -149,17 +149,15 @@ def serve(
     mmproj: Path | None = None,
     *,
     context: int,
-    threads: int = 1,
     embeddings: bool = False,
     exact: bool = False,
 ) -> Iterator[Runtime]:
-    """Load files into the runtime.
+    """Load files into the runtime, on one thread.
 
     Args:
         model: GGUF file of a decoder.
         mmproj: GGUF file of its image side.
         context: Tokens that there is room for, >= 1.
-        threads: Of the CPU.
         embeddings: Answer with the final hidden states of all positions in place of text.
         exact: Keep keys and values in float32 and not, as the runtime does unless told otherwise, in float16.
 
@@ -169,14 +167,8 @@ def serve(
     Raises:
         UserError: The runtime does not take the files; says its first line about it.
     """
-    asked = {
-        "model": str(model),
-        "mmproj": mmproj and str(mmproj),
-        "context": context,
-        "threads": threads,
-        "embeddings": embeddings,
-        "exact": exact,
-    }
+    files = {"model": str(model), "mmproj": mmproj and str(mmproj)}
+    asked = {**files, "context": context, "embeddings": embeddings, "exact": exact}
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-I", str(SERVER), json.dumps(asked)]

@@ -25,7 +25,7 @@ def main() -> None:
         settings.mmproj.path = asked["mmproj"]
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers = asked["context"], 1, 0
     settings.n_batch = settings.n_ubatch = max(512, asked["context"] if asked["embeddings"] else 0)
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = asked["threads"]
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
     settings.warmup, settings.mmproj_use_gpu, settings.fit_params = False, False, False
     if asked["exact"]:
         settings.cache_type_k = settings.cache_type_v = runtime.ggml_type.GGML_TYPE_F32

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from efficientllava.report.__main__ import left, summary, watch
+from efficientllava.report.__main__ import summary, watch
 from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
 
@@ -35,8 +35,8 @@ def test_time_left_counts_what_waits_over_what_runs(tmp_path):
     known = {"overrides": (), "reason": "", "folder": tmp_path}
     jobs = [state.Standing("0", "done", seconds=100.0, **known), state.Standing("1", "running", seconds=40.0, **known)]
     jobs += [state.Standing(str(n), "waiting", seconds=None, **known) for n in (2, 3)]
-    assert left(jobs) == pytest.approx(260)
-    assert left(jobs[1:]) is None
+    assert state.seconds_left(jobs) == pytest.approx(260)
+    assert state.seconds_left(jobs[1:]) is None
 
 
 def test_watching_ends_with_the_last_job_and_says_why_one_failed(tmp_path, capsys):
