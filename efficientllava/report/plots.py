@@ -41,18 +41,11 @@ for _kind in GGUF_TYPES:
 
 
 class Plot(NamedTuple):
-    """One figure.
+    """One figure of matplotlib."""
 
-    Attributes:
-        name: File name without ending.
-        title: What it shows.
-        caption: How to read it.
-        figure: The matplotlib figure.
-    """
-
-    name: str
-    title: str
-    caption: str
+    name: str  # of its file, without ending
+    title: str  # what it shows
+    caption: str  # how to read it
     figure: Any
 
 
@@ -79,7 +72,7 @@ def draw_curves(
     """Curves with error bars, labelled at their right ends; beyond ten, the last ones are faint and share a label.
 
     Args:
-        axes: Where to.
+        axes: With final limits and scales in y.
         curves: Data frame of points: ``x``, ``y``, ``spread`` and the label of their ``curve``.
         ranked: Labels, the best first.
         styles: Labels in the order of their colours, over all panels of a plot.
@@ -175,13 +168,7 @@ def heat(cells: DataFrame, width: float, label: str, limits: tuple[float, float]
 
 
 def draw(arms: Sequence[Arm], metric: str, model: str = "") -> Iterator[Plot]:
-    """All plots that a sweep has data for.
-
-    Args:
-        arms: Arms of one model.
-        metric: ``task/metric``, such as ``digits_vqa/accuracy``.
-        model: Its name, where the sweep has several.
-    """
+    """All plots that a sweep has data for, of one model, which is named where there are several."""
     for plot in _draw(arms, metric):
         name, title = f"{plot.name}_{model.replace('/', '_')}", f"{model}: {plot.title}"
         yield plot._replace(name=name, title=title) if model else plot

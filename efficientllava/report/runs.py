@@ -99,13 +99,11 @@ class Arm:
 
     def cell(self, column: Column, varies: bool = True) -> str:
         """Mean and, where it varies, deviation of a column; a number that not all runs have says how many do."""
-        values = self.values(column.name)
-        if not values:
+        count, mean = len(self.values(column.name)), self.mean(column.name)
+        if not mean:
             return ABSENT
-        text = f"{column.scale * statistics.fmean(values):.{column.digits}f}"
-        if varies and len(values) > 1:
-            text += f" ± {column.scale * statistics.stdev(values):.{column.digits}f}"
-        return text if len(values) == len(self.runs) else f"{text} (n = {len(values)})"
+        text = " ± ".join(f"{column.scale * number:.{column.digits}f}" for number in mean[: 1 + (varies and count > 1)])
+        return text if count == len(self.runs) else f"{text} (n = {count})"
 
     @property
     def data_share(self) -> float:
@@ -115,19 +113,12 @@ class Arm:
 
 
 class Column(NamedTuple):
-    """How a number of all arms is shown, in tables and along axes.
+    """How a number of all arms is shown, in tables and along axes."""
 
-    Attributes:
-        head: Its words, with the unit.
-        name: See `efficientllava.report.tables.numbers`.
-        scale: What it is multiplied by.
-        digits: Behind the point.
-    """
-
-    head: str
-    name: str
+    head: str  # its words, with the unit
+    name: str  # see `efficientllava.report.tables.numbers`
     scale: float = 100
-    digits: int = 1
+    digits: int = 1  # behind the point
 
 
 def columns(arms: Sequence[Arm], metric: str) -> list[Column]:

@@ -22,19 +22,12 @@ DODGE = 0.1  # of the distance between rows
 
 
 class Value(NamedTuple):
-    """A cell of the table.
+    """A cell of the table."""
 
-    Attributes:
-        mean: In percent.
-        spread: Sample standard deviation over seeds; None for a single number.
-        removed: Share of parameters removed, where it is not that of the row.
-        suspect: Why a published number is not to be trusted; empty: nothing is known against it.
-    """
-
-    mean: float
-    spread: float | None = None
-    removed: float | None = None
-    suspect: str = ""
+    mean: float  # in percent
+    spread: float | None = None  # sample standard deviation over seeds; None for a single number
+    removed: float | None = None  # share of parameters, where it is not that of the row
+    suspect: str = ""  # why a published number is not to be trusted; empty: nothing is known against it
 
     def __str__(self) -> str:
         text = f"{self.mean:.1f}" if self.spread is None else f"{self.mean:.1f} ± {self.spread:.1f}"

@@ -287,12 +287,11 @@ def _conditions(stages: Sequence[Stage]) -> str | None:
 
 def _caption(results: Results, stages: Sequence[Stage]) -> str | None:
     """The conditions of the speed measurement and what was not measured anew in this run."""
-    conditions = _conditions(stages)
-    lines = [conditions] if conditions else []
-    if any("flops" in stage for stage in stages):
-        lines.append("FLOPs: products of the prefill of that prompt, a multiply-add is two")
     protocols = {facts["protocol"] for facts in results.get("benchmarks", {}).values() if "protocol" in facts}
-    lines += [f"benchmarks: prompts and parsing of {', '.join(sorted(protocols))}"] if protocols else []
-    if results.get("reused"):
-        lines.append(f"from the cache: {', '.join(results['reused'])}")
-    return "\n".join(lines) or None
+    lines = {
+        _conditions(stages): True,
+        "FLOPs: products of the prefill of that prompt, a multiply-add is two": any("flops" in s for s in stages),
+        f"benchmarks: prompts and parsing of {', '.join(sorted(protocols))}": protocols,
+        f"from the cache: {', '.join(results.get('reused', ()))}": results.get("reused"),
+    }
+    return "\n".join(line for line, known in lines.items() if line and known) or None
