@@ -153,7 +153,7 @@ def _size_rows(results: Results, stages: Sequence[Stage]) -> list[Row]:
     ratio = results["ratio"]
     asked = [f"{percent(ratio['requested'])} requested"] if ratio.get("requested") is not None else []
     asked += [f"{key}={ratio[key]}" for key in ("share", "drop_layers") if key in ratio]
-    unseen: Row = (f"loss on {results['samples'].get('report')} unseen records", "report_loss", _decimals, "")
+    unseen: Row = (f"loss on {find(results, 'samples', 'report')} unseen records", "report_loss", _decimals, "")
     fitted: Row = ("loss chosen on, optimistic", "fit", _decimals, "")
     return [
         ("parameters", "parameters", quantity, ""),

@@ -7,9 +7,9 @@ from efficientllava.evaluation import efficiency
 from efficientllava.evaluation.efficiency import (
     checkpoint_bytes,
     measure,
-    parameters,
     prefill_flops,
 )
+from efficientllava.models.anatomy import parameters
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import EvaluateConfig
 
