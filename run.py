@@ -15,11 +15,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from efficientllava.evaluation.tasks import register_benchmarks
 from efficientllava.runtime.exit_codes import exit_code
 from efficientllava.runtime.processes import adopt_srun
 from efficientllava.settings.compose import register_schema
 
 register_schema()
+register_benchmarks()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

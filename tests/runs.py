@@ -12,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from efficientllava.evaluation.tasks import register_benchmarks
 from efficientllava.settings.compose import register_schema
 from efficientllava.settings.schema import MASKED
 
@@ -68,6 +69,7 @@ def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
 def composed(*overrides: str) -> DictConfig:
     """The configuration as `run.py` sees it, without Hydra's own node."""
     register_schema()
+    register_benchmarks()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", list(overrides))
 

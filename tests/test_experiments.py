@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from efficientllava.estimate.forecast import forecast
+from efficientllava.evaluation.tasks import register_benchmarks
 from efficientllava.launch import sweep
 from efficientllava.launch.sweep import jobs_of
 from efficientllava.report.runs import load_runs
@@ -41,6 +42,7 @@ def one_of_each_arm(found):
 @pytest.fixture(autouse=True)
 def configuration():
     register_schema()
+    register_benchmarks()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield
 

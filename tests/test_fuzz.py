@@ -16,7 +16,7 @@ from PIL import Image
 from efficientllava.checkpoint.folder import load
 from efficientllava.data.records import open_images
 from efficientllava.data.table import read_conversations
-from efficientllava.evaluation.answers import read
+from efficientllava.evaluation.score import read
 from efficientllava.runtime.errors import UserError
 
 from .runs import save_tiny

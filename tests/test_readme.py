@@ -14,6 +14,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from efficientllava import api
+from efficientllava.evaluation.tasks import register_benchmarks
 from efficientllava.settings.checks import check
 from efficientllava.settings.compose import register_schema, typed
 
@@ -56,6 +57,7 @@ def test_every_command_is_a_valid_run(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.json").write_text("[]")
     register_schema()
+    register_benchmarks()
     for overrides in jobs(arguments):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             check(typed(compose("config", overrides)), overrides)

@@ -10,8 +10,7 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,16 +52,13 @@ def quantized(model: nn.Module, kind: str) -> Any:
     Returns:
         The copy, on the model's device.
     """
-    with _quiet_import():
-        from torchao.quantization import quantize_  # pyright: ignore[reportMissingImports]
-
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    ao, shared = _torchao(), {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     twin = copy.deepcopy(model, shared)
     decoder = decoder_of(twin)
     for module in decoder.modules():
         if kind == "int4" and isinstance(module, nn.Linear):
             _fill_up(module)
-    quantize_(decoder, _scheme(kind, next(decoder.parameters())))
+    ao.quantize_(decoder, _scheme(ao, kind, next(decoder.parameters())))
     return twin
 
 
@@ -78,29 +74,23 @@ def _widen(missing: int, _linear: nn.Module, inputs: tuple[Tensor, ...]) -> Tens
     return nn.functional.pad(inputs[0], (0, missing))
 
 
-def _scheme(kind: str, weight: Tensor) -> Any:
-    from torchao import quantization as ao  # pyright: ignore[reportMissingImports]
-
+def _scheme(ao: Any, kind: str, weight: Tensor) -> Any:
     if kind == "int8":
         return ao.Int8WeightOnlyConfig(set_inductor_config=False)
     if weight.is_cuda and weight.dtype == torch.bfloat16:
-        packing: Any = "tile_packed_to_4d"
-        return ao.Int4WeightOnlyConfig(GROUP, set_inductor_config=False, int4_packing_format=packing)
+        return ao.Int4WeightOnlyConfig(GROUP, set_inductor_config=False, int4_packing_format="tile_packed_to_4d")
     return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(GROUP))  # pyright: ignore
 
 
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Torchao warns of kernels for other GPUs, torch of what torchao does with it; neither is about this model."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def _torchao() -> Any:
+    """Its warnings of kernels for other GPUs, and torch's of what it does with torch, are not about this model."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
+        from torchao import quantization  # pyright: ignore[reportMissingImports]
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
+    return quantization
 
 
 WARM_UP = 2  # rounds that are run and not counted
@@ -206,15 +196,16 @@ def _repeat(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
     return {key: torch.cat([value] * count) if torch.is_tensor(value) else value for key, value in inputs.items()}
 
 
-def _spread(values: Sequence[float]) -> float:
-    """Interquartile range."""
-    return float(np.subtract(*np.percentile(values, [75, 25])))
+def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Median and interquartile range."""
+    return {name: statistics.median(values), f"{name}_iqr": float(np.subtract(*np.percentile(values, [75, 25])))}
 
 
 def _throughput(times: Sequence[tuple[float, float]], batch: int, new_tokens: int) -> dict[str, float]:
-    """Generated tokens per second of a whole ``generate``, time to the first token included; median and spread."""
-    speeds = [1e3 * batch * new_tokens / (first + later * (new_tokens - 1)) for first, later in times]
-    return {f"batch_{batch}": statistics.median(speeds), f"batch_{batch}_iqr": _spread(speeds)}
+    """Generated tokens per second of a whole ``generate``, time to the first token included."""
+    return _summary(
+        f"batch_{batch}", [1e3 * batch * new_tokens / (first + later * (new_tokens - 1)) for first, later in times]
+    )
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -321,12 +312,7 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) 
             **sizes(model),
             "memory_bytes": _memory(model, inputs[name], cfg.new_tokens),
             "flops": prefill_flops(model, batch),
-            "latency_ms": {
-                "prefill": statistics.median(prefill),
-                "decode": statistics.median(decode),
-                "prefill_iqr": _spread(prefill),
-                "decode_iqr": _spread(decode),
-            },
+            "latency_ms": {**_summary("prefill", prefill), **_summary("decode", decode)},
             "tokens_per_second": {key: value for speed in speeds for key, value in speed.items()},
             "setup": _setup(model, batch, cfg),
         }

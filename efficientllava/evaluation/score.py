@@ -12,30 +12,101 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..data.sources import DECODER, BadRecordError
 from ..runtime.errors import UserError
-from ..settings.schema import DataConfig, EvaluateConfig
+from ..runtime.exit_codes import exit_code
+from ..settings.schema import JUDGED, DataConfig, JudgeConfig
 from . import tasks
-from .answers import GOLD_ALIASES, read
-from .benchmark import BenchmarkTask
-from .scorers import PROTOCOLS, Record, Scorer, vqa
+from .judge_prompts import requests, write_requests
+from .scorers import PROTOCOLS, Record, Scorer, text
+from .tasks import Benchmark
 
+# What others call our keys; the first that is there counts.
+ALIASES = {
+    "id": ("id", "question_id", "questionId", "pid"),
+    "question": ("question", "prompt"),
+    "prediction": ("prediction", "text", "response"),
+    "answer": ("answer", "answers", "ground_truth", "label"),
+    "verdict": ("verdict", "content"),
+}
+GOLD_ALIASES = ALIASES | {"question": ("question", "text"), "prediction": ()}
 # Scorers without a benchmark of their own.
-EXTRA: dict[str, Scorer] = {"textvqa": vqa.vizwiz, "vqav2": vqa.vqav2}
+EXTRA: dict[str, Scorer] = {"textvqa": text.vizwiz, "vqav2": text.vqav2}
+
+
+def as_record(row: Mapping[str, Any], aliases: Mapping[str, Sequence[str]] = ALIASES) -> dict[str, Any]:
+    """What scorers read: a line with its ``metadata`` spread out and our keys beside its own; the id is a text.
+
+    Args:
+        row: A line, with some kind of id.
+        aliases: Our keys, and the names under which they may be found.
+    """
+    flat = _flat(row)
+    found = {key: flat[name] for key, names in aliases.items() for name in reversed(names) if name in flat}
+    return flat | found | {"id": str(found["id"])}
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
+    metadata = row.get("metadata")
+    return {**metadata, **row} if isinstance(metadata, dict) else dict(row)
+
+
+def read(path: Path, aliases: Mapping[str, Sequence[str]] = ALIASES) -> list[dict[str, Any]]:
+    """Read a file of predictions or references.
+
+    Args:
+        path: JSON lines, a JSON list of objects, or a JSON object of objects by id.
+        aliases: Our keys, and the names under which they may be found.
+
+    Returns:
+        The objects as scorers read them, see `as_record`.
+
+    Raises:
+        UserError: If the file cannot be read, is no JSON, is empty, or holds something without an id.
+    """
+    try:
+        content = _parse(path, path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); give a JSON or JSON-lines file") from error
+    if isinstance(content, dict):
+        nested = all(isinstance(item, dict) for item in content.values())
+        content = [{"id": key, **item} for key, item in content.items()] if nested else [content]
+    if not isinstance(content, list) or not content:
+        raise UserError(f"{path}: holds no objects; give one JSON object per line")
+    for number, item in enumerate(content, 1):
+        known = _flat(item) if isinstance(item, dict) else {}
+        if not {*known} & {*aliases["id"]}:
+            raise UserError(f"{path}: object {number} has no id; it needs one of {', '.join(aliases['id'])}")
+    return [as_record(item, aliases) for item in content]
+
+
+def _parse(path: Path, content: str) -> Any:
+    try:
+        return DECODER.decode(content)
+    except BadRecordError as error:
+        raise UserError(f"{path}: {error}; leave one of them out") from error
+    except (ValueError, RecursionError):
+        items = []
+    for number, line in enumerate(content.split("\n"), 1):
+        try:
+            items += [DECODER.decode(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}: line {number} is no JSON ({error})") from error
+    return items
 
 
 def scorer(task: str) -> Scorer:
     """The scorer of a benchmark, by its name: one of `tasks.available` or of `EXTRA`."""
     if task in EXTRA:
         return EXTRA[task]
-    found = tasks.load(task, DataConfig(), EvaluateConfig())
-    if isinstance(found, BenchmarkTask):
-        return found.benchmark.scorer
-    return lambda records, protocol: found.score(records)
+    found = tasks.declared(task)
+    return found.scorer if isinstance(found, Benchmark) else lambda records, _: found(DataConfig()).score(records)
 
 
 def _require_task(records: Sequence[Record], task: str) -> None:
@@ -75,21 +146,16 @@ def join(predictions: Sequence[Record], gold: Sequence[Record]) -> list[dict[str
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose faults are a `UserError`."""
+    """The command line of a module, whose faults are a `UserError`; ``arguments`` are those of ``add_argument``."""
+
+    def __init__(self, module: str, description: str, arguments: Mapping[str, Mapping[str, Any]]) -> None:
+        super().__init__(prog=f"python -m {module}", description=description)
+        for name, options in arguments.items():
+            self.add_argument(name, **options)
 
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's two."""
         raise UserError(f"{message}; --help shows the options")
-
-
-def _export(records: Sequence[Record], options: argparse.Namespace) -> None:
-    from ..settings.schema import JUDGED, JudgeConfig
-    from .judges.prompts import requests, write_requests
-
-    if options.task not in JUDGED:
-        raise UserError(f"--requests: {options.task} has no judge; only {', '.join(JUDGED)} have")
-    asked = requests(records, options.task, JudgeConfig(prompts=options.prompts), options.protocol)
-    write_requests(asked, options.task, options.protocol, options.requests)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -101,16 +167,22 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         UserError: If the command line, the predictions or the references are faulty.
     """
-    parser = Parser(prog="python -m efficientllava.evaluation.score", description="Score a file of predictions.")
-    parser.add_argument("predictions", type=Path)
-    parser.add_argument("--task", required=True, choices=sorted({*tasks.available(), *EXTRA}))
-    parser.add_argument("--protocol", default="llava", choices=PROTOCOLS)
-    parser.add_argument("--gold", type=Path, help="file of references")
-    parser.add_argument("--outcomes", type=Path, help="file to write with what became of every prediction (JSON lines)")
-    parser.add_argument(
-        "--requests", type=Path, help="do not score: write what a judge has to be asked (mmvet, llava_bench, mathvista)"
+    parser = Parser(
+        "efficientllava.evaluation.score",
+        "Score a file of predictions.",
+        {
+            "predictions": {"type": Path},
+            "--task": {"required": True, "choices": sorted({*tasks.available(), *EXTRA})},
+            "--protocol": {"default": "llava", "choices": PROTOCOLS},
+            "--gold": {"type": Path, "help": "file of references"},
+            "--outcomes": {"type": Path, "help": "file to write with what became of every prediction (JSON lines)"},
+            "--requests": {
+                "type": Path,
+                "help": f"do not score: write what a judge has to be asked ({', '.join(sorted(JUDGED))})",
+            },
+            "--prompts": {"help": "with --requests: as evaluate.judge.prompts"},
+        },
     )
-    parser.add_argument("--prompts", help="with --requests: as evaluate.judge.prompts")
     options = parser.parse_args(arguments)
     records = read(options.predictions)
     _require_task(records, options.task)
@@ -126,7 +198,10 @@ def main(arguments: Sequence[str]) -> None:
         records = join(records, gold)
         unanswered = {"unanswered": len(gold) - len(records)}
     if options.requests:
-        return _export(records, options)
+        if options.task not in JUDGED:
+            raise UserError(f"--requests: {options.task} has no judge; only {', '.join(JUDGED)} have")
+        asked = requests(records, options.task, JudgeConfig(prompts=options.prompts), options.protocol)
+        return write_requests(asked, options.task, options.protocol, options.requests)
     scores = scorer(options.task)(records, options.protocol)
     if options.outcomes:
         lines = (json.dumps(asdict(outcome)) + "\n" for outcome in scores.outcomes)
@@ -136,6 +211,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    from ..runtime.exit_codes import exit_code
-
     sys.exit(exit_code(lambda: main(sys.argv[1:])))

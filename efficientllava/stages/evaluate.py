@@ -13,9 +13,10 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint
 from ..data.checks import image_contents, image_stamps
 from ..evaluation import judges, lmms
-from ..evaluation.answers import answer, mean_loss, read, write
+from ..evaluation.answers import answer, mean_loss, write
 from ..evaluation.efficiency import quantized
-from ..evaluation.scorers.averages import study
+from ..evaluation.score import read
+from ..evaluation.tasks.published import study
 from ..runtime import processes
 from ..runtime.console import say
 from ..runtime.content import digest
@@ -130,7 +131,7 @@ def _answer(run: Run, stage: str, checkpoint: Checkpoint, task: Any) -> Entry:
         "evaluate",
         compute,
         model=checkpoint.digest,
-        task=[task.name, task.facts, task.max_new_tokens, task.stop],
+        task=[task.name, task.facts(), task.max_new_tokens, task.stop],
         questions=digest([[r.id, r.turns[0].question, dict(r.details)] for r in records]),
         images=processes.on_first(lambda: digest(image_stamps(records))),
     )

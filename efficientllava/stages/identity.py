@@ -79,7 +79,8 @@ def _shown(settings: RunConfig) -> list[str]:
 def settings_key(settings: RunConfig) -> str:
     """The part of `run_key` that is known without a look at model and data."""
     plain = {**numbers(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
-    return digest([plain, source_digest(*STAGES), library_versions()])
+    benchmarks = [f"evaluation.tasks.{name}" for name in settings.evaluate.tasks]  # those with a file of their own
+    return digest([plain, source_digest(*STAGES, *benchmarks), library_versions()])
 
 
 def made(settings: RunConfig) -> list[str]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..checkpoint.export import usage
 from ..checkpoint.folder import resolve
-from ..evaluation.answers import set_aside
 from ..evaluation.efficiency import checkpoint_bytes, measure, quantized
+from ..evaluation.generation import set_aside
 from ..models.pruned import is_per_layer
 from ..pruning.plan import PruningPlan
 from ..record import STAGES, build, write
@@ -65,7 +65,7 @@ def write_record(
         reused=[name for name, entry in (entries | answered).items() if entry.reused],
         name=settings.name,
         model=run.base.path,
-        benchmarks={task.name: {**task.facts, "headline": task.headline} for task in run.tasks},
+        benchmarks={task.name: {**task.facts(), "headline": task.headline} for task in run.tasks},
         generation={"decoding": "greedy", "set_aside": set_aside(run.base.model)},
         judges=_judged(scored),
         losses=_losses({each.stage: each.loss for each in scored}, reports),

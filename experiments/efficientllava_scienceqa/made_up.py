@@ -22,7 +22,7 @@ from tokenizers import AddedToken
 from efficientllava.checkpoint.folder import load
 from efficientllava.data.embedded.digits import Digits
 from efficientllava.data.records import Record, Turn
-from efficientllava.evaluation.tasks.scienceqa import BENCHMARK
+from efficientllava.evaluation.tasks.published import SCIENCEQA
 
 LETTERS = "ABCDE"
 TEST = "ScienceQA/ScienceQA-FULL/test-00000-of-00001.parquet"
@@ -62,7 +62,7 @@ def write(folder: Path, images: int, count: int) -> None:
     for index, (record, asked) in enumerate(zip(train, questions(train), strict=True)):
         turns = []
         for place, row in enumerate(asked):
-            prompt = ("<image>\n" if record.image is not None and not place else "") + BENCHMARK.prompt(row, "llava")
+            prompt = ("<image>\n" if record.image is not None and not place else "") + SCIENCEQA.prompt(row, "llava")
             turns += [{"from": "human", "value": prompt}, {"from": "gpt", "value": LETTERS[row["answer"]]}]
         conversations.append({"id": str(index), "conversations": turns})
         if isinstance(record.image, Picture):  # digits are in memory

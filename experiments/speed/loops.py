@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from efficientllava.data.collator import GenerationCollator
 from efficientllava.data.datamodule import RecoveryData
-from efficientllava.evaluation.answers import evaluate, greedy_config, length_batches, unadvised
-from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
+from efficientllava.evaluation.answers import answer, length_batches
+from efficientllava.evaluation.generation import greedy_config, unadvised
+from efficientllava.evaluation.score import as_record
+from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.models.forward import answer_loss, feature_cache, to_device
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.student import prepare, trainable
@@ -30,18 +33,18 @@ KD_BOTH = RecoverConfig("kd_both", WeightsConfig(0.5, 0.5, 0.5), steps=STEPS, sa
 
 def evaluation_row(checkpoint: Any, questions: int = 64) -> Row:
     """Answering questions in a batch against one by one; vision features are computed beforehand."""
-    task, cache = DigitsVQA(questions), feature_cache(checkpoint.model)
+    task, cache = digits_vqa(questions), feature_cache(checkpoint.model)
 
     def run(size: int) -> Callable[[], Any]:
         config = EvaluateConfig(batch_size=size)
-        return lambda: evaluate(checkpoint.model, checkpoint.processor, task, quiet_trainer(), config, cache)
+        return lambda: answer(checkpoint.model, checkpoint.processor, task, quiet_trainer(), config, cache)
 
     return Row(f"evaluation: batch of {questions} / one by one", *seconds(run(questions), run(1), 1), "s", "< 0.5")
 
 
 def generation_row(checkpoint: Any, questions: int = 192, size: int = 48) -> Row:
     """An evaluation from records to scores against a loop by hand over the same batches: tower, generate, decode."""
-    task = DigitsVQA(questions, answer_loss=False)
+    task = replace(digits_vqa(questions), answer_loss=False)
     model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
     records, collate = task.records(), GenerationCollator(checkpoint.processor)
     config = greedy_config(model, tokenizer, task.max_new_tokens)
@@ -56,7 +59,8 @@ def generation_row(checkpoint: Any, questions: int = 192, size: int = 48) -> Row
             tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def ours() -> None:
-        evaluate(model, checkpoint.processor, task, quiet_trainer(), EvaluateConfig(batch_size=size))
+        lines = answer(model, checkpoint.processor, task, quiet_trainer(), EvaluateConfig(batch_size=size))
+        task.score([as_record(line) for line in lines])
 
     return Row("evaluation / bare loop of generate", *seconds(ours, bare), "s", "< 1.15")
 

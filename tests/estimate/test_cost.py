@@ -30,7 +30,7 @@ from efficientllava.estimate.cost import (
 from efficientllava.estimate.dry_run import plan_job, tell_sweep
 from efficientllava.estimate.forecast import forecast
 from efficientllava.estimate.memory import stage_memory
-from efficientllava.evaluation.tasks import pope
+from efficientllava.evaluation.tasks.published import BENCHMARKS
 from efficientllava.pruning.memory import micro_batch
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
@@ -131,7 +131,7 @@ def test_a_pruning_takes_what_was_foreseen_within_a_factor_of_two(options):
 
 
 def test_data_of_unknown_size_are_unknown(monkeypatch):
-    monkeypatch.setattr(pope, "BENCHMARK", replace(pope.BENCHMARK, questions=None))
+    monkeypatch.setitem(BENCHMARKS, "pope", replace(BENCHMARKS["pope"], questions=None))
     assert planned("model=llava_1_5_7b", "trainer=gpu", "recover=none", "evaluate=pope")["evaluate base"].flops is None
 
     common = ("model=llava_1_5_7b", "trainer=gpu", "data=conversations", "recover=sft")

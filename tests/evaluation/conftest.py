@@ -1,14 +1,23 @@
 from functools import lru_cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
+from efficientllava.evaluation.answers import answer
+from efficientllava.evaluation.score import as_record
+from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from experiments.tiny_models.tiny import BUILDERS
 
 from .published import publish
 
 torch.set_num_threads(1)
+
+
+def evaluate(model, processor, task, *arguments):
+    """Answers of a model, and what they score."""
+    lines = answer(model, processor, task, *arguments)
+    return SimpleNamespace(lines=lines, scores=task.score([as_record(item) for item in lines]))
 
 
 @lru_cache
@@ -31,7 +40,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def questions():
-    return list(DigitsVQA(24).records())
+    return list(digits_vqa(24).records())
 
 
 @pytest.fixture(autouse=True)

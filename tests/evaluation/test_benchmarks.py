@@ -3,7 +3,6 @@
 import io
 import json
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,18 +12,19 @@ from PIL import Image
 
 from efficientllava.data.records import StoredImage, open_image
 from efficientllava.evaluation import tasks
-from efficientllava.evaluation.answers import as_record, evaluate, line, write
-from efficientllava.evaluation.benchmark import Source
-from efficientllava.evaluation.score import main
+from efficientllava.evaluation.answers import line, write
+from efficientllava.evaluation.rows import Source
+from efficientllava.evaluation.score import as_record, main
 from efficientllava.evaluation.scorers import PROTOCOLS
-from efficientllava.evaluation.scorers.averages import COLUMNS
+from efficientllava.evaluation.tasks.published import BENCHMARKS, COLUMNS
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import DataConfig, EvaluateConfig
 
+from ..runs import composed
+from .conftest import evaluate
 from .published import png, tables
 from .published import write as write_table
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = [name for name in tasks.available() if name != "digits_vqa"]
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -63,10 +63,13 @@ def said(task, text=""):
 
 
 def test_the_papers_benchmarks_are_here():
-    configs = {name: (ROOT / f"conf/evaluate/{name}.yaml").read_text() for name in [*NAMES, "vlmcompression"]}
-    assert len(NAMES) == 12 and all(configs[name] == f"tasks: [{name}]\n" for name in NAMES)
-    wanted = {task for task, _, _ in COLUMNS.values()}
-    assert set(configs["vlmcompression"].removeprefix("tasks: [").rstrip("]\n").split(", ")) == wanted
+    assert len(NAMES) == 12
+    assert {*composed("evaluate=vlmcompression").evaluate.tasks} == {task for task, _, _ in COLUMNS.values()}
+
+
+@pytest.mark.parametrize("name", tasks.available())
+def test_every_benchmark_is_an_option(name):
+    assert composed(f"evaluate={name}").evaluate.tasks == [name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,7 +77,7 @@ def test_the_papers_benchmarks_are_here():
 def test_prompts(root, name, protocol):
     task = load(name, root, protocol=protocol)
     assert task.records()[0].turns[0].question == PROMPTS[name][PROTOCOLS.index(protocol) % len(PROMPTS[name])]
-    assert task.facts["protocol"] == protocol and task.facts["root"] == str(root)
+    assert task.facts()["protocol"] == protocol and task.facts()["root"] == str(root)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,8 +165,9 @@ def trainer():
 @pytest.mark.parametrize("name", ["pope", "scienceqa", "gqa"])
 def test_from_files_to_scores_and_the_command_finds_the_same(root, name, tiny, tmp_path, capsys):
     task = load(name, root, max_new_tokens=3)
-    outcome = evaluate(*tiny, task, trainer(), task.cfg)
-    one_by_one = evaluate(*tiny, task, trainer(), replace(task.cfg, batch_size=1))
+    config = EvaluateConfig(max_new_tokens=3)
+    outcome = evaluate(*tiny, task, trainer(), config)
+    one_by_one = evaluate(*tiny, task, trainer(), replace(config, batch_size=1))
     assert [row["text"] for row in one_by_one.lines] == [row["text"] for row in outcome.lines]
     write(outcome.lines, tmp_path / "file.jsonl")
     main([str(tmp_path / "file.jsonl"), "--task", name])
@@ -173,7 +177,7 @@ def test_from_files_to_scores_and_the_command_finds_the_same(root, name, tiny, t
 
 def test_a_new_benchmark_is_one_file(root, monkeypatch, tmp_path, capsys):
     source = (
-        "from ..benchmark import SHORT, Benchmark\n"
+        "from . import SHORT, Benchmark\n"
         "from ..scorers.text import gqa\n"
         "BENCHMARK = Benchmark(dataset='POPE', split='test', columns=('question', 'answer'), scorer=gqa,\n"
         "    prompt=lambda row, protocol: row['question'] + SHORT, headline=('accuracy',), tokens=4)\n"
@@ -305,8 +309,8 @@ LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
 def test_rows_are_read_to_the_end_or_not_at_all(tmp_path, monkeypatch, name, content):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / name).write_bytes(content)
-    source = Source("pope", "POPE", "test", None, "x", str(tmp_path / name))
+    source = Source("pope", BENCHMARKS["pope"], EvaluateConfig(root=str(tmp_path / name)), None)
     with pytest.raises(UserError, match=rf"^evaluate\.root=.*{name} cannot be read \(.+\); repair or replace it$"):
-        [*source.load(["question", "answer"]).iterate(["question", "answer"])]
+        source.load(["question", "answer"])
     (tmp_path / name).write_text(LINES)
-    assert len([*source.load(["answer"]).iterate(["answer"])]) == 3
+    assert len(source.load(["answer"])[0]) == 3

@@ -4,11 +4,7 @@ from torch import nn
 
 from efficientllava.data.collator import prompt
 from efficientllava.evaluation import efficiency
-from efficientllava.evaluation.efficiency import (
-    checkpoint_bytes,
-    measure,
-    prefill_flops,
-)
+from efficientllava.evaluation.efficiency import checkpoint_bytes, measure, prefill_flops
 from efficientllava.models.anatomy import parameters
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import EvaluateConfig

@@ -8,14 +8,8 @@ import torch
 
 from efficientllava.checkpoint.folder import load
 from efficientllava.data.collator import Collator, GenerationCollator
-from efficientllava.evaluation.answers import (
-    MEANINGLESS,
-    generate,
-    greedy_config,
-    length_batches,
-    reference_losses,
-    set_aside,
-)
+from efficientllava.evaluation.answers import length_batches, reference_losses
+from efficientllava.evaluation.generation import MEANINGLESS, generate, greedy_config, set_aside
 from efficientllava.models.forward import (
     answer_loss,
     decoder_inputs,

@@ -5,22 +5,18 @@ import pytest
 from lightning.pytorch import Trainer
 
 from efficientllava.data.collator import GenerationCollator
-from efficientllava.evaluation.answers import (
-    EvaluationModule,
-    answer,
-    as_record,
-    evaluate,
-    in_order,
-    keep,
-    resume,
-)
-from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
+from efficientllava.evaluation.answers import EvaluationModule, answer, in_order, resume
+from efficientllava.evaluation.score import as_record
+from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import feature_cache
+from efficientllava.runtime.lines import Lines
 from efficientllava.settings.schema import EvaluateConfig
 
+from .conftest import evaluate
+
 CFG = EvaluateConfig(batch_size=7, max_new_tokens=4)
-TASK = DigitsVQA(24)
+TASK = digits_vqa(24)
 
 
 def _trainer(**options):
@@ -64,9 +60,8 @@ def test_two_ranks_answer_what_one_answers(tiny, questions):
     for rank in range(2):
         module = EvaluationModule(model, processor, TASK, questions, CFG, feature_cache(model))
         module._trainer = SimpleNamespace(global_rank=rank, world_size=2)
-        for index, batch in enumerate(module.predict_dataloader()):
-            module.predict_step(batch, index)
-        shares.append(module.lines)
+        batches = enumerate(module.predict_dataloader())
+        shares.append([found for index, batch in batches for found in module.predict_step(batch, index)])
     assert all(shares) and sum(map(len, shares)) == 24
     together = in_order(shares[1] + shares[0], questions)
     assert [item["text"] for item in together] == [item["text"] for item in alone.lines]
@@ -151,6 +146,10 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny, questions, tmp_path, mon
     asked.clear()
     assert answer(model, processor, TASK, _trainer(), CFG, work=tmp_path / "work", model_id="m") == again
     assert asked == []
+
+
+def keep(lines, folder, rank):
+    Lines(folder / f"answers-{rank}.jsonl", shared=False).append(lines)
 
 
 def test_what_every_process_has_written_is_found_and_half_a_line_cut_off(tmp_path):

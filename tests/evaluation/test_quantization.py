@@ -7,7 +7,7 @@ from torch import nn
 
 from efficientllava.evaluation import efficiency
 from efficientllava.evaluation.efficiency import GROUP, quantized
-from efficientllava.models.anatomy import decoder_of
+from efficientllava.models.anatomy import decoder_of, parameters
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.checks import check
 from efficientllava.settings.compose import typed
@@ -49,7 +49,7 @@ def test_the_copy_is_smaller_close_and_the_model_untouched(tiny, kind, most):
         narrow = [name for name in linears if whole[name].in_features % GROUP]
         assert narrow and all(m.in_features % GROUP == 0 for m in linears.values())
     else:
-        assert efficiency.parameters(twin) == efficiency.parameters(model)
+        assert parameters(twin) == parameters(model)
 
 
 @pytest.mark.parametrize("width", [1, 31, 32, 45])

@@ -11,7 +11,7 @@ import efficientllava
 from efficientllava.checkpoint.processors import load_processor
 from efficientllava.data.collator import GenerationCollator
 from efficientllava.data.embedded.digits import KINDS, Digits
-from efficientllava.evaluation.answers import generate
+from efficientllava.evaluation.generation import generate
 from experiments.tiny_models.tiny import BUILDERS
 
 ASSETS = Path(efficientllava.__file__).parent / "assets"

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from efficientllava.checkpoint.export import save
 from efficientllava.checkpoint.folder import Checkpoint, load
 from efficientllava.data.collator import Collator, GenerationCollator, prompt
-from efficientllava.evaluation.answers import generate
+from efficientllava.evaluation.generation import generate
 from efficientllava.models.anatomy import (
     language_parameters,
     layers_of,

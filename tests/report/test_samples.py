@@ -5,14 +5,14 @@ import pytest
 from PIL import Image
 
 from efficientllava.data.records import Record, Turn
-from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
+from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.report.pictures import choose, draw_samples
 from efficientllava.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def records():
-    return DigitsVQA(60).records()
+    return digits_vqa(60).records()
 
 
 def _count(path, colour):

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from efficientllava.runtime import source
-from efficientllava.stages.identity import STAGES
+from efficientllava.settings.schema import EvaluateConfig, RunConfig
+from efficientllava.stages.identity import STAGES, settings_key
 
 
 @pytest.fixture
@@ -36,6 +37,13 @@ def test_an_edit_of_what_shows_them_does_not(package, name):
     before = source.source_digest(*STAGES)
     edited(package / name)
     assert source.source_digest(*STAGES) == before
+
+
+def test_an_edit_of_a_benchmark_s_own_file_gives_a_new_run_of_it(package):
+    runs = [RunConfig(evaluate=EvaluateConfig([name])) for name in ("digits_vqa", "gqa")]
+    before = [settings_key(run) for run in runs]
+    edited(package / "evaluation" / "tasks" / "digits_vqa.py")
+    assert [settings_key(run) == key for run, key in zip(runs, before, strict=True)] == [False, True]
 
 
 def test_a_stage_does_not_depend_on_the_code_of_later_ones(package):

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from efficientllava.data.collator import Collator, GenerationCollator
 from efficientllava.data.embedded.digits import KINDS, Digits
 from efficientllava.data.embedded.scenes import FULL, strokes
-from efficientllava.evaluation.answers import generate
+from efficientllava.evaluation.generation import generate
 from efficientllava.models.forward import answer_loss
 from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.store import Entry

@@ -20,7 +20,7 @@ from ...data.records import Record, Turn, rgb
 from ...data.table import in_place
 from ...models.forward import FeatureCache, feature_cache, to_device
 from ...runtime.errors import UserError
-from ..answers import generate
+from ..generation import generate
 
 LONGEST = 1024  # tokens of an answer where a task sets no limit, as in lmms-eval's wrappers
 

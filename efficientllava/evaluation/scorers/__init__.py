@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from ...runtime.errors import UserError
@@ -98,13 +99,29 @@ def means(name: str, values: Sequence[float], groups: Sequence[Iterable[str]]) -
     return metrics
 
 
-def tally(
-    name: str,
-    records: Sequence[Record],
-    judge: Callable[[Record], tuple[Any, float]],
-    groups: Callable[[Record], Iterable[str]] = lambda _: (),
-) -> Scores:
-    """Score record by record and average: ``judge`` gives what was parsed and the score; for the rest see `means`."""
-    outcomes = [Outcome(record["id"], *judge(record)) for record in records]
-    scores = [outcome.score for outcome in outcomes]
-    return Scores(means(name, scores, [tuple(groups(record)) for record in records]), outcomes)
+Judge = Callable[[Record, str], tuple[Any, float]]
+Groups = Callable[[Record], Iterable[str]]
+
+
+def per_record(name: str, groups: Groups = lambda _: (), unparsed: str | None = None) -> Callable[[Judge], Scorer]:
+    """Make a scorer of what judges one record under a protocol and gives what it parsed, and the score.
+
+    Args:
+        name: Of the metric; for those beside it see `means`.
+        groups: That a record belongs to.
+        unparsed: Name for the number of records in which nothing was found.
+    """
+
+    def scorer(judge: Judge) -> Scorer:
+        @wraps(judge)
+        def score(records: Sequence[Record], protocol: str = "llava") -> Scores:
+            outcomes = [Outcome(record["id"], *judge(record, protocol)) for record in records]
+            scores = [outcome.score for outcome in outcomes]
+            metrics = means(name, scores, [tuple(groups(record)) for record in records])
+            if unparsed:
+                metrics[unparsed] = sum(outcome.parsed is None for outcome in outcomes)
+            return Scores(metrics, outcomes)
+
+        return score
+
+    return scorer

@@ -1,22 +1,16 @@
 """Answers that a judge has graded: MM-Vet (arXiv 2308.02490) and LLaVA-Bench-in-the-Wild (arXiv 2304.08485).
 
 Here are the reading of verdicts and the aggregation; asking a judge is another module's work. Only the judges of the
-two protocols differ. Several evaluations are scored one by one; see `averages.over_runs`.
+two protocols differ. Several evaluations are scored one by one; see `over_runs`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
 from ...runtime.errors import UserError
-from . import (
-    Outcome,
-    Record,
-    Scores,
-    mean,
-    tally,
-    value,
-)
+from . import Outcome, Record, Scores, mean, per_record, value
 
 FAILED = (-1.0, -1.0)
 
@@ -42,20 +36,15 @@ def _capabilities(record: Record) -> list[str]:
     return [*names, f"={'+'.join(names)}"] if names else []
 
 
-def mmvet(records: Sequence[Record], protocol: str = "llava") -> Scores:
+@per_record("score", _capabilities, unparsed="n_failed")
+def mmvet(record: Record, protocol: str) -> tuple[float | None, float]:
     """Mean grade, by capability and by exact set of capabilities (``score/=ocr+rec``, names sorted).
 
     A verdict without a grade counts 0, as in the official script after its last attempt; ``n_failed`` counts these.
     Keys: ``verdict`` (the judge's text), ``capability`` (names with commas between them).
     """
-
-    def judge(record: Record) -> tuple[float | None, float]:
-        grade = mmvet_grade(_verdict(record))
-        return grade, grade or 0.0
-
-    scores = tally("score", records, judge, _capabilities)
-    failed = sum(outcome.parsed is None for outcome in scores.outcomes)
-    return Scores(scores.metrics | {"n_failed": failed}, scores.outcomes)
+    grade = mmvet_grade(_verdict(record))
+    return grade, grade or 0.0
 
 
 def llava_bench_pair(verdict: str) -> tuple[float, float]:
@@ -96,3 +85,11 @@ def llava_bench(records: Sequence[Record], protocol: str = "llava") -> Scores:
     parsed = [pair for pair in groups[""] if pair != FAILED]
     metrics |= {"score_parsed": _relative(parsed)} if parsed else {}
     return Scores(metrics | {"n_failed": len(records) - len(parsed)}, outcomes)
+
+
+def over_runs(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of every metric that all runs have, and ``score_std`` or ``accuracy_std``, of the population of runs."""
+    shared = [name for name in runs[0] if all(name in run for run in runs)]
+    main = "score" if "score" in shared else "accuracy"
+    spread = statistics.pstdev(run[main] for run in runs)
+    return {name: mean(run[name] for run in runs) for name in shared} | {f"{main}_std": spread}

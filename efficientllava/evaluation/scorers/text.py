@@ -1,19 +1,17 @@
-"""Short texts against references: GQA, DocVQA, MathVista."""
+"""Short texts against references: GQA, DocVQA, MathVista, and VizWiz, TextVQA, VQAv2 with ten human answers each.
+
+Source of the soft accuracy: VQA (arXiv 1505.00468, section 5). Its normalisers follow the two official evaluators,
+"m4c" (EvalAI) and GT-Vision-Lab "VQA v2", which differ.
+"""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from . import (
-    Record,
-    Scores,
-    predicted,
-    sequence,
-    tally,
-    value,
-)
+from ...runtime.errors import UserError
+from . import Record, per_record, predicted, sequence, value
 
 ANLS_THRESHOLD = 0.5
 LETTER = re.compile(r"\(?([A-Z])(?:[).:]+(?:\s.*)?)?", re.DOTALL)
@@ -22,6 +20,32 @@ MATH_FORMS = {  # what a text must hold exactly once to need no judge
     "float": r"-?\d+(?:,\d{3})*(?:\.\d+)?",
     "list": r"\[[^\[\]]*\]",
 }
+ANSWERS = 10
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+COUNTING = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(COUNTING)}
+ARTICLES = ("a", "an", "the")
+# The official table of 120 contractions maps a word that lacks one of its apostrophes to the whole word, so the words
+# say it all. Entries that never fire are left out: two map to themselves, four have a capital, lost by then. The choice
+# of words is GT-Vision-Lab's: assets/licenses/GT-Vision-Lab-VQA.txt.
+STEMS_BY_ENDING = {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "n't've": "could had might should would",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it someone something there they where who you",
+    "'d've": "he it she somebody someone something there they we who you",
+    "'s": "he how somebody someone that there what when where who why",
+    "'ll": "how it somebody someone something they what who why you",
+    "'re": "there they what why you",
+    "": "ma'am o'clock 'ow's'at 'twas y'all y'all'll y'all'd've",
+}
+CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for ending, stems in STEMS_BY_ENDING.items()
+    for word in (stem + ending for stem in stems.split())
+    for place, mark in enumerate(word)
+    if mark == "'"
+} | {"somebody'd": "somebodyd"}  # the one that loses an apostrophe
 
 
 def _plain(text: str) -> str:
@@ -33,19 +57,16 @@ def _gqa_groups(record: Record) -> list[str]:
     return ["binary" if kind in ("verify", "logical") else "open"] if kind else []
 
 
-def gqa(records: Sequence[Record], protocol: str = "llava") -> Scores:
+@per_record("accuracy", _gqa_groups)
+def gqa(record: Record, protocol: str) -> tuple[str, float]:
     """Accuracy of exact match, and of the binary and the open questions.
 
     ``llava`` drops final full stops and lower-cases the prediction; ``lmms_eval`` drops case and all ASCII punctuation
     on both sides. Keys: ``answer``; ``types`` with ``structural``, of which verify and logical are binary.
     """
-
-    def judge(record: Record) -> tuple[str, float]:
-        text, answer = predicted(record), str(value(record, "answer"))
-        text, answer = (_plain(text), _plain(answer)) if protocol == "lmms_eval" else (text.rstrip(".").lower(), answer)
-        return text, float(text == answer)
-
-    return tally("accuracy", records, judge, _gqa_groups)
+    text, answer = predicted(record), str(value(record, "answer"))
+    text, answer = (_plain(text), _plain(answer)) if protocol == "lmms_eval" else (text.rstrip(".").lower(), answer)
+    return text, float(text == answer)
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -72,14 +93,11 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
 
-def docvqa(records: Sequence[Record], protocol: str = "llava") -> Scores:
+@per_record("anls")
+def docvqa(record: Record, protocol: str) -> tuple[str, float]:
     """Mean ANLS; the protocols agree. Keys: ``answer`` (a text, or the list of accepted texts)."""
-
-    def judge(record: Record) -> tuple[str, float]:
-        answer = value(record, "answer")
-        return predicted(record), anls(predicted(record), [answer] if isinstance(answer, str) else answer)
-
-    return tally("anls", records, judge)
+    answer = value(record, "answer")
+    return predicted(record), anls(predicted(record), [answer] if isinstance(answer, str) else answer)
 
 
 def mathvista_extract(text: str, record: Record) -> str | None:
@@ -135,19 +153,94 @@ def mathvista_normalise(extraction: str, record: Record) -> str | None:
         return None
 
 
-def mathvista(records: Sequence[Record], protocol: str = "llava") -> Scores:
+@per_record("accuracy", lambda record: [record["question_type"], record["answer_type"]], unparsed="n_undecided")
+def mathvista(record: Record, protocol: str) -> tuple[str | None, float]:
     """Accuracy, by question and answer type; the protocols agree.
 
     A response that needs a judge and has none counts as wrong; ``n_undecided`` says how many. Keys: ``answer``, those
     of `mathvista_extract` and `mathvista_normalise`, and ``extraction``, what a judge has found.
     """
+    found = record.get("extraction")
+    found = mathvista_extract(predicted(record).strip(), record) if found is None else str(found)
+    parsed = None if found is None else mathvista_normalise(found, record)
+    return found, float(parsed is not None and parsed.strip() == str(value(record, "answer")).strip())
 
-    def judge(record: Record) -> tuple[str | None, float]:
-        found = record.get("extraction")
-        found = mathvista_extract(predicted(record).strip(), record) if found is None else str(found)
-        parsed = None if found is None else mathvista_normalise(found, record)
-        return found, float(parsed is not None and parsed.strip() == str(value(record, "answer")).strip())
 
-    scores = tally("accuracy", records, judge, lambda record: [record["question_type"], record["answer_type"]])
-    undecided = sum(outcome.parsed is None for outcome in scores.outcomes)
-    return Scores(scores.metrics | {"n_undecided": undecided}, scores.outcomes)
+def _drop_punctuation(text: str) -> str:
+    """Delete or blank punctuation; whether a mark is deleted is decided on the text as it came."""
+    comma_in_number = re.search(r"\d,\d", text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        deleted = comma_in_number or f"{mark} " in text or f" {mark}" in text
+        result = result.replace(mark, "" if deleted else " ")
+    # The official code hands a flag of value 32 to the argument that is the number of replacements.
+    return re.sub(r"\.(?!\d)", "", result, count=32)
+
+
+def _words(text: str) -> str:
+    """Lower-case, write small numbers as digits, drop articles, repair contractions."""
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def _blanks(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def normalise_evalai(text: str) -> str:
+    """The m4c / EvalAI normaliser, used by TextVQA and VizWiz and for uploads of VQAv2."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    return _words(_drop_punctuation(_blanks(text)))
+
+
+def normalise_vqa_v2(text: str) -> str:
+    """The normaliser of the VQA v2 script, which applies it only where the human answers disagree."""
+    return _words(_drop_punctuation(_blanks(text)))
+
+
+def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Mean over the annotators of min(1, matches among the other nine / 3), for normalised texts and ten answers.
+
+    It depends on the number of matches alone: 0, 0.3, 0.6, 0.9, and 1 from four on.
+    """
+    return min(ANSWERS, 3 * list(answers).count(prediction)) / ANSWERS
+
+
+def _evalai(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
+    return normalise_evalai(prediction), [normalise_evalai(answer) for answer in answers]
+
+
+def _vqa_v2(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
+    """Human answers that all agree stay as they are, upper case included, and so does the prediction."""
+    normalise = normalise_vqa_v2 if len({_blanks(answer) for answer in answers}) > 1 else _blanks
+    return normalise(prediction), [normalise(answer) for answer in answers]
+
+
+def _kinds(record: Record) -> list[str]:
+    return [str(record[kind]) for kind in ("answer_type", "question_type", "category") if record.get(kind)]
+
+
+def _soft(record: Record, prepare: Callable[[str, list[str]], tuple[str, list[str]]]) -> tuple[str, float]:
+    answers = [str(item["answer"] if isinstance(item, dict) else item) for item in sequence(record, "answer")]
+    if len(answers) != ANSWERS:
+        raise UserError(f"record {record['id']!r}: has {len(answers)} human answers; the metric needs {ANSWERS}")
+    prediction, answers = prepare(predicted(record), answers)
+    return prediction, soft_accuracy(prediction, answers)
+
+
+@per_record("accuracy", _kinds)
+def vizwiz(record: Record, protocol: str) -> tuple[str, float]:
+    """Soft accuracy after EvalAI normalisation, also for TextVQA; the protocols agree.
+
+    Keys: ``answer`` (ten texts, or mappings with ``answer``); ``category``, ``answer_type``, ``question_type`` group.
+    """
+    return _soft(record, _evalai)
+
+
+@per_record("accuracy", _kinds)
+def vqav2(record: Record, protocol: str) -> tuple[str, float]:
+    """Soft accuracy of VQAv2: the official script under ``llava``, EvalAI normalisation under ``lmms_eval``.
+
+    Keys: as for `vizwiz`.
+    """
+    return _soft(record, _vqa_v2 if protocol == "llava" else _evalai)

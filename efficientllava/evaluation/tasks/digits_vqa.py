@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 
-from ...data.embedded.digits import (
-    IMAGE_KINDS,
-    KINDS,
-    TEXT_KINDS,
-    Digits,
-)
+from ...data.embedded.digits import IMAGE_KINDS, KINDS, TEXT_KINDS, Digits
 from ...data.records import Record
 from ...settings.schema import DataConfig
-from ..scorers import (
-    Outcome,
-    Scores,
-    mean,
-    predicted,
-    value,
-)
+from ..scorers import Outcome, Scores, mean, predicted, value
 from ..scorers import Record as Answered
-from . import single_questions
+from . import Task
+
+FACTS = {"dataset": "digits_vqa", "split": "test"}
+GROUPS = {
+    "": KINDS,
+    "_image": IMAGE_KINDS,
+    **{f"/{kind}": (kind,) for kind in IMAGE_KINDS},
+    "_text": TEXT_KINDS,
+    **{f"/{kind}": (kind,) for kind in TEXT_KINDS},
+}
+
+
+def task(data: DataConfig) -> Task:
+    """The benchmark at the size that ``data.test_questions`` asks for."""
+    return digits_vqa(data.test_questions)
+
+
+def digits_vqa(questions: int) -> Task:
+    """The first questions (>= 1) of the test split, which does not depend on the run's seed: runs can be compared."""
+    records, facts = partial(_questions, questions), FACTS.copy
+    return Task("digits_vqa", ("accuracy",), 8, records, score, facts, answer_loss=True)
 
 
 @lru_cache(maxsize=2)
@@ -31,60 +40,45 @@ def _questions(size: int) -> tuple[Record, ...]:
     return tuple(single_questions(list(Digits("test", size)))[:size])
 
 
-@dataclass(frozen=True)
-class DigitsVQA:
-    """Exact match of the generated text, over all questions, over those with an image, without, and per type.
+def single_questions(records: Sequence[Record]) -> list[Record]:
+    """Split records of independent questions into records of one question each.
 
-    The questions do not depend on the run's seed, so that runs can be compared.
+    Returns:
+        One record per turn; ids get ``/<turn>`` where a record has several, text-only questions lose the image.
+    """
+    return [
+        replace(
+            record,
+            id=record.id if len(record.turns) == 1 else f"{record.id}/{index}",
+            image=record.image if turn.sees_image else None,
+            turns=(turn,),
+        )
+        for record in records
+        for index, turn in enumerate(record.turns)
+    ]
+
+
+def score(records: Sequence[Answered]) -> Scores:
+    """Accuracies in [0, 1], the mean answer loss in nats per token, and the counts behind them.
 
     Args:
-        questions: Their number, >= 1.
+        records: At least one, in any order; keys ``prediction``, ``answer``, ``kind``, and ``loss`` and ``tokens``
+            where the loss is known.
+
+    Returns:
+        ``accuracy``, ``accuracy_image``, ``accuracy_text``, ``accuracy/<kind>``, ``answer_loss``, and ``n``,
+        ``n_image``, ``n_text``, ``n/<kind>``; groups without a question are left out.
     """
-
-    questions: int
-    name: str = "digits_vqa"
-    headline: tuple[str, ...] = ("accuracy",)
-    max_new_tokens: int = 8
-    stop: tuple[str, ...] = ()
-    answer_loss: bool = True
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """Where the questions come from."""
-        return {"dataset": "digits_vqa", "split": "test"}
-
-    def records(self) -> Sequence[Record]:
-        """The first ones of the test split of `efficientllava.data.embedded.digits`."""
-        return _questions(self.questions)
-
-    def score(self, records: Sequence[Answered]) -> Scores:
-        """Accuracies in [0, 1], the mean answer loss in nats per token, and the counts behind them.
-
-        Args:
-            records: At least one, in any order; keys ``prediction``, ``answer``, ``kind``, and ``loss`` and ``tokens``
-                where the loss is known.
-
-        Returns:
-            ``accuracy``, ``accuracy_image``, ``accuracy_text``, ``accuracy/<kind>``, ``answer_loss``, and ``n``,
-            ``n_image``, ``n_text``, ``n/<kind>``; groups without a question are left out.
-        """
-        groups = {"": set(KINDS), "_image": set(IMAGE_KINDS), **{f"/{kind}": {kind} for kind in IMAGE_KINDS}}
-        groups |= {"_text": set(TEXT_KINDS), **{f"/{kind}": {kind} for kind in TEXT_KINDS}}
-        right = [predicted(item).strip() == value(item, "answer") for item in records]
-        asked = [value(item, "kind") for item in records]
-        hits = {
-            name: [hit for hit, kind in zip(right, asked, strict=True) if kind in kinds]
-            for name, kinds in groups.items()
-        }
-        metrics = {f"accuracy{name}": mean(found) for name, found in hits.items() if found or not name}
-        tokens = sum(item.get("tokens", 0) for item in records)
-        if tokens:
-            metrics["answer_loss"] = sum(item.get("loss", 0.0) for item in records) / tokens
-        metrics |= {f"n{name}": len(found) for name, found in hits.items() if found}
-        outcomes = [Outcome(item["id"], predicted(item), float(hit)) for item, hit in zip(records, right, strict=True)]
-        return Scores(metrics, outcomes)
-
-
-def task(data: DataConfig) -> DigitsVQA:
-    """The benchmark at the size that ``data.test_questions`` asks for."""
-    return DigitsVQA(data.test_questions)
+    outcomes = [
+        Outcome(item["id"], predicted(item), float(predicted(item).strip() == value(item, "answer")))
+        for item in records
+    ]
+    kinds = [value(item, "kind") for item in records]
+    hits = {
+        name: [outcome.score for outcome, kind in zip(outcomes, kinds, strict=True) if kind in group]
+        for name, group in GROUPS.items()
+    }
+    metrics = {f"accuracy{name}": mean(found) for name, found in hits.items() if found or not name}
+    if tokens := sum(item.get("tokens", 0) for item in records):
+        metrics["answer_loss"] = sum(item.get("loss", 0.0) for item in records) / tokens
+    return Scores(metrics | {f"n{name}": len(found) for name, found in hits.items() if found}, outcomes)

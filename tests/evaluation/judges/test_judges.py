@@ -6,19 +6,16 @@ import threading
 
 import pytest
 
+from efficientllava.evaluation import judges as command
 from efficientllava.evaluation import score as scoring
-from efficientllava.evaluation.judges import __main__ as command
-from efficientllava.evaluation.judges import (
-    prepare,
-    requests,
-    score,
-    score_requests,
-)
+from efficientllava.evaluation.judge_prompts import requests
+from efficientllava.evaluation.judges import prepare, score, score_requests
 from efficientllava.runtime.errors import ConfigError, UserError
 from efficientllava.settings.schema import JudgeConfig
 
 from .conftest import KEY
 
+pytest.importorskip("openai")
 SKILLS = ("rec", "ocr", "rec,ocr")
 
 
@@ -40,6 +37,16 @@ def _number(body):
     return int(body["messages"][-1]["content"].rpartition("What is ")[2].partition("?")[0])
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Nobody waits for the client's pauses."""
+
+    async def sleep(_seconds):
+        pass
+
+    monkeypatch.setattr("anyio.sleep", sleep)
+
+
 @pytest.fixture
 def config(server):
     server.reply = lambda body: f"{(_number(body) + body['seed']) % 11 / 10}"
@@ -48,7 +55,7 @@ def config(server):
 
 def _score(config, path, records=None, task="mmvet", protocol="llava"):
     asked = requests(records or _records(), task, config, protocol)
-    return score_requests(asked, task, config, path, protocol, wait=lambda _: False)
+    return score_requests(asked, task, config, path, protocol)
 
 
 def test_mmvet_is_the_mean_of_five_runs(server, config, tmp_path):
@@ -161,6 +168,13 @@ def test_a_dead_endpoint_is_not_asked_for_everything(server, config, tmp_path):
     with pytest.raises(UserError, match=r"v1_0, v1_1, v1_2, v1_3, v1_4 \("):
         _score(config, tmp_path)
     assert len(server.bodies) == 5
+
+
+def test_verdicts_that_cannot_be_kept_end_it_with_one_message(server, config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        _score(config, tmp_path / "file")
+    assert len(server.bodies) <= config.concurrency
 
 
 def test_the_key_is_in_no_file(server, config, tmp_path):

@@ -4,15 +4,11 @@ import json
 
 import pytest
 
-from efficientllava.evaluation.judges.prompts import (
-    FILES,
-    SETTINGS,
-    again,
-    load,
-    request,
-)
+from efficientllava.evaluation.judge_prompts import JUDGES, again, load, requests
+from efficientllava.evaluation.scorers import PROTOCOLS
+from efficientllava.evaluation.tasks.published import BENCHMARKS
 from efficientllava.runtime.errors import UserError
-from efficientllava.settings.schema import JUDGED
+from efficientllava.settings.schema import JUDGED, JudgeConfig
 
 MMVET = {"id": "v1_0", "question": "What?", "answer": "a<AND>b<OR>c", "prediction": "d\ne", "capability": "ocr"}
 BENCH = {
@@ -24,14 +20,20 @@ BENCH = {
     "category": "llava_bench_conv",
 }
 MATH = {"id": "7", "question": "1+1?", "query": "Hint: an integer.\nQuestion: 1+1?", "prediction": " Two, or 3. \n"}
+MATH |= {"question_type": "free_form", "answer_type": "text"}
 
 
-def _content(task, record, folder=None, protocol="llava"):
-    return [m["content"] for m in request(task, record, load(task, folder), protocol, 2)["messages"]]
+def _body(task, record, folder=None, protocol="llava", run=0):
+    return requests([record], task, JudgeConfig(prompts=folder, runs=5), protocol)[run].body
+
+
+def _content(task, record, folder=None):
+    return [m["content"] for m in _body(task, record, folder)["messages"]]
 
 
 def test_every_judged_benchmark_has_its_parts():
-    assert set(FILES) == set(JUDGED) == {task for _, task in SETTINGS}
+    assert set(JUDGES) == set(JUDGED) <= set(BENCHMARKS)
+    assert {tuple(judging.settings) for judging in JUDGES.values()} == {PROTOCOLS}
 
 
 def test_the_row_of_mmvet():
@@ -57,13 +59,15 @@ def test_the_extraction_of_mathvista():
 
 
 def test_official_temperatures_and_lengths():
-    found = {task: request(task, record, load(task, None), "llava", 4) for task, record in RECORDS.items()}
+    found = {task: _body(task, record, run=4) for task, record in RECORDS.items()}
     assert {task: (body["temperature"], body["max_tokens"], body["seed"]) for task, body in found.items()} == {
         "mmvet": (0, 3, 4),
         "llava_bench": (0.2, 1024, 4),
         "mathvista": (0, 256, 4),
     }
-    assert request("mmvet", MMVET, load("mmvet", None), "lmms_eval", 0)["max_tokens"] == 128
+    assert _body("mmvet", MMVET, protocol="lmms_eval")["max_tokens"] == 128
+    official = {task: len(requests([RECORDS[task]], task, JudgeConfig())) for task in RECORDS}
+    assert official == {"mmvet": 5, "llava_bench": 3, "mathvista": 1}
 
 
 RECORDS = {"mmvet": MMVET, "llava_bench": BENCH, "mathvista": MATH}
@@ -71,7 +75,7 @@ RECORDS = {"mmvet": MMVET, "llava_bench": BENCH, "mathvista": MATH}
 
 @pytest.mark.parametrize("task", RECORDS)
 def test_asking_again_reminds_and_warms(task):
-    body = request(task, RECORDS[task], load(task, None), "llava", 0)
+    body = _body(task, RECORDS[task])
     before = json.dumps(body)
     warmer = [again(task, body, attempt) for attempt in range(7)]
     assert warmer[0] == body and json.dumps(body) == before
@@ -94,9 +98,10 @@ def test_official_files_replace_our_wording_and_change_the_digest(tmp_path):
     assert _content("llava_bench", BENCH, folder)[1].endswith("[System]\nR conv\n\n")
     (tmp_path / "llava_bench_system.txt").write_text("Be fair.\n")
     assert _content("llava_bench", BENCH, folder)[0] == "Be fair."
-    for task in FILES:
-        assert load(task, folder).source == "official files" and load(task, None).source == "own wording"
-        assert load(task, folder).digest != load(task, None).digest
+    for task in JUDGES:
+        official, own = load(task, folder)[1], load(task, None)[1]
+        assert official.endswith(" (official files)") and own.endswith(" (own wording)")
+        assert official.split()[0] != own.split()[0]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"llava_bench_conv": {"prompt": "x"}}'])

@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 
-from efficientllava.evaluation.judges.asking import Verdicts
+from efficientllava.evaluation.judges import Verdicts
 from efficientllava.runtime.errors import UserError
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from efficientllava.evaluation.tasks.digits_vqa import DigitsVQA
+from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.models.forward import feature_cache
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import EvaluateConfig, LmmsConfig
@@ -52,7 +52,7 @@ def results(doc, answers):
 @pytest.fixture(scope="session")
 def digits():
     """Questions with one image and without any."""
-    return list(DigitsVQA(24).records())
+    return list(digits_vqa(24).records())
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def _config(tasks, *names, **options):
 
 def test_answers_and_score_are_those_of_our_own_evaluation(tasks, checkpoint, digits):
     from efficientllava.data.collator import GenerationCollator
-    from efficientllava.evaluation.answers import generate
+    from efficientllava.evaluation.generation import generate
     from efficientllava.evaluation.lmms import evaluate, prepare
 
     config = _config(tasks)

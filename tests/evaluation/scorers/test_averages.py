@@ -2,13 +2,7 @@
 
 import pytest
 
-from efficientllava.evaluation.scorers.averages import (
-    COLUMNS,
-    average,
-    average_percent,
-    over_runs,
-    study,
-)
+from efficientllava.evaluation.tasks.published import COLUMNS, average, average_percent, study
 from efficientllava.runtime.errors import UserError
 
 # MMMU, SQA, MathV, AI2D, MME-C, MME-P, POPE, DocVQA, GQA as printed; then AVG and AVG-%.
@@ -49,12 +43,6 @@ def test_a_missing_column_is_named():
         average(metrics)
     with pytest.raises(UserError, match="AVG of 0"):
         average_percent(_metrics(DENSE[0]), _metrics((0,) * 9))
-
-
-def test_several_evaluations():
-    runs = [{"score": 0.2, "score_parsed": 0.2, "n": 2}, {"score": 0.4, "n": 2}]
-    summary = over_runs(runs)
-    assert summary == pytest.approx({"score": 0.3, "n": 2, "score_std": 0.1})
 
 
 def test_the_study_s_numbers_stand_beside_its_benchmarks():

@@ -8,6 +8,7 @@ from efficientllava.evaluation.scorers.judged import (
     llava_bench_pair,
     mmvet,
     mmvet_grade,
+    over_runs,
 )
 from efficientllava.runtime.errors import UserError
 
@@ -86,3 +87,8 @@ def test_verdicts_are_required_and_are_texts(scorer):
         scorer([{"id": "1", "prediction": "x"}])
     with pytest.raises(UserError, match=r"'verdict' is .* it must be the text of one evaluation"):
         scorer([{"id": "1", "verdict": ["8 9", "9 8"]}])
+
+
+def test_several_evaluations():
+    runs = [{"score": 0.2, "score_parsed": 0.2, "n": 2}, {"score": 0.4, "n": 2}]
+    assert over_runs(runs) == pytest.approx({"score": 0.3, "n": 2, "score_std": 0.1})

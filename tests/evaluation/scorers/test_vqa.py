@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.evaluation.scorers.vqa import (
+from efficientllava.evaluation.scorers.text import (
     CONTRACTIONS,
     normalise_evalai,
     normalise_vqa_v2,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from efficientllava.evaluation.scorers.yesno import (
+from efficientllava.evaluation.scorers.choice import (
     mme,
     mme_answer,
     pope,

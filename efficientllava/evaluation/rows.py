@@ -1,0 +1,232 @@
+"""From the rows of a published data set to the questions of a benchmark: of the Hugging Face hub, or of own files.
+
+``evaluate.root`` is a file, or a folder like the one that ``hf download <id> --repo-type dataset --local-dir`` makes.
+Looked at are ``<root>/<data set>``, else ``<root>/<benchmark>``, else ``<root>`` itself, with all folders below, for
+``*.parquet``, else ``*.jsonl`` and ``*.json``. Of these, files count that belong to the configuration (a folder of that
+name, or the beginning of the file's name) where there are such, and whose name begins with the split: ``test.jsonl``,
+``data/test-00000-of-00003.parquet``, ``ScienceQA-IMG/test-00000-of-00001.parquet``. In JSON an image is a path that
+starts from the file's folder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..data.records import Record, StoredImage, Turn
+from ..data.table import image_paths, mapped
+from ..runtime.errors import UserError
+from ..settings.schema import EvaluateConfig
+from .scorers import Record as Answered
+from .scorers import Scores
+from .tasks import Benchmark, Join, Row, Task, lettered
+
+FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+Image = Path | StoredImage | None
+
+
+def task(name: str, benchmark: Benchmark, cfg: EvaluateConfig) -> Task:
+    """A benchmark as a run asks for it; its rows are opened once, when they are needed."""
+    opened = cache(partial(_open, name, benchmark, cfg))
+
+    def facts() -> dict[str, Any]:
+        """With ``data``, the fingerprint of the rows."""
+        origin = {"root": cfg.root} if cfg.root else {"dataset": Source(name, benchmark, cfg, None).hub_id}
+        known = {"protocol": cfg.protocol, **origin, "config": benchmark.config, "split": benchmark.split}
+        return {**known, "max_new_tokens": cfg.max_new_tokens or longest, "data": opened()[1]}
+
+    def score(records: Sequence[Answered]) -> Scores:
+        """Where a judge's verdicts are needed and missing, their number ``n_unjudged`` alone."""
+        missing = sum("verdict" not in record for record in records) if benchmark.verdicts else 0
+        if missing:
+            return Scores({"n": len(records), "n_unjudged": missing}, [])
+        return benchmark.scorer(records, cfg.protocol)
+
+    longest, stop = _under(cfg.protocol, benchmark.tokens), _under(cfg.protocol, benchmark.stop)
+    return Task(name, benchmark.headline, longest, lambda: opened()[0], score, facts, benchmark.questions, stop)
+
+
+def _under(protocol: str, value: Any) -> Any:
+    return value[protocol] if isinstance(value, Mapping) else value
+
+
+def _open(name: str, benchmark: Benchmark, cfg: EvaluateConfig) -> tuple[list[Record], str]:
+    """The questions, images still closed, and what changes with the files or the hub's revision.
+
+    Raises:
+        UserError: If the data are not there, or not as they should be; see `Source.load`.
+    """
+    join, official = benchmark.join, benchmark.id
+    columns = list(dict.fromkeys((*benchmark.columns, *((official,) if official else ()))))
+    own = [*columns, join.key] if join else columns
+    shown = () if join else (benchmark.image, *_under(cfg.protocol, benchmark.more_images))
+    rows, folder = Source(name, benchmark, cfg, benchmark.config).load([*own, *shown])
+    images: Any = zip(*(images_of(rows, column, folder) for column in shown), strict=True)
+    if join:
+        images = _joined(rows, join, Source(name, benchmark, cfg, join.config))
+    counts: Counter[str] = Counter()
+    records = []
+    for number, (row, cells) in enumerate(zip(rows.select_columns(own), images, strict=True)):
+        id = str(row[official] if official else number)
+        counts[id] += 1
+        # MME has two questions under one id, POPE one per category.
+        unique = id if counts[id] == 1 else f"{id}#{counts[id]}"
+        details = {"id": id, **{name: row[name] for name in benchmark.columns}}
+        details |= {"skipped": True} if benchmark.skip(row, cfg.protocol) else {}
+        image, *more = [cell for cell in cells if cell] or [None]
+        turn = Turn(benchmark.prompt(row, cfg.protocol), _shown(row), sees_image=image is not None)
+        records.append(Record(unique, image, (turn,), True, name, tuple(filter(None, more)), details))
+    return records, rows._fingerprint
+
+
+def _joined(rows: Any, join: Join, source: Source) -> list[tuple[Image, ...]]:
+    column = source.benchmark.image
+    shown, folder = source.load([join.id, column])
+    by_name = dict(zip(shown[join.id], images_of(shown, column, folder), strict=True))
+    if lost := sorted({*rows[join.key]} - {*by_name}):
+        raise UserError(f"{source.where}: {source.name} has no image {lost[0]!r}; complete the data")
+    return [(by_name[name],) for name in rows[join.key]]
+
+
+def _shown(row: Row) -> str:
+    """The reference as a reader sees it: of several answers the first, of a choice's number its text."""
+    answer = next((row[name] for name in ("answer", "answers", "gpt_answer") if name in row), "")
+    answer = str(answer[0] if isinstance(answer, list) and answer else answer)
+    choices = row.get("choices") or row.get("options")
+    if isinstance(choices, list) and answer.isdecimal() and int(answer) < len(choices):
+        return lettered(choices).split("\n")[int(answer)]
+    return answer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one split.
+
+    Attributes:
+        name: Name of the benchmark, for messages and folders.
+        benchmark: Its declaration.
+        cfg: ``root``, which holds the rows instead of the hub, and ``namespace``, the account that keeps the copy
+            where the hub id names none.
+        config: Name of the configuration, where the data set has several.
+    """
+
+    name: str
+    benchmark: Benchmark
+    cfg: EvaluateConfig
+    config: str | None
+
+    @property
+    def where(self) -> str:
+        """What messages call this source."""
+        return f"evaluate.root={self.cfg.root}" if self.cfg.root else f"data set {self.hub_id}"
+
+    @property
+    def hub_id(self) -> str:
+        """``account/name``."""
+        dataset = self.benchmark.dataset
+        return dataset if "/" in dataset else f"{self.cfg.namespace}/{dataset}"
+
+    def load(self, columns: Sequence[str]) -> tuple[Any, Path]:
+        """Open the rows, a ``datasets.Dataset``, and say what paths of images start from.
+
+        Args:
+            columns: Those that there have to be.
+
+        Raises:
+            UserError: If there is no such data set, split or column, or nothing can be read.
+        """
+        files = self._files(Path(self.cfg.root).expanduser()) if self.cfg.root else []
+        rows = self._read(files) if files else self._download()
+        missing = [name for name in columns if name not in rows.column_names]
+        if missing:
+            raise UserError(
+                f"{self.where}: {self.name} needs the columns {', '.join(missing)}; "
+                f"there are {', '.join(rows.column_names)}"
+            )
+        return rows, files[0].parent if files else Path()
+
+    def _files(self, root: Path) -> list[Path]:
+        if root.is_file():
+            return [root]
+        split = self.benchmark.split
+        folders = (root / name for name in (self.benchmark.dataset.rpartition("/")[2], self.name))
+        folder = next((found for found in folders if found.is_dir()), root)
+        found = [path for path in sorted(folder.rglob("*")) if path.suffix in FORMATS]
+        own = [path for path in found if self.config and self._in_config(path.relative_to(folder))] or found
+        files = [path for path in own if re.match(rf"{re.escape(split)}(?![a-zA-Z])", path.name)]
+        if not files:
+            there = ", ".join(dict.fromkeys(re.split(r"[-.]", path.name)[0] for path in own)) or "no such file at all"
+            raise UserError(
+                f"{self.where}: {folder} holds no rows of {self.name}, whose split is {split!r} "
+                f"({split}*.parquet, .jsonl or .json); there is: {there}"
+            )
+        return [path for path in files if path.suffix == files[0].suffix]
+
+    def _in_config(self, path: Path) -> bool:
+        return self.config in path.parts[:-1] or path.name.startswith(str(self.config))
+
+    def _read(self, files: Sequence[Path]) -> datasets.Dataset:
+        form = FORMATS.get(files[0].suffix)
+        if form is None:
+            raise UserError(f"{self.where}: is no {', '.join(FORMATS)} file")
+        try:
+            with _quiet():
+                return mapped(form, files)
+        except UserError:
+            raise
+        except Exception as error:  # pyarrow and datasets raise different kinds, for an empty file StopIteration
+            reason = next(iter(str(error.__cause__ or error).splitlines()), "it holds no rows")
+            raise UserError(f"{self.where}: {files[0]} cannot be read ({reason}); repair or replace it") from error
+
+    def _download(self) -> Any:
+        try:
+            return datasets.load_dataset(self.hub_id, self.config, split=self.benchmark.split)
+        except Exception as error:  # as in `efficientllava.checkpoint.hub`: a dozen unrelated kinds
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"{self.where}: {self.name} cannot be loaded ({reason}); give a local copy as evaluate.root=…, "
+                "or the account that keeps one as evaluate.namespace=…"
+            ) from error
+
+
+def images_of(rows: datasets.Dataset, column: str, folder: Path) -> list[Image]:
+    """One image per row, still encoded, None where the row has none; a path starts from the folder."""
+    cells = rows.select_columns([column])
+    kind = cells.features[column]
+    # Without the metadata of `datasets`, as other writers leave it, an image is what it is stored as.
+    bare = (isinstance(kind, dict) and "bytes" in kind) or kind == datasets.Value("binary")
+    if not bare and not isinstance(kind, datasets.Image):
+        return [folder / path if path else None for path in cells[column]]
+    cells = cells.cast_column(column, datasets.Image(decode=False))
+    present = cells.with_format("arrow")[:][column].is_valid().to_pylist()
+    elsewhere = image_paths(cells.data.column(0))
+
+    def image(index: int) -> Path | StoredImage:
+        path = elsewhere[index]
+        return StoredImage(partial(_content, cells, column, index)) if path is None else folder / path
+
+    return [image(index) if there else None for index, there in enumerate(present)]
+
+
+def _content(cells: Any, column: str, index: int) -> bytes:
+    return cells[index][column]["bytes"]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar over local files."""
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
