@@ -29,6 +29,7 @@ ray: Any = import_module("ray") if find_spec("ray") else None
 NAMESPACE = "efficientllava"
 DECIDED = ("RAY_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 QUIET = {"log_to_driver": False, "logging_level": logging.ERROR, "namespace": NAMESPACE}
+SLOW = "timed out during startup"  # what Ray says after 30 seconds; the second time its files are in memory
 LINGER = 60.0  # seconds after its end in which an actor gives its result to somebody who waits
 
 
@@ -103,11 +104,16 @@ class Ray:
 
     def __enter__(self) -> Ray:
         own = {} if self.stays else {"include_dashboard": False}
-        try:
-            ray.init(**{**QUIET, **own, **self._init})
-        except (Exception, SystemExit) as error:
-            told = "nobody answers there" if isinstance(error, SystemExit) else " ".join(str(error).split())
-            raise UserError(f"hydra.launcher.ray.init.address={self._init.get('address', 'local')}: {told}") from error
+        for again in (True, False):
+            try:
+                ray.init(**{**QUIET, **own, **self._init})
+                break
+            except (Exception, SystemExit) as error:
+                told = "nobody answers there" if isinstance(error, SystemExit) else " ".join(str(error).split())
+                if not (again and SLOW in told):
+                    address = self._init.get("address", "local")
+                    raise UserError(f"hydra.launcher.ray.init.address={address}: {told}") from error
+                ray.shutdown()
         return self
 
     def __exit__(self, *_: object) -> None:
