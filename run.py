@@ -1,43 +1,8 @@
 """Prune, recover and evaluate a vision-language model: ``python run.py [group=option] [key=value]``."""
 
-from __future__ import annotations
-
-import os
 import sys
-import tempfile
 
-if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode:
-    # Python would read the names of folders in the terminal's encoding, and no file of ours could hold them.
-    os.environ["PYTHONUTF8"] = "1"
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
-from efficientllava.evaluation.tasks import register_benchmarks
-from efficientllava.runtime.exit_codes import exit_code
-from efficientllava.runtime.processes import adopt_srun
-from efficientllava.settings.compose import register_schema
-
-register_schema()
-register_benchmarks()
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float | None:
-    """Run all stages and return the value that a sweeper optimises."""
-    from efficientllava.pipeline import run
-
-    choices = HydraConfig.get()
-    in_sweep = not OmegaConf.is_missing(choices.job, "num")
-    return run(cfg, choices.runtime.output_dir, list(choices.overrides.task), in_sweep)
-
+from efficientllava.__main__ import main
 
 if __name__ == "__main__":
-    adopt_srun()
-    if int(os.environ.get("RANK", "0")) > 0:
-        # Only the first process owns the run's folder and its log.
-        quiet = ["hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-        sys.argv += [*quiet, f"hydra.run.dir={tempfile.mkdtemp(prefix='efficientllava-')}"]
-    sys.exit(exit_code(main))
+    sys.exit(main())

@@ -18,9 +18,9 @@ from .runtime import keeping, processes
 from .runtime.console import say
 from .runtime.errors import UserError
 from .runtime.exit_codes import sweeping
-from .settings.checks import check
 from .settings.compose import instantiate, typed
 from .settings.schema import RunConfig
+from .stages.checks import check
 from .stages.identity import finished, nothing_to_do, run_key, settings_key
 
 

@@ -205,6 +205,8 @@ def test_help_is_grouped_and_takes_less_than_two_seconds():
         "== Groups",
         "prune: auto, flap",
         "evaluate: ai2d, digits_vqa, docvqa",
+        "vlmcompression_llava_w15",
+        "# in (0, 1]: fraction of the",
         "recover: kd_both",
         "== Configuration ==",
     ):

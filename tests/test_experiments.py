@@ -16,8 +16,8 @@ from efficientllava.launch import sweep
 from efficientllava.launch.sweep import jobs_of
 from efficientllava.report.runs import load_runs
 from efficientllava.report.study import PUBLISHED, panels_of
-from efficientllava.settings.checks import check
 from efficientllava.settings.compose import register_schema, typed
+from efficientllava.stages.checks import check
 
 from .evaluation.published import publish
 from .runs import ROOT, RUN, save_tiny

@@ -37,8 +37,6 @@ ENTRIES = {"__init__", "__main__"}
 LEFT: set[tuple[str, str]] = {
     ("efficientllava.deploy.__main__", "efficientllava.report.tables"),
     ("efficientllava.launch.sweep", "efficientllava.estimate.dry_run"),
-    ("efficientllava.runtime.exit_codes", "efficientllava.settings.schema"),
-    ("efficientllava.settings.checks", "efficientllava.evaluation.tasks"),
 }
 
 

@@ -129,7 +129,7 @@ class RecoveryData(lightning.LightningDataModule):
     def records(self) -> Sequence[Record]:
         """The drawn records, checked; drawn on first use."""
         drawn = draw(load_split(self._data, "train"), self._frac, self._seed)
-        if self._data.name != "digits_vqa":
+        if not self._data.embedded:
             drawn = usable(drawn, self._collate, self._data)
         log.info("recovery data: %d records, ids %s", len(drawn), ids_digest(drawn))
         return drawn

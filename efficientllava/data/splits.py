@@ -54,7 +54,7 @@ def _source(data: DataConfig, calibration: CalibrationConfig | None = None) -> C
     """The file behind a configuration, or None for the embedded data."""
     if calibration is not None and calibration.path is not None:
         return _conversations(calibration.path, calibration.image_root, data.max_bad_fraction, "calibration.path")
-    if data.name == "digits_vqa":
+    if data.embedded:
         return None
     if not data.path:
         raise UserError(f"data.path: not set, but data={data.name} needs a LLaVA-style JSON or JSONL file")
@@ -100,7 +100,7 @@ def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:
     if split not in PURPOSES:
         raise UserError(f"data split: {split!r} is not one of {', '.join(PURPOSES)}")
     sizes = {"train": data.images, "test": data.test_questions}
-    records = Digits(split, sizes.get(split)) if data.name == "digits_vqa" else _part(data, split)
+    records = Digits(split, sizes.get(split)) if data.embedded else _part(data, split)
     return records if split in sizes else Subset(records, _rng(seed, split).permutation(len(records)))
 
 
@@ -225,7 +225,7 @@ def keep_back(config: RunConfig, records: Sequence[Record], collate: Any = None)
         return usable_first(fresh, count, collate, own, data)
 
     source = _source(data) if data.path is not None else None
-    if data.name == "digits_vqa" or (source is not None and len(source) >= LEAST):
+    if data.embedded or (source is not None and len(source) >= LEAST):
         found = unseen(load_split(data, "minival", config.seed), own.samples)
         if len(found) >= LEAST_COMPARED or own.path is None:
             return list(records), found
@@ -314,7 +314,7 @@ def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Reco
 
 def record_count(data: DataConfig, fraction: float) -> int | None:
     """Number of records that `draw` takes of the training records, where it is known without reading them."""
-    return max(1, round(fraction * data.images)) if data.name == "digits_vqa" else None
+    return max(1, round(fraction * data.images)) if data.embedded else None
 
 
 def _shares(sizes: dict[str, int], fraction: float) -> dict[str, int]:

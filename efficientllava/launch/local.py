@@ -21,9 +21,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
 from ..runtime import state
 from ..runtime.errors import UserError
 from ..runtime.exit_codes import DEBUG, TRACEBACKS
+from ..runtime.processes import program
 from .supervisor import Job
 
 LOG = "job.log"  # what a job prints, in its folder, after its command
@@ -226,7 +229,8 @@ def relaunch(processes: int, overrides: Sequence[str], output_dir: str) -> int:
         Exit code of the run.
     """
     # A sweep's job must not start the sweep again, and what was typed is checked.
-    command = [sys.executable, sys.argv[0], *overrides, "hydra.mode=RUN", f"hydra.run.dir={output_dir}"]
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    command = [*program(hydra), *overrides, "hydra.mode=RUN", f"hydra.run.dir={output_dir}"]
     command += ["hydra.job.num=0"]
     world = {**os.environ, **_world(processes)}
     told: list[list[str]] = [[] for _ in range(processes)]

@@ -28,8 +28,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ..runtime import state
 from ..runtime.errors import UserError
 from ..runtime.exit_codes import DEBUG, TRACEBACKS, SweepRefused, at_end, hand_over, job_failed, lines_of
-from ..settings.checks import check, check_sweep
-from ..settings.compose import SWEEP_NAME, at_home, key_of, quoted, typed
+from ..runtime.processes import program
+from ..settings.checks import check_sweep
+from ..settings.compose import SWEEP_NAME, key_of, quoted, typed
 from .supervisor import Job, Runner, jobs_table, supervise
 
 
@@ -46,10 +47,10 @@ class ReportSweep(Callback):
         try:
             check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job]), job))
         except UserError as error:
-            raise SweepRefused(error) from error
+            raise SweepRefused from error
         held, folder = ExitStack(), _settle(config)
         if not config.dry_run:
-            held.enter_context(at_work(Path(at_home(config.paths.cache_dir)), clean=config.keep != "all"))
+            held.enter_context(at_work(Path(config.paths.cache_dir).expanduser(), clean=config.keep != "all"))
             trials = config.hydra.sweeper.get("n_trials")  # of a sweeper that makes up its jobs as it goes
             state.write(folder, state.SWEEP, jobs=[[]] * trials if trials else jobs(config))
         at_end(partial(_close, folder, held))
@@ -112,11 +113,21 @@ def _close(folder: Path, held: ExitStack, complete: bool) -> None:
 class ProcessLauncher(BasicLauncher):
     """Runs the jobs of a sweep as processes; a dry run, which needs no slots, as Hydra's own launcher does.
 
+    Args:
+        **options: The keys of ``hydra.launcher``.
+
     Attributes:
         poll: Seconds between two looks at the jobs.
     """
 
     poll: float
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            for key, value in options.items()
+        }
 
     def check(self) -> None:
         """Refuse keys of ``hydra.launcher`` that cannot work.
@@ -169,7 +180,7 @@ class ProcessLauncher(BasicLauncher):
 def _job(config: DictConfig, overrides: Sequence[str]) -> Job:
     hydra = config.hydra
     folder = Path(str(hydra.sweep.dir), str(hydra.sweep.subdir)).absolute()
-    command = [sys.executable, sys.argv[0], *_config_flags(config), *overrides, "hydra.mode=RUN"]
+    command = [*program(hydra), *overrides, "hydra.mode=RUN"]
     command += ["hydra/launcher=basic", "hydra/sweeper=basic", f"hydra.run.dir={quoted(folder)}"]
     command += [f"hydra.job.num={hydra.job.num}"]
     # Tracebacks are for those who ask for them; the sweep's own process has them on for itself.
@@ -177,19 +188,9 @@ def _job(config: DictConfig, overrides: Sequence[str]) -> Job:
     return Job(hydra.job.num, tuple(filter_overrides(overrides)), tuple(command), folder, environment)
 
 
-def _config_flags(config: DictConfig) -> list[str]:
-    """Where the jobs find the configuration, if it is not where the program looks."""
-    flags = []
-    for source in config.hydra.runtime.config_sources:
-        if source.provider == "command-line":
-            flags += ["--config-dir", source.path]
-    if config.hydra.job.config_name not in (None, "config"):
-        flags += ["--config-name", config.hydra.job.config_name]
-    return flags
-
-
 def _is_finished(job: Job, config: DictConfig) -> bool:
     """Whether a job has nothing to do; what is wrong with one, its own process tells."""
+    from ..stages.checks import check
     from ..stages.identity import nothing_to_do
 
     task, overrides = copy.deepcopy(config), list(config.hydra.overrides.task)

@@ -17,6 +17,7 @@ from pandas import DataFrame
 from ..record import STAGES, Results, metric_keys, read, scores
 from ..runtime import state
 from ..runtime.errors import UserError
+from ..runtime.places import COMMAND
 from ..runtime.state import Standing
 from ..settings.compose import SWEEP_NAME, key_of
 from ..settings.schema import GGUF_TYPES
@@ -32,7 +33,7 @@ NAMES = ("model.name", "prune.name", "recover.name")
 
 def command(overrides: Sequence[str]) -> str:
     """The line that makes a run."""
-    return shlex.join(["python", "run.py", *overrides])
+    return shlex.join([*COMMAND, *overrides])
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shlex
 import signal
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from hydra.errors import OverrideParseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
-from ..settings import schema
 from .errors import UserError, disk_full, memory_full
 
 DEBUG = "HYDRA_FULL_ERROR"
@@ -38,15 +37,7 @@ _sweeps: list[Callable[[bool], None]] = []  # what ends each
 
 
 class SweepRefused(BaseException):
-    """Something is wrong with a sweep as a whole: Hydra turns a callback's exceptions into warnings, but not this one.
-
-    Args:
-        error: What to tell the user.
-    """
-
-    def __init__(self, error: UserError) -> None:
-        super().__init__(str(error))
-        self.error = error
+    """Something is wrong with a sweep as a whole; its cause says what. Hydra warns of other exceptions of callbacks."""
 
 
 def hand_over(error: BaseException) -> None:
@@ -125,7 +116,7 @@ def exit_code(main: Callable[[], object]) -> int:
     except (Exception, SweepRefused) as raised:
         if debug:
             raise
-        error = raised.error if isinstance(raised, SweepRefused) else raised
+        error = raised.__cause__ or raised if isinstance(raised, SweepRefused) else raised
         if _failed_jobs:
             _close_sweeps()
             print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
@@ -169,7 +160,7 @@ def lines_of(error: BaseException) -> Iterator[str]:
         yield _unreadable(typed)
     elif of_hydra(error):
         cause = f"\n{error.__cause__}" if error.__cause__ and of_hydra(error.__cause__) else ""
-        yield f"{_one_line(f'{error}{cause}')}{_meant(str(error.__cause__))}; --help and --cfg job show what there is"
+        yield f"{_one_line(f'{error}{cause}')}{_meant(error.__cause__)}; --help and --cfg job show what there is"
     elif disk_full(error):
         yield f"{getattr(error, 'filename', None) or 'writing'}: the disk is full; free some space and run again"
     elif memory_full(error):
@@ -190,14 +181,19 @@ def _unreadable(typed: str) -> str:
     return f"{typed}: cannot be read: signs such as = [ ( {{ ~ and letters beyond ASCII need quotes; type {quoted}"
 
 
-def _meant(text: str) -> str:
+def former_names(node: type) -> dict[str, str]:
+    """Names that fields of a dataclass have had, and their names today."""
+    return {was: each.name for each in fields(node) if (was := each.metadata.get("was"))}
+
+
+def _meant(error: BaseException | None) -> str:
     """The keys that may have been meant by one that OmegaConf does not find."""
-    found = re.search(r"Key '(\w+)' not in '(\w+)'", text)
-    node = getattr(schema, found[2], None) if found else None
-    if not found or node is None:
+    if not (isinstance(error, ConfigKeyError | ConfigAttributeError) and is_dataclass(error.object_type)):
         return ""
-    keys = [field.name for field in fields(node)]
-    return f"; did you mean {' or '.join(get_close_matches(found[1], keys)) or 'one of ' + ', '.join(keys)}?"
+    keys, key = [each.name for each in fields(error.object_type)], str(error.key)
+    if new := former_names(error.object_type).get(key):
+        return f"; it is now {str(error.full_key).removesuffix(key)}{new}"
+    return f"; did you mean {' or '.join(get_close_matches(key, keys)) or 'one of ' + ', '.join(keys)}?"
 
 
 def _one_line(text: str) -> str:

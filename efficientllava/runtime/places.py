@@ -13,6 +13,10 @@ from typing import Any
 from .errors import UserError
 
 HUB, BUILTIN = "hf://datasets/", "builtin:"
+PACKAGE = Path(__file__).resolve().parents[1]
+# The configuration is a part of an installed package; in a clone it is beside it, with run.py.
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+COMMAND = ("efficientllava",) if CONF.parent == PACKAGE else ("python", "run.py")  # as a user types it
 # Suffixes of what decides how a checkpoint computes, those of original layouts included.
 CONTENT = (".json", ".safetensors", ".bin", ".jinja", ".model", ".py")
 WORDS = ("merges.txt", "vocab.txt")  # of tokenizers
@@ -53,7 +57,7 @@ def is_elsewhere(path: str) -> bool:
 def local(path: str) -> Path:
     """The place on this machine that a path names, which may not exist."""
     if path.startswith(BUILTIN):
-        return Path(__file__).parents[1] / "assets" / path.removeprefix(BUILTIN)
+        return PACKAGE / "assets" / path.removeprefix(BUILTIN)
     return Path(path).expanduser()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -59,6 +60,21 @@ def on_gpu(trainer: Mapping[str, Any], planned: bool = False) -> bool:
 def sharded(trainer: Mapping[str, Any]) -> bool:
     """Whether a trainer node shares out one model over its processes."""
     return "Sharding" in str(trainer.get("strategy")) or "fsdp" in str(trainer.get("strategy")).lower()
+
+
+def program(hydra: Any) -> list[str]:
+    """The command that starts this program again.
+
+    Args:
+        hydra: Hydra's own node, which says where configuration lies that is not the program's; None: nowhere.
+    """
+    command = [sys.executable, *([sys.argv[0]] if Path(sys.argv[0]).name == "run.py" else ["-m", "efficientllava"])]
+    for source in hydra.runtime.config_sources if hydra else ():
+        if source.provider == "command-line":
+            command += ["--config-dir", source.path]
+    if hydra and hydra.job.config_name not in (None, "config"):
+        command += ["--config-name", hydra.job.config_name]
+    return command
 
 
 def launched() -> bool:

@@ -1,10 +1,8 @@
-"""From a composed configuration to dataclasses and objects.
+"""What the configuration files are given, and from the composed configuration to dataclasses and objects.
 
-Families of experiments that would be a file each: their options are stored from here.
-
-``experiment=vlmcompression_<family>_<w|l><label>``: the models of arXiv 2604.24380, named by the labels it prints. Its
-"15, 30, 45, 60 %" are not ratios: widthwise they are nominal shares per pruned layer, layerwise numbers of blocks.
-
+``experiment=vlmcompression_<family>_<w|l><label>`` are options without a file: the models of arXiv 2604.24380, named by
+the labels it prints. Its "15, 30, 45, 60 %" are not ratios: widthwise they are nominal shares per pruned layer,
+layerwise numbers of blocks.
 """
 
 from __future__ import annotations
@@ -15,21 +13,23 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..runtime.content import digest
 from ..runtime.errors import ConfigError, UserError
-from .schema import (
-    BLOCKS,
-    PathsConfig,
-    RecoverConfig,
-    RunConfig,
-    WandbConfig,
-)
+from ..runtime.exit_codes import former_names
+from ..runtime.places import COMMAND, CONF
+from .fields import settings_of
+from .schema import BLOCKS, PathsConfig, RecoverConfig, RunConfig, WandbConfig
+
+SWEEP_NAME = "EFFICIENTLLAVA_SWEEP"  # variable that tells a job the name of its sweep
+LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
 
 
 @dataclass(frozen=True)
@@ -57,36 +57,18 @@ FAMILIES = {
 SAMPLES = {"widthwise": 10, "layerwise": 50}  # calibration records
 
 
-def _node(name: str, choices: Mapping[str, str], **keys: Any) -> dict[str, Any]:
-    chosen = [{f"override /{group}": option} for group, option in choices.items()]
-    return {"defaults": [*chosen, "_self_"], "name": name, **keys}
-
-
-def _published(name: str, family: Family, method: str, prune: Mapping[str, Any]) -> dict[str, Any]:
-    choices = {"model": family.model, "prune": f"{method}_paper", "recover": "kd_hidden"}
-    return _node(name, choices, prune=dict(prune), calibration={"samples": SAMPLES[method]})
-
-
 def presets() -> dict[str, dict[str, Any]]:
-    """Name and content of every preset."""
+    """Name and content of every experiment of the study."""
     nodes = {}
-    for key, family in FAMILIES.items():
-        for label, share in SHARES.items():
-            name = f"vlmcompression_{key}_w{label}"
-            nodes[name] = _published(name, family, "widthwise", {"share": share, **family.prune})
-            name = f"vlmcompression_{key}_l{label}"
-            nodes[name] = _published(name, family, "layerwise", {"drop_layers": family.blocks[label]})
+    for (key, family), (label, share) in product(FAMILIES.items(), SHARES.items()):
+        cuts = {"widthwise": {"share": share, **family.prune}, "layerwise": {"drop_layers": family.blocks[label]}}
+        for method, cut in cuts.items():
+            name = f"vlmcompression_{key}_{method[0]}{label}"
+            choices = {"model": family.model, "prune": f"{method}_paper", "recover": "kd_hidden"}
+            chosen = [{f"override /{group}": option} for group, option in choices.items()]
+            content = {"prune": cut, "calibration": {"samples": SAMPLES[method]}}
+            nodes[name] = {"defaults": [*chosen, "_self_"], "name": name, **content}
     return nodes
-
-
-def register_presets() -> None:
-    """Make the presets options of the group ``experiment``."""
-    for name, node in presets().items():
-        ConfigStore.instance().store(group="experiment", name=name, node=node, package="_global_")
-
-
-SWEEP_NAME = "EFFICIENTLLAVA_SWEEP"  # variable that tells a job the name of its sweep
-LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
 
 
 def register_schema() -> None:
@@ -96,11 +78,32 @@ def register_schema() -> None:
     # --help copies everything behind the groups once per option, the store of which there is only one included.
     vars(store)["__deepcopy__"] = lambda _memo: store
     store.store(group="logger", name="wandb", node=WandbConfig)
-    register_presets()
-    OmegaConf.register_new_resolver("at_home", at_home, replace=True)
-    OmegaConf.register_new_resolver("sweep_digest", sweep_digest, replace=True)
-    # A dry run must not write into the folders of finished jobs.
-    OmegaConf.register_new_resolver("sweeps_folder", lambda dry: "dry_runs" if dry else "sweeps", replace=True)
+    for name, node in presets().items():
+        store.store(group="experiment", name=name, node=node, package="_global_")
+    resolvers = {
+        "at_home": os.path.expanduser,
+        "sweep_digest": sweep_digest,
+        # A dry run must not write into the folders of finished jobs.
+        "sweeps_folder": lambda dry: "dry_runs" if dry else "sweeps",
+        "command": lambda: " ".join(COMMAND),
+        "annotated": annotated,
+    }
+    for name, function in resolvers.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def annotated(*, _root_: DictConfig) -> str:
+    """The whole configuration as YAML for ``--help``, with what each key may be and means beside it."""
+    said = {key: about for key, _, about, _ in settings_of(RunConfig(logger=WandbConfig()))}
+    shown = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
+    lines, path = [], []
+    for line in OmegaConf.to_yaml(shown).splitlines():
+        name = line.lstrip()
+        path = [*path[: (len(line) - len(name)) // 2], name.partition(":")[0]]
+        about = said.get(".".join(path)) if ":" in name else None
+        comment = about and ": ".join(filter(None, (about.within and about.within.text, about.help)))
+        lines.append(f"{line}  # {comment}" if comment else line)
+    return "\n".join(lines).replace("$", "$$")  # is a template
 
 
 def sweep_digest() -> str:
@@ -139,25 +142,27 @@ def typed(config: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: A value is missing, of the wrong type, or an interpolation leads nowhere.
     """
-    unknown = [f"{key}: unknown key; remove it" for key in _unknown(config)]
     missing = [f"{key}: not set; give it on the command line as {key}=…" for key in OmegaConf.missing_keys(config)]
-    if unknown or missing:
-        raise ConfigError([*unknown, *missing])
+    if faults := [*_unknown(config), *missing]:
+        raise ConfigError(faults)
     try:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ConfigError([" ".join(str(error).split())]) from error
     assert isinstance(result, RunConfig)
-    result.paths = PathsConfig(*map(at_home, dataclasses.astuple(result.paths)))
+    # No shell has seen a ``~`` behind ``key=``.
+    result.paths = PathsConfig(*map(os.path.expanduser, dataclasses.astuple(result.paths)))
     # A type of files for llama.cpp stands for the width that its blocks want.
     result.prune.round_to = BLOCKS.get(result.prune.round_to, result.prune.round_to)
     result.recover = own_length(result.recover, {key_of(one).removeprefix("recover.") for one in overrides})
     return result
 
 
-def at_home(path: str) -> str:
-    """A path whose ``~``, which no shell has seen behind ``key=``, is the user's home."""
-    return os.path.expanduser(path)
+def composed(*overrides: str) -> RunConfig:
+    """The configuration of what is typed, for programs of their own."""
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(compose("config", [*overrides]), overrides)
 
 
 def own_length(recover: RecoverConfig, told: Collection[str]) -> RecoverConfig:
@@ -173,20 +178,16 @@ def own_length(recover: RecoverConfig, told: Collection[str]) -> RecoverConfig:
     return recover
 
 
-def _unknown(config: DictConfig) -> Iterator[str]:
-    """Keys that ``+key=value`` added beside the schema: OmegaConf lets them pass, nothing would read them."""
-
-    def walk(node: Any, cls: type, prefix: str) -> Iterator[str]:
-        names = {field.name: field for field in dataclasses.fields(cls)}
-        for key in node:
-            if key not in names:
-                yield prefix + str(key)
-                continue
-            child = OmegaConf.get_type(node, key)
-            if isinstance(child, type) and dataclasses.is_dataclass(child):
-                yield from walk(node[key], child, f"{prefix}{key}.")
-
-    yield from walk(config, RunConfig, "")
+def _unknown(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys that ``+key=value`` or a file added beside the schema: OmegaConf lets them pass, nothing would read them."""
+    cls: Any = OmegaConf.get_type(node)
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key in map(str, node):
+        if key not in known:
+            new = former_names(cls).get(key)
+            yield f"{prefix}{key}: unknown key; {f'it is now {prefix}{new}' if new else 'remove it'}"
+        elif dataclasses.is_dataclass(OmegaConf.get_type(node, key)):
+            yield from _unknown(node[key], f"{prefix}{key}.")
 
 
 def quoted(value: object) -> str:

@@ -18,6 +18,7 @@ from ..settings.schema import RunConfig
 
 # Settings that decide no number of any stage: how fast, how often saved, where weights wait, what an option is called.
 NEUTRAL = (
+    "data.image_layout",
     "data.num_workers",
     "evaluate.num_workers",
     "prune.offload",

@@ -93,7 +93,7 @@ def _pruner(run: Run, tick: Tick) -> Any:
 def _searcher(run: Run, work: Path, tick: Tick) -> Any:
     settings, model = run.settings, run.base.digest
     # Only the embedded data have held-out samples of their own; no training corpus is opened for a plot.
-    holdout = load_split(settings.data, "minival") if settings.data.name == "digits_vqa" else []
+    holdout = load_split(settings.data, "minival") if settings.data.embedded else []
     inputs = SearchInputs(
         run.calibration,
         [holdout[index] for index in range(min(len(run.calibration), len(holdout)))],

@@ -17,11 +17,10 @@ from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
 from efficientllava.pruning.ranking import OBS_ROUNDS, eliminate
 from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
-from efficientllava.settings.compose import typed
+from efficientllava.settings.compose import composed
 from efficientllava.settings.schema import PruneConfig
 from experiments.speed import pruning as bench
 from experiments.speed.rows import peak_memory
-from tests.runs import composed
 
 LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)
 WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)
@@ -30,7 +29,7 @@ PAPER = PruneConfig("widthwise_paper", "widthwise", 0.3, "param_first", "local",
 
 def llava_7b() -> Any:
     """LLaVA-1.5-7B on the meta device, of the sizes in ``conf/model``."""
-    return forecast(typed(composed("model=llava_1_5_7b", "dry_run=true"))).base
+    return forecast(composed("model=llava_1_5_7b", "dry_run=true")).base
 
 
 def closed_form() -> None:

@@ -25,10 +25,9 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, Lla
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.checkpoint.processors import vicuna_template
 from efficientllava.estimate.forecast import meta_model
-from efficientllava.settings.compose import typed
+from efficientllava.settings.compose import composed
 from experiments.tiny_models.tiny import tiny_llava
 from tests.models.originals import BUNNY, INTERNVL, bunny_tokenizer, internvl_tokenizer
-from tests.runs import composed
 
 ROOT, LAYERS, SIDE = Path(__file__).resolve().parents[2], 2, 448
 # Stock names to published ones, replaced in this order.
@@ -57,7 +56,7 @@ INTERNVL_NAMES = {
 
 def config_of(option: str) -> Any:
     """The stock configuration of a family, with few decoder layers."""
-    config = stock_config(typed(composed(f"model={option}", "dry_run=true")).model)
+    config = stock_config(composed(f"model={option}", "dry_run=true").model)
     config.text_config.num_hidden_layers = LAYERS
     return config
 

@@ -10,9 +10,8 @@ from torch import nn
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.estimate.forecast import meta_model, plan_outline
 from efficientllava.models.anatomy import parameters
-from efficientllava.settings.compose import FAMILIES, SHARES, typed
+from efficientllava.settings.compose import FAMILIES, SHARES, composed
 from efficientllava.settings.schema import RunConfig
-from tests.runs import composed
 
 # Billions of parameters left, by label: widthwise and layerwise.
 PRINTED = {
@@ -26,7 +25,7 @@ HEAD = "| preset | nominal | language model removed | left | printed | deviation
 @cache
 def settings_of(name: str) -> RunConfig:
     """The configuration of a preset."""
-    return typed(composed(f"experiment={name}", "dry_run=true", "trainer=cpu"))
+    return composed(f"experiment={name}", "dry_run=true", "trainer=cpu")
 
 
 @cache

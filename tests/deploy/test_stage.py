@@ -11,8 +11,8 @@ import pytest
 
 from efficientllava.report.tables import tabulate_deployed
 from efficientllava.runtime.errors import ConfigError, UserError
-from efficientllava.settings.checks import check
 from efficientllava.settings.compose import typed
+from efficientllava.stages.checks import check
 from efficientllava.stages.identity import finished
 
 from ..runs import (

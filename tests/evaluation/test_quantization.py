@@ -9,8 +9,8 @@ from efficientllava.evaluation import efficiency
 from efficientllava.evaluation.efficiency import GROUP, quantized
 from efficientllava.models.anatomy import decoder_of, parameters
 from efficientllava.runtime.errors import UserError
-from efficientllava.settings.checks import check
 from efficientllava.settings.compose import typed
+from efficientllava.stages.checks import check
 
 from ..runs import composed, run, small
 from .conftest import build

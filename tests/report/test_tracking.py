@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 
 from efficientllava.report import dashboard
 from efficientllava.runtime.errors import ConfigError, UserError
-from efficientllava.settings.checks import check
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
+from efficientllava.stages.checks import check
 
 from ..runs import (
     ROOT,

@@ -1,11 +1,12 @@
-from dataclasses import fields
-
 import pytest
-from omegaconf import OmegaConf
+from omegaconf import MISSING
 
 from efficientllava.runtime.errors import ConfigError
-from efficientllava.settings.checks import EFFECTS, RULES, check, check_sweep
+from efficientllava.settings.checks import check_sweep
 from efficientllava.settings.compose import typed
+from efficientllava.settings.fields import settings_of
+from efficientllava.settings.schema import RunConfig, WandbConfig
+from efficientllava.stages.checks import check
 
 from ..runs import composed
 
@@ -59,19 +60,10 @@ def test_the_ends_of_a_range_are_allowed(override):
     assert problems(override) == []
 
 
-def test_every_rule_names_a_key_of_the_schema():
-    whole = composed("logger=wandb")
-    config = typed(whole)
-    for key in RULES:
-        node = config
-        for part in key.split("."):
-            # Nodes of other libraries are dictionaries.
-            own = node if isinstance(node, dict) else {field.name: getattr(node, field.name) for field in fields(node)}
-            assert part in own, key
-            node = own[part]
-    for prefix, _, fix in EFFECTS:
-        assert OmegaConf.select(whole, prefix.rstrip("."), default="absent") != "absent", prefix
-        assert fix
+def test_every_default_is_within_its_range():
+    for key, value, about, when in settings_of(RunConfig(logger=WandbConfig())):
+        assert about.within is None or value in (None, MISSING) or about.within.allows(value), key
+        assert all(each.fix for each in when), key
 
 
 def test_several_problems_come_at_once():

@@ -3,9 +3,9 @@
 import pytest
 from omegaconf import OmegaConf
 
-from efficientllava.settings.checks import check
 from efficientllava.settings.compose import instantiate, typed
 from efficientllava.settings.schema import RunConfig
+from efficientllava.stages.checks import check
 from experiments.tiny_models.pretraining_data import PretrainConfig
 from experiments.tiny_models.tiny import BUILDERS
 

@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 from efficientllava.estimate.forecast import forecast, shape_of
-from efficientllava.settings.checks import check
 from efficientllava.settings.compose import presets
+from efficientllava.stages.checks import check
 
 from ..runs import ROOT
 

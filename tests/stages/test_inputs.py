@@ -62,6 +62,7 @@ NOT = {
 NEITHER = {
     *("name", "optimized_metric", "dry_run", "reuse", "keep", "pretrain", "sweep.*", "paths.*", "logger.*", "deploy.*"),
     *("model.*", "data.path", "data.image_root", "data.test_questions", "data.max_bad_fraction", "data.num_workers"),
+    "data.image_layout",
     *("evaluate.tasks", "evaluate.root", "evaluate.namespace", "evaluate.protocol", "evaluate.quantization"),
     *("evaluate.efficiency", "evaluate.repeats", "evaluate.new_tokens", "evaluate.speed_batches"),
     *("evaluate.num_workers", "evaluate.judge.*", "evaluate.lmms_eval.*"),
