@@ -15,7 +15,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 
-from efficientllava.launch.local import POLL, Pool, cores, cpu_slots, gpu_slots
+from efficientllava.launch.local import Pool, cores, cpu_slots, gpu_slots
 from efficientllava.launch.supervisor import Runner
 from efficientllava.launch.sweep import ProcessLauncher, jobs_of
 from efficientllava.settings.checks import require_valid
@@ -30,8 +30,6 @@ for group, name, node in (
 
 class GpuPoolLauncher(ProcessLauncher):
     """As many jobs at once as this machine has slots; see `efficientllava.settings.schema.GpuPoolConfig`."""
-
-    poll = POLL
 
     def check(self) -> None:
         """Refuse what is out of range."""
@@ -55,10 +53,6 @@ class GpuPoolLauncher(ProcessLauncher):
 class SlurmLauncher(ProcessLauncher):
     """Jobs of a Slurm cluster, submitted as one array; see ``conf/hydra/launcher/slurm.yaml``."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.poll = options["poll_s"]
-
     def runner(self, trainers: Sequence[Any]) -> AbstractContextManager[Runner]:
         """The queue."""
         from efficientllava.launch.slurm import Slurm
@@ -74,10 +68,6 @@ class SlurmLauncher(ProcessLauncher):
 
 class RayLauncher(ProcessLauncher):
     """Jobs on the CPUs and GPUs of a Ray cluster; see ``conf/hydra/launcher/ray.yaml``."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.poll = options["poll_s"]
 
     def runner(self, trainers: Sequence[Any]) -> AbstractContextManager[Runner]:
         """The cluster, which is left when the sweep has ended."""

@@ -31,6 +31,7 @@ from ..runtime.exit_codes import DEBUG, TRACEBACKS, SweepRefused, at_end, hand_o
 from ..runtime.processes import program
 from ..settings.checks import check_sweep
 from ..settings.compose import SWEEP_NAME, key_of, quoted, typed
+from .local import POLL
 from .supervisor import Job, Runner, jobs_table, supervise
 
 
@@ -120,14 +121,13 @@ class ProcessLauncher(BasicLauncher):
         poll: Seconds between two looks at the jobs.
     """
 
-    poll: float
-
     def __init__(self, **options: Any) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
             key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             for key, value in options.items()
         }
+        self.poll = self.options.get("poll_s", POLL)
 
     def check(self) -> None:
         """Refuse keys of ``hydra.launcher`` that cannot work.
