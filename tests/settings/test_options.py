@@ -77,7 +77,7 @@ def test_options_of_a_user_s_own_make_a_run(own):
 @pytest.mark.slow
 def test_they_reach_the_processes_of_a_run_and_of_a_sweep(own):
     run(own, *TRAINS, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-    run(own, *TRAINS, "-m", "hydra/launcher=gpu_pool", "trainer=cpu", "seed=0,1")
+    run(own, "-m", *TRAINS, "hydra/launcher=gpu_pool", "trainer=cpu", "seed=0,1")
 
 
 @pytest.fixture(scope="session")
@@ -109,5 +109,5 @@ def test_the_installed_command_does_what_run_py_does(installed, own):
     assert told(program["command"], str(installed)) == told(RUN, str(ROOT)).replace("python run.py", "efficientllava")
     place = run(own, *SEARCHES, "dry_run=true", **program)
     assert len([*place.glob("outputs/runs/*/*/dry_run.json")]) == 1
-    run(own, *TRAINS, "-m", "hydra/launcher=gpu_pool", "trainer=cpu", "seed=0,1", **program)
+    run(own, "-m", *TRAINS, "hydra/launcher=gpu_pool", "trainer=cpu", "seed=0,1", **program)
     assert "efficientllava -m" in next(place.glob("outputs/sweeps/*/report.html")).read_text()
