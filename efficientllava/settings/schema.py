@@ -164,11 +164,6 @@ class DataConfig:
         """Whether the records are the digits that come with this package."""
         return self.name == DIGITS
 
-    @property
-    def taught(self) -> bool:
-        """Whether a loss needs a teacher."""
-        return self.weights.logit > 0 or self.weights.hidden > 0
-
 
 @dataclass
 class JudgeConfig:

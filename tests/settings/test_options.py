@@ -8,22 +8,14 @@ import sys
 import pytest
 
 from efficientllava.pruning import importance
-from efficientllava.recovery.losses import build_terms
 from efficientllava.settings.options import page
-from efficientllava.settings.schema import IMPORTANCES, RecoverConfig, WeightsConfig
+from efficientllava.settings.schema import IMPORTANCES
 
 from ..runs import ROOT, RUN, save_tiny
 
 
 def test_the_page_of_the_options_is_what_its_command_writes():
     assert (ROOT / "docs/options.md").read_text(encoding="utf-8") == page()
-
-
-@pytest.mark.parametrize("name", ["sft", "logit", "hidden"])
-def test_a_loss_and_the_settings_agree_about_the_teacher(name):
-    config = RecoverConfig(name="mine", weights=WeightsConfig(**{name: 1.0}), steps=1)
-    [(_, loss)] = build_terms(config)
-    assert config.taught == (loss.needs_teacher_logits or loss.needs_hidden)
 
 
 def test_an_importance_and_the_settings_agree_about_what_it_sees():
