@@ -57,6 +57,8 @@ def test_a_sweep_may_type_what_some_of_its_jobs_have_no_use_for(cli, tmp_path):
         (["prune.ratoi=0.3"], ["prune.ratoi", "did you mean ratio?"]),
         (["recovery=sft"], ["'recovery'", "did you mean recover"]),
         (["+prune.foo=3"], ["prune.foo: unknown key; remove it"]),
+        (["recover.method=sft"], ["recover.method", "it is now recover.name"]),
+        (["+paths.root=x"], ["paths.root: unknown key; it is now paths.output_dir"]),
         (["prune.ratio=abc"], ["prune.ratio=abc", "could not be converted to Float"]),
         (["seed=1.5"], ["seed=1.5", "Integer"]),
         (["prune.ratio=1.5"], ["prune.ratio=1.5: must be in [0, 1)"]),

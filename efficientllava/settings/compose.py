@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -24,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..runtime.content import digest
 from ..runtime.errors import ConfigError, UserError
 from ..runtime.exit_codes import former_names
-from ..runtime.places import COMMAND, CONF
+from ..runtime.places import COMMAND
 from .fields import settings_of
 from .schema import BLOCKS, PathsConfig, RecoverConfig, RunConfig, WandbConfig
 
@@ -156,13 +155,6 @@ def typed(config: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
     result.prune.round_to = BLOCKS.get(result.prune.round_to, result.prune.round_to)
     result.recover = own_length(result.recover, {key_of(one).removeprefix("recover.") for one in overrides})
     return result
-
-
-def composed(*overrides: str) -> RunConfig:
-    """The configuration of what is typed, for programs of their own."""
-    register_schema()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed(compose("config", [*overrides]), overrides)
 
 
 def own_length(recover: RecoverConfig, told: Collection[str]) -> RecoverConfig:

@@ -17,8 +17,8 @@ from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
 from efficientllava.pruning.ranking import OBS_ROUNDS, eliminate
 from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
-from efficientllava.settings.compose import composed
 from efficientllava.settings.schema import PruneConfig
+from efficientllava.stages.options import composed
 from experiments.speed import pruning as bench
 from experiments.speed.rows import peak_memory
 

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, Lla
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.checkpoint.processors import vicuna_template
 from efficientllava.estimate.forecast import meta_model
-from efficientllava.settings.compose import composed
+from efficientllava.stages.options import composed
 from experiments.tiny_models.tiny import tiny_llava
 from tests.models.originals import BUNNY, INTERNVL, bunny_tokenizer, internvl_tokenizer
 

@@ -10,8 +10,9 @@ from torch import nn
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.estimate.forecast import meta_model, plan_outline
 from efficientllava.models.anatomy import parameters
-from efficientllava.settings.compose import FAMILIES, SHARES, composed
+from efficientllava.settings.compose import FAMILIES, SHARES
 from efficientllava.settings.schema import RunConfig
+from efficientllava.stages.options import composed
 
 # Billions of parameters left, by label: widthwise and layerwise.
 PRINTED = {

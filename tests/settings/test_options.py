@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from efficientllava.pruning import importance
-from efficientllava.settings.options import page
 from efficientllava.settings.schema import IMPORTANCES
+from efficientllava.stages.options import page
 
 from ..runs import ROOT, RUN, save_tiny
 
