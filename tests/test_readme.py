@@ -96,9 +96,9 @@ def test_files_that_it_names_exist(page):
 
 
 def test_nothing_is_said_twice():
-    """A sentence of seven words or more stands on one page, once."""
+    """A sentence of seven words or more stands on one page, once; the options are written by a program."""
     seen: dict[str, str] = {}
-    for page, text in PAGES.items():
+    for page, text in ((page, text) for page, text in PAGES.items() if page.name != "options.md"):
         prose = re.sub(r"^```.*?^```|^    .*?$", "", text, flags=re.DOTALL | re.MULTILINE)
         for part in re.split(r"\n\s*\n|\n(?=[|#-])", prose):
             for sentence in re.split(r"(?<=[.:;])\s+", " ".join(part.split())):
