@@ -75,8 +75,6 @@ def _pruning(options: dict[str, Any], key: str, samples: int, seed: int) -> Prun
     require_valid(RunConfig(seed=seed, prune=config, calibration=CalibrationConfig(samples=samples)), "")
     if config.method not in ("layerwise", "widthwise"):
         raise UserError(f"prune.method={config.method}: must be layerwise or widthwise; a search is a run of its own")
-    if config.ratio is None and not config.nominal:
-        raise UserError("prune.ratio=None: set it, or prune.share (widthwise) or prune.drop_layers (layerwise)")
     return config
 
 

@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory):
         ({"ratio": 1.5}, r"prune\.ratio=1\.5: must be in \[0, 1\)"),
         ({"ratio": float("nan")}, r"prune\.ratio=nan: must be in"),
         ({"ratio": "half"}, r"prune\.ratio=half: must be in"),
-        ({"ratio": None}, r"prune\.ratio=None: set it"),
+        ({"ratio": None}, r"prune\.ratio=null: set it"),
         ({"importance": "best"}, r"prune\.importance=best: must be one of obs"),
         ({"selection": "greedy"}, r"prune\.selection=greedy: must be one of shape"),
         ({"tokens": "some"}, r"prune\.tokens=some: must be one of all"),

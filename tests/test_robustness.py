@@ -110,14 +110,14 @@ def small_disk(tmp_path):
 
 FULL = """
 import runpy, sys
-import efficientllava.checkpoint.folder as checkpoint
-write = checkpoint.write
+import efficientllava.checkpoint.export as export
+write = export.write
 
 def full(*given, **named):
     write(*given, **named)
     raise OSError(28, "No space left on device")
 
-checkpoint.write = full
+export.write = full
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -68,7 +68,9 @@ def program(hydra: Any) -> list[str]:
     Args:
         hydra: Hydra's own node, which says where configuration lies that is not the program's; None: nowhere.
     """
-    command = [sys.executable, *([sys.argv[0]] if Path(sys.argv[0]).name == "run.py" else ["-m", "efficientllava"])]
+    script = Path(sys.argv[0])
+    installed = script.suffix != ".py" or script.name == "__main__.py"  # `efficientllava`, `python -m efficientllava`
+    command = [sys.executable, *(["-m", "efficientllava"] if installed else [sys.argv[0]])]
     for source in hydra.runtime.config_sources if hydra else ():
         if source.provider == "command-line":
             command += ["--config-dir", source.path]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..checkpoint.export import usage
-from ..checkpoint.folder import resolve
+from ..checkpoint.folder import load, resolve
 from ..evaluation.efficiency import checkpoint_bytes, measure, quantized
 from ..evaluation.generation import set_aside
 from ..models.pruned import is_per_layer
@@ -102,14 +102,16 @@ def _efficiency(run: Run, chain: Sequence[Made]) -> dict[str, dict[str, Any]]:
 
     With offload one model at a time is on the device: two may not fit.
     """
-    config, model = run.settings.evaluate, run.settings.model
+    settings, config, model = run.settings, run.settings.evaluate, run.settings.model
     kind, stages = config.quantization, {made.stage: dict(made.sizes) for made in chain}
     if kind != "none":
         stages |= {f"{name}_{kind}": dict(size) for name, size in stages.items()}
     if config.efficiency:
         models = {made.stage: made.checkpoint.model for made in chain}
         if run.base.model.device.type == "meta":  # the pruner consumes the model that it works on
-            models["base"] = run.load(model.path, model.revision).model
+            # The first process alone is here: not `Run.load`, in which it would wait for the others.
+            offload = settings.prune.offload
+            models["base"] = load(model.path, model.dtype, run.device, model.revision, host=offload).model
         if kind != "none":
             models |= {f"{name}_{kind}": quantized(each, kind) for name, each in models.items()}
         if run.home == run.device:

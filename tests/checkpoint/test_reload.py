@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from efficientllava.checkpoint import folder as store
-from efficientllava.checkpoint.export import CHECK, reload_gate
+from efficientllava.checkpoint.export import CHECK, reload_gate, save
 from efficientllava.data.collator import prompt
 from efficientllava.data.embedded.digits import Digits
 from efficientllava.models.pruned import is_per_layer
@@ -54,7 +54,7 @@ def test_layers_of_unequal_size_need_the_package_and_pass_with_it(loaded, tmp_pa
     smaller = cut(loaded.model, plan)
     assert is_per_layer(smaller.config.get_text_config())
     inputs = probe(loaded)
-    copy = store.save(loaded.after(smaller.eval(), {"stage": "prune"}, (0, 1)), tmp_path / "copy")
+    copy = save(loaded.after(smaller.eval(), {"stage": "prune"}, (0, 1)), tmp_path / "copy")
     reload_gate(copy, smaller, inputs)
     stock = f"from transformers import AutoModelForImageTextToText as A; A.from_pretrained({str(copy)!r})"
     assert subprocess.run([sys.executable, "-I", "-c", stock], capture_output=True, check=False).returncode != 0

@@ -349,7 +349,7 @@ def test_processes_share_the_sorted_policies(monkeypatch):
 
 SCRIPT = """
 import json, sys
-from efficientllava import processes
+from efficientllava.runtime import processes
 from tests.search.test_evaluator import evaluator, make_batches, make_model, relatives
 
 processes.connect({"accelerator": "cpu"})
