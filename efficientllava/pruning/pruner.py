@@ -341,7 +341,10 @@ def _widthwise(
 def promising(
     shapes: Sequence[tuple[int, int]], space: Space, rankings: Sequence[tuple[Ranking, Ranking]]
 ) -> list[tuple[int, int]]:
-    """Shapes worth a trial: those whose units cost, all together, at most `WORTH` times the cheapest shape's.
+    """Shapes worth a trial: the one whose units cost least, and those of more heads at up to `WORTH` times its cost.
+
+    Costs are errors of single layers, and those of attentions spread further: of 21 shapes with fewer heads than the
+    cheapest one that were tried on three tiny decoders and SmolLM2-135M, at 20 to 60 %, not one was the better.
 
     Args:
         shapes: Kept groups and channels of every unprotected layer.
@@ -353,8 +356,9 @@ def promising(
         pairs = zip(space.counts(*shape), rankings, strict=True)
         return sum(sum(r.costs[: len(r.costs) - n]) for kept, pair in pairs for n, r in zip(kept, pair, strict=True))
 
-    bound = WORTH * min(map(cost, shapes))
-    return [shape for shape in shapes if cost(shape) <= bound]
+    costs = {shape: cost(shape) for shape in shapes}
+    cheapest = min(shapes, key=costs.__getitem__)
+    return [shape for shape in shapes if shape[0] >= cheapest[0] and costs[shape] <= WORTH * costs[cheapest]]
 
 
 def lowest(candidates: Sequence[tuple[int, int]], loss: Callable[[tuple[int, int]], float]) -> tuple[int, int]:
