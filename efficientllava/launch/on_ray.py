@@ -94,7 +94,7 @@ class Ray:
     name = "ray"
 
     def __init__(self, options: Mapping[str, Any], trainers: Sequence[Mapping[str, Any]]) -> None:
-        self._init = {key: value for key, value in options["init"].items() if value is not None}
+        self._init = {key: value for key, value in options["init"].items() if value not in (None, "")}
         told = {key: value for key, value in options["remote"].items() if value is not None}
         self._remote = {**options["remote"], **resources(trainers), **told}
         address = self._init.get("address", os.environ.get("RAY_ADDRESS"))
@@ -103,7 +103,8 @@ class Ray:
         self._ends: dict[str, Any] = {}
 
     def __enter__(self) -> Ray:
-        own = {} if self.stays else {"include_dashboard": False}
+        # Without an address Ray would take a cluster that somebody has started on this machine.
+        own = {} if self.stays else {"address": "local", "include_dashboard": False}
         for again in (True, False):
             try:
                 ray.init(**{**QUIET, **own, **self._init})
