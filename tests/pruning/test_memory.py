@@ -17,7 +17,7 @@ from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.scores import Calibration
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import PruneConfig
-from experiments.speed import pruning as bench
+from experiments.speed import rows as bench
 
 from ..conftest import make_batches
 from ..runs import composed

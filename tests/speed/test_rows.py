@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from experiments.speed import rows as bench
 from experiments.speed.rows import Row, peak_memory, table
 
 
@@ -33,3 +34,19 @@ def test_the_table_shows_each_ratio():
     assert lines[1].split() == ["this", "/", "that", "1.50", "3.00", "s", "2.00", "s", "low"]
     assert "0.25" in lines[2]
     assert len(lines) == 3
+
+
+def test_the_bound_is_layer_gram_and_hidden_states(monkeypatch):
+    for name, value in {"HIDDEN": 32, "LAYERS": 2, "HEADS": 2, "CHANNELS": 48, "VOCABULARY": 64, "LENGTH": 16}.items():
+        monkeypatch.setattr(bench, name, value)
+    model = bench.middle_sized()
+    layer = 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32
+    assert bench.memory_bound(model) == 4 * layer + 8 * (32 * 32 + 48 * 48) + 4 * 4 * 4 * 16 * 32
+
+
+def test_memory_rows_cover_all_methods(monkeypatch):
+    for name, value in {"HIDDEN": 32, "LAYERS": 2, "HEADS": 4, "CHANNELS": 48, "VOCABULARY": 64, "LENGTH": 16}.items():
+        monkeypatch.setattr(bench, name, value)
+    rows = bench.memory_rows()
+    assert len(rows) == len(bench.METHODS)
+    assert all(row.measured > 0 and row.reference > 0 for row in rows)

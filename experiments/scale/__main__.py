@@ -1,9 +1,11 @@
-"""Two decoder layers of every family at their real widths: published layout to smaller checkpoint, on one core.
+"""Memory of pruning LLaVA-1.5-7B by the closed form, and what was measured on a CPU of it and of its like.
 
-    python -m experiments.scale.real_widths <folder>
+    python -m experiments.scale              # the closed form, from shapes alone
+    python -m experiments.scale --measure    # one decoder layer of that size
+    python -m experiments.scale <folder>     # two layers of every family, from the published layout to a smaller one
 
-Weights are random; vision tower, projector and vocabulary have their full size. Each family goes through ``run.py``:
-convert, score, refit, cut, save, and the comparison of the logits with those of a fresh process.
+The weights of what is measured are random; vision tower, projector and vocabulary of a family have their full size. It
+goes through ``run.py``: convert, score, refit, cut, save, and the comparison of the logits with a fresh process's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +28,22 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, Lla
 
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.checkpoint.processors import vicuna_template
-from efficientllava.estimate.forecast import meta_model
+from efficientllava.estimate.forecast import forecast, meta_model
+from efficientllava.models.anatomy import layers_of
+from efficientllava.pruning.memory import CalibrationSize, micro_batch, pruning_memory
+from efficientllava.pruning.plan import LayerPlan, PruningPlan
+from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
+from efficientllava.pruning.ranking import OBS_ROUNDS, eliminate
+from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
+from efficientllava.settings.schema import PruneConfig
 from efficientllava.stages.options import composed
+from experiments.speed import rows as bench
 from experiments.tiny_models.tiny import tiny_llava
 from tests.models.originals import BUNNY, INTERNVL, bunny_tokenizer, internvl_tokenizer
 
+LAYERWISE = PruneConfig("layerwise", "layerwise", 0.3)
+WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)
+PAPER = PruneConfig("widthwise_paper", "widthwise", 0.3, "param_first", "local", taylor_mean="batch")
 ROOT, LAYERS, SIDE = Path(__file__).resolve().parents[2], 2, 448
 # Stock names to published ones, replaced in this order.
 BUNNY_NAMES = {
@@ -52,6 +67,89 @@ INTERNVL_NAMES = {
     "layernorm_after": "norm2",
     "attention.projection_layer": "attn.proj",
 }
+
+
+def llava_7b() -> Any:
+    """LLaVA-1.5-7B on the meta device, of the sizes in ``conf/model``."""
+    return forecast(composed("model=llava_1_5_7b", "dry_run=true")).base
+
+
+def closed_form() -> None:
+    """Print peaks of all methods."""
+    model = llava_7b()
+    print("| records x tokens, micro-batch | method | one GPU, GB | x weights | offload: card, GB | host, GB |")
+    print("|---|---|---:|---:|---:|---:|")
+    rows = {}
+    for records, tokens, batch in ((64, 700, 2), (64, 2048, 2), (64, 2048, 8)):
+        for config in (LAYERWISE, WIDTHWISE, PAPER):
+            size = CalibrationSize(records, tokens, micro_batch(config, batch))
+            memory = pruning_memory(model, config, size)
+            small = pruning_memory(model, replace(config, offload=True), size)
+            shown = f"{memory.peak / 1e9:.1f} | {memory.ratio:.2f} | {small.peak / 1e9:.1f} | {small.host / 1e9:.1f}"
+            rows[f"| {records} x {tokens}, {size.batch_size} | `{config.name}` | {shown} |"] = None
+    print(*rows, sep="\n")
+
+
+def one_layer(device: str = "cpu") -> Any:
+    """A random LLaVA with one decoder layer of the 7B model's size, bf16."""
+    with torch.device("meta"):
+        model = bench.middle_sized().bfloat16()
+    if device == "meta":
+        return model
+    model, generator = model.to_empty(device="cpu"), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        drawn = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter.data = drawn.mul_(0.04).sub_(0.02) if parameter.ndim > 1 else torch.ones_like(parameter)
+    for buffer in model.buffers():
+        buffer.zero_()
+    return model
+
+
+def report(
+    what: str, config: PruneConfig, phase: str, function: Callable[[Any], Any], prepare: Any = one_layer
+) -> None:
+    """Print what a call holds above what was prepared, next to the bound of its phase."""
+    spent = 0.0
+
+    def timed(argument: Any) -> None:
+        nonlocal spent
+        began = time.process_time()
+        function(argument)
+        spent = time.process_time() - began
+
+    peak = bench.peak_memory(prepare, timed)
+    memory = pruning_memory(one_layer("meta"), config, CalibrationSize.of(bench.random_batches()), stored=False)
+    bound = memory.phases[phase] - memory.model
+    print(f"| {what} | {peak / 1e6:.0f} | {bound / 1e6:.0f} | {spent:.0f} |", flush=True)
+
+
+def measure_layer() -> None:
+    """Measure statistics, an OBS round, refit with cut, and Taylor scores of one layer."""
+    torch.set_num_threads(1)
+    bench.LAYERS, bench.HIDDEN, bench.CHANNELS, bench.HEADS, bench.VOCABULARY = 1, 4096, 11008, 32, 512
+    bench.BATCHES, bench.LENGTH = 2, 128
+    generator = torch.Generator().manual_seed(0)
+    kept = LayerPlan(0, tuple(range(22)), tuple(sorted(torch.randperm(11008, generator=generator)[:7680].tolist())))
+    ratio = plan_ratio(one_layer("meta"), [kept])
+    plan = PruningPlan("widthwise", (kept,), 1, 1, None, ratio, ())
+
+    def statistics(model: Any) -> None:
+        stream = open_stream(model, Calibration(bench.random_batches()), WIDTHWISE)
+        layer_statistics(stream, layers_of(model)[0], 0, stream.start())
+
+    def gram() -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = torch.randn(512, 11008, generator=generator)
+        return torch.rand(4096, 11008, generator=generator).bfloat16(), inputs.T @ inputs
+
+    def round_of_obs(given: tuple[torch.Tensor, torch.Tensor]) -> None:
+        list(eliminate(*given, 1, 0.01, [11008 - 11008 // OBS_ROUNDS]))
+
+    print("| one layer, 4096 x 11008, 256 tokens | measured, MB | bound, MB | CPU seconds |\n|---|---:|---:|---:|")
+    report("statistics", WIDTHWISE, "statistics", statistics)
+    batches = Calibration(bench.random_batches())
+    report("refit and cut", WIDTHWISE, "refit and cut", lambda model: apply_plan(model, plan, batches, WIDTHWISE))
+    report("Taylor scores", PAPER, "scores", lambda model: make_plan(model, batches, PAPER))
+    report(f"OBS, one of {OBS_ROUNDS} rounds, beside its Gram matrix", WIDTHWISE, "scores", round_of_obs, gram)
 
 
 def config_of(option: str) -> Any:
@@ -141,7 +239,7 @@ def write_data(folder: Path) -> None:
     (folder / "records.json").write_text(json.dumps(rows))
 
 
-def measure(option: str, folder: Path) -> str:
+def measure_family(option: str, folder: Path) -> str:
     """Run one family; return its row."""
     options = ["prune=widthwise", "prune.share=0.3", "prune.importance=activation", "calibration.samples=2"]
     options += [
@@ -167,7 +265,7 @@ def measure(option: str, folder: Path) -> str:
     return f"| `{option}` | {shown} | {used.ru_utime + used.ru_stime:.0f} | {used.ru_maxrss / 1e6:.1f} |"
 
 
-def main(folder: Path) -> None:
+def measure_families(folder: Path) -> None:
     """Measure all families."""
     folder.mkdir(parents=True, exist_ok=True)
     write_data(folder)
@@ -177,7 +275,7 @@ def main(folder: Path) -> None:
         (folder / option).mkdir()
         write(folder / option, config_of(option))
         began = time.perf_counter()
-        rows.append(measure(option, folder))
+        rows.append(measure_family(option, folder))
         print(rows[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
     head = (
         f"| {LAYERS} layers of | parameters, B | pruned, B | CPU seconds | peak memory, GB |\n|---|---:|---:|---:|---:|"
@@ -185,5 +283,15 @@ def main(folder: Path) -> None:
     print(head, *rows, sep="\n")
 
 
+def main(arguments: list[str]) -> None:
+    """What the command line asks for."""
+    if arguments == ["--measure"]:
+        measure_layer()
+    elif arguments:
+        measure_families(Path(arguments[0]))
+    else:
+        closed_form()
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1:])

@@ -1,7 +1,13 @@
 import pytest
 
+from efficientllava.checkpoint.folder import load
 from efficientllava.models.anatomy import layers_of
-from experiments.speed import search as bench
+from experiments.speed import __main__ as bench
+
+
+def test_an_evaluation_is_compared_with_a_loop_that_answers_the_same():
+    row = bench.generation_row(load("builtin:tiny_llava"), questions=6, size=3)
+    assert row.measured > 0 and row.reference > 0 and row.wish == "< 1.15"
 
 
 @pytest.fixture
