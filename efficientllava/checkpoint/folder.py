@@ -28,7 +28,7 @@ from ..runtime.places import (
 )
 from ..settings.schema import ModelConfig
 from .convert import layout_config, layout_of, stock_folder
-from .convert.shards import stored_tensors
+from .convert.layouts import stored_tensors
 from .hub import about, described, download, folder_digest
 from .processors import load_processor, with_protocol, with_system
 

@@ -18,8 +18,7 @@ from ..runtime.errors import UserError
 from ..runtime.files import whole_file
 from ..settings.schema import JudgeConfig
 from .scorers import Record, predicted, value
-from .scorers.judged import FAILED, llava_bench_pair, mmvet_grade
-from .scorers.text import mathvista_extract
+from .scorers.text import FAILED, llava_bench_pair, mathvista_extract, mmvet_grade
 
 MMVET = """\
 Grade how far an answer agrees with the reference answer: 1.0 if all of it is right, 0.0 if none of it is, and steps of

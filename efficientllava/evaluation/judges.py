@@ -33,7 +33,7 @@ from . import judge_prompts
 from .judge_prompts import JUDGES, Request, requests
 from .score import Parser
 from .scorers import Record, Scores
-from .scorers.judged import over_runs
+from .scorers.text import over_runs
 from .tasks.published import BENCHMARKS
 
 EVERYWHERE = {401, 403, 404}  # no other request would fare better

@@ -175,3 +175,25 @@ def test_per_layer_decoders_take_the_attention_implementation(family):
         outputs.append(model(input_ids=ids, use_cache=False).last_hidden_state)
         assert all(layer.self_attn.config._attn_implementation == implementation for layer in model.layers)
     assert torch.allclose(outputs[0], outputs[1], atol=1e-4)
+
+
+# ---- registration ---------------------------------------------------------------------------------------------------
+
+
+REGISTERED = "from transformers.models.auto import configuration_auto, modeling_auto; "
+REGISTERED += "configuration_auto.CONFIG_MAPPING['pruned_llama']"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import efficientllava",
+        "import transformers; import efficientllava",
+        "from transformers import AutoModel; import efficientllava",
+        "import efficientllava.models.pruned",
+        "import efficientllava.data.collator",
+    ],
+)
+def test_the_order_of_imports_does_not_matter(first):
+    done = subprocess.run([sys.executable, "-c", f"{first}; {REGISTERED}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -26,8 +26,7 @@ from ...runtime.source import source_digest
 from ...runtime.store import Store, library_versions
 from ..hub import folder_digest, own_root
 from ..processors import published_system, with_system
-from .layouts import LAYOUTS, Layout
-from .shards import WEIGHTS, stored_tensors
+from .layouts import LAYOUTS, WEIGHTS, Layout, stored_tensors
 
 # Fields that are made anew: names of classes and versions, the type of the weights, the rotary embedding.
 DERIVED = ("architectures", "model_type", "transformers_version", "dtype", "_name_or_path", "rope_parameters")

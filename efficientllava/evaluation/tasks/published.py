@@ -12,8 +12,7 @@ from dataclasses import replace
 from ...runtime.errors import UserError
 from ..scorers import mean, sequence
 from ..scorers.choice import ai2d, mme, mmmu, pope, scienceqa
-from ..scorers.judged import llava_bench, mmvet
-from ..scorers.text import docvqa, gqa, mathvista, vizwiz
+from ..scorers.text import docvqa, gqa, llava_bench, mathvista, mmvet, vizwiz
 from . import LETTER, SHORT, Benchmark, Join, Row, lettered
 
 REASONING = (
