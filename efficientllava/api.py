@@ -20,10 +20,9 @@ from typing import Any
 
 from .checkpoint.export import round_weights, save, weights_digest
 from .checkpoint.folder import Checkpoint, load
-from .data.checks import image_stamps
 from .data.collator import Collator
 from .data.datamodule import RecoveryData
-from .data.records import Record
+from .data.records import Record, image_stamps
 from .data.splits import calibration_records, open_data
 from .models.forward import to_device
 from .pruning.memory import micro_batch

@@ -5,6 +5,7 @@ The order of training records: batches of one epoch for one process, the same on
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -16,10 +17,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from ..settings.checks import require_valid
 from ..settings.schema import DataConfig
-from .checks import usable
 from .collator import Collator
-from .records import Record, column
-from .splits import draw, ids_digest, load_split
+from .records import Record, column, usable
+from .splits import draw, load_split
 
 log = logging.getLogger(__name__)
 
@@ -153,3 +153,11 @@ class RecoveryData(lightning.LightningDataModule):
             collate_fn=self._collate,
             num_workers=self._data.num_workers,
         )
+
+
+def ids_digest(records: Sequence[Record]) -> str:
+    """Hash of the ids in their order, 16 hexadecimal digits: which records a run has used."""
+    hasher = hashlib.sha256()
+    for name in column(records, "id").tolist():
+        hasher.update(name.encode() + b"\n")
+    return hasher.hexdigest()[:16]

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +17,8 @@ from typing import IO, Any
 
 from ..runtime.errors import UserError, first_line
 from ..runtime.places import HUB, is_remote, local
+
+log = logging.getLogger(__name__)
 
 MOST = 1_000_000  # repetitions of a record in the training data
 CHUNK = 1 << 24  # characters of a JSON list that are read at once
@@ -30,6 +32,30 @@ TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|["\[\]{},]', re.DOTALL)
 
 class BadRecordError(ValueError):
     """Why one record of a file cannot be used; counted, and reported as a `UserError` when there are too many."""
+
+
+def report_bad(where: str, bad: Sequence[str], total: int, max_bad_fraction: float, hint: str = "") -> None:
+    """Warn about corrupt records, or fail if there are too many.
+
+    Args:
+        where: The file, for the message.
+        bad: One reason per corrupt record.
+        total: Number of records, corrupt ones included.
+        max_bad_fraction: Share of corrupt records that is tolerated, in [0, 1).
+        hint: What else a user should know.
+
+    Raises:
+        UserError: If more are corrupt than tolerated, or nothing is left.
+    """
+    if not total:
+        raise UserError(f"{where}: holds no record; give a non-empty list of conversations")
+    if not bad:
+        return
+    found = f"{where}: {len(bad)} of {total} records are corrupt, the first: {bad[0]}"
+    if len(bad) > max_bad_fraction * total or len(bad) == total:
+        allowed = f"data.max_bad_fraction allows {max_bad_fraction:g}"
+        raise UserError(f"{found}; {allowed}; repair the data or raise it{hint}")
+    log.warning("%s; they are left out", found)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

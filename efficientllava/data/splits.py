@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,13 +15,14 @@ import numpy as np
 from ..runtime.content import stamp
 from ..runtime.errors import UserError
 from ..settings.schema import CalibrationConfig, DataConfig, RunConfig
-from .checks import usable_first
 from .embedded.digits import Digits
-from .records import Record, Subset, column, image_files, image_key
-from .sources import parts_of
+from .records import Record, Subset, column, expected_folders, fault_of, image_files, image_key
+from .sources import parts_of, report_bad
 
 if TYPE_CHECKING:
     from .table import Conversations
+
+log = logging.getLogger(__name__)
 
 PURPOSES = ("train", "calibration", "minival", "test")
 # A file of conversations lends a tenth of its records, but no more than this, to calibration and to minival each.
@@ -36,13 +39,6 @@ def _rng(seed: int, purpose: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, code])))
 
 
-def _conversations(path: str, image_root: str | None, max_bad_fraction: float, key: str = "data.path") -> Conversations:
-    """Read once per process, as long as its files stay: several stages ask for splits of the same one."""
-    parts = tuple(parts_of(path, image_root, key))
-    seen = tuple(stamp(part.file) if part.file.exists() else None for part in parts)
-    return _read(path, image_root, max_bad_fraction, key, parts, seen)
-
-
 @lru_cache(maxsize=2)
 def _read(path: str, image_root: str | None, max_bad_fraction: float, key: str, *_seen: object) -> Conversations:
     from .table import read_conversations
@@ -52,20 +48,21 @@ def _read(path: str, image_root: str | None, max_bad_fraction: float, key: str, 
 
 def _source(data: DataConfig, calibration: CalibrationConfig | None = None) -> Conversations | None:
     """The file behind a configuration, or None for the embedded data."""
+    place, key = data, "data.path"
     if calibration is not None and calibration.path is not None:
-        return _conversations(calibration.path, calibration.image_root, data.max_bad_fraction, "calibration.path")
-    if data.embedded:
+        place, key = calibration, "calibration.path"
+    elif data.embedded:
         return None
-    if not data.path:
+    if not place.path:
         raise UserError(f"data.path: not set, but data={data.name} needs a LLaVA-style JSON or JSONL file")
-    return _conversations(str(data.path), data.image_root, data.max_bad_fraction)
+    # Read once per process, as long as its files stay: several stages ask for splits of the same one.
+    parts = tuple(parts_of(str(place.path), place.image_root, key))
+    seen = (stamp(part.file) if part.file.exists() else None for part in parts)
+    return _read(str(place.path), place.image_root, data.max_bad_fraction, key, parts, *seen)
 
 
 def open_data(config: RunConfig) -> dict[str, str]:
     """Open the files that a run will read, so that a faulty one is found before anything else is done.
-
-    Args:
-        config: The whole configuration.
 
     Returns:
         For each stage that reads records, the digest of the file behind its records and of where their images are;
@@ -167,16 +164,13 @@ def _document(name: str, source: str) -> str:
 def calibration_records(
     calibration: CalibrationConfig, data: DataConfig, seed: int = 0, collate: Any = None
 ) -> list[Record]:
-    """The records that importance and refit statistics come from.
+    """The ``calibration.samples`` records that importance and refit statistics come from.
 
     Args:
         calibration: Number of records, and the user's own file where given.
         data: Data whose calibration split serves otherwise.
         seed: Seed of the draw.
-        collate: The collator that will serve them, to leave out what it cannot use; None takes all as they are.
-
-    Returns:
-        ``calibration.samples`` records.
+        collate: As of `usable_first`.
 
     Raises:
         UserError: If there are fewer, or too many are corrupt.
@@ -190,6 +184,41 @@ def calibration_records(
         )
         raise UserError(f"calibration.samples={calibration.samples}: only {len(records)} records are {there}")
     return usable_first(records, calibration.samples, collate, calibration, data)
+
+
+def usable_first(
+    records: Sequence[Record], count: int, collate: Any, calibration: CalibrationConfig, data: DataConfig
+) -> list[Record]:
+    """The first calibration records that can be used.
+
+    Args:
+        records: Where to take them from.
+        count: How many.
+        collate: The collator that will serve them; None takes all as they are.
+        calibration, data: Paths for messages, and the share of corrupt records that is tolerated among those tried,
+            rounded up.
+
+    Returns:
+        ``count`` records, or fewer where the data ends.
+
+    Raises:
+        UserError: If too many cannot be used.
+    """
+    where = str(calibration.path or data.path or data.name)
+    good: list[Record] = []
+    bad: list[str] = []
+    for record in records:
+        if len(good) == count:
+            break
+        if problem := collate and fault_of(collate, record):
+            bad.append(problem)
+            if len(bad) > math.ceil(data.max_bad_fraction * count):
+                report_bad(where, bad, len(good) + len(bad), data.max_bad_fraction, expected_folders(records))
+        else:
+            good.append(record)
+    if bad:
+        log.warning("%s: %d calibration records are corrupt and left out, the first: %s", where, len(bad), bad[0])
+    return good
 
 
 def _own(calibration: CalibrationConfig, data: DataConfig, seed: int) -> Subset:
@@ -325,11 +354,3 @@ def _shares(sizes: dict[str, int], fraction: float) -> dict[str, int]:
     for name in by_remainder[: total - sum(counts.values())]:
         counts[name] += 1
     return counts
-
-
-def ids_digest(records: Sequence[Record]) -> str:
-    """Hash of the ids in their order, 16 hexadecimal digits: which records a run has used."""
-    hasher = hashlib.sha256()
-    for name in column(records, "id").tolist():
-        hasher.update(name.encode() + b"\n")
-    return hasher.hexdigest()[:16]

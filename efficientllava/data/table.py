@@ -25,9 +25,8 @@ from ..runtime.content import digest
 from ..runtime.errors import UserError
 from ..runtime.source import source_digest
 from ..runtime.store import Store, library_versions
-from .checks import report_bad
 from .records import AnyImage, Record, StoredImage, Turn
-from .sources import BadRecordError, Part, locate, parts_of, raw_records
+from .sources import BadRecordError, Part, locate, parts_of, raw_records, report_bad
 
 log = logging.getLogger(__name__)
 

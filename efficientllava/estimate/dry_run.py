@@ -13,8 +13,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from ..data.checks import usable
-from ..data.records import Record
+from ..data.records import Record, usable
 from ..data.splits import (
     calibration_records,
     draw,

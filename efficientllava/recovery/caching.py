@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..data.checks import image_stamps
-from ..data.records import column
+from ..data.records import column, image_stamps
 from ..models.forward import FeatureCache, supervised_positions, to_device
 from ..runtime.console import progress, say
 from ..runtime.errors import UserError
@@ -111,7 +110,7 @@ class CachedTeacher:
     Args:
         folder: The folder; may not exist yet.
         wanted: What the recovery reads.
-        stamps: See `efficientllava.data.checks.image_stamps`, by the ids of the records that it reads of; what the
+        stamps: See `efficientllava.data.records.image_stamps`, by the ids of the records that it reads of; what the
             teacher has said about other images is passed over.
     """
 

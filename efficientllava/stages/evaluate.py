@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint
-from ..data.checks import image_contents, image_stamps
+from ..data.records import image_contents, image_stamps
 from ..evaluation import judges, lmms
 from ..evaluation.answers import answer, mean_loss, write
 from ..evaluation.efficiency import quantized

@@ -33,7 +33,7 @@ def run_key(settings: RunConfig) -> str:
         settings: The checked configuration.
     """
     from ..checkpoint.hub import folder_digest, origin_of, source_folder
-    from ..data.checks import image_stamps
+    from ..data.records import image_stamps
     from ..data.splits import (
         calibration_records,
         draw,
@@ -69,7 +69,7 @@ def run_key(settings: RunConfig) -> str:
 
 def _shown(settings: RunConfig) -> list[str]:
     """Stamps of the images of benchmarks whose files are the user's own."""
-    from ..data.checks import image_stamps
+    from ..data.records import image_stamps
     from ..evaluation.tasks import load
 
     tasks = settings.evaluate.tasks if settings.evaluate.root else []

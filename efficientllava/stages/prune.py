@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.checks import image_contents
+from ..data.records import image_contents
 from ..data.splits import load_split
 from ..pruning.module import PruningModule
 from ..pruning.self_text import sequences, write_text

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint
-from ..data.checks import image_stamps
+from ..data.records import image_stamps
 from ..record import CURVE, read_curve, write_curve
 from ..recovery.losses import describe
 from ..recovery.recover import recover as train

@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 
 from efficientllava.data import sources, table
-from efficientllava.data.checks import image_stamps, missing_images, usable
 from efficientllava.data.datamodule import RecoveryData
-from efficientllava.data.records import open_images
+from efficientllava.data.records import image_stamps, missing_images, open_images, usable
 from efficientllava.data.splits import calibration_records, draw, load_split
 from efficientllava.data.table import read_conversations
 from efficientllava.runtime.errors import UserError
@@ -103,7 +102,7 @@ def test_only_images_that_are_used_are_looked_for(tmp_path: Path, monkeypatch: p
     assert set(opened) == {record.image for record in used}
     # Beyond the limit none is opened, but a missing one is still found.
     opened.clear()
-    monkeypatch.setattr("efficientllava.data.checks.CHECK_LIMIT", 3)
+    monkeypatch.setattr("efficientllava.data.records.CHECK_LIMIT", 3)
     assert len(usable(data.records, data._collate, config)) == 16
     Path(used[5].images[0]).unlink()  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientllava.data.checks import image_contents, image_stamps
+from efficientllava.data.records import image_contents, image_stamps
 from efficientllava.data.splits import draw, load_split
 from efficientllava.runtime.content import Memo, digest
 from efficientllava.runtime.source import closure
