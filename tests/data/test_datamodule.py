@@ -9,9 +9,9 @@ import torch
 from lightning import LightningModule, Trainer
 
 from efficientllava.data.collator import Collator
-from efficientllava.data.datamodule import GroupedBatches, RecoveryData, ShardedBatches
+from efficientllava.data.datamodule import GroupedBatches, RecoveryData, ShardedBatches, ids_digest
 from efficientllava.data.records import usable
-from efficientllava.data.splits import ids_digest, load_split
+from efficientllava.data.splits import load_split
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import DataConfig
 from experiments.tiny_models.tiny import BUILDERS

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from efficientllava.data.datamodule import ids_digest
 from efficientllava.data.embedded.digits import Digits
 from efficientllava.data.records import Record, Subset, Turn, column
 from efficientllava.data.splits import (
     calibration_records,
     draw,
     groups_of,
-    ids_digest,
     keep_back,
     load_split,
     split_folds,
