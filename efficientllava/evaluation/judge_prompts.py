@@ -17,8 +17,8 @@ from ..runtime.content import digest
 from ..runtime.errors import UserError
 from ..runtime.files import whole_file
 from ..settings.schema import JudgeConfig
-from .scorers import Record, predicted, value
 from .scorers.text import FAILED, llava_bench_pair, mathvista_extract, mmvet_grade
+from .tasks import Record, predicted, value
 
 MMVET = """\
 Grade how far an answer agrees with the reference answer: 1.0 if all of it is right, 0.0 if none of it is, and steps of

@@ -32,8 +32,8 @@ from ..settings.schema import JudgeConfig
 from . import judge_prompts
 from .judge_prompts import JUDGES, Request, requests
 from .score import Parser
-from .scorers import Record, Scores
 from .scorers.text import over_runs
+from .tasks import Record, Scores
 from .tasks.published import BENCHMARKS
 
 EVERYWHERE = {401, 403, 404}  # no other request would fare better

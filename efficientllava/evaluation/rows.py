@@ -25,9 +25,8 @@ from ..data.records import Record, StoredImage, Turn
 from ..data.table import image_paths, mapped
 from ..runtime.errors import UserError
 from ..settings.schema import EvaluateConfig
-from .scorers import Record as Answered
-from .scorers import Scores
-from .tasks import Benchmark, Join, Row, Task, lettered
+from .tasks import Benchmark, Join, Row, Scores, Task, lettered
+from .tasks import Record as Answered
 
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 Image = Path | StoredImage | None

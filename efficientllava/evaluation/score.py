@@ -23,8 +23,8 @@ from ..runtime.exit_codes import exit_code
 from ..settings.schema import JUDGED, DataConfig, JudgeConfig
 from . import tasks
 from .judge_prompts import requests, write_requests
-from .scorers import PROTOCOLS, Record, Scorer, text
-from .tasks import Benchmark
+from .scorers import text
+from .tasks import PROTOCOLS, Benchmark, Record, Scorer
 
 # What others call our keys; the first that is there counts.
 ALIASES = {

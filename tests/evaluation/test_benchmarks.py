@@ -15,7 +15,7 @@ from efficientllava.evaluation import tasks
 from efficientllava.evaluation.answers import line, write
 from efficientllava.evaluation.rows import Source
 from efficientllava.evaluation.score import as_record, main
-from efficientllava.evaluation.scorers import PROTOCOLS
+from efficientllava.evaluation.tasks import PROTOCOLS
 from efficientllava.evaluation.tasks.published import BENCHMARKS, COLUMNS
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import DataConfig, EvaluateConfig

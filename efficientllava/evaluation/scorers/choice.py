@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...runtime.errors import UserError
-from . import Outcome, Record, Scores, mean, means, per_record, predicted, sequence, value
+from ..tasks import Outcome, Record, Scores, mean, means, per_record, predicted, sequence, value
 
 LETTERS = string.ascii_uppercase
 SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}

@@ -17,7 +17,7 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 
 from ...runtime.errors import UserError
-from . import Outcome, Record, Scores, mean, per_record, predicted, sequence, value
+from ..tasks import Outcome, Record, Scores, mean, per_record, predicted, sequence, value
 
 ANLS_THRESHOLD = 0.5
 LETTER = re.compile(r"\(?([A-Z])(?:[).:]+(?:\s.*)?)?", re.DOTALL)

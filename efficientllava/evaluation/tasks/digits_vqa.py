@@ -9,9 +9,8 @@ from functools import lru_cache, partial
 from ...data.embedded.digits import IMAGE_KINDS, KINDS, TEXT_KINDS, Digits
 from ...data.records import Record
 from ...settings.schema import DataConfig
-from ..scorers import Outcome, Scores, mean, predicted, value
-from ..scorers import Record as Answered
-from . import Task
+from . import Outcome, Scores, Task, mean, predicted, value
+from . import Record as Answered
 
 FACTS = {"dataset": "digits_vqa", "split": "test"}
 GROUPS = {

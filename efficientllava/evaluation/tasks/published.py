@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...runtime.errors import UserError
-from ..scorers import mean, sequence
 from ..scorers.choice import ai2d, mme, mmmu, pope, scienceqa
 from ..scorers.text import docvqa, gqa, llava_bench, mathvista, mmvet, vizwiz
-from . import LETTER, SHORT, Benchmark, Join, Row, lettered
+from . import LETTER, SHORT, Benchmark, Join, Row, lettered, mean, sequence
 
 REASONING = (
     "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"

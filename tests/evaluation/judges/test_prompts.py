@@ -5,7 +5,7 @@ import json
 import pytest
 
 from efficientllava.evaluation.judge_prompts import JUDGES, again, load, requests
-from efficientllava.evaluation.scorers import PROTOCOLS
+from efficientllava.evaluation.tasks import PROTOCOLS
 from efficientllava.evaluation.tasks.published import BENCHMARKS
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import JUDGED, JudgeConfig

@@ -6,7 +6,7 @@ import pytest
 
 from efficientllava.evaluation import tasks
 from efficientllava.evaluation.score import EXTRA, scorer
-from efficientllava.evaluation.scorers import PROTOCOLS, mean, means
+from efficientllava.evaluation.tasks import PROTOCOLS, mean, means
 from efficientllava.runtime.errors import UserError
 
 MATH = {"question_type": "multi_choice", "answer_type": "text", "choices": ["red", "blue"]}
