@@ -38,12 +38,11 @@ SMALL = (
 def save_tiny(folder: Path, name: str = "tiny_llava", layers: int = 3, seed: int = 0) -> Path:
     """A random checkpoint in half precision, of fewer layers than the shipped one."""
     from experiments.tiny_models import tiny
-    from experiments.tiny_models.pretraining import initialise
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiny, "LAYERS", layers)
         model, processor = tiny.BUILDERS[name]()
-    initialise(model, seed)
+    tiny.initialise(model, seed)
     model.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

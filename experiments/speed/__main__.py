@@ -57,8 +57,7 @@ from efficientllava.settings.schema import (
     WeightsConfig,
 )
 from experiments.speed.rows import Row, memory_rows, quiet_trainer, seconds, table
-from experiments.tiny_models.pretraining import initialise
-from experiments.tiny_models.tiny import tiny_llava
+from experiments.tiny_models.tiny import initialise, tiny_llava
 
 STEPS = 12  # of the trainings
 SFT = RecoverConfig("sft", WeightsConfig(sft=1.0), steps=STEPS, save_every=10**6)

@@ -11,51 +11,122 @@ import json
 import math
 import platform
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from efficientllava.data.collator import Collator
 from efficientllava.data.embedded.digits import NOTHING, Digits
-from efficientllava.data.embedded.scenes import COLOURS, PLACES, WORDS
+from efficientllava.data.embedded.scenes import COLOURS, PLACES, WORDS, strokes
+from efficientllava.data.records import Record
 from efficientllava.models.anatomy import decoder_of, projector_of
-from efficientllava.models.forward import answer_loss
+from efficientllava.models.forward import answer_loss, forward_hidden, supervised_positions
 from efficientllava.record import commit
 from efficientllava.runtime.console import say
 from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.files import sha256, whole_file
 from efficientllava.runtime.store import Entry, Store
-from experiments.tiny_models.pretraining_data import PretrainConfig, Scenes, forced_match, painted, quadrants
-from experiments.tiny_models.tiny import BUILDERS
+from experiments.tiny_models.tiny import BUILDERS, augmented, initialise, painted, quadrants
 
+Scores = dict[str, dict[str, float]]
+CHUNK = 32  # records per forward pass
 STATE = "last.ckpt"
 PROVENANCE = "provenance.json"
 
 
-def initialise(model: nn.Module, seed: int) -> None:
-    """Fill a model with weights that keep the scale of activations: 1/sqrt(fan-in), residual outputs scaled by depth.
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How to train a tiny model from nothing."""
+
+    name: str  # a key of `experiments.tiny_models.tiny.BUILDERS`
+    seed: int = 0  # of the weights and of the scenes
+    align_steps: int = 2000  # steps of the first stage (tower and projector), 0 or more
+    align_images: int = 64  # images per step of the first stage
+    steps: int = 6000  # steps of the second stage (projector and decoder)
+    images: int = 16  # images per step of the second stage
+    questions: int = 12  # questions per image, a fifth of them text-only
+    easy_steps: int = 400  # first steps of the second stage, in which an image holds two digits at most
+    # Kinds that every image asks in addition to its draw: those that are learnt last, since they need a digit bound to
+    # its colour.
+    extra: tuple[str, ...] = ("count_by_colour", "existence_by_colour")
+    extra_from: int = 3750  # step of the second stage from which it does
+    lr: float = 2e-3  # peak learning rate of AdamW (tower, projector, embeddings, norms, biases, head)
+    muon_lr: float = 0.03  # peak learning rate of Muon (matrices of the decoder)
+    warmup: int = 100  # steps of linear warm-up in each stage; a cosine to zero follows
+    save_every: int = 250  # steps between saved training states; a killed run goes on from the last one
+    check_every: int = 500  # steps between checks of accuracy on held-out scenes
+    threads: int = 1  # CPU threads
+    test_questions: int = 2000  # questions of the final score
+
+
+class Scenes(Dataset[Any]):
+    """One item per training step: scenes with their pixels in the first stage, a collated batch in the second.
 
     Args:
-        model: A freshly built tiny model; norms and the tower's class token stay as built, biases become zero.
-        seed: Seed of the weights.
+        config: The recipe.
+        processor: The model's processor.
+        start: First step.
     """
-    generator = torch.Generator().manual_seed(seed)
-    deep = math.sqrt(2 * len(decoder_of(model).layers))  # pyright: ignore[reportArgumentType]
-    residual = ("o_proj", "down_proj", "self_attn.dense", "fc2")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
-            module.weight.data.normal_(0, 0.5, generator=generator)
-        elif isinstance(module, nn.Linear | nn.Conv2d):
-            std = module.weight[0].numel() ** -0.5
-            std /= deep if "language_model" in name and name.endswith(residual) else 1
-            module.weight.data.normal_(0, std, generator=generator)
-            if module.bias is not None:
-                module.bias.data.zero_()
+
+    def __init__(self, config: PretrainConfig, processor: Any, start: int) -> None:
+        self.config, self.start = config, start
+        self.collate = Collator(processor)
+
+    def __len__(self) -> int:
+        return self.config.align_steps + self.config.steps - self.start
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= len(self):
+            raise IndexError(index)
+        config, step = self.config, index + self.start
+        align = step < config.align_steps
+        easy = not align and step < config.align_steps + config.easy_steps
+        images = augmented(strokes("train").images, (config.seed, step))
+        extra = config.extra if step >= config.align_steps + config.extra_from else ()
+        data = Digits("pretrain", None, config.seed, 2 if easy else 4, config.questions, extra, images)
+        size = config.align_images if align else config.images
+        # Blocks of indices that no two steps share, whatever the sizes.
+        indices = range(step * 4096, step * 4096 + size)
+        return painted(self.collate, data, indices) if align else self.collate([data[i] for i in indices])
+
+
+@torch.no_grad()
+def forced_match(model: nn.Module, processor: Any, records: Sequence[Record]) -> Scores:
+    """Share of questions that greedy decoding answers exactly, end token included; all and by kind.
+
+    Greedy decoding writes the reference if and only if each of its tokens is the most likely one after those before it,
+    so that one teacher-forced pass tells.
+
+    Args:
+        model: The model, in eval mode.
+        processor: Its processor.
+        records: Records of independent questions.
+
+    Returns:
+        ``{"all": {"accuracy", "n"}, kind: ...}``.
+    """
+    collate = Collator(processor, pack=False)
+    kinds: list[str] = []
+    right: list[bool] = []
+    for start in range(0, len(records), CHUNK):
+        chunk = [records[index] for index in range(start, min(start + CHUNK, len(records)))]
+        batch = collate(chunk)
+        mask, targets = supervised_positions(batch["labels"])
+        hits = torch.ones_like(mask)
+        hits[mask] = model.lm_head(forward_hidden(model, batch)[mask]).argmax(-1) == targets  # pyright: ignore[reportCallIssue]
+        kinds += [turn.kind for record in chunk for turn in record.turns]
+        right += hits.all(1).tolist()
+    scores: Scores = {}
+    for kind in ("all", *sorted(set(kinds))):
+        counted = [hit for name, hit in zip(kinds, right, strict=True) if kind in ("all", name)]
+        scores[kind] = {"accuracy": sum(counted) / len(counted), "n": len(counted)}
+    return scores
 
 
 def fused_parts(layers: nn.Module) -> list[tuple[nn.Parameter, slice, nn.Parameter]]:
@@ -214,7 +285,7 @@ def pretrain(config: PretrainConfig, root: Path) -> Entry:
 
     Returns:
         The checkpoint. Its record has ``test``, the share of that split answered exactly by greedy decoding, see
-        `experiments.tiny_models.pretraining_data.forced_match`.
+        `forced_match`.
 
     Raises:
         UserError: If the model's name is unknown.
@@ -247,7 +318,7 @@ def train(folder: Path, **recipe: Any) -> float:
     try:
         config = PretrainConfig(**recipe)
     except TypeError as error:
-        raise UserError(f"pretrain: {error}; see experiments/tiny_models/pretraining_data.py") from error
+        raise UserError(f"pretrain: {error}; see experiments/tiny_models/pretraining.py") from error
     entry = pretrain(config, folder)
     score = entry.record["test"]["all"]
     say(f"test accuracy {score['accuracy']:.4f} over {score['n']:.0f} questions: {entry.folder}")

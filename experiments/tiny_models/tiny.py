@@ -1,16 +1,21 @@
-"""The three tiny models of the embedded default: stock transformers classes, built from configurations.
+"""The three tiny models of the embedded default, and the pictures that they learn from, of augmented strokes.
 
-One per family of the study: LLaVA (CLIP + Llama), Bunny (SigLIP + Phi, grouped key-value heads) and InternVL (its own
-tower + Phi-3 with fused projections). The head width differs from hidden / heads and the MLP is narrow, so that layers,
-heads and channels are all partly redundant and none is free.
+They are stock transformers classes, built from configurations, one per family of the study: LLaVA (CLIP + Llama), Bunny
+(SigLIP + Phi, grouped key-value heads) and InternVL (its own tower + Phi-3 with fused projections). The head width
+differs from hidden / heads and the MLP is narrow, so that layers, heads and channels are all partly redundant and none
+is free.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -30,8 +35,10 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from efficientllava.checkpoint.processors import PHI3, VICUNA, InternVLStills, chat_template
-from efficientllava.data.embedded.digits import vocabulary
-from efficientllava.data.embedded.scenes import IMAGE_SIZE
+from efficientllava.data.collator import Collator
+from efficientllava.data.embedded.digits import Digits, vocabulary
+from efficientllava.data.embedded.scenes import COLOURS, FULL, IMAGE_SIZE, WORDS, Scene
+from efficientllava.models.anatomy import decoder_of
 
 PATCH = 8
 LAYERS, HIDDEN, HEADS, HEAD_DIM = 8, 96, 8, 16
@@ -233,3 +240,75 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "tiny_bunny": tiny_bunny,
     "tiny_internvl": tiny_internvl,
 }
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill a model with weights that keep the scale of activations: 1/sqrt(fan-in), residual outputs scaled by depth.
+
+    Args:
+        model: A freshly built tiny model; norms and the tower's class token stay as built, biases become zero.
+        seed: Seed of the weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    deep = math.sqrt(2 * len(decoder_of(model).layers))  # pyright: ignore[reportArgumentType]
+    residual = ("o_proj", "down_proj", "self_attn.dense", "fc2")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.data.normal_(0, 0.5, generator=generator)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            std = module.weight[0].numel() ** -0.5
+            std /= deep if "language_model" in name and name.endswith(residual) else 1
+            module.weight.data.normal_(0, std, generator=generator)
+            if module.bias is not None:
+                module.bias.data.zero_()
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def augmented(images: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """Digit images after small random rotations, scalings, shears and shifts.
+
+    Args:
+        images: ``(count, size, size)``, 0..``FULL``.
+        seed: Seed of this version.
+
+    Returns:
+        An int64 array of the same shape.
+    """
+    rng = np.random.default_rng(list(seed))
+    count = len(images)
+    angle, shear = rng.uniform(-0.22, 0.22, count), rng.uniform(-0.2, 0.2, count)
+    scale, shift = rng.uniform(0.9, 1.12, (2, count)), rng.uniform(-0.12, 0.12, (2, count))
+    cos, sin = np.cos(angle), np.sin(angle)
+    affine = np.stack(
+        [cos / scale[0], (shear - sin) / scale[0], shift[0], sin / scale[1], cos / scale[1], shift[1]], axis=1
+    ).reshape(count, 2, 3)
+    source = torch.from_numpy(images / FULL).float().unsqueeze(1)
+    grid = nn.functional.affine_grid(torch.from_numpy(affine).float(), list(source.shape), align_corners=False)
+    warped = nn.functional.grid_sample(source, grid, align_corners=False).squeeze(1)
+    return (warped.clamp(0, 1) * FULL).round().long().numpy()
+
+
+def scene_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """What each quadrant shows: ``digits`` (10: nothing) and ``colours`` (-100: none), ``(scenes, 4)``."""
+    digits = torch.full((len(scenes), 4), len(WORDS))
+    colours = torch.full((len(scenes), 4), -100)
+    for row, scene in enumerate(scenes):
+        for glyph in scene:
+            digits[row, glyph.place] = glyph.digit
+            colours[row, glyph.place] = list(COLOURS).index(glyph.colour)
+    return {"digits": digits, "colours": colours}
+
+
+def painted(collate: Collator, data: Digits, indices: Sequence[int]) -> dict[str, Any]:
+    """Pixels of scenes, and what they show."""
+    images: list[Any] = [data[i].image for i in indices]
+    return {**collate.prompts.pixels(images)[0], **scene_targets([data.scene(i) for i in indices])}
+
+
+def quadrants(tokens: int) -> Tensor:
+    """Index of the quadrant that each of ``tokens`` image tokens (a square grid, row by row) lies in."""
+    side = math.isqrt(tokens)
+    half = torch.arange(side) * 2 // side
+    return (half[:, None] * 2 + half[None, :]).flatten()

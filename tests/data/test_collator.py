@@ -13,8 +13,7 @@ from efficientllava.data.prompts import IGNORE
 from efficientllava.data.records import Record, Turn, image_key
 from efficientllava.models.forward import answer_loss, forward_hidden
 from efficientllava.runtime.errors import UserError
-from experiments.tiny_models.pretraining import initialise
-from experiments.tiny_models.tiny import BUILDERS, PHI3
+from experiments.tiny_models.tiny import BUILDERS, PHI3, initialise
 
 IMAGE = Image.new("RGB", (32, 32), (200, 60, 60))
 # The template of the hub's LLaVA-1.5: no end token after an answer, a blank after every text.

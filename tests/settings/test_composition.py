@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from efficientllava.settings.compose import instantiate, typed
 from efficientllava.settings.schema import RunConfig
 from efficientllava.stages.checks import check
-from experiments.tiny_models.pretraining_data import PretrainConfig
+from experiments.tiny_models.pretraining import PretrainConfig
 from experiments.tiny_models.tiny import BUILDERS
 
 from ..runs import ROOT, composed

@@ -21,19 +21,13 @@ from efficientllava.runtime.store import Entry
 from experiments.tiny_models.pretraining import (
     PROVENANCE,
     STATE,
+    PretrainConfig,
     Pretraining,
-    initialise,
+    Scenes,
+    forced_match,
     pretrain,
 )
-from experiments.tiny_models.pretraining_data import (
-    PretrainConfig,
-    Scenes,
-    augmented,
-    forced_match,
-    quadrants,
-    scene_targets,
-)
-from experiments.tiny_models.tiny import BUILDERS
+from experiments.tiny_models.tiny import BUILDERS, augmented, initialise, quadrants, scene_targets
 
 QUICK = PretrainConfig(
     "tiny_internvl",
