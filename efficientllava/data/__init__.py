@@ -1,1 +1,0 @@
-"""Records, prompts, label masks, batches."""

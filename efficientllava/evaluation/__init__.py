@@ -1,1 +1,0 @@
-"""Evaluation: tasks, scorers, measured efficiency."""
