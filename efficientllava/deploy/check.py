@@ -1,14 +1,14 @@
-"""What the installed runtime computes, against transformers: tokens, probabilities, answers; and how fast it does."""
+"""What the installed runtime computes, against transformers: tokens, probabilities, answers, image features."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,9 +19,8 @@ from ..data.records import Turn
 from ..models.anatomy import decoder_of
 from ..models.forward import going_on, stock_inputs
 from ..runtime.errors import UserError
-from .runtime import Runtime, serve
-from .vision import noise, side
-from .vocabulary import MARKER, lead
+from .inputs import MARKER, lead, side
+from .runtime import Runtime, cosines, serve
 
 TEXT = (
     "What colour is the smallest of the 12345 digits? It's they're, we'll see:\n\n  two  blanks, a\ttab.\n"
@@ -34,10 +33,8 @@ TOP = 5
 # Largest difference of the log-probabilities of the likeliest tokens that is rounding. Of types with fewer bits it is
 # told, not bounded.
 BOUNDS = {"f32": 0.02, "f16": 0.1, "bf16": 1.0}
-# Speed is measured on one thread, files in turn.
-PROMPT, DECODED = 128, 32  # tokens, as far as the context has room for them
-LOADS = 3
-WORDS = 24  # tokens that any vocabulary has, from the fourth on
+IMAGE_TOKENS = 16  # of an image that are read out of the runtime
+SAME = 0.999  # cosine of image features that counts as the same
 
 Question = tuple[str, Image.Image | None]
 
@@ -71,6 +68,11 @@ def texts(tokenizer: Any) -> list[str]:
         return [" ".join(plain), "\n".join(reversed(plain))]
     specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special][:4]
     return [TEXT, f"a{''.join(specials)}b"]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """An image of noise, always the same."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def questions(tokenizer: Any, size: int) -> list[Question]:
@@ -247,50 +249,36 @@ def agreements(
         yield kind, found
 
 
-def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Measure files side by side, on one thread.
+def is_closed(model: Any) -> bool:
+    """Whether the runtime writes a token before an image and one behind it; they are in no prompt then."""
+    return model.config.model_type == "internvl"
+
+
+def image_features(model: Any, pixels: Tensor) -> Tensor:
+    """What the language model gets of one image, ``(tokens, width)``."""
+    with torch.no_grad():
+        found = model.get_image_features(pixel_values=pixels)
+    found = getattr(found, "pooler_output", found)
+    return torch.cat([*found]) if isinstance(found, list | tuple) else found.flatten(0, -2)
+
+
+def image_agreement(model: Any, processor: Any, mmproj: Path, folder: Path) -> dict[str, Any]:
+    """Cosine of the runtime's image features with the model's, on an image that needs no resizing.
 
     Args:
-        files: By name, such as ``dense`` and ``exported``.
-        context: Tokens that all of them have room for, >= 8.
-        repeats: Rounds over all files; medians are reported.
+        model: An image-text-to-text model on the CPU.
+        processor: Its processor.
+        mmproj: The exported image side.
+        folder: For a file that is removed again.
 
     Returns:
-        By name: ``bytes`` on disk, ``load_seconds`` (file in memory already), and tokens per second of CPU of a prompt
-        (``prefill``) and of the tokens behind it (``decode``; ``decode_ms``: milliseconds of CPU for one).
+        ``cosine``, the least one and ``n``, the number of image tokens that were compared.
     """
-    prompt = min(PROMPT, context // 2)
-    answer = min(DECODED, context - prompt - 1)
-    ids = [3 + position % WORDS for position in range(prompt)]
-    loads = {name: [_load_seconds(file, context) for _ in range(LOADS)] for name, file in files.items()}
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
-    with ExitStack() as stack:
-        servers = {name: stack.enter_context(serve(file, context=context)) for name, file in files.items()}
-        for number in range(1 + repeats):
-            for name in [*servers][:: 1 if number % 2 else -1]:
-                first, whole = (_cpu_seconds(servers[name], ids, count) for count in (1, 1 + answer))
-                rounds[name].append((first, max(whole - first, 1e-6)))
-    found = {}
-    for name, file in files.items():
-        first, later = (statistics.median(times) for times in zip(*rounds[name][1:], strict=True))  # after a warm-up
-        found[name] = {
-            "bytes": file.stat().st_size,
-            "load_seconds": statistics.median(loads[name]),
-            "prefill": prompt / first,
-            "decode": answer / later,
-            "decode_ms": 1e3 / answer * later,
-        }
-    return found
-
-
-def _load_seconds(file: Path, context: int) -> float:
-    with serve(file, context=context) as runtime:
-        return runtime.seconds
-
-
-def _cpu_seconds(runtime: Runtime, ids: list[int], count: int) -> float:
-    started = runtime.cpu()
-    told: Any = runtime.complete(ids, tokens=count, ignore_eos=True)
-    if told["tokens_predicted"] != count:
-        raise RuntimeError(f"the runtime wrote {told['tokens_predicted']} tokens, asked for were {count}")
-    return runtime.cpu() - started
+    size = side(model.config.vision_config.image_size)
+    image = noise(size, size)
+    pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"].to(model.dtype)
+    features = image_features(model, pixels)
+    step = -(-len(features) // IMAGE_TOKENS)
+    sample = range(0, len(features), step)
+    found = cosines(folder, mmproj, image, features.float(), sample, is_closed(model))
+    return {"cosine": statistics.fmean(found), "cosine_min": min(found), "n": len(found)}

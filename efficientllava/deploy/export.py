@@ -17,15 +17,15 @@ from ..runtime.files import whole_file
 from ..runtime.keeping import require_space
 from ..settings.checks import require_valid
 from ..settings.schema import DeployConfig
-from . import check, decoders, vision
-from .runtime import version
-from .vocabulary import vocabulary
+from . import check, decoders
+from .inputs import ImageSide, image_side, side, vocabulary
+from .runtime import speeds, version
 
 README, MODELFILE = "README.md", "Modelfile"
 TEMPLATE = Path(__file__).with_name("README.md.jinja")
 
 
-def describe(checkpoint: Any, config: DeployConfig) -> tuple[decoders.Decoder, dict[str, Any], vision.ImageSide | None]:
+def describe(checkpoint: Any, config: DeployConfig) -> tuple[decoders.Decoder, dict[str, Any], ImageSide | None]:
     """Find out whether a checkpoint can be exported; nothing is written.
 
     Returns:
@@ -40,7 +40,7 @@ def describe(checkpoint: Any, config: DeployConfig) -> tuple[decoders.Decoder, d
     return (
         decoders.describe(model),
         vocabulary(checkpoint.processor, rows, check.end_tokens(model)),
-        vision.describe(model, checkpoint.processor) if config.mmproj else None,
+        image_side(model, checkpoint.processor) if config.mmproj else None,
     )
 
 
@@ -73,7 +73,7 @@ def write(checkpoint: Any, folder: Path, config: DeployConfig) -> dict[str, Any]
     Raises:
         UserError: It cannot be exported, or the disk is full.
     """
-    (decoder, words, image_side), name = describe(checkpoint, config), name_of(checkpoint)
+    (decoder, words, images), name = describe(checkpoint, config), name_of(checkpoint)
     general = {"general.name": name, "general.type": "model"}
     made: dict[str, Any] = {"architecture": decoder.architecture, "context": decoder.context, "files": {}}
     try:
@@ -81,9 +81,9 @@ def write(checkpoint: Any, folder: Path, config: DeployConfig) -> dict[str, Any]
             file, keys = folder / f"{name}-{kind.upper()}.gguf", general | decoder.metadata() | words
             fallback = decoders.write(file, decoder.architecture, keys, decoder.tensors(), kind)
             made["files"][kind] = {"file": file.name, "bytes": file.stat().st_size, "fallback": fallback}
-        if image_side is not None:
+        if images is not None:
             kind = "f32" if set(config.types) == {"f32"} else "f16"  # it stays in 16 or 32 bits
-            file, (keys, tensors) = folder / f"mmproj-{name}-{kind.upper()}.gguf", image_side
+            file, (keys, tensors) = folder / f"mmproj-{name}-{kind.upper()}.gguf", images
             decoders.write(file, "clip", {**general, "general.type": "mmproj", **keys}, tensors, kind)
             made["mmproj"] = {"file": file.name, "bytes": file.stat().st_size}
     except OSError as error:
@@ -136,8 +136,8 @@ def _check(checkpoint: Any, folder: Path, made: dict[str, Any], paths: dict[str,
     model, processor = checkpoint.model, checkpoint.processor
     mmproj = folder / made["mmproj"]["file"] if "mmproj" in made else None
     if mmproj is not None:
-        made["mmproj"] |= vision.image_side(model, processor, mmproj, folder)
-    size = vision.side(model.config.vision_config.image_size) if mmproj is not None else 32
+        made["mmproj"] |= check.image_agreement(model, processor, mmproj, folder)
+    size = side(model.config.vision_config.image_size) if mmproj is not None else 32
     asked = questions or check.questions(processor.tokenizer, size)
     for kind, found in check.agreements(paths, mmproj, model, processor, asked):
         made["files"][kind]["agreement"] = found
@@ -152,7 +152,7 @@ def _measure(made: dict[str, Any], paths: dict[str, Path], config: DeployConfig,
         for kind, path in paths.items():
             measured = {"dense": Path(scratch) / beside[kind]} if beside else {}
             context = min(512, made["context"])
-            made["files"][kind]["speed"] = check.speeds({**measured, "exported": path}, context, config.repeats)
+            made["files"][kind]["speed"] = speeds({**measured, "exported": path}, context, config.repeats)
 
 
 def remarks(made: dict[str, Any]) -> list[str]:
@@ -164,7 +164,7 @@ def remarks(made: dict[str, Any]) -> list[str]:
                 f"{kind}: {len(entry['fallback'])} tensors stay in {decoders.FALLBACK} and the file grows, since their "
                 f"rows are no multiple of {decoders.BLOCK}, such as {entry['fallback'][0]}; prune.round_to={kind} helps"
             )
-    if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < vision.SAME:
+    if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < check.SAME:
         equal = all(entry["agreement"]["text"]["greedy_equal"] for entry in _tight(made))
         lines.append(
             f"image side differs in the installed runtime (cosine {made['mmproj']['cosine']:.3f}), text side "

@@ -1,17 +1,25 @@
-"""The installed runtime: llama.cpp's server out of ``xllamacpp``, asked over the loopback of this machine."""
+"""The installed runtime: llama.cpp's server out of ``xllamacpp``, asked over the loopback of this machine.
+
+Its speed is measured here, and image features are read out of it. It hands image embeddings to a decoder and to nobody
+else. So a decoder is written that gives them back: one layer of attention whose scores depend on the distance alone and
+peak at one distance, with the identity as values. The final state of a text behind an image is then the direction of
+that image token which stands as far before the text's end.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+import math
+import statistics
 import subprocess
 import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,10 +29,22 @@ from PIL import Image
 from torch import Tensor
 
 from ..runtime.errors import UserError
+from . import decoders
+from .decoders import Tensors
+from .inputs import CONTROL, NORMAL, SPACE, UNKNOWN
 
 SERVER = Path(__file__).with_name("server.py")
 GREEDY = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "return_tokens": True}
 TIMEOUT = 3600.0  # seconds for one answer
+# Speed is measured on one thread, files in turn.
+PROMPT, DECODED = 128, 32  # tokens, as far as the context has room for them
+LOADS = 3
+KNOWN = 24  # tokens that any vocabulary has, from the fourth on
+# The decoder that gives image tokens back, see `probe_decoder`.
+WORDS = ("<unk>", "<img>", "</img>", SPACE + "a")
+TYPES = [UNKNOWN, CONTROL, CONTROL, NORMAL]
+MARGIN = 9  # words behind an image whose first token is asked for
+SHARPNESS = 60.0  # what a neighbour of the peak lacks, in units of the softmax
 
 
 def version() -> str:
@@ -182,3 +202,136 @@ def serve(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Measure files side by side, on one thread.
+
+    Args:
+        files: By name, such as ``dense`` and ``exported``.
+        context: Tokens that all of them have room for, >= 8.
+        repeats: Rounds over all files; medians are reported.
+
+    Returns:
+        By name: ``bytes`` on disk, ``load_seconds`` (file in memory already), and tokens per second of CPU of a prompt
+        (``prefill``) and of the tokens behind it (``decode``; ``decode_ms``: milliseconds of CPU for one).
+    """
+    prompt = min(PROMPT, context // 2)
+    answer = min(DECODED, context - prompt - 1)
+    ids = [3 + position % KNOWN for position in range(prompt)]
+    loads = {name: [_load_seconds(file, context) for _ in range(LOADS)] for name, file in files.items()}
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(serve(file, context=context)) for name, file in files.items()}
+        for number in range(1 + repeats):
+            for name in [*servers][:: 1 if number % 2 else -1]:
+                first, whole = (_cpu_seconds(servers[name], ids, count) for count in (1, 1 + answer))
+                rounds[name].append((first, max(whole - first, 1e-6)))
+    found = {}
+    for name, file in files.items():
+        first, later = (statistics.median(times) for times in zip(*rounds[name][1:], strict=True))  # after a warm-up
+        found[name] = {
+            "bytes": file.stat().st_size,
+            "load_seconds": statistics.median(loads[name]),
+            "prefill": prompt / first,
+            "decode": answer / later,
+            "decode_ms": 1e3 / answer * later,
+        }
+    return found
+
+
+def _load_seconds(file: Path, context: int) -> float:
+    with serve(file, context=context) as runtime:
+        return runtime.seconds
+
+
+def _cpu_seconds(runtime: Runtime, ids: list[int], count: int) -> float:
+    started = runtime.cpu()
+    told: Any = runtime.complete(ids, tokens=count, ignore_eos=True)
+    if told["tokens_predicted"] != count:
+        raise RuntimeError(f"the runtime wrote {told['tokens_predicted']} tokens, asked for were {count}")
+    return runtime.cpu() - started
+
+
+def probe_decoder(width: int, distance: int) -> tuple[dict[str, Any], Tensors]:
+    """Keys and tensors of a decoder that gives back what stands so many tokens before."""
+    head = math.gcd(width, 128)
+    # One turn of the slowest use of the first pair of channels is longer than twice the distance.
+    score = 2 * SHARPNESS * distance**2 * math.sqrt(head)
+    query, key = torch.zeros(width // head, head), torch.zeros(width // head, head)
+    query[:, 0], query[:, 1] = math.sqrt(score) * math.cos(1.0), math.sqrt(score) * -math.sin(1.0)
+    key[:, 0] = math.sqrt(score)
+    none, same, ones = torch.zeros(width, width), torch.eye(width), torch.ones(width)
+    made = {
+        "token_embd.weight": torch.zeros(len(WORDS), width),
+        "output_norm.weight": ones,
+        "rope_freqs.weight": torch.full((head // 2,), float(distance)),
+        "blk.0.attn_norm.weight": ones,
+        "blk.0.attn_q.weight": none,
+        "blk.0.attn_q.bias": query.flatten(),
+        "blk.0.attn_k.weight": none,
+        "blk.0.attn_k.bias": key.flatten(),
+        "blk.0.attn_v.weight": same,
+        "blk.0.attn_output.weight": same,
+        "blk.0.ffn_norm.weight": ones,
+        **{f"blk.0.{name}.weight": torch.zeros(decoders.BLOCK, width) for name in ("ffn_gate", "ffn_up")},
+        "blk.0.ffn_down.weight": torch.zeros(width, decoders.BLOCK),
+    }
+    keys = {
+        "context_length": 4 * distance,
+        "embedding_length": width,
+        "block_count": 1,
+        "attention.head_count": width // head,
+        "attention.head_count_kv": width // head,
+        "feed_forward_length": decoders.BLOCK,
+        "attention.layer_norm_rms_epsilon": 1e-12,
+        "rope.dimension_count": head,
+    }
+    words = {
+        "model": "t5",
+        "tokens": [*WORDS],
+        "token_type": TYPES,
+        "scores": [0.0] * len(WORDS),
+        "unknown_token_id": 0,
+        "eos_token_id": 0,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "add_space_prefix": True,
+        "remove_extra_whitespaces": True,
+    }
+    metadata = {f"llama.{key}": value for key, value in keys.items()}
+    metadata |= {f"tokenizer.ggml.{key}": value for key, value in words.items()}
+    return metadata, iter([(name, lambda tensor=tensor: tensor) for name, tensor in made.items()])
+
+
+def cosines(
+    folder: Path, mmproj: Path, image: Image.Image, features: Tensor, sample: Sequence[int], closed: bool
+) -> list[float]:
+    """Cosine between what the runtime makes of an image and what the model makes of it.
+
+    Args:
+        folder: Where the decoder is written; it is removed again.
+        mmproj: The image side.
+        image: An image.
+        features: The model's, ``(tokens, width)``.
+        sample: Image tokens to compare, each in ``range(tokens)``.
+        closed: Whether the runtime writes a token behind an image, see `efficientllava.deploy.check.is_closed`.
+    """
+    tokens, width = features.shape
+    file = folder / ".probe.gguf"
+    try:
+        metadata, tensors = probe_decoder(width, tokens + MARGIN - 1)
+        decoders.write(file, "llama", metadata, tensors, "f32")
+        with serve(file, mmproj, context=4 * tokens + 64, embeddings=True, exact=True) as runtime:
+            found = [_last_state(runtime, image, index + MARGIN - closed) for index in sample]
+    finally:
+        file.unlink(missing_ok=True)
+    return [
+        float(torch.cosine_similarity(vector, features[index], 0)) for index, vector in zip(sample, found, strict=True)
+    ]
+
+
+def _last_state(runtime: Runtime, image: Image.Image, words: int) -> Tensor:
+    """The final state of a text of some words behind an image."""
+    answer = runtime.ask("embedding", content=runtime.prompt(runtime.marker + " a" * words, [image]))
+    return torch.tensor(answer[0]["embedding"][-1])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from efficientllava.checkpoint.folder import load
-from efficientllava.deploy import check, decoders, export, vision
+from efficientllava.deploy import check, decoders, export, inputs, runtime
 from efficientllava.runtime.errors import ConfigError, UserError
 from efficientllava.settings.schema import DeployConfig
 
@@ -23,9 +23,9 @@ F32 = DeployConfig(name="gguf", types=["f32"], measure=False)
 
 def cosine(name: str, folder: Path) -> float:
     checkpoint = load(f"builtin:{name}")
-    keys, tensors = vision.describe(checkpoint.model, checkpoint.processor)
+    keys, tensors = inputs.image_side(checkpoint.model, checkpoint.processor)
     decoders.write(folder / "mmproj.gguf", "clip", keys, tensors, "f32")
-    found = vision.image_side(checkpoint.model, checkpoint.processor, folder / "mmproj.gguf", folder)
+    found = check.image_agreement(checkpoint.model, checkpoint.processor, folder / "mmproj.gguf", folder)
     return found["cosine_min"]
 
 
@@ -45,15 +45,15 @@ def test_image_features_of_clip(tmp_path: Path) -> None:
 
 @needs_runtime
 def test_other_positions_are_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    described = vision.describe
+    described = inputs.image_side
 
     def in_order(model: Any, processor: Any) -> Any:
         keys, tensors = described(model, processor)
         rows = model.model.vision_tower.embeddings.position_embeddings[0]
         return keys, ((name, (lambda: rows) if "position" in name else made) for name, made in tensors)
 
-    monkeypatch.setattr(vision, "describe", in_order)
-    assert cosine("tiny_internvl", tmp_path) < vision.SAME
+    monkeypatch.setattr(inputs, "image_side", in_order)
+    assert cosine("tiny_internvl", tmp_path) < check.SAME
 
 
 @needs_runtime
@@ -109,7 +109,7 @@ def test_a_wrong_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_the_runtime_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(UserError, match=r"bad\.gguf: xllamacpp .* does not take it: ") as raised:
-        check.speeds({"exported": tmp_path / "bad.gguf"}, 64, 1)
+        runtime.speeds({"exported": tmp_path / "bad.gguf"}, 64, 1)
     assert "\n" not in str(raised.value)
 
 
@@ -144,20 +144,18 @@ def test_towers_that_are_not_exported() -> None:
     processor = SimpleNamespace(image_processor=checkpoint.processor.image_processor)
     config.vision_config.hidden_act = "relu"
     with pytest.raises(UserError, match="activations 'relu'"):
-        vision.describe(checkpoint.model, processor)
+        inputs.image_side(checkpoint.model, processor)
     config.vision_config.hidden_act, config.vision_feature_layer = "quick_gelu", [-2, -1]
     with pytest.raises(UserError, match=r"vision_feature_layer=\[-2, -1\]"):
-        vision.describe(checkpoint.model, processor)
+        inputs.image_side(checkpoint.model, processor)
 
 
 def test_the_last_but_one_block_of_a_tower() -> None:
     checkpoint = load("builtin:tiny_llava")
     checkpoint.model.config.vision_feature_layer = -2
-    keys, _ = vision.describe(checkpoint.model, checkpoint.processor)
+    keys, _ = inputs.image_side(checkpoint.model, checkpoint.processor)
     assert keys["clip.vision.feature_layer"] == [2]  # of three
 
 
 def test_probe_image_is_always_the_same() -> None:
-    assert torch.equal(
-        *(torch.frombuffer(bytearray(vision.noise(4, 4).tobytes()), dtype=torch.uint8) for _ in range(2))
-    )
+    assert torch.equal(*(torch.frombuffer(bytearray(check.noise(4, 4).tobytes()), dtype=torch.uint8) for _ in range(2)))

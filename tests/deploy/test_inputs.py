@@ -13,9 +13,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from efficientllava.checkpoint.folder import load
-from efficientllava.deploy import check, vision, vocabulary
+from efficientllava.deploy import check, inputs
 from efficientllava.deploy.decoders import write
-from efficientllava.deploy.runtime import serve
+from efficientllava.deploy.runtime import probe_decoder, serve
 from efficientllava.runtime.errors import UserError
 
 from .conftest import needs_runtime
@@ -69,12 +69,12 @@ def sentence_pieces(folder: Path, legacy: bool) -> Any:
 def keys_of(tokenizer: Any, template: str = "") -> dict[str, Any]:
     size = max(tokenizer.get_vocab().values()) + 3  # rows without a token
     processor = SimpleNamespace(tokenizer=tokenizer, chat_template=template)
-    return vocabulary.vocabulary(processor, size, [tokenizer.eos_token_id])
+    return inputs.vocabulary(processor, size, [tokenizer.eos_token_id])
 
 
 def require_same(tokenizer: Any, folder: Path) -> None:
     """Compare in the runtime, with a decoder that is of no further interest."""
-    metadata, tensors = vision.probe_decoder(64, 64)
+    metadata, tensors = probe_decoder(64, 64)
     keys = {key: value for key, value in metadata.items() if key.startswith("llama.")} | keys_of(tokenizer)
     made = dict(tensors)
     rows = len(keys["tokenizer.ggml.tokens"])
@@ -110,7 +110,7 @@ def test_whole_words(tmp_path: Path, name: str) -> None:
 
 @needs_runtime
 def test_another_rule_of_splitting_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vocabulary.SPLITS, ("bytes",), "llama-bpe")
+    monkeypatch.setitem(inputs.SPLITS, ("bytes",), "llama-bpe")
     with pytest.raises(UserError, match="the runtime splits text into other tokens"):
         require_same(bytes_bpe(BYTES), tmp_path)
 
@@ -120,14 +120,14 @@ def test_what_the_runtime_has_no_tokenizer_for() -> None:
         keys_of(bytes_bpe(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), PLAIN])))
     tokenizer = load("builtin:tiny_llava").processor.tokenizer
     with pytest.raises(UserError, match="has token 63, the embedding has 60 rows"):
-        vocabulary.vocabulary(SimpleNamespace(tokenizer=tokenizer, chat_template=""), 60, [3])
+        inputs.vocabulary(SimpleNamespace(tokenizer=tokenizer, chat_template=""), 60, [3])
 
 
 def test_a_line_break_behind_an_image_stays() -> None:
     from jinja2 import Environment
 
     processor = load("builtin:tiny_llava").processor
-    show = Environment().from_string(vocabulary.chat_template(processor))
+    show = Environment().from_string(inputs.chat_template(processor))
     marker = "<__media_x__>"
     for content in (f"{marker}what", [{"type": "text", "text": marker}, {"type": "text", "text": "what"}]):
         said = show.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True)
