@@ -56,17 +56,8 @@ class Turn:
     images_at: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class StoredImage:
-    """An encoded image inside a larger file, fetched when needed.
-
-    Attributes:
-        read: Returns the content of its file, such as PNG or JPEG.
-    """
-
-    read: Callable[[], bytes]
-
-
+# Fetches an encoded image that lies inside a larger file: the content of its own file, such as PNG or JPEG.
+StoredImage = Callable[[], bytes]
 AnyImage = Path | StoredImage | Image.Image
 
 
@@ -170,10 +161,10 @@ def image_key(image: AnyImage) -> str:
     """Name of an image, the same wherever it is shown: its path, else a digest of its content."""
     if isinstance(image, Path):
         return str(image)
-    if isinstance(image, StoredImage):
-        content = image.read()
-    else:
+    if isinstance(image, Image.Image):
         content = repr((image.size, image.mode)).encode() + image.tobytes()
+    else:
+        content = image()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -182,7 +173,7 @@ def _opened(image: AnyImage, name: str) -> Image.Image:
     try:
         if isinstance(image, Image.Image):
             return image if image.mode == "RGB" else rgb(image)
-        with Image.open(BytesIO(image.read()) if isinstance(image, StoredImage) else image) as file:
+        with Image.open(image if isinstance(image, Path) else BytesIO(image())) as file:
             return rgb(file)
     except FileNotFoundError as error:
         raise UserError(f"record {name!r}: {shown} does not exist; restore it or drop the record") from error

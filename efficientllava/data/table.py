@@ -25,7 +25,7 @@ from ..runtime.content import digest
 from ..runtime.errors import UserError
 from ..runtime.source import source_digest
 from ..runtime.store import Store, library_versions
-from .records import AnyImage, Record, StoredImage, Turn
+from .records import AnyImage, Record, Turn
 from .sources import BadRecordError, Part, locate, parts_of, raw_records, report_bad
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Conversations(Sequence[Record]):
         place = int(self._usable[index])
         row = self._shown[place]
         images: list[AnyImage] = [
-            StoredImage(partial(self._content, place, number)) if path is None else self.image_root / path
+            partial(self._content, place, number) if path is None else self.image_root / path
             for number, path in enumerate(row["images"])
         ]
         turns = tuple(Turn(t["question"], t["answer"], images_at=tuple(t["images_at"])) for t in row["turns"])

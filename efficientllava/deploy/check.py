@@ -249,19 +249,7 @@ def agreements(
         yield kind, found
 
 
-def is_closed(model: Any) -> bool:
-    """Whether the runtime writes a token before an image and one behind it; they are in no prompt then."""
-    return model.config.model_type == "internvl"
-
-
-def image_features(model: Any, pixels: Tensor) -> Tensor:
-    """What the language model gets of one image, ``(tokens, width)``."""
-    with torch.no_grad():
-        found = model.get_image_features(pixel_values=pixels)
-    found = getattr(found, "pooler_output", found)
-    return torch.cat([*found]) if isinstance(found, list | tuple) else found.flatten(0, -2)
-
-
+@torch.no_grad()
 def image_agreement(model: Any, processor: Any, mmproj: Path, folder: Path) -> dict[str, Any]:
     """Cosine of the runtime's image features with the model's, on an image that needs no resizing.
 
@@ -277,8 +265,12 @@ def image_agreement(model: Any, processor: Any, mmproj: Path, folder: Path) -> d
     size = side(model.config.vision_config.image_size)
     image = noise(size, size)
     pixels = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"].to(model.dtype)
-    features = image_features(model, pixels)
+    made = model.get_image_features(pixel_values=pixels)
+    made = getattr(made, "pooler_output", made)
+    features = torch.cat([*made]) if isinstance(made, list | tuple) else made.flatten(0, -2)
+    # The runtime writes a token before an image and one behind it; they are in no prompt then.
+    closed = model.config.model_type == "internvl"
     step = -(-len(features) // IMAGE_TOKENS)
     sample = range(0, len(features), step)
-    found = cosines(folder, mmproj, image, features.float(), sample, is_closed(model))
+    found = cosines(folder, mmproj, image, features.float(), sample, closed)
     return {"cosine": statistics.fmean(found), "cosine_min": min(found), "n": len(found)}

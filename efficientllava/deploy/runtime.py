@@ -315,7 +315,7 @@ def cosines(
         image: An image.
         features: The model's, ``(tokens, width)``.
         sample: Image tokens to compare, each in ``range(tokens)``.
-        closed: Whether the runtime writes a token behind an image, see `efficientllava.deploy.check.is_closed`.
+        closed: Whether the runtime writes a token behind an image.
     """
     tokens, width = features.shape
     file = folder / ".probe.gguf"

@@ -96,12 +96,12 @@ def _torchao() -> Any:
 WARM_UP = 2  # rounds that are run and not counted
 
 
-def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_args: Any, **_kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
 # torch's counter has no formula for the attention kernel of the CPU.
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_args, **_kwargs: (
+        sdpa_flop_count(query, key, value)
+    )
+}
 
 
 def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:

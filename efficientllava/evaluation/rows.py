@@ -210,7 +210,7 @@ def images_of(rows: datasets.Dataset, column: str, folder: Path) -> list[Image]:
 
     def image(index: int) -> Path | StoredImage:
         path = elsewhere[index]
-        return StoredImage(partial(_content, cells, column, index)) if path is None else folder / path
+        return partial(_content, cells, column, index) if path is None else folder / path
 
     return [image(index) if there else None for index, there in enumerate(present)]
 

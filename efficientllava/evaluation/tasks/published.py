@@ -41,10 +41,6 @@ def _photograph(row: Row, protocol: str) -> str:
     return question + UNANSWERABLE + SHORT
 
 
-def _reasoning(row: Row, protocol: str) -> str:
-    return row["question"] if protocol == "llava" else REASONING + row["question"]
-
-
 def _mathvista(row: Row, protocol: str) -> str:
     """The data set's ``query``, whose hint wants the answer at the end; or lmms-eval's, which wants nothing else."""
     if protocol == "llava":
@@ -185,7 +181,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         split="test",
         questions=218,
         columns=("question", "answer", "capability"),
-        prompt=_reasoning,
+        prompt=lambda row, protocol: ("" if protocol == "llava" else REASONING) + row["question"],
         scorer=mmvet,
         headline=("score",),
         tokens=1024,
@@ -246,25 +242,17 @@ def average(metrics: Metrics) -> float:
     return mean(factor * metrics[task][metric] for task, metric, factor in COLUMNS.values())
 
 
-def average_percent(metrics: Metrics, base: Metrics) -> float:
-    """The study's AVG-%: AVG as a percentage of the unpruned model's (a ratio of means, no mean of ratios).
+def study(metrics: Metrics, base: Metrics) -> dict[str, dict[str, float]]:
+    """AVG and AVG-% as ``{"vlmcompression": {"avg", "avg_percent", "n"}}``; nothing unless all its tasks were run.
+
+    AVG-% is AVG as a percentage of the unpruned model's (a ratio of means, no mean of ratios).
 
     Raises:
         UserError: If a column is missing, or the unpruned model's AVG is 0.
     """
-    whole = average(base)
-    if whole == 0:
-        raise UserError("AVG-%: the unpruned model has an AVG of 0, of which nothing is a percentage")
-    return 100 * average(metrics) / whole
-
-
-def study(metrics: Metrics, base: Metrics) -> dict[str, dict[str, float]]:
-    """AVG and AVG-% as ``{"vlmcompression": {"avg", "avg_percent", "n"}}``; nothing unless all its tasks were run.
-
-    Raises:
-        UserError: As for `average_percent`.
-    """
     if not {task for task, _, _ in COLUMNS.values()} <= metrics.keys():
         return {}
-    percent = average_percent(metrics, base)
-    return {"vlmcompression": {"avg": average(metrics), "avg_percent": percent, "n": len(COLUMNS)}}
+    found, whole = average(metrics), average(base)
+    if whole == 0:
+        raise UserError("AVG-%: the unpruned model has an AVG of 0, of which nothing is a percentage")
+    return {"vlmcompression": {"avg": found, "avg_percent": 100 * found / whole, "n": len(COLUMNS)}}
