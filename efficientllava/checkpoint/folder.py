@@ -30,7 +30,7 @@ from ..settings.schema import ModelConfig
 from .convert import layout_config, layout_of, stock_folder
 from .convert.layouts import stored_tensors
 from .hub import about, described, download, folder_digest
-from .processors import load_processor, with_protocol, with_system
+from .processors import processor_of, with_system
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def load(
     path = str(path)
     folder = resolve(path, revision)
     config, storage = read_config(folder, path)
-    processor, tokens = _processor(folder, path, protocol), _tokens_alone(folder, path)
+    processor, tokens = processor_of(folder, path, protocol), _tokens_alone(folder, path)
     # Many a tokenizer knows no limit; the decoder's positions are one.
     said = processor.tokenizer.model_max_length
     limit = getattr(config.get_text_config(), "max_position_embeddings", said)
@@ -289,19 +289,6 @@ def load(
 
     told = about(local_folder(path) or folder, path)
     return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision, told)
-
-
-def _processor(folder: Path, path: str, protocol: str | None) -> Any:
-    try:
-        processor = load_processor(folder)
-    except ImportError as error:
-        raise UserError(f"model.path={path}: {first_line(error)}") from error
-    except Exception as error:  # as many kinds as there are tokenizers
-        raise UserError(
-            f"model.path={path}: the processor cannot be loaded: {first_line(error)}; the folder needs the "
-            "tokenizer and processor files beside the weights"
-        ) from error
-    return processor if protocol is None else with_protocol(processor, protocol)
 
 
 def _tokens_alone(folder: Path, path: str) -> Any:

@@ -22,7 +22,7 @@ from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PROTOCOLS = ("vicuna_v1",)
@@ -244,6 +244,24 @@ def with_system(processor: Any, sentence: str) -> str:
     if sentence.strip() not in shown:
         raise UserError("model.system: the chat template writes no system message; leave it out")
     return first + template
+
+
+def processor_of(folder: Path, path: str, protocol: str | None) -> Any:
+    """The processor of a checkpoint that is called ``path``, of another protocol where one is asked for.
+
+    Raises:
+        UserError: It cannot be loaded, or knows no such protocol.
+    """
+    try:
+        processor = load_processor(folder)
+    except ImportError as error:
+        raise UserError(f"model.path={path}: {first_line(error)}") from error
+    except Exception as error:  # as many kinds as there are tokenizers
+        raise UserError(
+            f"model.path={path}: the processor cannot be loaded: {first_line(error)}; the folder needs the "
+            "tokenizer and processor files beside the weights"
+        ) from error
+    return processor if protocol is None else with_protocol(processor, protocol)
 
 
 def published_system(folder: Path, template: str) -> str | None:

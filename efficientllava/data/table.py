@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -24,7 +23,7 @@ from pyarrow.parquet import ParquetFile
 from ..runtime.content import digest
 from ..runtime.errors import UserError
 from ..runtime.source import source_digest
-from ..runtime.store import Store, library_versions
+from ..runtime.store import Store
 from .records import AnyImage, Record, Turn
 from .sources import BadRecordError, Part, locate, parts_of, raw_records, report_bad
 
@@ -123,7 +122,7 @@ def read_conversations(
         raise UserError(
             f"{key.replace('path', 'image_root')}: {str(root)!r} is not a folder; give the folder that holds the images"
         )
-    store, files = _store(), [part.file for part in parts]
+    store, files = table_store(), [part.file for part in parts]
     try:
         contents = store.memo.digests(files)
         small = sum(file.stat().st_size for file in files) < SMALL
@@ -141,7 +140,8 @@ def read_conversations(
     return records
 
 
-def _store() -> Store:
+def table_store() -> Store:
+    """Where tables are kept: beside the caches of the `datasets` library."""
     root = Path(datasets.config.HF_DATASETS_CACHE) / "efficientllava"
     return Store(root, together=False, fix="set HF_HOME to a folder of yours")
 
@@ -158,46 +158,6 @@ def _arrow(store: Store, parts: Sequence[Part], key: str, inputs: Any) -> Path:
         return {"of": files}
 
     return store.entry("tables", inputs, compute).folder / ARROW
-
-
-def mapped(form: str, files: Sequence[Path]) -> datasets.Dataset:
-    """Rows of files as `datasets` reads them, mapped from an entry of our own: its cache trusts paths and times.
-
-    Args:
-        form: ``parquet`` or ``json``.
-        files: Files with the same columns.
-
-    Raises:
-        Exception: Whatever `datasets` raises for files that it cannot read.
-    """
-    store = _store()
-    inputs = [form, store.memo.digests(files), library_versions(), datasets.__version__]
-
-    def compute(folder: Path, _work: Path) -> dict[str, Any]:
-        names = [str(file) for file in files]
-        with TemporaryDirectory(dir=folder) as scratch:
-            rows: Any = datasets.load_dataset(form, data_files=names, split="train", cache_dir=scratch)
-            for column in rows.data.columns:
-                if "binary" not in str(column.type):  # encoded images, which may be many GB
-                    column.validate(full=True)  # such as texts that are no UTF-8
-            for made in Path(scratch).rglob("*.arrow"):
-                made.rename(folder / made.name)
-        return {"of": names}
-
-    entry = store.entry("tables", inputs, compute)
-    parts = [datasets.Dataset.from_file(str(file)) for file in sorted(entry.folder.glob("*.arrow"))]
-    rows = datasets.concatenate_datasets(parts)
-    rows._fingerprint = entry.folder.name  # `datasets` makes it of times
-    return rows
-
-
-def image_paths(images: pa.ChunkedArray) -> list[str | None]:
-    """Of encoded images the files of which nothing but the path is there, None for all others."""
-    return [
-        path if bare else None
-        for chunk in images.chunks
-        for path, bare in zip(chunk.field("path").to_pylist(), chunk.field("bytes").is_null().to_pylist(), strict=True)
-    ]
 
 
 def _batches(parts: Sequence[Part], key: str) -> Iterator[pa.RecordBatch]:

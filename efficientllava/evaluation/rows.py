@@ -17,13 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
 
 from ..data.records import Record, StoredImage, Turn
-from ..data.table import image_paths, mapped
+from ..data.table import table_store
 from ..runtime.errors import UserError
+from ..runtime.store import library_versions
 from ..settings.schema import EvaluateConfig
 from .tasks import Benchmark, Join, Row, Scores, Task, lettered
 from .tasks import Record as Answered
@@ -178,7 +180,7 @@ class Source:
             raise UserError(f"{self.where}: is no {', '.join(FORMATS)} file")
         try:
             with _quiet():
-                return mapped(form, files)
+                return _mapped(form, files)
         except UserError:
             raise
         except Exception as error:  # pyarrow and datasets raise different kinds, for an empty file StopIteration
@@ -206,7 +208,12 @@ def images_of(rows: datasets.Dataset, column: str, folder: Path) -> list[Image]:
         return [folder / path if path else None for path in cells[column]]
     cells = cells.cast_column(column, datasets.Image(decode=False))
     present = cells.with_format("arrow")[:][column].is_valid().to_pylist()
-    elsewhere = image_paths(cells.data.column(0))
+    # Of images of which nothing but the path is there, that path.
+    elsewhere = [
+        path if bare else None
+        for chunk in cells.data.column(0).chunks
+        for path, bare in zip(chunk.field("path").to_pylist(), chunk.field("bytes").is_null().to_pylist(), strict=True)
+    ]
 
     def image(index: int) -> Path | StoredImage:
         path = elsewhere[index]
@@ -217,6 +224,37 @@ def images_of(rows: datasets.Dataset, column: str, folder: Path) -> list[Image]:
 
 def _content(cells: Any, column: str, index: int) -> bytes:
     return cells[index][column]["bytes"]
+
+
+def _mapped(form: str, files: Sequence[Path]) -> datasets.Dataset:
+    """Rows of files as `datasets` reads them, mapped from an entry of our own: its cache trusts paths and times.
+
+    Args:
+        form: ``parquet`` or ``json``.
+        files: Files with the same columns.
+
+    Raises:
+        Exception: Whatever `datasets` raises for files that it cannot read.
+    """
+    store = table_store()
+    inputs = [form, store.memo.digests(files), library_versions(), datasets.__version__]
+
+    def compute(folder: Path, _work: Path) -> dict[str, Any]:
+        names = [str(file) for file in files]
+        with TemporaryDirectory(dir=folder) as scratch:
+            rows: Any = datasets.load_dataset(form, data_files=names, split="train", cache_dir=scratch)
+            for column in rows.data.columns:
+                if "binary" not in str(column.type):  # encoded images, which may be many GB
+                    column.validate(full=True)  # such as texts that are no UTF-8
+            for made in Path(scratch).rglob("*.arrow"):
+                made.rename(folder / made.name)
+        return {"of": names}
+
+    entry = store.entry("tables", inputs, compute)
+    parts = [datasets.Dataset.from_file(str(file)) for file in sorted(entry.folder.glob("*.arrow"))]
+    rows = datasets.concatenate_datasets(parts)
+    rows._fingerprint = entry.folder.name  # `datasets` makes it of times
+    return rows
 
 
 @contextmanager
