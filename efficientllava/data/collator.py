@@ -151,10 +151,9 @@ class Collator:
         self, record: Record, turns: Sequence[Turn], images: list[Image.Image]
     ) -> tuple[list[int], list[int], int, int]:
         """Ids and labels of the turns that fit, the position after the last image, and the number of images shown."""
-        encoded = self.prompts.encode(turns, len(images))
-        ids, labels, ends, after = list(encoded.ids), list(encoded.labels), list(encoded.ends), 0
+        (ids, labels, ends, images_at), after = map(list, self.prompts.encode(turns, len(images))), 0
         # From the last to the first, so that the earlier positions stay true.
-        for at, image in zip(reversed(encoded.images_at), reversed(images), strict=True):
+        for at, image in zip(reversed(images_at), reversed(images), strict=True):
             tokens = self.prompts.expansion(image, len(images), record.id)
             ids[at : at + 1] = tokens
             labels[at : at + 1] = [IGNORE] * len(tokens)

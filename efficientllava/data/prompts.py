@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -20,21 +20,7 @@ IGNORE = -100
 CACHE_LIMIT, CACHE_TOKENS = 20_000, 64
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A conversation as tokens, with one placeholder where each image goes.
-
-    Attributes:
-        ids: Token ids.
-        labels: The ids of answers and of the token that closes them, ``IGNORE`` elsewhere.
-        ends: Position after each answer's closing token.
-        images_at: Positions of the image placeholders.
-    """
-
-    ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    ends: tuple[int, ...]
-    images_at: tuple[int, ...]
+Encoded = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # see `Prompts.encode`
 
 
 class Prompts:
@@ -164,7 +150,9 @@ class Prompts:
             images: Number of images.
 
         Returns:
-            The tokens; an image is still a single placeholder.
+            Token ids, with one placeholder where each image goes; labels: the ids of answers and of the token that
+            closes them, ``IGNORE`` elsewhere; the position after each answer's closing token; the positions of the
+            image placeholders.
         """
         key = (images, *((turn.question, turn.answer, turn.images_at) for turn in turns))
         if (known := self._encoded.get(key)) is not None:
@@ -177,7 +165,7 @@ class Prompts:
             for i in inside:
                 labels[i] = ids[i]
             ends.append(inside[-1] + 1)
-        result = Encoded(tuple(ids), tuple(labels), tuple(ends), self.placeholders(ids, images))
+        result = (tuple(ids), tuple(labels), tuple(ends), self.placeholders(ids, images))
         if len(ids) <= CACHE_TOKENS and len(self._encoded) < CACHE_LIMIT:
             self._encoded[key] = result
         return result

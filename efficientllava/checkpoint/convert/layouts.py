@@ -187,11 +187,6 @@ def _bunny_config(raw: Raw, text: Any, names: Collection[str]) -> Any:
     )
 
 
-def _bunny_processor(tokenizer: Any, config: Any, _raw: Raw) -> Any:
-    vision = config.vision_config
-    return square_processor(tokenizer, vision.image_size, (0.5,) * 3, (0.5,) * 3, vision.patch_size, False)
-
-
 def _internvl_config(raw: Raw, text: Any, _names: Collection[str]) -> Any:
     from transformers import InternVLConfig, InternVLVisionConfig
 
@@ -251,7 +246,9 @@ LAYOUTS: dict[str, Layout] = {
             "tie_word_embeddings": False,
         },
         build=_bunny_config,
-        processor=_bunny_processor,
+        processor=lambda tokenizer, config, raw: square_processor(
+            tokenizer, config.vision_config.image_size, (0.5,) * 3, (0.5,) * 3, config.vision_config.patch_size, False
+        ),
     ),
     "internvl_chat": Layout(
         host="phi3",
