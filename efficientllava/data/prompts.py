@@ -19,7 +19,6 @@ IGNORE = -100
 # Short prompts come again and again in the embedded data; long conversations do not, and would fill the memory.
 CACHE_LIMIT, CACHE_TOKENS = 20_000, 64
 
-
 Encoded = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # see `Prompts.encode`
 
 
