@@ -213,26 +213,23 @@ def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return min(ANSWERS, 3 * list(answers).count(prediction)) / ANSWERS
 
 
-def _evalai(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
-    return normalise_evalai(prediction), [normalise_evalai(answer) for answer in answers]
-
-
-def _vqa_v2(prediction: str, answers: list[str]) -> tuple[str, list[str]]:
+def _vqa_v2(answers: Sequence[str]) -> Callable[[str], str]:
     """Human answers that all agree stay as they are, upper case included, and so does the prediction."""
-    normalise = normalise_vqa_v2 if len({_blanks(answer) for answer in answers}) > 1 else _blanks
-    return normalise(prediction), [normalise(answer) for answer in answers]
+    return normalise_vqa_v2 if len({_blanks(answer) for answer in answers}) > 1 else _blanks
 
 
 def _kinds(record: Record) -> list[str]:
     return [str(record[kind]) for kind in ("answer_type", "question_type", "category") if record.get(kind)]
 
 
-def _soft(record: Record, prepare: Callable[[str, list[str]], tuple[str, list[str]]]) -> tuple[str, float]:
+def _soft(record: Record, official: bool = False) -> tuple[str, float]:
+    """What was said and its soft accuracy, normalised as by EvalAI or, ``official``, as by the script of VQA v2."""
     answers = [str(item["answer"] if isinstance(item, dict) else item) for item in sequence(record, "answer")]
     if len(answers) != ANSWERS:
         raise UserError(f"record {record['id']!r}: has {len(answers)} human answers; the metric needs {ANSWERS}")
-    prediction, answers = prepare(predicted(record), answers)
-    return prediction, soft_accuracy(prediction, answers)
+    normalise = _vqa_v2(answers) if official else normalise_evalai
+    prediction = normalise(predicted(record))
+    return prediction, soft_accuracy(prediction, [normalise(answer) for answer in answers])
 
 
 @per_record("accuracy", _kinds)
@@ -241,7 +238,7 @@ def vizwiz(record: Record, protocol: str) -> tuple[str, float]:
 
     Keys: ``answer`` (ten texts, or mappings with ``answer``); ``category``, ``answer_type``, ``question_type`` group.
     """
-    return _soft(record, _evalai)
+    return _soft(record)
 
 
 @per_record("accuracy", _kinds)
@@ -250,7 +247,7 @@ def vqav2(record: Record, protocol: str) -> tuple[str, float]:
 
     Keys: as for `vizwiz`.
     """
-    return _soft(record, _vqa_v2 if protocol == "llava" else _evalai)
+    return _soft(record, official=protocol == "llava")
 
 
 # ---- what judges say ------------------------------------------------------------------------------------------------
