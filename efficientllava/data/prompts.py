@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, one_line
 from .records import Turn
 
 IGNORE = -100
@@ -78,8 +78,9 @@ class Prompts:
                 add_generation_prompt=open_question,
             )
         except Exception as error:  # those of Jinja, and whatever its expressions raise
-            reason = " ".join(str(error).split())
-            raise UserError(f"chat template: cannot be rendered ({reason}); mend chat_template.jinja") from error
+            raise UserError(
+                f"chat template: cannot be rendered ({one_line(error)}); mend chat_template.jinja"
+            ) from error
         return text.replace(self.image_token, self.image_token.join(self._gaps))
 
     def arranged(self, turns: Sequence[Turn], images: int) -> Sequence[Turn]:

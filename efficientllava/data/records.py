@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from ..runtime.content import Memo, digest, stamp
-from ..runtime.errors import UserError, memory_full
+from ..runtime.errors import UserError, memory_full, one_line
 from ..settings.schema import DataConfig
 from .sources import report_bad
 
@@ -178,8 +178,9 @@ def _opened(image: AnyImage, name: str) -> Image.Image:
     except Exception as error:  # a decoder may raise anything, Pillow's own SyntaxError and those of plugins others
         if memory_full(error):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"record {name!r}: {shown} cannot be read ({reason}); repair it or drop the record") from error
+        raise UserError(
+            f"record {name!r}: {shown} cannot be read ({one_line(error)}); repair it or drop the record"
+        ) from error
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from ..runtime.content import digest
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, one_line
 from ..runtime.source import source_digest
 from ..runtime.store import Store
 from .records import AnyImage, Record, Turn
@@ -197,8 +197,9 @@ def _raw(part: Part, key: str) -> Iterator[Any]:
         with ParquetFile(part.file) as file:
             yield from (row for batch in file.iter_batches(BATCH) for row in batch.to_pylist())
     except Exception as error:  # pyarrow raises different kinds for a broken file
-        reason = " ".join(str(error).split())
-        raise UserError(f"{key}: {str(part.file)!r} is no parquet file ({reason}); get the file again") from error
+        raise UserError(
+            f"{key}: {str(part.file)!r} is no parquet file ({one_line(error)}); get the file again"
+        ) from error
 
 
 # ---- one raw record -------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ import datasets
 
 from ..data.records import Record, StoredImage, Turn
 from ..data.table import table_store
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, first_line
 from ..runtime.store import library_versions
 from ..settings.schema import EvaluateConfig
 from .tasks import Benchmark, Join, Row, Scores, Task, lettered
@@ -191,10 +191,9 @@ class Source:
         try:
             return datasets.load_dataset(self.hub_id, self.config, split=self.benchmark.split)
         except Exception as error:  # as in `efficientllava.checkpoint.hub`: a dozen unrelated kinds
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{self.where}: {self.name} cannot be loaded ({reason}); give a local copy as evaluate.root=…, "
-                "or the account that keeps one as evaluate.namespace=…"
+                f"{self.where}: {self.name} cannot be loaded ({first_line(error)}); give a local copy as "
+                "evaluate.root=…, or the account that keeps one as evaluate.namespace=…"
             ) from error
 
 

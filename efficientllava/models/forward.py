@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..runtime.errors import UserError, memory_full
+from ..runtime.errors import UserError, memory_full, one_line
 from .anatomy import decoder_of, projector_of
 
 Batch = Mapping[str, Any]
@@ -116,10 +116,9 @@ def require_images(model: nn.Module, inputs: Batch) -> None:
     except (ValueError, RuntimeError, TypeError, IndexError) as error:
         if memory_full(error):
             raise
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"model.path: it cannot take the images of its processor ({reason}); config.json and processor_config.json "
-            "or preprocessor_config.json do not fit together: get the original files"
+            f"model.path: it cannot take the images of its processor ({one_line(error)}); config.json and "
+            "processor_config.json or preprocessor_config.json do not fit together: get the original files"
         ) from error
 
 

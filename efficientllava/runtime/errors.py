@@ -41,6 +41,11 @@ def memory_full(error: BaseException) -> bool:
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "can't allocate memory" in str(error)
 
 
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     if isinstance(error, KeyError):

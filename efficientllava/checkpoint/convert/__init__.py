@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ...runtime.errors import UserError
+from ...runtime.errors import UserError, one_line
 from ...runtime.keeping import require_space
 from ...runtime.source import source_digest
 from ...runtime.store import Store, library_versions
@@ -152,8 +152,9 @@ def _described(source: Path, layout: Layout, raw: Mapping[str, Any]) -> tuple[An
         tokenizer = _tokenizer(layout, source)
         config = layout.build(raw, _text_config(layout, raw, len(tokenizer)), stored)
     except (KeyError, TypeError, ValueError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{source}: config.json lacks or mistakes a field ({reason}); get the original file") from error
+        raise UserError(
+            f"{source}: config.json lacks or mistakes a field ({one_line(error)}); get the original file"
+        ) from error
     return config, tokenizer, stored
 
 
@@ -184,8 +185,9 @@ def _tokenizer(layout: Layout, source: Path) -> Any:
         known = cls.from_pretrained(source).get_vocab()
         tokenizer = cls.from_pretrained(source, extra_special_tokens=dict(layout.image_tokens))
     except Exception as error:  # the tokenizers library raises plain Exception for a broken file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source}: the tokenizer cannot be loaded ({reason}); get the complete folder") from error
+        raise UserError(
+            f"{source}: the tokenizer cannot be loaded ({one_line(error)[:200]}); get the complete folder"
+        ) from error
     needed = {*layout.image_tokens.values(), layout.end} - {layout.new_token}
     if lost := sorted(needed - set(known)):
         raise UserError(f"{source}: the tokenizer lacks {', '.join(lost)}; get the original tokenizer files")

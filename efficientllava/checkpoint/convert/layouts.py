@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ...runtime.errors import UserError
+from ...runtime.errors import UserError, first_line
 from ..processors import square_processor, tile_processor
 
 Raw = Mapping[str, Any]
@@ -114,8 +114,7 @@ def open_shard(file: Path) -> dict[str, Stored]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: holds more than tensors and is not opened; use a safetensors checkpoint") from error
     except (RuntimeError, OSError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file}: truncated or no weight file ({reason}); get the file again") from error
+        raise UserError(f"{file}: truncated or no weight file ({first_line(error)}); get the file again") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise UserError(f"{file}: holds more than tensors by name; get the original file")
     return {name: Stored(tuple(tensor.shape), str(tensor.dtype), tensor.clone) for name, tensor in tensors.items()}

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ...models.forward import FeatureCache
-from ...runtime.errors import UserError
+from ...runtime.errors import UserError, one_line
 from ...settings.schema import EvaluateConfig
 
 Results = tuple[dict[str, dict[str, float]], dict[str, list[Any]]]
@@ -42,10 +42,9 @@ def _task_manager(include_path: str | None) -> Any:
     try:
         from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"evaluate=lmms_eval: lmms-eval cannot be imported ({reason}); {INSTALL}, with a torchvision built "
-            "for this torch, or with none"
+            f"evaluate=lmms_eval: lmms-eval cannot be imported ({one_line(error)}); {INSTALL}, with a torchvision "
+            "built for this torch, or with none"
         ) from error
     return TaskManager("WARNING", include_path=include_path)
 
