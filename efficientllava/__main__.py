@@ -15,10 +15,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from .runtime.exit_codes import exit_code
-from .runtime.places import CONF
+from .runtime import CONF, exit_code
 from .runtime.processes import adopt_srun
-from .stages.options import register
+from .stages.request import register
 
 register()
 

@@ -33,12 +33,8 @@ from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
 from .recovery.student import require_trainable
 from .recovery.teacher import open_teacher, teacher_digest
-from .runtime.console import quiet_libraries
-from .runtime.content import digest
-from .runtime.errors import UserError
-from .runtime.files import remove
+from .runtime import Store, UserError, digest, growing, quiet_libraries, remove
 from .runtime.processes import environment
-from .runtime.store import Store, growing
 from .settings.checks import require_valid
 from .settings.compose import own_length
 from .settings.schema import (
@@ -51,7 +47,7 @@ from .settings.schema import (
     RunConfig,
     WeightsConfig,
 )
-from .stages.inputs import inputs_of
+from .stages import inputs_of
 
 __all__ = ["load", "plan", "prune", "recover", "save", "to_gguf"]
 

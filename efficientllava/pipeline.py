@@ -6,7 +6,7 @@ Every stage goes through the store, so that a killed or repeated run continues w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,10 @@ from omegaconf import DictConfig
 
 from .launch.local import relaunch
 from .record import lookup, read, read_curve
-from .runtime import keeping, processes
-from .runtime.console import say
-from .runtime.errors import UserError
-from .runtime.exit_codes import sweeping
+from .runtime import UserError, keeping, processes, say, sweeping
 from .settings.compose import instantiate, typed
 from .settings.schema import RunConfig
-from .stages.checks import check
-from .stages.identity import finished, nothing_to_do, run_key, settings_key
+from .stages.request import check, finished, nothing_to_do, run_key, settings_key
 
 
 def run(config: DictConfig, output_dir: str, overrides: Sequence[str] = (), in_sweep: bool = False) -> float | None:
@@ -70,9 +66,9 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     # Here, since they take torch with them: a run that is finished, and a sweep's own process, do without.
     from lightning.pytorch import seed_everything
 
-    from .estimate.forecast import expected, forecast
+    from .estimate import expected, forecast
     from .estimate.memory import require_memory
-    from .stages import deploy, evaluate, opening, prune, record, recover
+    from .stages import evaluate, opening, prune, record, recover
     from .stages.run import Made
 
     plan, device = forecast(settings), opening.device_of(settings)
@@ -81,7 +77,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     if run.longest and settings.prune.method != "auto":
         require_memory(plan, device, run.longest)
     if settings.deploy.name != "none":
-        deploy.prepare(run)
+        opening.prepare(run)
     # As it is now: whoever replaces a file while the run is at work has another run.
     keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)} if processes.rank() == 0 else {}
     seed_everything(settings.seed, verbose=False)
@@ -90,22 +86,19 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
         chain = [Made("base", run.base)]
         scored = evaluate.evaluate(run, chain[0])
         tracking.scores("base", scored[0].metrics)
-        for stage in _asked({prune.prune: settings.prune.method, recover.recover: settings.recover.name}):
+        asked = {prune.prune: settings.prune.method, recover.recover: settings.recover.name}
+        for stage in (stage for stage, name in asked.items() if name != "none"):
             chain.append(stage(run, chain[-1]))
             _track(tracking, folder, chain[-1])
             scored += (found := evaluate.evaluate(run, chain[-1], scored[0].metrics))
             tracking.scores(chain[-1].stage, found[0].metrics)
         if settings.deploy.name != "none":
-            keys |= {"deploy": deploy.deploy(run, chain[-1].checkpoint)}
+            keys |= {"deploy": record.deploy(run, chain[-1].checkpoint)}
         if processes.rank() == 0:
             record.write_record(run, chain, scored, overrides, keys)
             tracking.results(folder)
             _clean(settings, folder, chain[-1])
         processes.barrier()
-
-
-def _asked(stages: Mapping[Any, str]) -> list[Any]:
-    return [stage for stage, name in stages.items() if name != "none"]
 
 
 @contextlib.contextmanager

@@ -18,8 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .runtime.errors import UserError
-from .runtime.files import whole_file
+from .runtime import UserError, write_whole
 
 STAGES = ("base", "pruned", "recovered")
 PACKAGES = ("torch", "transformers", "lightning", "peft", "efficientllava")
@@ -149,8 +148,7 @@ def write(results: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Raises:
         UserError: If the file cannot be written (full disk, no permission); nothing is left behind.
     """
-    with whole_file(Path(path)) as file:
-        file.write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(Path(path), json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
 
 
 def read(path: str | os.PathLike[str]) -> Results:

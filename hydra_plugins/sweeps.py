@@ -15,8 +15,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweepe
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 
+from efficientllava.launch import Runner
 from efficientllava.launch.local import Pool, cores, cpu_slots, gpu_slots
-from efficientllava.launch.supervisor import Runner
 from efficientllava.launch.sweep import ProcessLauncher, jobs_of
 from efficientllava.settings.checks import require_valid
 from efficientllava.settings.schema import GpuPoolConfig

@@ -10,14 +10,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from efficientllava.estimate.forecast import forecast
+from efficientllava.estimate import forecast
 from efficientllava.evaluation.tasks import register_benchmarks
 from efficientllava.launch import sweep
 from efficientllava.launch.sweep import jobs_of
 from efficientllava.report.runs import load_runs
 from efficientllava.report.study import PUBLISHED, panels_of
 from efficientllava.settings.compose import register_schema, typed
-from efficientllava.stages.checks import check
+from efficientllava.stages.request import check
 
 from .evaluation.published import publish
 from .runs import ROOT, RUN, save_tiny

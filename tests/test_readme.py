@@ -16,7 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from efficientllava import api
 from efficientllava.evaluation.tasks import register_benchmarks
 from efficientllava.settings.compose import register_schema, typed
-from efficientllava.stages.checks import check
+from efficientllava.stages.request import check
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

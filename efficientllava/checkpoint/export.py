@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from ..models.pruned import is_per_layer
 from ..runtime.content import Memo
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, require_finite
 from ..runtime.files import as_umask, whole_folder
-from ..runtime.finite import require_finite
 from ..runtime.places import PROVENANCE, is_id
 from .folder import Checkpoint
 from .hub import LICENCE_KEYS, named

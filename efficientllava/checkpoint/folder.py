@@ -16,8 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ..models.anatomy import decoder_of
 from ..models.pruned import require_supported
 from ..runtime.content import Memo
-from ..runtime.errors import UserError, first_line
-from ..runtime.finite import require_finite
+from ..runtime.errors import UserError, first_line, require_finite
 from ..runtime.places import (
     PROVENANCE,
     UNQUANTIZED,

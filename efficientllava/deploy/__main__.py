@@ -11,8 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runtime.console import quiet_libraries, say
-from ..runtime.exit_codes import exit_code
+from ..runtime.console import exit_code, quiet_libraries, say
 from ..settings.schema import DeployConfig
 
 
@@ -38,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     path, out, dense = (told.pop(name) for name in ("checkpoint", "out", "dense"))
     from ..checkpoint.folder import load
     from ..checkpoint.hub import origin_of
-    from ..report.tables import tabulate_deployed
+    from ..report import tabulate_deployed
     from ..settings.checks import require_valid
     from .export import deploy, remarks
 

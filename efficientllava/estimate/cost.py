@@ -7,13 +7,12 @@ share are counted once. Not counted: attention over the context, loading, saving
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from ..data.splits import COMPARED, record_count
 from ..evaluation.tasks import load
@@ -29,16 +28,11 @@ from ..pruning.pruner import search_length
 from ..pruning.solution import TRIED
 from ..record import STAGES
 from ..recovery.recover import accumulation, optimiser_steps
-from ..runtime.content import digest
+from ..runtime import digest
 from ..runtime.keeping import chosen
 from ..search.knapsack import evaluations
-from ..stages.inputs import (
-    asked,
-    checkpoint,
-    inputs_of,
-    places,
-)
-from .forecast import Forecast, context_of, weight_bytes
+from ..stages import asked, checkpoint, inputs_of, places
+from . import Forecast, context_of, weight_bytes
 from .memory import LONGEST
 
 TEXT = 256  # tokens of a record beside those of its image
@@ -47,13 +41,13 @@ ANSWER = 8  # generated tokens of an answer
 PEAKS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
 PEAKS |= {"L40S": 362e12, "A10": 125e12, "RTX 4090": 165e12, "RTX A6000": 155e12, "V100": 125e12, "T4": 65e12}
 REACHED = 0.4  # share of the peak
+SIDE = 512  # of the matrix by which a core is measured
 SINGLE = 1 / 16  # peak of float32 on a GPU in these terms
 # Published sizes of training files.
 RECORDS = {"llava_665k": 665_298, "bunny_695k": 695_000, "internvl_sft": 1_110_107}
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What one stage does.
 
     Args:
@@ -69,8 +63,7 @@ class Work:
     bytes: int = 0
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What computes.
 
     Args:
@@ -103,19 +96,10 @@ def device_of(kind: str, dtype: torch.dtype) -> Device:
     return Device(f"{name}, {peak / 1e12:.0f} TFLOP/s", "GPU", REACHED * peak)
 
 
-def _core_rate(size: int = 512) -> float:
+def _core_rate() -> float:
     """Operations per second of a matrix product on one core."""
-    threads, one = torch.get_num_threads(), torch.ones(size, size)
-    torch.set_num_threads(1)
-    try:
-        seconds = []
-        for _ in range(8):
-            started = time.perf_counter()
-            torch.mm(one, one)
-            seconds.append(time.perf_counter() - started)
-        return 2 * size**3 / min(seconds)
-    finally:
-        torch.set_num_threads(threads)
+    timer = Timer("one @ one", globals={"one": torch.ones(SIDE, SIDE)}, num_threads=1)
+    return 2 * SIDE**3 / min(timer.timeit(1).median for _ in range(8))
 
 
 def works(plan: Forecast) -> list[Work]:
@@ -182,12 +166,11 @@ def _forward(plan: Forecast, model: nn.Module) -> float:
 
 
 def _answering(plan: Forecast, model: nn.Module) -> float | None:
-    config, questions = plan.settings.evaluate, 0
-    for name in config.tasks:
-        count = load(name, plan.settings.data, config).questions
-        if count is None:
-            return None
-        questions += min(count, config.limit or count)
+    config = plan.settings.evaluate
+    counts = [load(name, plan.settings.data, config).questions for name in config.tasks]
+    if None in counts:
+        return None
+    questions = sum(min(count, config.limit or count) for count in counts if count)
     return questions * (_forward(plan, model) + ANSWER * _token(model))
 
 
@@ -290,8 +273,7 @@ def _training(plan: Forecast) -> float:
     return _image(plan.base) + tokens_of(plan) * per_token
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A job of a sweep, as far as its cost goes.
 
     Args:
@@ -305,21 +287,6 @@ class Job:
     finished: bool
 
 
-@dataclass(frozen=True)
-class Disk:
-    """What a sweep leaves.
-
-    Args:
-        stays: Bytes of checkpoints in the end.
-        most: Bytes on the way, where one job is at work at a time.
-        each: Bytes more for every further job at work.
-    """
-
-    stays: int
-    most: int
-    each: int
-
-
 def distinct(jobs: Sequence[Job]) -> dict[str, list[Work]]:
     """What is to be computed, by stage: shared works once, and none that a finished job has done."""
     done = {work.key for job in jobs if job.finished for work in job.works}
@@ -328,11 +295,17 @@ def distinct(jobs: Sequence[Job]) -> dict[str, list[Work]]:
     return {stage: [work for work in found.values() if work.stage == stage] for stage in stages}
 
 
-def disk_of(jobs: Sequence[Job]) -> Disk:
-    """Disk of a sweep; jobs share pruned checkpoints by links, and without ``keep=all`` these go in the end."""
+def disk_of(jobs: Sequence[Job]) -> dict[str, int]:
+    """Disk of a sweep; jobs share pruned checkpoints by links, and without ``keep=all`` these go in the end.
+
+    Returns:
+        Bytes of checkpoints: ``stays``, in the end; ``most``, on the way, where one job is at work at a time; ``each``,
+        more for every further job at work.
+    """
     sizes = {work.key: work.bytes for job in jobs for work in job.works if work.bytes}
     made = [[work.key for work in job.works if work.bytes] for job in jobs]
     staying = {key for job, keys in zip(jobs, made, strict=True) for key in chosen(keys, job.keep)}
     pruned = {work.key for job in jobs for work in job.works if work.stage == "prune"}
     passing = max((sizes[key] for keys in made for key in keys if key not in staying | pruned), default=0)
-    return Disk(sum(sizes[key] for key in staying), sum(sizes[key] for key in staying | pruned) + passing, passing)
+    stays, most = (sum(sizes[key] for key in keys) for keys in (staying, staying | pruned))
+    return {"stays": stays, "most": most + passing, "each": passing}

@@ -24,14 +24,11 @@ from ..evaluation import tasks
 from ..models.anatomy import sizes
 from ..recovery.losses import describe as describe_loss
 from ..recovery.student import require_trainable
-from ..report.tables import percent, quantity, tabulate
-from ..runtime.console import quiet_libraries, say
-from ..runtime.content import digest
-from ..runtime.errors import UserError
-from ..runtime.files import whole_file
-from ..runtime.places import BUILTIN, is_remote
+from ..report import percent, quantity, tabulate
+from ..runtime import BUILTIN, UserError, at_end, digest, is_remote, quiet_libraries, say, write_whole
 from ..settings.schema import MASKED, RunConfig
-from ..stages.identity import made
+from ..stages.request import finished, made
+from . import Forecast, forecast, shape_of, weight_bytes
 from .cost import (
     ANSWER,
     REACHED,
@@ -44,12 +41,6 @@ from .cost import (
     schedule,
     tokens_of,
     works,
-)
-from .forecast import (
-    Forecast,
-    forecast,
-    shape_of,
-    weight_bytes,
 )
 from .memory import StageMemory, describe, stage_memory
 
@@ -76,8 +67,7 @@ def dry_run(settings: RunConfig, folder: Path) -> dict[str, Any]:
     job = Job(tuple(works(plan)), settings.keep, finished=False)
     result = {**report(plan), "cost": cost([job], device_of(plan.device, plan.dtype))}
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "dry_run.json") as file:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "dry_run.json", json.dumps(result, indent=1) + "\n")
     say(f"[bold]{settings.name}[/bold]  {settings.model.path}: a dry run, no weights are read")
     say("", tabulate(result), *_lines(plan, result), "", _memory_table(result), *result["memory"]["assumptions"])
     say("", *_cost_lines(result["cost"], tokens_of(plan)))
@@ -85,21 +75,21 @@ def dry_run(settings: RunConfig, folder: Path) -> dict[str, Any]:
 
 
 def plan_job(settings: RunConfig, folder: Path) -> None:
-    """Take a job into the dry run of its sweep, which `tell_sweep` sums up.
+    """Take a job into the dry run of its sweep, which `tell_sweep` sums up in the end.
 
     Args:
         settings: The checked configuration.
-        folder: Named by the job's number.
+        folder: Of the job, named by its number, in that of the sweep.
 
     Raises:
         UserError: What the run itself would refuse for its sizes, or data that are not there.
     """
-    from ..stages.identity import finished
-
     quiet_libraries()
     _require_data(settings)
     plan = forecast(settings)
     done = finished(settings, Path(settings.paths.output_dir) / "sweeps" / settings.sweep.name / folder.name, dry=True)
+    if not _planned:
+        at_end(lambda _complete: tell_sweep(folder.parent))
     _planned.append((plan, Job(tuple(works(plan)), settings.keep, done), stage_memory(plan)))
 
 
@@ -137,31 +127,22 @@ def _is_here(path: str | None, image_root: str | None) -> bool:
     return path is not None and not is_remote(path) and (image_root is not None or not path.startswith(BUILTIN))
 
 
-def tell_sweep(folder: Path, name: str) -> None:
-    """Print what the planned jobs of a sweep compute and leave, and write it to ``dry_run.json``.
-
-    Args:
-        folder: Where to write.
-        name: The sweep's name.
-    """
-    if not _planned:
-        return
+def tell_sweep(folder: Path) -> None:
+    """Print what the planned jobs of a sweep compute and leave, and write it to ``dry_run.json`` in its folder."""
     plan, jobs = _planned[0][0], [job for _, job, _ in _planned]
     stages = [stage for _, _, memory in _planned for stage in memory.items()]
     worst = {name: max((m for other, m in stages if other == name), key=lambda m: m.total) for name in dict(stages)}
     _planned.clear()
     result = {**cost(jobs, device_of(plan.device, plan.dtype)), "memory": _memory(plan, worst)}
-    with whole_file(folder / "dry_run.json") as file:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "dry_run.json", json.dumps(result, indent=1) + "\n")
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("", "in jobs", "to compute", f"{result['unit']}-hours"):
         table.add_column(column, justify="right" if column else "left")
     for stage, entry in result["stages"].items():
         table.add_row(stage, str(entry["jobs"]), str(entry["distinct"]), _hours(entry["hours"]))
     table.add_row("together", str(result["jobs"]), "", _hours(result["hours"]), style="bold")
-    say(
-        f"[bold]{name}[/bold]  {plan.settings.model.path}: {result['jobs']} jobs, {result['finished']} of them finished"
-    )
+    jobs_told = f"{result['jobs']} jobs, {result['finished']} of them finished"
+    say(f"[bold]{folder.name}[/bold]  {plan.settings.model.path}: {jobs_told}")
     say(table, *_cost_lines(result, tokens_of(plan)), "", _memory_table(result, " of the largest jobs"))
     say(*result["memory"]["assumptions"])
 
@@ -185,7 +166,7 @@ def cost(jobs: Sequence[Job], device: Device) -> dict[str, Any]:
         "elsewhere": {"device": elsewhere.name, "hours": _total(whole, elsewhere)} if device.unit == "CPU" else None,
         "stages": stages,
         "keep": sorted({job.keep for job in jobs}),
-        "disk": asdict(disk_of(jobs)),
+        "disk": disk_of(jobs),
     }
 
 

@@ -7,8 +7,8 @@ that may not fit once the lengths of its records are known.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +27,8 @@ from ..pruning.memory import (
     store_on_host,
     vision_bytes,
 )
-from ..runtime.errors import UserError
-from .forecast import Forecast, context_of, weight_bytes
+from ..runtime import UserError
+from . import Forecast, context_of, weight_bytes
 
 ASSUMPTIONS = (
     "assumed: records of {tokens} tokens with {images}",
@@ -39,8 +39,7 @@ ASSUMPTIONS = (
 LONGEST = 2048  # tokens of a record where neither data.max_length nor a shorter context says so
 
 
-@dataclass(frozen=True)
-class StageMemory:
+class StageMemory(NamedTuple):
     """What each process holds on its device at the peak of a stage.
 
     Args:
@@ -66,8 +65,7 @@ class StageMemory:
         return sum(self.parts[name] for name in self.certain)
 
 
-@dataclass(frozen=True)
-class _Record:
+class _Record(NamedTuple):
     """Assumed size of a record."""
 
     tokens: int
@@ -272,7 +270,7 @@ def require_memory(plan: Forecast, device: str, tokens: int | None = None) -> No
     shares = plan.processes if device == "cpu" else 1
     if tokens is not None:
         prune = stages["prune"]
-        stages = {"prune": replace(prune, certain=tuple(prune.parts))}
+        stages = {"prune": prune._replace(certain=tuple(prune.parts))}
         found += shares * prune.parts["base"]
         if device != "cpu":
             _require(prune.host * plan.processes, available("cpu"), "prune keeps up to", "", "the host", prune.fix)

@@ -24,8 +24,8 @@ from ..data.collator import Collator, GenerationCollator
 from ..data.records import Record
 from ..models.forward import Batch, FeatureCache, feature_cache, forward_hidden, supervised_positions, to_device
 from ..runtime import processes
-from ..runtime.finite import require_finite
-from ..runtime.lines import Lines
+from ..runtime.errors import require_finite
+from ..runtime.files import Lines
 from ..settings.schema import EvaluateConfig
 from .generation import generate
 from .tasks import Task

@@ -22,11 +22,10 @@ from typing import Any
 
 from rich.markup import escape
 
-from ..runtime.console import say
+from ..runtime.console import exit_code, say
 from ..runtime.content import digest
 from ..runtime.errors import UserError
-from ..runtime.exit_codes import exit_code
-from ..runtime.lines import Lines
+from ..runtime.files import Lines
 from ..settings.checks import require_valid
 from ..settings.schema import JudgeConfig
 from . import judge_prompts

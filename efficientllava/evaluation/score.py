@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..data.sources import DECODER, BadRecordError
+from ..runtime.console import exit_code
 from ..runtime.errors import UserError
-from ..runtime.exit_codes import exit_code
 from ..settings.schema import JUDGED, DataConfig, JudgeConfig
 from . import tasks
 from .judge_prompts import requests, write_requests

@@ -18,16 +18,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from ..runtime import state
-from ..runtime.errors import UserError
-from ..runtime.exit_codes import DEBUG, TRACEBACKS
+from ..runtime import DEBUG, TRACEBACKS, UserError, state
 from ..runtime.processes import program
-from .supervisor import Job
+from . import Job, Runner
 
 LOG = "job.log"  # what a job prints, in its folder, after its command
 PROMPT = "\n$ "
@@ -132,7 +129,7 @@ def stop(processes: Sequence[subprocess.Popen[Any]], tell: Callable[..., None] =
         process.wait()
 
 
-class Pool:
+class Pool(Runner):
     """Slots of this machine, each of which runs one job at a time.
 
     Args:
@@ -140,7 +137,7 @@ class Pool:
         timeout: Seconds after which a job is ended; None: never.
     """
 
-    name, stays = "gpu_pool", False
+    name = "gpu_pool"
 
     def __init__(self, slots: Sequence[Mapping[str, str]], timeout: float | None = None) -> None:
         self._slots, self._timeout = slots, timeout or math.inf
@@ -175,10 +172,6 @@ class Pool:
     def cancel(self, ids: Sequence[str]) -> None:
         """End all jobs."""
         stop([work.process for work, _, _ in self._running.values()])
-
-    def how_to_cancel(self, ids: Sequence[str], folder: Path) -> str:
-        """Never said: the jobs do not stay."""
-        raise NotImplementedError
 
 
 def gpu_slots(gpus: Sequence[str], per_job: int) -> list[dict[str, str]]:
@@ -230,8 +223,7 @@ def relaunch(processes: int, overrides: Sequence[str], output_dir: str) -> int:
     """
     # A sweep's job must not start the sweep again, and what was typed is checked.
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    command = [*program(hydra), *overrides, "hydra.mode=RUN", f"hydra.run.dir={output_dir}"]
-    command += ["hydra.job.num=0"]
+    command = [*program(hydra), *overrides, "hydra.mode=RUN", f"hydra.run.dir={output_dir}", "hydra.job.num=0"]
     world = {**os.environ, **_world(processes)}
     told: list[list[str]] = [[] for _ in range(processes)]
     started: list[subprocess.Popen[str]] = []

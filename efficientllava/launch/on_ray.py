@@ -18,11 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..runtime import state
-from ..runtime.errors import UserError
+from ..runtime import UserError, state
 from ..runtime.keeping import require_shared_locks
+from . import Job, asked, cancelled
 from .local import Work, of_this_process
-from .supervisor import Job, asked, cancelled
 
 ray: Any = import_module("ray") if find_spec("ray") else None
 

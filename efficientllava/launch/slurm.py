@@ -13,11 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..runtime import state
-from ..runtime.errors import UserError
+from ..runtime import UserError, state
 from ..runtime.keeping import require_shared_locks
+from . import Job, asked
 from .local import STOPPED, Work, of_this_process
-from .supervisor import Job, asked
 
 submitit: Any = import_module("submitit") if find_spec("submitit") else None
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -25,14 +24,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ..runtime import state
-from ..runtime.errors import UserError
-from ..runtime.exit_codes import DEBUG, TRACEBACKS, SweepRefused, at_end, hand_over, job_failed, lines_of
+from ..runtime import DEBUG, TRACEBACKS, SweepRefused, UserError, at_end, hand_over, job_failed, lines_of, state
 from ..runtime.processes import program
 from ..settings.checks import check_sweep
 from ..settings.compose import SWEEP_NAME, key_of, quoted, typed
+from . import Job, Runner, jobs_table, supervise
 from .local import POLL
-from .supervisor import Job, Runner, jobs_table, supervise
 
 
 class ReportSweep(Callback):
@@ -98,10 +95,6 @@ def _close(folder: Path, held: ExitStack, complete: bool) -> None:
     """Write table, plots and page of a sweep that has finished runs; a complete one lets go of the cache."""
     if complete:
         held.close()
-    if "efficientllava.estimate.dry_run" in sys.modules:
-        from ..estimate.dry_run import tell_sweep
-
-        tell_sweep(folder, folder.name)
     if any(entry.state in state.ENDS for entry in state.standings(folder)):
         from ..report.page import report
         from ..runtime.keeping import alone_in
@@ -180,9 +173,8 @@ class ProcessLauncher(BasicLauncher):
 def _job(config: DictConfig, overrides: Sequence[str]) -> Job:
     hydra = config.hydra
     folder = Path(str(hydra.sweep.dir), str(hydra.sweep.subdir)).absolute()
-    command = [*program(hydra), *overrides, "hydra.mode=RUN"]
-    command += ["hydra/launcher=basic", "hydra/sweeper=basic", f"hydra.run.dir={quoted(folder)}"]
-    command += [f"hydra.job.num={hydra.job.num}"]
+    own = ["hydra.mode=RUN", "hydra/launcher=basic", "hydra/sweeper=basic", f"hydra.run.dir={quoted(folder)}"]
+    command = [*program(hydra), *overrides, *own, f"hydra.job.num={hydra.job.num}"]
     # Tracebacks are for those who ask for them; the sweep's own process has them on for itself.
     environment = {**hydra.job.env_set, DEBUG: os.environ.get(TRACEBACKS, "0")}
     return Job(hydra.job.num, tuple(filter_overrides(overrides)), tuple(command), folder, environment)
@@ -190,8 +182,7 @@ def _job(config: DictConfig, overrides: Sequence[str]) -> Job:
 
 def _is_finished(job: Job, config: DictConfig) -> bool:
     """Whether a job has nothing to do; what is wrong with one, its own process tells."""
-    from ..stages.checks import check
-    from ..stages.identity import nothing_to_do
+    from ..stages.request import check, nothing_to_do
 
     task, overrides = copy.deepcopy(config), list(config.hydra.overrides.task)
     with open_dict(task):

@@ -22,7 +22,7 @@ from ..models.anatomy import (
     describe_layer,
     names_of,
 )
-from ..runtime.finite import require_finite
+from ..runtime.errors import require_finite
 from ..runtime.processes import gather
 from .fluctuation import layer_moments, mean_written
 from .plan import LayerPlan

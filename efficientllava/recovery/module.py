@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from ..models.anatomy import projector_of
 from ..models.forward import FeatureCache
-from ..runtime.errors import UserError
-from ..runtime.finite import NotFiniteError
+from ..runtime.errors import NotFiniteError, UserError
 from ..settings.schema import RecoverConfig
 from .losses import build_terms, divisors, positions, term_sums
 from .student import parameter_groups, trainable, weights_of

@@ -14,10 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runtime import state
-from ..runtime.errors import UserError
-from ..runtime.exit_codes import exit_code
-from ..runtime.state import Standing
+from ..runtime import Standing, UserError, exit_code, state
 
 POLL = 5.0  # seconds between two looks
 

@@ -23,13 +23,9 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from ..record import STAGES, read, scores
-from ..runtime import processes
-from ..runtime.console import say
-from ..runtime.errors import UserError
-from ..runtime.exit_codes import exit_code
-from ..runtime.files import whole_file
+from ..runtime import UserError, exit_code, processes, say, write_whole
 from ..settings.schema import RunConfig, WandbConfig
-from .tables import kept_shares, numbers, numbers_of
+from . import kept_shares, numbers, numbers_of
 
 AXES = {"search": "generation", "prune": "layer", "recover": "step"}  # x-axis of every stage that has curves
 SPAN = 10**7  # internal steps of a stage
@@ -166,8 +162,7 @@ def track(settings: RunConfig, folder: Path) -> Tracking:
 
     file, sweep = folder / ID_FILE, folder.resolve().parent
     if not file.exists():
-        with whole_file(file) as new:
-            new.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        write_whole(file, secrets.token_hex(4) + "\n")
     asked = {"recover": settings.recover.name != "none", "prune": settings.prune.method != "none", "evaluate": True}
     names = [name for name in (settings.model.name, settings.prune.name, settings.recover.name) if name != "none"]
     try:

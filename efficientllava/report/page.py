@@ -21,9 +21,7 @@ import matplotlib
 from pandas import DataFrame
 
 from ..record import STAGES, metric_keys, scores
-from ..runtime.errors import UserError
-from ..runtime.files import whole_file
-from ..runtime.state import Standing
+from ..runtime import Standing, UserError, write_whole
 from . import study
 from .plots import Plot, draw
 from .runs import (
@@ -89,8 +87,7 @@ def report(folder: Path, metric: str | None = None) -> str:
     plots = [*study.draw(panels), *(plot for model, own in models.items() for plot in draw(own, metric, model))]
     advice = {model: advised for model, own in models.items() if (advised := advise(own, metric))}
     shown = [(plot, _svg(plot), plot.figure.get_figwidth()) for plot in plots]
-    with whole_file(folder / "report.html") as file:
-        file.write_text(_page(folder, arms, metric, without, advice=advice, plots=shown), encoding="utf-8")
+    write_whole(folder / "report.html", _page(folder, arms, metric, without, advice=advice, plots=shown))
     (folder / "plots").mkdir(exist_ok=True)
     for plot in plots:
         plot.figure.savefig(folder / "plots" / f"{plot.name}.png")

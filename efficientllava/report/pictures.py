@@ -15,7 +15,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
 from ..data.records import Record, open_image
-from ..runtime.files import whole_file
+from ..runtime import whole_file
 
 Answer = tuple[str, float | None]
 SHOWN = 8

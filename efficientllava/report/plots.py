@@ -18,8 +18,8 @@ from pandas import DataFrame, concat
 
 from ..record import read_curve
 from ..settings.schema import GGUF_TYPES
+from . import kept_shares
 from .runs import AXES, Arm, Column, columns, frame, score_scale
-from .tables import kept_shares
 
 MOST_ROWS = 40  # of a dot plot
 MOST_STRIPS = 20  # arms whose kept units are drawn

@@ -6,7 +6,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +15,10 @@ from omegaconf import OmegaConf
 from pandas import DataFrame
 
 from ..record import STAGES, Results, metric_keys, read, scores
-from ..runtime import state
-from ..runtime.errors import UserError
-from ..runtime.places import COMMAND
-from ..runtime.state import Standing
+from ..runtime import COMMAND, Standing, UserError, state
 from ..settings.compose import SWEEP_NAME, key_of
 from ..settings.schema import GGUF_TYPES
-from .tables import ABSENT, flat, numbers
+from . import ABSENT, flat, numbers
 
 # Keys that say where and how a run was done, not what.
 PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "keep")
@@ -52,7 +49,7 @@ class Run:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """Its numbers by name, see `efficientllava.report.tables.numbers`."""
+        """Its numbers by name, see `efficientllava.report.numbers`."""
         return numbers(self.results)
 
     @property
@@ -117,7 +114,7 @@ class Column(NamedTuple):
     """How a number of all arms is shown, in tables and along axes."""
 
     head: str  # its words, with the unit
-    name: str  # see `efficientllava.report.tables.numbers`
+    name: str  # see `efficientllava.report.numbers`
     scale: float = 100
     digits: int = 1  # behind the point
 
@@ -162,7 +159,7 @@ def frame(arms: Sequence[Arm], **names: str) -> Any:
 
     Args:
         arms: At least one.
-        **names: Numbers by their column, see `efficientllava.report.tables.numbers`.
+        **names: Numbers by their column, see `efficientllava.report.numbers`.
 
     Returns:
         ``arm``, its ``label``, its ``series`` (without what curves run along), ``paradigm`` and ``data`` share; and of
@@ -216,7 +213,7 @@ def unfinished(folder: Path) -> list[Standing]:
         entry = known.get(run) or _unnoted(run)
         if entry.state == state.FAILED or not (run / "results.json").exists():
             typed = _yaml(run / ".hydra" / "overrides.yaml") if run in begun else entry.overrides
-            found.append(replace(entry, overrides=tuple(typed)))
+            found.append(entry._replace(overrides=tuple(typed)))
     return found
 
 

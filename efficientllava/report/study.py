@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
+from . import ABSENT
 from .plots import Plot, label_ends, new_axes, style
 from .runs import Run
-from .tables import ABSENT
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 FAMILIES = ("llava", "internvl", "bunny")

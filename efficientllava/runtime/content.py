@@ -1,21 +1,27 @@
-"""Content of plain data and of files as digests; what was read of a file once is remembered as long as it stays."""
+"""Digests of content: plain data, files, and our own source, so that changed code reuses nothing of the old one's.
+
+What was read of a file once is remembered as long as the file stays.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, is_dataclass
+from importlib.util import resolve_name
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import sha256
-from .lines import Lines
+from .files import Lines, sha256
+from .places import PACKAGE
 
 MEMO = "contents.jsonl"
 # A file may change again without another time stamp while its clock has not ticked.
@@ -68,7 +74,7 @@ class Memo:
         """Take over digests of files that are known at this moment."""
         new = {str(file.absolute()): (stamp(file), time.time_ns(), known) for file, known in digests.items()}
         # Of one that has just been written the next look may see more; it is read again.
-        new = {path: known for path, known in new.items() if _settled(*known[:2])}
+        new = {path: known for path, known in new.items() if known[1] - max(known[0][1:3]) > TICK}
         self._known |= new
         with suppress(UserError):  # where it cannot be kept, it is found out again
             if self._lines and new:
@@ -84,11 +90,52 @@ class Memo:
             self._known[line["file"]] = (tuple(when), at, known)
 
 
-def _settled(when: Stamp, at: int) -> bool:
-    return at - max(when[1], when[2]) > TICK
-
-
 def settle(files: Iterable[Path]) -> None:
     """Wait until the next change of files cannot have their time stamps of now."""
     newest = max((max(stamp(file)[1:3]) for file in files), default=0)
     time.sleep(max(0.0, min(newest + TICK - time.time_ns(), TICK) / 1e9) + 0.001)
+
+
+SHOWN = ("report", "launch", "runtime.console")  # what shows or starts, and decides no number
+IMPORT = re.compile(r"^\s*from\s+([.\w]+)\s+import\s+(\([^)]*\)|.*)", re.MULTILINE)  # in a function, too
+
+
+@functools.cache
+def source_digest(*modules: str) -> str:
+    """Digest of modules of this package and of everything inside it that they import, late imports included.
+
+    Args:
+        *modules: Their names inside the package, such as ``stages.prune``.
+    """
+    total = hashlib.blake2b(digest_size=8)
+    for name, file in sorted(closure(*modules).items()):
+        total.update(name.encode() + file.read_bytes())
+    return total.hexdigest()
+
+
+def closure(*modules: str) -> dict[str, Path]:
+    """The files behind modules and all that they import inside the package, by module; without `SHOWN`."""
+    found: dict[str, Path] = {}
+    todo = [f"{PACKAGE.name}.{name}" for name in modules]
+    while todo:
+        module = todo.pop()
+        name, file = module.partition(".")[2], _file(module)
+        if name and file and name not in found and not name.startswith(SHOWN):
+            found[name] = file
+            todo += [module.rpartition(".")[0], *_imports(module, file)]
+    return found
+
+
+def _file(module: str) -> Path | None:
+    place = PACKAGE.parent.joinpath(*module.split("."))
+    return next((file for file in (place / "__init__.py", place.with_suffix(".py")) if file.is_file()), None)
+
+
+def _imports(module: str, file: Path) -> Iterator[str]:
+    """What a module may import of the package; names that are no modules lead to no file."""
+    around = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for source, names in IMPORT.findall(file.read_text("utf-8")):
+        if source.startswith((".", PACKAGE.name)):
+            source = resolve_name(source, around)
+            yield source
+            yield from (f"{source}.{name}" for name in re.findall(r"\w+", names))

@@ -1,9 +1,16 @@
-"""The two kinds of failure that a user sees; everything else is a bug and keeps its traceback."""
+"""The kinds of failure that a user sees; everything else is a bug and keeps its traceback.
+
+Numbers that are not finite are one of them, with a name: never a value that something is decided by.
+"""
 
 from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class UserError(Exception):
@@ -51,3 +58,33 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"there is no {error}"
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
+
+CHUNK = 1 << 24  # elements that are counted at once
+
+
+class NotFiniteError(UserError):
+    """NaN or infinity among weights, statistics, scores, losses or logits."""
+
+
+def require_finite(tensor: Tensor, what: str, fix: str = "") -> None:
+    """Refuse a tensor that holds NaN or infinity; no copy of it is made.
+
+    Args:
+        tensor: Any; integers, empty tensors and those on the meta device pass.
+        what: Start of the message: what it is and where, such as ``layers.3.mlp: the Gram matrix``.
+        fix: End of the message: what the user can do.
+
+    Raises:
+        NotFiniteError: Says how many elements are NaN and how many infinite.
+    """
+    tensor = tensor.detach()
+    if tensor.is_meta or not tensor.numel() or not tensor.is_floating_point():
+        return
+    if all(end.isfinite() for end in tensor.aminmax()):  # NaN is passed on by both
+        return
+    chunks = tensor.flatten().split(CHUNK)
+    nan = sum(int(chunk.isnan().sum()) for chunk in chunks)
+    infinite = sum(int(chunk.isinf().sum()) for chunk in chunks)
+    counts = " and ".join(f"{n:,} {kind}" for n, kind in ((nan, "NaN"), (infinite, "infinite")) if n)
+    raise NotFiniteError(f"{what}: not finite, {counts} of {tensor.numel():,}" + (f"; {fix}" if fix else ""))

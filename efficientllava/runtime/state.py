@@ -11,12 +11,13 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .files import whole_file
+import psutil
+
+from .files import write_whole
 
 JOB, SWEEP, RESULTS = "job.json", "jobs.json", "results.json"
 CLUSTER = "cluster.json"  # what a cluster calls a job; written once, by who has submitted it
@@ -25,8 +26,7 @@ ENDS = (DONE, FAILED)
 BORN = time.time()
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """How a job stands.
 
     Args:
@@ -52,8 +52,7 @@ def write(folder: Path, file: str = JOB, /, **facts: Any) -> None:
     """Add facts to a small file in a folder, which is made if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     known = {**read(folder, file), **facts}
-    with whole_file(folder / file) as part:
-        part.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / file, json.dumps(known, indent=1) + "\n")
 
 
 def read(folder: Path, file: str = JOB) -> dict[str, Any]:
@@ -88,19 +87,11 @@ def standings(folder: Path) -> list[Standing]:
     Args:
         folder: The sweep's folder.
     """
-    found = [standing(place) for place in sorted(_places(folder), key=lambda place: (len(place.name), place.name))]
-    named = {entry.name for entry in found}
-    planned = enumerate(read(folder, SWEEP).get("jobs", []))
-    rest = [
-        Standing(str(number), WAITING, tuple(overrides), "", None, folder / str(number))
-        for number, overrides in planned
-        if str(number) not in named
-    ]
-    return found + rest
-
-
-def _places(folder: Path) -> Iterator[Path]:
-    return iter({file.parent for name in (JOB, RESULTS) for file in folder.glob(f"*/{name}")})
+    places = {file.parent for name in (JOB, RESULTS) for file in folder.glob(f"*/{name}")}
+    found = [standing(place) for place in sorted(places, key=lambda place: (len(place.name), place.name))]
+    planned = {folder / str(number): tuple(words) for number, words in enumerate(read(folder, SWEEP).get("jobs", []))}
+    rest = (place for place in planned if place not in places)
+    return found + [Standing(place.name, WAITING, planned[place], "", None, place) for place in rest]
 
 
 def standing(folder: Path) -> Standing:
@@ -138,12 +129,4 @@ def seconds_left(jobs: Sequence[Standing]) -> float | None:
 
 def alive(facts: dict[str, Any]) -> bool:
     """Whether the process of a job that says to be running is there, as far as it can be seen from this machine."""
-    if facts.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(int(facts["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
+    return facts.get("host") != socket.gethostname() or psutil.pid_exists(int(facts["pid"]))

@@ -18,10 +18,9 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
@@ -62,8 +61,7 @@ def library_versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A finished computation.
 
     Attributes:

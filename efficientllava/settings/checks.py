@@ -1,6 +1,6 @@
 """What can be wrong with a configuration by itself: values out of range, values that do not go together, idle keys.
 
-Whether the files, folders and benchmarks that it names are there, `efficientllava.stages.checks` looks.
+Whether the files, folders and benchmarks that it names are there, `efficientllava.stages.request` looks.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import MISSING
 from omegaconf.errors import OmegaConfBaseException
 
-from ..runtime import processes
-from ..runtime.errors import ConfigError, UserError
+from ..runtime import ConfigError, UserError, processes
+from . import Rule, rule, settings_of
 from .compose import key_of
-from .fields import Rule, rule, settings_of
 from .schema import DeployConfig, JudgeConfig, PruneConfig, RecoverConfig, RunConfig, SearchConfig
 
 

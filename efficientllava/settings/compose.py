@@ -12,27 +12,22 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ..runtime.content import digest
-from ..runtime.errors import ConfigError, UserError
-from ..runtime.exit_codes import former_names
-from ..runtime.places import COMMAND
-from .fields import settings_of
+from ..runtime import COMMAND, ConfigError, UserError, digest, former_names
+from . import settings_of
 from .schema import BLOCKS, PathsConfig, RecoverConfig, RunConfig, WandbConfig
 
 SWEEP_NAME = "EFFICIENTLLAVA_SWEEP"  # variable that tells a job the name of its sweep
 LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """What is particular to a family.
 
     Args:
@@ -42,8 +37,8 @@ class Family:
     """
 
     model: str
-    blocks: Mapping[int, int] = field(default_factory=lambda: {15: 5, 30: 10, 45: 15, 60: 21})
-    prune: Mapping[str, Any] = field(default_factory=dict)
+    blocks: Mapping[int, int] = {15: 5, 30: 10, 45: 15, 60: 21}
+    prune: Mapping[str, Any] = {}
 
 
 SHARES = {15: 0.2, 30: 0.4, 45: 0.6, 60: 0.8}  # nominal share of heads and channels per pruned layer, by label

@@ -7,8 +7,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ..runtime.places import is_hub_id
-from .fields import COUNT, DTYPE, NATURAL, POSITIVE, SHARE, Rule, When, setting
+from ..runtime import is_hub_id
+from . import COUNT, DTYPE, NATURAL, POSITIVE, SHARE, Rule, When, setting
 
 TAYLOR = ("param_first", "param_second", "param_mix", "vectorize")
 # What an importance sees, by its name; `efficientllava.pruning.importance` has the functions.

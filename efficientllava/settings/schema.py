@@ -12,9 +12,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ..runtime import processes
-from ..runtime.places import is_hub_id
-from .fields import COUNT, DTYPE, NATURAL, POSITIVE, SHARE, Rule, When, setting
+from ..runtime import is_hub_id, processes
+from . import COUNT, DTYPE, NATURAL, POSITIVE, SHARE, Rule, When, setting
 from .methods import (
     BLOCKS,
     GGUF_TYPES,

@@ -17,12 +17,7 @@ from ..evaluation.answers import answer, mean_loss, write
 from ..evaluation.efficiency import quantized
 from ..evaluation.score import read
 from ..evaluation.tasks.published import study
-from ..runtime import processes
-from ..runtime.console import say
-from ..runtime.content import digest
-from ..runtime.errors import UserError
-from ..runtime.source import source_digest
-from ..runtime.store import Entry
+from ..runtime import Entry, UserError, digest, processes, say, source_digest
 from ..settings.schema import JUDGED
 from .run import Made, Run
 

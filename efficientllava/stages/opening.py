@@ -11,15 +11,16 @@ from ..checkpoint.folder import Checkpoint
 from ..data.collator import Collator
 from ..data.datamodule import RecoveryData
 from ..data.splits import calibration_records, keep_back, open_data
+from ..deploy import decoders, export
+from ..deploy.decoders import BLOCK, FALLBACK, QUANTIZED
 from ..evaluation import judges, lmms, tasks
+from ..models.anatomy import layers_of
 from ..models.forward import feature_cache, require_images
 from ..recovery.recover import accumulation
 from ..recovery.student import require_trainable
 from ..recovery.teacher import require_teacher
-from ..runtime import processes
-from ..runtime.console import quiet_libraries
-from ..runtime.errors import ConfigError, UserError
-from ..runtime.store import Store
+from ..runtime import ConfigError, Store, UserError, processes, quiet_libraries, say
+from ..runtime.keeping import require_space
 from ..settings.schema import RunConfig
 from .run import Expected, Run, load_checkpoint
 
@@ -89,3 +90,26 @@ def _recovery(settings: RunConfig, base: Checkpoint) -> RecoveryData | None:
     recovery = RecoveryData(data, base.processor, settings.data_frac, settings.seed)
     require_trainable(recovery.records, config.train)
     return recovery
+
+
+def prepare(run: Run) -> None:
+    """Refuse, before the first stage, what could not be exported after the last one; warn of files that would grow.
+
+    Raises:
+        UserError: Says why, and what would help.
+    """
+    config, model, shapes = run.settings.deploy, run.base.model, run.expected.shapes
+    export.describe(run.base, config)
+    needed = export.needed_bytes(model, config, run.settings.prune.method != "none")
+    require_space(run.folder, needed, "deploy=gguf", "export fewer deploy.types")
+    for shape in shapes:
+        decoders.architecture(model, shape)
+    width = layers_of(model)[0].attention.width
+    sizes = (size for groups, channels in shapes[0] for size in (groups * width, channels))
+    odd = [size for size in sizes if size % BLOCK]
+    quantized = [kind for kind in config.types if kind in QUANTIZED]
+    if odd and quantized:
+        say(
+            f"deploy.types: {quantized[0]} takes rows in multiples of {BLOCK}; of widths such as {min(odd)} tensors "
+            f"stay in {FALLBACK} and the file grows; prune.round_to={quantized[0]} keeps channels to multiples"
+        )

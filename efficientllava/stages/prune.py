@@ -13,9 +13,7 @@ from ..data.splits import load_split
 from ..pruning.module import PruningModule
 from ..pruning.self_text import sequences, write_text
 from ..report.pictures import draw_search
-from ..runtime import processes
-from ..runtime.console import Tick, progress
-from ..runtime.content import digest
+from ..runtime import Tick, digest, processes, progress
 from ..search.module import SearchInputs, SearchModule
 from .run import Made, Run
 

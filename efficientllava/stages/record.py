@@ -1,23 +1,29 @@
-"""The record of a run: sizes and speeds, ``results.json``, a picture of samples, and the table."""
+"""The end of a run: files for llama.cpp, sizes and speeds, ``results.json``, a picture of samples, and the table.
+
+It is done anew in every run, since it measures.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ..checkpoint.export import usage
-from ..checkpoint.folder import load, resolve
+from ..checkpoint.folder import Checkpoint, load, resolve
+from ..data.records import open_image
+from ..deploy import export
 from ..evaluation.efficiency import checkpoint_bytes, measure, quantized
 from ..evaluation.generation import set_aside
 from ..models.pruned import is_per_layer
 from ..pruning.plan import PruningPlan
 from ..record import STAGES, build, write
+from ..report import tabulate, tabulate_deployed, tabulate_quantized
 from ..report.pictures import draw_samples
-from ..report.tables import tabulate, tabulate_deployed, tabulate_quantized
-from ..runtime.console import say
-from ..runtime.content import digest
+from ..runtime import digest, processes, say, whole_folder
 from .evaluate import Scored
-from .identity import staying
+from .request import staying
 from .run import Made, Run
 
 STAGE_OF = {"pruned": "prune", "recovered": "recover"}  # what has made a checkpoint
@@ -33,7 +39,7 @@ def write_record(
         chain: What the stages have made.
         scored: What its evaluations have found.
         overrides: What the user typed.
-        keys: Digests that a finished run is recognised by, and what `efficientllava.stages.deploy.deploy` said.
+        keys: Digests that a finished run is recognised by, and what `deploy` said.
     """
     settings, stages = run.settings, _efficiency(run, chain)
     for each in scored:
@@ -109,7 +115,7 @@ def _efficiency(run: Run, chain: Sequence[Made]) -> dict[str, dict[str, Any]]:
     if config.efficiency:
         models = {made.stage: made.checkpoint.model for made in chain}
         if run.base.model.device.type == "meta":  # the pruner consumes the model that it works on
-            # The first process alone is here: not `Run.load`, in which it would wait for the others.
+            # The first process alone is here: not `load_checkpoint`, in which it would wait for the others.
             offload = settings.prune.offload
             models["base"] = load(model.path, model.dtype, run.device, model.revision, host=offload).model
         if kind != "none":
@@ -130,3 +136,40 @@ def _efficiency(run: Run, chain: Sequence[Made]) -> dict[str, dict[str, Any]]:
             source = stages[name.removesuffix(f"_{kind}")]
             stages[name] |= {key: source[key] for key in ("flops", "parameters", "language_parameters")}
     return stages
+
+
+FOLDER = "gguf"
+QUESTIONS = 4  # with an image and without one, of the run's own records
+
+
+def deploy(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Export a run's last checkpoint into its folder, compare it in the installed runtime, and measure it there.
+
+    Returns:
+        See `efficientllava.deploy.export.deploy`; nothing on processes other than the first.
+    """
+    if processes.rank() > 0:
+        return {}
+    config, model, dense = run.settings.deploy, run.settings.model, None
+    if run.device != "cpu" or checkpoint.model.dtype != torch.float32:
+        checkpoint = load(checkpoint.path, "float32", memo=run.store.memo)
+    if checkpoint.provenance.get("history") and config.measure:
+        dense = load(model.path, "float32", "cpu", model.revision, model.protocol, model.system)
+    say("deploy: files for llama.cpp" + ", checked and measured there" * config.check)
+    with whole_folder(run.folder / FOLDER) as folder:
+        made = export.deploy(checkpoint, folder, config, dense, _questions(run))
+    for line in export.remarks(made):
+        say(line)
+    return made
+
+
+def _questions(run: Run) -> list[Any]:
+    """Questions of the run's own records, with and without an image."""
+    records = [*run.calibration, *(record for task in run.tasks for record in task.records()[:100])]
+    found: dict[bool, list[Any]] = {True: [], False: []}
+    for record in records:
+        turn = record.turns[0]
+        seen = record.image is not None and turn.sees_image
+        if len(record.images) < 2 and len(found[seen]) < QUESTIONS:
+            found[seen].append((turn.question, open_image(record) if seen else None))
+    return [*found[False], *found[True]]

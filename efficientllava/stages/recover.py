@@ -13,9 +13,7 @@ from ..record import CURVE, read_curve, write_curve
 from ..recovery.losses import describe
 from ..recovery.recover import recover as train
 from ..recovery.teacher import open_teacher, teacher_digest
-from ..runtime import processes
-from ..runtime.console import say
-from ..runtime.content import digest
+from ..runtime import digest, processes, say
 from .run import Made, Run
 
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import RichProgressBar
+
 from ..checkpoint.export import reload_gate, round_weights, write
 from ..checkpoint.folder import Checkpoint, load
 from ..data.collator import Collator, prompt
@@ -17,11 +19,10 @@ from ..data.splits import load_split
 from ..models.anatomy import sizes
 from ..models.forward import stock_inputs
 from ..record import CURVE
-from ..runtime import keeping, processes
-from ..runtime.store import Entry, Store
-from ..settings.schema import RunConfig
-from .inputs import inputs_of
-from .trainer import make_trainer
+from ..runtime import Entry, Store, keeping, processes
+from ..settings.compose import instantiate
+from ..settings.schema import RunConfig, WandbConfig
+from . import inputs_of
 
 # What a run's folder gets of a stage.
 TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png", CURVE)
@@ -101,11 +102,11 @@ class Run:
         return max(map(self.collate.check, self.calibration), default=None)
 
     def trainer(self, **arguments: Any) -> Any:
-        """A Lightning trainer, see `efficientllava.stages.trainer.make_trainer`."""
+        """A Lightning trainer, see `efficientllava.stages.run.make_trainer`."""
         return make_trainer(self.settings, self.folder, **arguments)
 
     def inputs(self, stage: str, **content: Any) -> dict[str, Any]:
-        """What a stage depends on, see `efficientllava.stages.inputs.inputs_of`; where it runs is added here."""
+        """What a stage depends on, see `efficientllava.stages.inputs_of`; where it runs is added here."""
         where = {"device": self.device.partition(":")[0], "processes": processes.world_size()}
         return inputs_of(stage, self.settings, **where, **content)
 
@@ -114,8 +115,8 @@ class Run:
 
         Args:
             stage: ``evaluate``, ``prune`` or ``recover``.
-            compute: See `efficientllava.runtime.store.Store.entry`.
-            **content: See `efficientllava.stages.inputs.inputs_of`.
+            compute: See `efficientllava.runtime.Store.entry`.
+            **content: See `efficientllava.stages.inputs_of`.
         """
         return self.store.entry(stage, self.inputs(stage, **content), compute, self._take)
 
@@ -164,15 +165,12 @@ class Run:
         asked = prompt(self.base.processor, turn.question, open_image(record) if turn.sees_image else None)
         return stock_inputs(self.base.model, asked)
 
-    def load(self, path: str | Path, *protocol: Any) -> Checkpoint:
-        """A checkpoint on the run's device, in its type, with the digest of its content."""
-        model = self.settings.model
-        return load_checkpoint(self.store, self.device, self.settings.prune.offload, path, model.dtype, *protocol)
-
     def made(self, stage: str, entry: Entry) -> Made:
         """The checkpoint of a finished stage, loaded from the run's folder."""
         processes.barrier()
-        checkpoint = self.load(self.folder / stage)
+        settings = self.settings
+        where = (self.device, settings.prune.offload, self.folder / stage)
+        checkpoint = load_checkpoint(self.store, *where, settings.model.dtype)
         if checkpoint.base["digest"] == self.base.base["digest"]:
             checkpoint.provenance["base"] = self.base.base  # the store may name a copy that another run had
         self.features.follow(checkpoint.model)  # the one before is consumed, or not kept
@@ -180,7 +178,88 @@ class Run:
 
 
 def load_checkpoint(store: Store, device: str, offload: bool, path: str | Path, dtype: str, *more: Any) -> Checkpoint:
-    """See `Run.load`; with ``offload`` the weights stay on the host."""
+    """A checkpoint on a run's device, with the digest of its content; with ``offload`` the weights stay on the host."""
     checkpoint = load(str(path), dtype, device, *more, host=offload, memo=store.memo)
     checkpoint.content = processes.on_first(lambda: checkpoint.digest)
     return checkpoint
+
+
+# The report reads the CSV file; the curves of W&B's run are drawn beside it.
+TRACKED = {"_target_": "efficientllava.report.dashboard.TrackedCSVLogger", "name": "", "version": ""}
+
+
+class StageProgressBar(RichProgressBar):
+    """A bar that carries the name of stage and benchmark where Lightning says "Predicting".
+
+    Args:
+        what: The name.
+        **options: Those of Lightning's bar.
+    """
+
+    def __init__(self, what: str = "Predicting", **options: Any) -> None:
+        super().__init__(**options)
+        self.what = what
+
+    @property
+    def predict_description(self) -> str:
+        """The name."""
+        return self.what
+
+
+def make_trainer(
+    settings: RunConfig,
+    folder: Path,
+    quiet: bool = False,
+    callbacks: Sequence[Any] = (),
+    training: bool = False,
+    what: str | None = None,
+    **overrides: Any,
+) -> Any:
+    """Make a Trainer from the configuration's node.
+
+    Args:
+        settings: The run's configuration.
+        folder: The run's folder.
+        quiet: No progress bar, no logger and no configured callbacks.
+        callbacks: Added to the configured ones.
+        training: Whether weights train; only then is a model shared out over processes.
+        what: What the progress bar calls a pass without training.
+        **overrides: Arguments that the stage decides.
+    """
+    node = dict(settings.trainer)
+    if processes.sharded(node) and not training:
+        node["strategy"] = "ddp"
+    if processes.launched():
+        node["num_nodes"] = processes.nodes(node)
+        node["devices"] = processes.world_size() // node["num_nodes"]
+    options = {"default_root_dir": str(folder), "enable_checkpointing": False, "use_distributed_sampler": False}
+    if not node.get("plugins"):
+        options["plugins"] = processes.environment()
+    if quiet:
+        options |= {"logger": False, "enable_progress_bar": False, **overrides}
+        return instantiate(node, callbacks=[*callbacks], **options)
+    options |= overrides
+    if "logger" not in options:
+        options["logger"] = make_logger(settings, folder)
+    configured = [dict(callback) for callback in (settings.callbacks or {}).values() if callback.get("_target_")]
+    if not options["logger"]:
+        configured = [callback for callback in configured if not callback["_target_"].endswith("LearningRateMonitor")]
+    for callback in configured if what else ():
+        if callback["_target_"].endswith("StageProgressBar"):
+            callback["what"] = what
+    return instantiate(node, callbacks=[*map(instantiate, configured), *callbacks], **options)
+
+
+def make_logger(settings: RunConfig, folder: Path) -> Any:
+    """Make the configured logger, writing below ``logs/`` in the run's folder.
+
+    Returns:
+        A Lightning logger, or False for none. A CSV file of an earlier process stays, since a killed training goes on.
+    """
+    node = dict(TRACKED if isinstance(settings.logger, WandbConfig) else settings.logger or {})
+    if not node.get("_target_"):
+        return False
+    logs = folder / "logs"
+    if node["_target_"].endswith("CSVLogger") and (logs / "metrics.csv").exists():
+        node["version"] = f"part{len([*logs.glob('part*')]) + 1}"
+    return instantiate(node, save_dir=str(logs))

@@ -28,7 +28,7 @@ from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil, Lla
 
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.checkpoint.processors import vicuna_template
-from efficientllava.estimate.forecast import forecast, meta_model
+from efficientllava.estimate import forecast, meta_model
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.memory import CalibrationSize, micro_batch, pruning_memory
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
@@ -36,7 +36,7 @@ from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
 from efficientllava.pruning.ranking import OBS_ROUNDS, eliminate
 from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
 from efficientllava.settings.schema import PruneConfig
-from efficientllava.stages.options import composed
+from efficientllava.stages.request import composed
 from experiments.speed import rows as bench
 from experiments.tiny_models.tiny import tiny_llava
 from tests.models.originals import BUNNY, INTERNVL, bunny_tokenizer, internvl_tokenizer

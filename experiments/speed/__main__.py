@@ -37,10 +37,9 @@ from efficientllava.pruning.scores import Calibration, open_stream
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.student import prepare, trainable
 from efficientllava.recovery.teacher import open_teacher
-from efficientllava.runtime.console import quiet_libraries
+from efficientllava.runtime.console import exit_code, quiet_libraries
 from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.exit_codes import exit_code
 from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.evolution import Risk, Search
 from efficientllava.search.levels import LevelTable, fill_table

@@ -8,11 +8,11 @@ from functools import cache
 from torch import nn
 
 from efficientllava.checkpoint.folder import stock_config
-from efficientllava.estimate.forecast import meta_model, plan_outline
+from efficientllava.estimate import meta_model, plan_outline
 from efficientllava.models.anatomy import parameters
 from efficientllava.settings.compose import FAMILIES, SHARES
 from efficientllava.settings.schema import RunConfig
-from efficientllava.stages.options import composed
+from efficientllava.stages.request import composed
 
 # Billions of parameters left, by label: widthwise and layerwise.
 PRINTED = {

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.report.tables import tabulate_deployed
+from efficientllava.report import tabulate_deployed
 from efficientllava.runtime.errors import ConfigError, UserError
 from efficientllava.settings.compose import typed
-from efficientllava.stages.checks import check
-from efficientllava.stages.identity import finished
+from efficientllava.stages.request import check, finished
 
 from ..runs import (
     ROOT,

@@ -14,6 +14,7 @@ import torch
 from efficientllava.checkpoint.folder import load
 from efficientllava.data.collator import Collator
 from efficientllava.data.splits import calibration_records, split_folds
+from efficientllava.estimate import forecast
 from efficientllava.estimate.cost import (
     ANSWER,
     PEAKS,
@@ -28,7 +29,6 @@ from efficientllava.estimate.cost import (
     works,
 )
 from efficientllava.estimate.dry_run import plan_job, tell_sweep
-from efficientllava.estimate.forecast import forecast
 from efficientllava.estimate.memory import stage_memory
 from efficientllava.evaluation.tasks.published import BENCHMARKS
 from efficientllava.pruning.memory import micro_batch
@@ -158,8 +158,7 @@ def test_jobs_share_what_does_not_depend_on_what_differs():
 def test_disk(keep, stays, most, each):
     pruned = Work("prune", "p", 0.0, 10)
     jobs = [Job((pruned, Work("recover", f"r{i}", 0.0, 8)), keep, finished=False) for i in range(2)]
-    found = disk_of(jobs)
-    assert (found.stays, found.most, found.each) == (stays, most, each)
+    assert disk_of(jobs) == {"stays": stays, "most": most, "each": each}
 
 
 def test_devices(monkeypatch):
@@ -198,7 +197,8 @@ def test_the_dry_run_of_a_sweep_is_one_table_and_knows_what_is_finished(tmp_path
     assert sorted((out / "sweeps").rglob("*")) == before
 
 
-def test_the_memory_of_a_sweep_is_that_of_its_largest_jobs(tmp_path, capsys):
+def test_the_memory_of_a_sweep_is_that_of_its_largest_jobs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("efficientllava.runtime.console._sweeps", [])  # what is planned is told when they end
     model = save_tiny(tmp_path / "model")
     most = []
     for batch in (4, 8, 2):
@@ -206,7 +206,7 @@ def test_the_memory_of_a_sweep_is_that_of_its_largest_jobs(tmp_path, capsys):
         settings = typed(composed(*chosen))
         most.append(stage_memory(forecast(settings))["recover"].total)
         plan_job(settings, tmp_path / str(batch))
-    tell_sweep(tmp_path, "mine")
+    tell_sweep(tmp_path)
     told = json.loads((tmp_path / "dry_run.json").read_text())["memory"]["stages"]
     assert told["recover"]["bytes"] == max(most) > min(most)
     assert [*told] == ["evaluate", "prune", "recover", "measure speed"]

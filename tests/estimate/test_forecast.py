@@ -11,7 +11,7 @@ from efficientllava.checkpoint import convert
 from efficientllava.checkpoint.convert import layouts
 from efficientllava.checkpoint.folder import load, stock_config
 from efficientllava.checkpoint.hub import TELLING
-from efficientllava.estimate.forecast import meta_model
+from efficientllava.estimate import meta_model
 from efficientllava.models.anatomy import language_parameters, layers_of, parameters, projector_of
 from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.places import local_folder

@@ -10,8 +10,7 @@ import torch
 
 from efficientllava import pipeline
 from efficientllava.checkpoint.folder import load
-from efficientllava.estimate import memory
-from efficientllava.estimate.forecast import forecast
+from efficientllava.estimate import forecast, memory
 from efficientllava.estimate.memory import require_memory, stage_memory, weight_bytes
 from efficientllava.models.forward import answer_loss
 from efficientllava.recovery.student import prepare, trainable

@@ -10,7 +10,7 @@ from efficientllava.evaluation.score import as_record
 from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import feature_cache
-from efficientllava.runtime.lines import Lines
+from efficientllava.runtime.files import Lines
 from efficientllava.settings.schema import EvaluateConfig
 
 from .conftest import evaluate

@@ -10,7 +10,7 @@ from efficientllava.evaluation.efficiency import GROUP, quantized
 from efficientllava.models.anatomy import decoder_of, parameters
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import typed
-from efficientllava.stages.checks import check
+from efficientllava.stages.request import check
 
 from ..runs import composed, run, small
 from .conftest import build

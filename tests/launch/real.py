@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 
-from efficientllava.launch.supervisor import Job
-from efficientllava.launch.supervisor import supervise as run
+from efficientllava.launch import Job
+from efficientllava.launch import supervise as run
 from efficientllava.runtime import state
 
 from ..runs import ROOT, RUN, small

@@ -11,12 +11,11 @@ import time
 
 import pytest
 
-from efficientllava.launch import local
+from efficientllava.launch import Job, jobs_table, local, supervise
 from efficientllava.launch.local import Pool, cores, cpu_slots, gpu_slots
-from efficientllava.launch.supervisor import Job, jobs_table, supervise
 from efficientllava.runtime import state
+from efficientllava.runtime.console import terminable
 from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.exit_codes import terminable
 
 
 def job(number, folder, body):

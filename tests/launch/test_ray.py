@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from efficientllava.launch import supervisor
+from efficientllava import launch
 from efficientllava.launch.on_ray import Ray
 from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
@@ -127,7 +127,7 @@ def test_every_end_of_a_job_has_its_reason_on_a_cluster_that_is_there(head, tmp_
 
 
 def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(head, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(supervisor, "GRACE", 0.5)
+    monkeypatch.setattr(launch, "GRACE", 0.5)
     jobs = [job(0, tmp_path, "while not (f / 'go').exists(): time.sleep(0.1)")]
     with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
         supervise(jobs, "auto")
@@ -141,7 +141,7 @@ def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(hea
 
 
 def test_the_line_that_is_told_cancels(head, tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "GRACE", 0.5)
+    monkeypatch.setattr(launch, "GRACE", 0.5)
     with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
         supervise([job(0, tmp_path, HANG), job(1, tmp_path, HANG), job(2, tmp_path, HANG)], "auto")
     done = shell(sys.executable, "-m", "efficientllava.launch.on_ray", str(tmp_path))

@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from efficientllava.launch import slurm, supervisor
+from efficientllava import launch
+from efficientllava.launch import slurm
 from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
 
@@ -138,7 +139,7 @@ def _at_once(folder):
 
 
 def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(nodes, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(supervisor, "GRACE", 0.5)
+    monkeypatch.setattr(launch, "GRACE", 0.5)
     jobs = [job(0, tmp_path, "while not (f / 'go').exists(): time.sleep(0.1)")]
     with interrupts(lambda: running(tmp_path / "0")), pytest.raises(KeyboardInterrupt):
         supervise(jobs, tmp_path)
@@ -152,7 +153,7 @@ def test_jobs_stay_when_who_waits_for_them_goes_and_the_same_call_finds_them(nod
 
 
 def test_the_second_interrupt_cancels(nodes, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(supervisor, "GRACE", 30)
+    monkeypatch.setattr(launch, "GRACE", 30)
     jobs = [job(0, tmp_path, HANG)]
     with interrupts(lambda: running(tmp_path / "0"), times=2), pytest.raises(KeyboardInterrupt):
         supervise(jobs, tmp_path)

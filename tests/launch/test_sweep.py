@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from efficientllava import pipeline
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import sweep_digest, typed
-from efficientllava.stages import identity
+from efficientllava.stages import request
 
 from ..runs import (
     ROOT,
@@ -61,7 +61,7 @@ def test_a_finished_run_is_recognised_and_a_changed_one_runs_again(model, tmp_pa
 
 def test_the_key_of_a_run_is_its_content_not_its_place(model, tmp_path):
     keys = [
-        identity.run_key(typed(composed(*command(model, output, *more))))
+        request.run_key(typed(composed(*command(model, output, *more))))
         for output, *more in ((tmp_path / "a",), (tmp_path / "b", "sweep.name=x"), (tmp_path / "a", "prune.ratio=0.2"))
     ]
     assert keys[0] == keys[1] != keys[2]
@@ -71,9 +71,9 @@ def test_the_key_of_a_run_opens_no_data_that_no_stage_reads(model, tmp_path):
     file = tmp_path / "mine.json"
     common = ["data=conversations", f"data.path={file}", f"data.image_root={tmp_path}", "model=checkpoint"]
     common += [f"model.path={model}", "model.name=tiny", "evaluate=none", "prune=none"]
-    assert len(identity.run_key(typed(composed(*common, "recover=none")))) == 16
+    assert len(request.run_key(typed(composed(*common, "recover=none")))) == 16
     with pytest.raises(UserError, match=r"mine\.json"):
-        identity.run_key(typed(composed(*common, "recover=sft")))
+        request.run_key(typed(composed(*common, "recover=sft")))
 
 
 WITHOUT_TORCH = """
@@ -110,7 +110,7 @@ def test_a_run_that_has_something_to_remove_is_not_left_alone(model, tmp_path):
     typed_ = command(model, tmp_path / "out")
     run(tmp_path / "run", typed_)
     left = [
-        identity.nothing_to_do(typed(composed(*typed_, *more)), tmp_path / "run")
+        request.nothing_to_do(typed(composed(*typed_, *more)), tmp_path / "run")
         for more in ((), ("keep=recovered",), ("keep=none",), ("seed=1",), ("reuse=false",))
     ]
     assert left == [True, True, False, False, False]

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from efficientllava.estimate.forecast import forecast
+from efficientllava.estimate import forecast
 from efficientllava.pruning.memory import (
     MARGIN,
     CalibrationSize,

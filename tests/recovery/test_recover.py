@@ -14,8 +14,7 @@ import torch
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import answer_loss
 from efficientllava.recovery.recover import RESUME_POINT, accumulation, optimiser_steps, recover
-from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.finite import NotFiniteError
+from efficientllava.runtime.errors import NotFiniteError, UserError
 from efficientllava.settings.schema import LoraConfig
 
 from .conftest import (

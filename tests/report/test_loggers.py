@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from efficientllava.record import read_curve, write_curve
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
-from efficientllava.stages.trainer import make_logger, make_trainer
+from efficientllava.stages.run import make_logger, make_trainer
 
 from ..runs import composed
 

@@ -15,10 +15,10 @@ from efficientllava.record import (
     read,
     write,
 )
+from efficientllava.report import kept_shares
 from efficientllava.report.page import advise, report
 from efficientllava.report.plots import draw, pareto, smoothed, spread
 from efficientllava.report.runs import arms_of, load_runs
-from efficientllava.report.tables import kept_shares
 from efficientllava.runtime.errors import UserError
 
 METRIC = "digits_vqa/accuracy"

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from efficientllava.record import build
+from efficientllava.report import quantity, tabulate, tabulate_quantized
 from efficientllava.report.page import METRIC, markdown
 from efficientllava.report.runs import Run, arms_of
-from efficientllava.report.tables import quantity, tabulate, tabulate_quantized
 
 SETUP = {
     "device": "cpu",

@@ -20,7 +20,7 @@ from efficientllava.report import dashboard
 from efficientllava.runtime.errors import ConfigError, UserError
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
-from efficientllava.stages.checks import check
+from efficientllava.stages.request import check
 
 from ..runs import (
     ROOT,
@@ -288,7 +288,7 @@ def test_a_job_that_is_ended_from_outside_closes_its_run_as_failed(model, tmp_pa
 def test_without_logger_wandb_nothing_is_opened_or_imported(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "wandb", None)  # whoever imports it fails
-        for name in ("stages.trainer", "report.dashboard"):
+        for name in ("stages.run", "report.dashboard"):
             runpy.run_module(f"efficientllava.{name}")
     folder = tmp_path / "run"
     folder.mkdir()

@@ -16,7 +16,7 @@ from efficientllava.pruning.surgery import cut
 from efficientllava.runtime.console import quiet_libraries
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import EvaluateConfig
-from efficientllava.stages.trainer import make_trainer
+from efficientllava.stages.run import make_trainer
 
 from ..conftest import LAYERS, make_batch, make_model
 from ..runs import ROOT, composed

@@ -15,7 +15,7 @@ from efficientllava.launch import local
 from efficientllava.runtime import processes
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import typed as to_settings
-from efficientllava.stages import trainer as trainers
+from efficientllava.stages import run as trainers
 
 from ..evaluation.published import publish
 from ..runs import (

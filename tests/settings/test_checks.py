@@ -2,11 +2,11 @@ import pytest
 from omegaconf import MISSING
 
 from efficientllava.runtime.errors import ConfigError
+from efficientllava.settings import settings_of
 from efficientllava.settings.checks import check_sweep
 from efficientllava.settings.compose import typed
-from efficientllava.settings.fields import settings_of
 from efficientllava.settings.schema import RunConfig, WandbConfig
-from efficientllava.stages.checks import check
+from efficientllava.stages.request import check
 
 from ..runs import composed
 

@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from efficientllava.settings.compose import instantiate, typed
 from efficientllava.settings.schema import RunConfig
-from efficientllava.stages.checks import check
+from efficientllava.stages.request import check
 from experiments.tiny_models.pretraining import PretrainConfig
 from experiments.tiny_models.tiny import BUILDERS
 
@@ -54,7 +54,7 @@ def test_every_target_can_be_built(option, tmp_path):
         trainer = instantiate({**settings.trainer, "accelerator": "cpu", "devices": 1, "logger": False})
         assert trainer.log_every_n_steps == settings.trainer["log_every_n_steps"]
     else:
-        from efficientllava.stages.trainer import make_logger
+        from efficientllava.stages.run import make_logger
 
         logger = make_logger(settings, tmp_path)
         assert logger is False if option == "logger=none" else hasattr(logger, "log_metrics")

@@ -9,7 +9,7 @@ import pytest
 
 from efficientllava.pruning import importance
 from efficientllava.settings.schema import IMPORTANCES
-from efficientllava.stages.options import page
+from efficientllava.stages.request import page
 
 from ..runs import ROOT, RUN, save_tiny
 

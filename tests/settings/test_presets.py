@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 
-from efficientllava.estimate.forecast import forecast, shape_of
+from efficientllava.estimate import forecast, shape_of
 from efficientllava.settings.compose import presets
-from efficientllava.stages.checks import check
+from efficientllava.stages.request import check
 
 from ..runs import ROOT
 

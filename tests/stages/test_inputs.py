@@ -14,19 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from efficientllava import stages as inputs
 from efficientllava.data.records import image_contents, image_stamps
 from efficientllava.data.splits import draw, load_split
-from efficientllava.runtime.content import Memo, digest
-from efficientllava.runtime.source import closure
+from efficientllava.runtime.content import Memo, closure, digest
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
-from efficientllava.stages import identity, inputs
-from efficientllava.stages.inputs import (
-    asked,
-    inputs_of,
-    numbers,
-    places,
-)
+from efficientllava.stages import asked, inputs_of, numbers, places, request
 
 from ..runs import (
     composed,
@@ -162,7 +156,7 @@ def test_code_and_libraries_are_inputs(stage: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_code_of_every_stage_is_there() -> None:
-    for module in (*identity.STAGES, *inputs.SOURCES.values()):
+    for module in (*request.STAGES, *inputs.SOURCES.values()):
         assert module in closure(module)
 
 
@@ -244,13 +238,13 @@ def test_a_run_is_another_one_when_an_image_that_it_uses_was_replaced(data: Path
     common += [f"data.path={data}/data.json", f"data.image_root={data}", f"paths.cache_dir={data}/cache", *chosen]
     config = typed(composed(*common, *(["calibration.samples=2"] if stage == "prune" else [])))
     used = load_split(config.data, {"prune": "calibration", "recover": "train"}[stage], 0)
-    keys = [identity.run_key(config)]
-    assert keys == [identity.run_key(config)]
+    keys = [request.run_key(config)]
+    assert keys == [request.run_key(config)]
     replace(Path(str(used[1].image)))
-    keys.append(identity.run_key(config))
+    keys.append(request.run_key(config))
     weights = model / "model.safetensors"
     replace(weights)
-    keys.append(identity.run_key(config))
+    keys.append(request.run_key(config))
     assert len({*keys}) == 3
 
 

@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ...runtime.content import source_digest
 from ...runtime.errors import UserError, one_line
 from ...runtime.keeping import require_space
-from ...runtime.source import source_digest
 from ...runtime.store import Store, library_versions
 from ..hub import folder_digest, own_root
 from ..processors import published_system, with_system

@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.finite import CHUNK, NotFiniteError, require_finite
+from efficientllava.runtime.errors import CHUNK, NotFiniteError, UserError, require_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -6,7 +6,7 @@ import multiprocessing
 import pytest
 
 from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.lines import Lines
+from efficientllava.runtime.files import Lines
 
 VALUES = [{"id": 1}, {"id": 2, "text": "\u2028é\ud800"}, {"id": 3, "sub": {"sum": 1.5, "n": float("inf")}}]
 
