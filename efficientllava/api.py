@@ -28,7 +28,7 @@ from .models.forward import to_device
 from .pruning.memory import micro_batch
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
-from .pruning.scores import Calibration
+from .pruning.stream import Calibration
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
 from .recovery.student import require_trainable

@@ -128,6 +128,13 @@ def make_batches(count: int = 3, **options: Any) -> list[dict[str, Any]]:
     return [make_batch(seed=seed, **options) for seed in range(count)]
 
 
+def stream_of(model: Any, batches: Any, tokens: str = "all", **known: Any) -> Any:
+    """A calibration stream."""
+    from efficientllava.pruning.stream import Calibration, CalibrationStream
+
+    return CalibrationStream(model, Calibration(batches, **known), tokens)
+
+
 def make_packed(rows: int = 2, seed: int = 0) -> dict[str, Any]:
     """Rows that pack two questions about an image and one without, as the collator lays them out."""
     batch = make_batch(3 * rows, seed)

@@ -17,7 +17,7 @@ from ..pruning.surgery import pruned_config
 from ..recovery.student import prepare, trainable
 from ..runtime import UserError, processes
 from ..search.budget import asked_share
-from ..search.structured import Structured
+from ..search.recipes import Structured
 from ..settings.schema import RunConfig
 from ..stages.run import Expected
 
@@ -192,7 +192,7 @@ def _largest_policy(model: nn.Module, round_to: int) -> int:
     """Parameters that go at the last level of every component."""
     recipe = Structured(round_to=round_to)
     components = [component for layer in layers_of(model) for component in layer.components]
-    return sum((c.units - recipe.counts(c)[-1]) * c.unit_parameters for c in components)
+    return sum((c.units - recipe.counts(c)[-1]) * c.unit_price() for c in components)
 
 
 def shape_of(model: nn.Module) -> list[list[int]]:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..data.collator import Collator, GenerationCollator
 from ..data.records import Record
-from ..models.forward import Batch, FeatureCache, feature_cache, forward_hidden, supervised_positions, to_device
+from ..models.forward import Batch, FeatureCache, forward_hidden, supervised_positions, to_device
 from ..runtime import processes
 from ..runtime.errors import require_finite
 from ..runtime.files import Lines
@@ -52,7 +52,7 @@ def answer(
         task: From `efficientllava.evaluation.tasks.load`.
         trainer: With ``use_distributed_sampler=False``; its processes share the questions.
         cfg: ``limit``, ``batch_size``, ``max_new_tokens``, ``num_workers``.
-        cache: From `feature_cache`, shared by the models of a run; None makes one for this call.
+        cache: From `FeatureCache`, shared by the models of a run; None makes one for this call.
         work: Folder that keeps answers as they come, and gives those that an interrupted call has left.
         model_id: Which model, for the lines.
 
@@ -67,7 +67,7 @@ def answer(
     done |= {record.id for record in skipped}
     asked, partial = [record for record in records if record.id not in done], False
     if asked:
-        module = EvaluationModule(model, processor, task, asked, cfg, cache or feature_cache(model), work, model_id)
+        module = EvaluationModule(model, processor, task, asked, cfg, cache or FeatureCache(model), work, model_id)
         batches = trainer.predict(module) or []
         lines += [item for part in processes.gather(batches) for batch in part for item in batch]
         # An integer is a number of batches, a float a share of them.
@@ -96,7 +96,7 @@ class EvaluationModule(LightningModule):
         task: How to answer.
         records: The questions: records of exactly one turn, with distinct ids.
         cfg: ``batch_size``, ``max_new_tokens``, ``num_workers``.
-        cache: Vision features by image; see `feature_cache`.
+        cache: Vision features by image; see `FeatureCache`.
         work: Folder that keeps the lines of every batch, for `resume`.
         model_id: Which model, for the lines.
     """

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,7 @@ DECODERS: dict[str, DecoderNames] = {
 PER_LAYER_PREFIX = "pruned_"  # model_type of our registered per-layer configurations: prefix + host type
 
 
-@dataclass(frozen=True)
-class Reader:
+class Reader(NamedTuple):
     """Rows of a linear layer that belong to the units of a component.
 
     Args:
@@ -124,41 +123,41 @@ class Component:
         """How often units can go: `units` times, or once for each query head of a KV group."""
         return self.units // (self.groups or 1)
 
-    def step_price(self, biased: bool = False) -> int:
-        """Parameters that go at a time, where all linear layers have biases if ``biased``."""
-        return self.unit_price(biased) * (self.groups or 1)
-
-    @property
-    def unit_parameters(self) -> int:
-        """Parameters that go with one unit, biases of the readers included."""
-        rows = sum(r.width * (r.linear.in_features + (r.linear.bias is not None)) for r in self.readers)
-        return rows + self.width * self.writer.out_features
-
     def added_biases(self, units: int) -> int:
         """Parameters that biases of all linear layers add where the component keeps a number of units."""
         rows = sum(r.width * units for r in self.readers if r.linear.bias is None)
         return rows + (self.writer.out_features if self.writer.bias is None else 0)
 
-    def unit_price(self, biased: bool) -> int:
-        """`unit_parameters`, where all linear layers have biases if ``biased``."""
-        return self.unit_parameters + (self.added_biases(1) - self.added_biases(0) if biased else 0)
+    def unit_price(self, biased: bool = False) -> int:
+        """Parameters that go with one unit, biases of the readers included, which all have some if ``biased``."""
+        rows = sum(r.width * (r.linear.in_features + (biased or r.linear.bias is not None)) for r in self.readers)
+        return rows + self.width * self.writer.out_features
+
+    @property
+    def axes(self) -> dict[Tensor, int]:
+        """Weights with the axis that belongs to units: 0, rows, for readers, and 1, columns, for the writer."""
+        return {self.writer.weight: 1, **{reader.linear.weight: 0 for reader in self.readers}}
 
     def columns(self, units: Sequence[int]) -> Tensor:
         """Columns of the writer that belong to ``units``, ``(len(units) * width,)``."""
-        return _expand(units, 0, self.width)
+        return expand(torch.as_tensor(units, dtype=torch.long), self.width)
 
-    def reduce_rows(self, reader: Reader, scores: Tensor) -> Tensor:
-        """Sum per-row scores ``(out_features,)`` of a reader to per-unit scores ``(units,)``."""
-        return scores[reader.offset : reader.offset + self.units * reader.width].view(self.units, -1).sum(1)
+    def reduce(self, lines: Mapping[Tensor, Tensor]) -> Tensor:
+        """Sum scores of all rows, or columns, of weights, see `axes`, to per-unit scores ``(units,)``."""
+        total = self.reduce_columns(lines[self.writer.weight])
+        for reader in self.readers:
+            rows = lines[reader.linear.weight][reader.offset : reader.offset + self.units * reader.width]
+            total = total + rows.view(self.units, -1).sum(1)
+        return total
 
     def reduce_columns(self, scores: Tensor) -> Tensor:
         """Sum per-column scores ``(in_features,)`` of the writer to per-unit scores ``(units,)``."""
         return scores.view(self.units, -1).sum(1)
 
 
-def _expand(units: Sequence[int], offset: int, width: int) -> Tensor:
-    starts = offset + torch.as_tensor(units, dtype=torch.long) * width
-    return (starts.unsqueeze(1) + torch.arange(width)).flatten()
+def expand(units: Tensor, width: int) -> Tensor:
+    """Rows or columns of units, ``(len(units) * width,)``."""
+    return (units.unsqueeze(1) * width + torch.arange(width, device=units.device)).flatten()
 
 
 def reader_rows(component: Component, units: Sequence[int]) -> Iterator[tuple[nn.Linear, Tensor]]:
@@ -168,7 +167,8 @@ def reader_rows(component: Component, units: Sequence[int]) -> Iterator[tuple[nn
     """
     rows: dict[int, tuple[nn.Linear, list[Tensor]]] = {}
     for reader in component.readers:
-        rows.setdefault(id(reader.linear), (reader.linear, []))[1].append(_expand(units, reader.offset, reader.width))
+        own = reader.offset + expand(torch.as_tensor(units, dtype=torch.long), reader.width)
+        rows.setdefault(id(reader.linear), (reader.linear, []))[1].append(own)
     for linear, parts in rows.values():
         yield linear, torch.cat(parts)
 
@@ -224,10 +224,8 @@ def names_of(model: nn.Module) -> DecoderNames:
 def writer_without_bias(model: nn.Module) -> str | None:
     """Name of a writer that can have no bias in the classes that load the model's decoder; None where both can."""
     names = names_of(model)
-    for writer, field in zip((names.attention_out, names.mlp_out), names.biases, strict=True):
-        if field is None:
-            return writer
-    return None
+    writers = zip((names.attention_out, names.mlp_out), names.biases, strict=True)
+    return next((writer for writer, field in writers if field is None), None)
 
 
 def pinned_layers(model: nn.Module) -> int:

@@ -1,12 +1,14 @@
 """One forward pass for every family: frozen vision tower, projector, decoder, head on chosen positions.
 
 The vision tower is never trained and never pruned, so its output (the *projector input*) is computed once per image
-and handed to whoever needs it: student, teacher, search candidates, and every evaluated stage.
+and handed to whoever needs it: student, teacher, search candidates, and every evaluated stage. Where a device is too
+small for all weights, `Offload` keeps them in host memory while one part of the model at a time computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +28,8 @@ IMAGE_INPUTS = ("pixel_values", "image_sizes", "image_grid_thw", "pixel_attentio
 TOKEN_TYPES = {"qwen2_5_vl": "mm_token_type_ids", "qwen3_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}
 
 
-class _Reached(Exception):
-    def __init__(self, received: tuple[Any, ...]) -> None:
-        self.received = received
+class Reached(Exception):
+    """Control flow, never an error that a user sees: what was waited for has come, nothing else has to run."""
 
 
 @torch.no_grad()
@@ -36,15 +37,13 @@ def _received(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, ...] | No
     """What a module receives when something runs, which goes no further; None where it is not called."""
 
     def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise _Reached(args)
+        raise Reached(args)
 
-    handle = module.register_forward_pre_hook(stop)
-    try:
-        run()
-    except _Reached as reached:
-        return reached.received
-    finally:
-        handle.remove()
+    with module.register_forward_pre_hook(stop):
+        try:
+            run()
+        except Reached as reached:
+            return reached.args[0]
 
 
 def vision_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
@@ -58,8 +57,7 @@ def vision_features(model: nn.Module, pixel_values: Tensor) -> Tensor:
         The projector's input, ``(images, tokens, vision width)``, without gradient.
     """
     look: Any = model.get_image_features
-    received = _received(projector_of(model), lambda: look(pixel_values=pixel_values))
-    if received is None:
+    if (received := _received(projector_of(model), lambda: look(pixel_values=pixel_values))) is None:
         raise RuntimeError(f"{type(model).__name__}: the projector was not called; see models/anatomy.py")
     return received[0].detach()
 
@@ -254,17 +252,16 @@ class HostMemory:
 
 
 class FeatureCache:
-    """Vision features by image, computed once and kept on the host.
+    """Vision features by image, computed once and kept on the host; base, pruned and recovered models share them.
 
     Args:
-        compute: Maps ``pixel_values`` to features; usually `vision_features` with a model bound. None: there are no
-            features to share, see `PLAIN`.
+        model: The model whose frozen tower computes what is not kept; pixels are cast to its type. Where it is none of
+            `PLAIN`, there are no features to share.
         limit_bytes: Features beyond this size are computed anew instead of kept.
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor] | None, limit_bytes: int = 4 << 30) -> None:
-        self._compute = compute
-        self._memory = HostMemory(limit_bytes)
+    def __init__(self, model: nn.Module, limit_bytes: int = 4 << 30) -> None:
+        self._model, self._memory = model, HostMemory(limit_bytes)
 
     def __call__(self, batch: Batch) -> Tensor | None:
         """Return the features of a batch's images, in order.
@@ -276,35 +273,111 @@ class FeatureCache:
         Returns:
             ``(tiles, tokens, width)`` on the device of ``pixel_values``; None when there is nothing to share.
         """
-        pixels = batch.get("pixel_values")
-        if self._compute is None or pixels is None or not len(pixels):
+        pixels, family = batch.get("pixel_values"), self._model.config.model_type  # pyright: ignore
+        if family not in PLAIN or pixels is None or not len(pixels):
             return None
         ids: list[str] = batch["image_ids"]
         tiles = pixels.split(batch.get("image_tiles") or [1] * len(ids))
         found = {key: kept[0] for key in ids if (kept := self._memory.get([key]))}
         # Several questions of a batch may show one image.
         missing = {key: part for key, part in zip(ids, tiles, strict=True) if key not in found}
-        if not missing:
-            return torch.cat([found[key] for key in ids]).to(pixels.device)
-        computed = self._compute(torch.cat(list(missing.values()))).split([len(part) for part in missing.values()])
-        self._memory.put(list(missing), computed)
-        found |= zip(missing, computed, strict=True)
+        if missing:
+            new = torch.cat(list(missing.values())).to(next(self._model.parameters()))
+            features = vision_features(self._model, new).to(pixels.device)
+            computed = features.split([len(part) for part in missing.values()])
+            self._memory.put(list(missing), computed)
+            found |= zip(missing, computed, strict=True)
         return torch.cat([found[key].to(pixels.device) for key in ids])
 
     def follow(self, model: nn.Module) -> None:
         """Compute what is lacking with a model that has the same tower; the one before is no longer kept alive."""
-        self._compute = feature_cache(model)._compute
+        self._model = model
 
 
-def feature_cache(model: nn.Module) -> FeatureCache:
-    """A cache of vision features that base, pruned and recovered models share: their towers are the same.
+class Offload:
+    """Brings modules to the device for as long as they are worked on.
+
+    A weight that nobody changed goes back to the very memory that it came from, so that nothing is copied back and a
+    memory-mapped checkpoint stays mapped; a weight that is new or was changed in place is copied to the host.
 
     Args:
-        model: The model whose frozen tower computes what is not cached; pixels are cast to its dtype.
+        device: Where modules compute.
+
+    Attributes:
+        device: The same.
+        resident: Bytes of weights that are on the device now.
+        peak: The most that ever were.
     """
 
-    def compute(pixels: Tensor) -> Tensor:
-        weight = next(model.parameters())
-        return vision_features(model, pixels.to(weight.device, weight.dtype)).to(pixels.device)
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.resident = 0
+        self.peak = 0
+        self._open: set[nn.Module] = set()
 
-    return FeatureCache(compute if model.config.model_type in PLAIN else None)  # pyright: ignore[reportAttributeAccessIssue]
+    @contextlib.contextmanager
+    def on_device(self, *modules: nn.Module, without: Sequence[nn.Module] = ()) -> Iterator[None]:
+        """Keep modules on the device; those that are there already are left alone.
+
+        Args:
+            *modules: What is needed, with all their submodules.
+            without: Submodules that are not.
+        """
+        opened = [module for module in modules if module not in self._open]
+        left = {id(tensor) for tensor in _tensors(without)}
+        brought = [(t, t.data, t._version) for t in _tensors(opened) if id(t) not in left]
+        size = sum(host.nbytes for _, host, _ in brought)
+        self._open.update(opened)
+        self.resident += size
+        self.peak = max(self.peak, self.resident)
+        try:
+            for tensor, host, _ in brought:
+                tensor.data = self.take(host)
+            yield
+        finally:
+            for tensor, host, version in brought:
+                tensor.data = host if tensor._version == version else self.put(tensor.data)
+            known = left | {id(tensor) for tensor, _, _ in brought}
+            for tensor in _tensors(opened):
+                if id(tensor) not in known:
+                    tensor.data = self.put(tensor.data)
+            self._open.difference_update(opened)
+            self.resident -= size
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The tensor's copy on the device."""
+        return tensor.to(self.device)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """The tensor's copy in host memory."""
+        return tensor.to("cpu")
+
+
+def offload_layers(model: nn.Module, device: torch.device | str) -> Offload:
+    """Move a model to a device, except for its decoder layers: each visits it while it runs.
+
+    Args:
+        model: An image-text-to-text model that does not train.
+        device: The device.
+
+    Returns:
+        What brings the layers.
+    """
+    decoder, offload = decoder_of(model), Offload(device)
+    layers, decoder.layers = decoder.layers, nn.ModuleList()
+    model.to(offload.device)
+    decoder.layers = layers
+    if offload.device.type == "cuda":  # a copy from pinned memory is several times as fast
+        for tensor in _tensors(list(layers)):
+            tensor.data = tensor.data.pin_memory()
+    visit = contextlib.ExitStack()  # layers run one after the other
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, _: visit.enter_context(offload.on_device(module)))
+        layer.register_forward_hook(lambda *_: visit.close(), always_call=True)
+    return offload
+
+
+def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers of modules, shared ones once."""
+    found = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return list({id(tensor): tensor for tensor in found}.values())

@@ -12,8 +12,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
@@ -29,8 +28,7 @@ from .anatomy import (
 )
 
 
-@dataclass(frozen=True)
-class LayerShape:
+class LayerShape(NamedTuple):
     """Sizes of one decoder layer.
 
     Args:

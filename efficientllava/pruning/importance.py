@@ -9,20 +9,22 @@ has to see: scoring, its memory and its cost follow from that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+import contextlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..models.anatomy import Component
+from ..models.anatomy import Component, layers_of
 from ..runtime.errors import UserError
 from ..settings.schema import TAYLOR, PruneConfig
-from .fluctuation import fluctuation
-from .ranking import Ranking, obs_ranking
-from .spd import DAMPING
-from .statistics import STRIP
+from .gradients import sensitivity, taylor_scores
+from .obs import DAMPING, obs_ranking
+from .plan import Ranking
+from .statistics import STRIP, fluctuation, layer_moments, layer_statistics
+from .stream import CalibrationStream, narrowed
 
 
 def activation_scores(component: Component, gram: Tensor) -> Tensor:
@@ -63,15 +65,8 @@ def magnitude_scores(component: Component) -> Tensor:
     Returns:
         ``(units,)``.
     """
-    total = component.reduce_columns(component.writer.weight.detach().double().square().sum(0))
-    for reader in component.readers:
-        total = total + component.reduce_rows(reader, reader.linear.weight.detach().double().square().sum(1))
-    return total.sqrt()
-
-
-def random_scores(component: Component, generator: torch.Generator) -> Tensor:
-    """Uniform scores, ``(units,)``."""
-    return torch.rand(component.units, generator=generator, dtype=torch.float64)
+    axes = component.axes.items()
+    return component.reduce({w: w.detach().double().square().sum(1 - axis) for w, axis in axes}).sqrt()
 
 
 def flap_ranking(component: Component, fluctuations: Tensor, biased: bool) -> Ranking:
@@ -103,8 +98,7 @@ def flap_ranking(component: Component, fluctuations: Tensor, biased: bool) -> Ra
 WEIGHTS, INPUTS, RECORDS, GRADIENTS = "weights", "inputs", "records", "gradients"
 
 
-@dataclass(frozen=True)
-class How:
+class How(NamedTuple):
     """What else a ranking may depend on.
 
     Args:
@@ -120,8 +114,7 @@ class How:
     felt: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Importance:
+class Importance(NamedTuple):
     """How units are ranked.
 
     Args:
@@ -147,7 +140,7 @@ def importance_of(name: str) -> Importance:
 def _levelled(component: Component, scores: Tensor) -> Ranking:
     """Rank by scores that have no common unit: a parameter costs 1 on average in every component of every layer."""
     ranking = Ranking.from_scores(scores, component.groups)
-    scale = component.unit_parameters * component.units / (sum(ranking.costs) or 1.0)
+    scale = component.unit_price() * component.units / (sum(ranking.costs) or 1.0)
     return replace(ranking, costs=tuple(cost * scale for cost in ranking.costs))
 
 
@@ -166,5 +159,72 @@ IMPORTANCES = {
     "wanda": Importance(INPUTS, lambda unit, gram, _: _levelled(unit, wanda_scores(unit, gram))),
     "flap": Importance(RECORDS, lambda unit, seen, how: flap_ranking(unit, fluctuation(*seen), how.config.biased)),
     "magnitude": Importance(WEIGHTS, lambda unit, _seen, _how: _levelled(unit, magnitude_scores(unit))),
-    "random": Importance(WEIGHTS, lambda unit, _seen, how: _levelled(unit, random_scores(unit, how.generator))),
+    "random": Importance(
+        WEIGHTS,
+        lambda unit, _seen, how: _levelled(unit, torch.rand(unit.units, generator=how.generator, dtype=torch.float64)),
+    ),
 }
+
+
+Pair = tuple[Ranking, Ranking]  # removal orders of the attention and of the MLP of a layer
+
+
+def rank_units(
+    stream: CalibrationStream,
+    config: PruneConfig,
+    seed: int = 0,
+    without: Collection[int] = (),
+    counts: Sequence[tuple[int, int]] = (),
+) -> tuple[list[Pair], list[Tensor]]:
+    """Score every unit of the attention and every channel of every layer.
+
+    Args:
+        stream: The calibration stream.
+        config: ``importance``, ``heads``, ``damping``, ``taylor_mean``; ``prefix``: whether a layer reads what the
+            dense model gives it, or what the layers before leave that keep their best units only.
+        seed: Seed of random importance.
+        without: Batches that stay outside the statistics.
+        counts: Units that every layer will keep; needed for ``prefix=pruned``.
+
+    Returns:
+        Rankings of all layers; costs of `obs` are errors relative to the power of the residual stream. And the dense
+        model's outputs of the last layer by batch where the scores needed them (else empty).
+    """
+    layers, importance = layers_of(stream.model, config.heads), importance_of(config.importance)
+    generator = torch.Generator().manual_seed(seed)
+
+    def ranked_by(index: int, seen: Sequence[Any], felt: Sequence[Tensor | None] = (None, None)) -> Pair:
+        first, second = (
+            importance.rank(component, what, How(config, f"layer {index}, {component.kind}", generator, outputs))
+            for component, what, outputs in zip(layers[index].components, seen, felt, strict=True)
+        )
+        return first, second
+
+    if importance.sees == GRADIENTS:
+        scores = taylor_scores(stream, config.importance, config.taylor_mean, config.heads)
+        return [ranked_by(index, pair) for index, pair in enumerate(scores)], []
+    looks, felt, weigh = importance.sees != WEIGHTS, None, None
+    if config.importance != "obs":  # published scores take all positions alike
+        weigh = lambda batch: [torch.ones(int(stream.counted[batch].sum()), device=stream.device)] * 2  # noqa: E731
+    elif config.method == "widthwise" and config.selection == "global":
+        felt = sensitivity(stream, seed)
+    ranked, hidden = [], stream.start() if looks else []
+    sequential = looks and config.prefix == "pruned"
+    for index, layer in enumerate(layers):
+        before = list(hidden) if sequential else []
+        with stream.on_device(layer.module):
+            seen: Sequence[Any] = (None, None)
+            if importance.sees == RECORDS:
+                seen = layer_moments(stream, layer, index, hidden)
+            elif looks:
+                weigh = felt.weigh(stream, index) if felt else weigh
+                seen = layer_statistics(stream, layer, index, hidden, None, weigh, without)
+            ranked.append(ranked_by(index, seen, felt.outputs[index] if felt else (None, None)))
+            if sequential:
+                hidden = before
+                with contextlib.ExitStack() as cuts:
+                    for component, ranking, count in zip(layer.components, ranked[-1], counts[index], strict=True):
+                        cuts.enter_context(narrowed(component.writer, component.columns(ranking.kept(count))))
+                    stream.advance(layer.module, index, hidden)
+        stream.tick("score units", index + 1, len(layers))
+    return ranked, [] if sequential else hidden

@@ -28,13 +28,9 @@ from ..models.anatomy import (
 from ..models.forward import Batch
 from ..settings.schema import PruneConfig
 from .importance import GRADIENTS, INPUTS, RECORDS, importance_of
-from .ranking import OBS_ROUNDS
-from .statistics import (
-    ANSWERS,
-    POSITIONS,
-    STRIP,
-    gram_dtype,
-)
+from .obs import OBS_ROUNDS
+from .statistics import POSITIONS, STRIP, gram_dtype
+from .stream import ANSWERS
 
 MARGIN = 1.26  # pruning on one device needs at most this many times the weights
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,17 +13,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.splits import split_folds
-from ..models.forward import Batch, FeatureCache
-from ..models.offload import Offload
+from ..models.forward import Batch, FeatureCache, Offload
+from ..runtime.console import Tick
 from ..runtime.processes import sum_over
 from ..settings.schema import PruneConfig
 from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan
 from .pruner import PruneReport, apply_plan, make_plan
-from .scores import Calibration, Tick, silent
 from .self_text import position_share
-from .statistics import Beginning
+from .stream import Beginning, Calibration, silent
 from .surgery import reinitialise
+
+
+def chunked(records: Sequence[Any], size: int) -> tuple[list[list[Any]], list[int]]:
+    """Calibration records by batch, and the fold of each batch, see `efficientllava.data.splits.split_folds`."""
+    parts = [[part[i : i + size] for i in range(0, len(part), size)] for part in split_folds(records)]
+    return list(chain(*parts)), [fold for fold, part in enumerate(parts) for _ in part]
 
 
 class PruningModule(LightningModule):
@@ -37,7 +43,7 @@ class PruningModule(LightningModule):
         records: All calibration records.
         collate: Turns records into a batch.
         config: Method, ratio, importance, selection, refit.
-        batch_size: Records per batch; Taylor scores take one at a time, see `efficientllava.pruning.taylor`.
+        batch_size: Records per batch; Taylor scores take one at a time, see `efficientllava.pruning.gradients`.
         seed: Seed of random importance.
         features: Vision features by image.
         tick: Progress.
@@ -73,15 +79,13 @@ class PruningModule(LightningModule):
         self._seed, self._features, self._tick = seed, features, tick
         self._write, self._written_share = write, written_share
         self._batches: list[dict[str, Any]] = []
-        self._compared: Sequence[Any] = ()
-        self._held: Sequence[Any] = ()
+        self._folds, self._compares = list[int](), False
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This process's share of the calibration batches."""
-        size, mine = self._batch_size, slice(self.trainer.global_rank, None, self.trainer.world_size)
-        fitted, self._held, self._compared = split_folds(self._records)
-        parts = (fitted, self._held, self._compared)
-        chunks = [list(part[i : i + size]) for part in parts for i in range(0, len(part), size)][mine]
+        mine = slice(self.trainer.global_rank, None, self.trainer.world_size)
+        chunks, folds = chunked(self._records, self._batch_size)
+        chunks, self._folds, self._compares = chunks[mine], folds[mine], 2 in folds
         # Lightning calls no hook on a process without batches, but all must take part in the sums.
         return DataLoader(chunks or [[]], batch_size=None, collate_fn=lambda chunk: chunk and self._collate(chunk))  # pyright: ignore[reportArgumentType]
 
@@ -99,21 +103,20 @@ class PruningModule(LightningModule):
         model = self._owned[0] if isinstance(self._owned, tuple) else self._owned
         batches, config = self._batches, self._config
         beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
-        storage, offload = self._storage(model), self._offload
-        held, compared = (
-            [i for i, batch in enumerate(batches) if {record.id for record in part}.issuperset(batch["ids"])]
-            for part in (self._held, self._compared)
-        )
+        on_gpu = next(model.parameters()).device.type != "cpu"
+        # Host memory, where hidden states would take too much of a GPU's.
+        storage = "cpu" if on_gpu and store_on_host(model, config, CalibrationSize.of(batches)) else None
         written, shares = self._written(model, batches)
+        held, compared = ([i for i, fold in enumerate(self._folds) if fold == kind] for kind in (1, 2))
         batches = batches + written
         # Choices of the refit are made on both kinds of text, but only where there are records to make them on.
-        last = range(len(batches) - len(written) // 4, len(batches)) if self._compared else ()
+        last = range(len(batches) - len(written) // 4, len(batches)) if self._compares else ()
         calibration = Calibration(
             batches,
             self._features,
             sum_over,
             storage,
-            offload,
+            self._offload,
             self._tick,
             beginning,
             compared,
@@ -140,9 +143,3 @@ class PruningModule(LightningModule):
         share = position_share(self._written_share, read, text)
         text = text[self.trainer.global_rank :: self.trainer.world_size]
         return text, [1.0] * len(batches) + [share] * len(text)
-
-    def _storage(self, model: nn.Module) -> str | None:
-        """Host memory, where hidden states would take too much of a GPU's."""
-        if next(model.parameters()).device.type == "cpu":
-            return None
-        return "cpu" if store_on_host(model, self._config, CalibrationSize.of(self._batches)) else None

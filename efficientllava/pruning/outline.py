@@ -22,6 +22,7 @@ from .selection import (
     TOLERANCE,
     Space,
     floor_shape,
+    imbalance,
     layers_to_drop,
     local_shape,
     nominal_shape,
@@ -87,15 +88,16 @@ def outline(model: nn.Module, config: PruneConfig) -> Outline:
     largest = space.ratio(space.smallest)
     if config.ratio == 0 and config.share is None:
         return Outline((whole,), total, (0, 0), largest)
-    if _ragged(config) and names_of(model).stock_only:
+    free = config.selection == "global" and config.share is None
+    ragged = free or config.protect or config.protect_mlp or config.protect_scaled
+    if ragged and names_of(model).stock_only:
         raise UserError(
             f"prune: a {decoder_of(model).config.model_type} decoder has one width for all layers; set "
             "prune.selection=shape, local or floor, and protect no layer"
         )
     shapes = candidate_shapes(space, layers[0], config)
     if shapes:
-        whole_heads, whole_channels = whole[0]
-        shapes.sort(key=lambda shape: abs(shape[0] / whole_heads - shape[1] / whole_channels))
+        shapes.sort(key=lambda shape: imbalance(space, shape))
         options = tuple(tuple(space.counts(*shape)) for shape in shapes)
         sizes = [space.removed(option) for option in options]
         return Outline(options, total, (min(sizes), max(sizes)), largest)
@@ -106,12 +108,6 @@ def outline(model: nn.Module, config: PruneConfig) -> Outline:
     slack = max(max(prices) / 2, TOLERANCE * total)
     removed = (max(0, int(ratio * total - slack)), int(min(ratio * total + slack, largest * total)))
     return Outline((tuple(space.counts(*typical_shape(space, ratio))),), total, removed, largest, True)
-
-
-def _ragged(config: PruneConfig) -> bool:
-    """Whether the channels of a widthwise plan may differ between layers."""
-    free = config.selection == "global" and config.share is None
-    return free or bool(config.protect or config.protect_mlp or config.protect_scaled)
 
 
 def candidate_shapes(space: Space, first: Layer, config: PruneConfig) -> list[tuple[int, int]]:

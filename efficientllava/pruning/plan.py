@@ -1,12 +1,23 @@
-"""The pruning plan: what is kept, as frozen data. No tensors, no model."""
+"""The pruning plan: what is kept, as frozen data, and how the order in which units go becomes one."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from ..models.anatomy import (
+    Component,
+    decoder_of,
+    describe_layer,
+    language_parameters,
+    layers_of,
+)
 from ..runtime.errors import UserError
 
 
@@ -102,3 +113,128 @@ class PruningPlan:
     def read(cls, path: str | Path) -> PruningPlan:
         """Read a plan from a file."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Removal order of one component.
+
+    Args:
+        order: All units, first to go first.
+        costs: Marginal cost of each removal, in this order.
+        groups: See `efficientllava.models.anatomy.Component`: so many units go at a removal. None: one.
+    """
+
+    order: tuple[int, ...]
+    costs: tuple[float, ...]
+    groups: int | None = None
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """The units that the last ``count`` removals take, ascending."""
+        return tuple(sorted(self.order[len(self.order) - count * (self.groups or 1) :]))
+
+    @classmethod
+    def from_scores(cls, scores: Tensor, groups: int | None = None) -> Ranking:
+        """Rank by score, lowest first; ties go by index.
+
+        Args:
+            scores: ``(units,)``.
+            groups: See the class; units are ranked within their group.
+        """
+        by_group = scores.double().cpu().view(groups or 1, -1)
+        order = torch.sort(by_group, stable=True)
+        first = torch.arange(len(by_group)).unsqueeze(1) * by_group.shape[1]
+        units = (order.indices + first).T.flatten()
+        return cls(tuple(units.tolist()), tuple(order.values.sum(0).tolist()), groups)
+
+
+def ranked_plan(
+    counts: Sequence[tuple[int, int]], rankings: Sequence[tuple[Ranking, Ranking]]
+) -> tuple[LayerPlan, ...]:
+    """Keep the highest-ranked units of every layer.
+
+    Args:
+        counts: Kept groups, or query heads of each group, and channels of every layer.
+        rankings: Removal orders of the attention's units and of channels of every layer.
+    """
+    return tuple(
+        _layer_plan(index, *kept, *pair) for index, (kept, pair) in enumerate(zip(counts, rankings, strict=True))
+    )
+
+
+def _layer_plan(index: int, heads: int, channels: int, attention: Ranking, mlp: Ranking) -> LayerPlan:
+    units = attention.kept(heads)
+    if attention.groups is None:
+        return LayerPlan(index, units, mlp.kept(channels))
+    some = units if len(units) < len(attention.order) else ()
+    return LayerPlan(index, tuple(range(attention.groups)), mlp.kept(channels), some)
+
+
+Kept = tuple[Component, Sequence[int]]
+
+
+def kept_units(module: nn.Module, text_config: Any, plan: LayerPlan) -> tuple[Kept, Kept]:
+    """Attention and MLP of a layer as it is, each with the units that a plan keeps.
+
+    Args:
+        module: The layer.
+        text_config: See `efficientllava.models.anatomy.describe_layer`.
+        plan: The layer's plan.
+    """
+    layer = describe_layer(module, text_config, "query" if plan.heads else "group")
+    return (layer.attention, plan.heads or plan.groups), (layer.mlp, plan.channels)
+
+
+def plan_for(
+    model: nn.Module,
+    method: str,
+    layers: Sequence[LayerPlan],
+    requested: float | None,
+    biased: bool = False,
+    **more: Any,
+) -> PruningPlan:
+    """The plan that keeps given units, with the sizes of the model that it is for.
+
+    Args:
+        model: The checkpoint before pruning.
+        method: ``layerwise``, ``widthwise`` or ``auto``.
+        layers: Kept layers in ascending order.
+        requested: Requested share of language-model parameters to remove; None where no share was asked for.
+        biased: Whether all linear layers of the cut model will have biases.
+        **more: Further fields of `PruningPlan`.
+    """
+    found = layers_of(model)
+    return PruningPlan(
+        method=method,
+        layers=tuple(layers),
+        source_layers=len(found),
+        heads_per_group=found[0].heads_per_group,
+        requested=requested,
+        achieved=plan_ratio(model, layers, biased),
+        source_units=tuple((layer.attention.units, layer.mlp.units) for layer in found),
+        **more,
+    )
+
+
+def whole_layers(model: nn.Module) -> tuple[LayerPlan, ...]:
+    """The plan that keeps everything."""
+    return tuple(
+        LayerPlan(i, tuple(range(layer.attention.units)), tuple(range(layer.mlp.units)))
+        for i, layer in enumerate(layers_of(model))
+    )
+
+
+def plan_ratio(model: nn.Module, plans: Sequence[LayerPlan], biased: bool = False) -> float:
+    """Share of language-model parameters that a plan removes, biases that it adds subtracted; without cutting."""
+    layers = layers_of(model)
+    by_index = {plan.index: plan for plan in plans}
+    removed = 0
+    for index, layer in enumerate(layers):
+        plan = by_index.get(index)
+        if plan is None:
+            removed += sum(p.numel() for p in layer.module.parameters())
+            continue
+        for component, kept in kept_units(layer.module, decoder_of(model).config, plan):
+            removed += (component.units - len(kept)) * component.unit_price(biased)
+        removed -= sum(component.added_biases(component.units) for component in layer.components) if biased else 0
+    return removed / language_parameters(model)

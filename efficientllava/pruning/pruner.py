@@ -1,11 +1,16 @@
-"""The pruner: scores to a plan, and a plan to a smaller model."""
+"""The pruner: scores to a plan, and a plan to a smaller model.
+
+Candidates are compared on records that none of them was fitted to. The loss on the records that a candidate was
+refitted on is biased: the more freedom it has to fit them, the better it looks (the generalization gap of arXiv
+2503.15369). What counts is therefore their divergence from the dense model on other records, record by record, since
+most of the spread between records is common to all.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +25,15 @@ from ..models.anatomy import (
 from ..runtime.errors import UserError
 from ..runtime.processes import gather
 from ..settings.schema import PruneConfig
-from .comparison import Comparison, Verdict, simplest
+from .importance import rank_units
 from .outline import blocks_to_drop, candidate_shapes, prune_space
-from .plan import LayerPlan, PruningPlan
-from .ranking import Ranking
+from .plan import LayerPlan, PruningPlan, Ranking, plan_for, ranked_plan, whole_layers
 from .refit import SequentialPruner
-from .scores import Calibration, open_stream, rank_units
-from .selection import (
-    Space,
-    global_counts,
-    imbalance,
-    ranked_plan,
-)
+from .selection import Space, global_counts, imbalance
 from .solution import LayerError
-from .statistics import BlockInfluence, CalibrationStream, Reduce
-from .surgery import (
-    achieved_ratio,
-    check_plan,
-    cut,
-    kept_units,
-    rebuild,
-)
+from .statistics import BlockInfluence
+from .stream import Calibration, CalibrationStream
+from .surgery import check_plan, cut, rebuild
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +67,6 @@ class PruneReport:
     block_influence: list[float] = field(default_factory=list)
     candidates: list[dict[str, float]] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
 
 def make_plan(
     model: nn.Module, calibration: Calibration, config: PruneConfig, seed: int = 0
@@ -109,61 +98,6 @@ def make_plan(
     return plan, report
 
 
-def plan_for(
-    model: nn.Module,
-    method: str,
-    layers: Sequence[LayerPlan],
-    requested: float | None,
-    biased: bool = False,
-    **more: Any,
-) -> PruningPlan:
-    """The plan that keeps given units, with the sizes of the model that it is for.
-
-    Args:
-        model: The checkpoint before pruning.
-        method: ``layerwise``, ``widthwise`` or ``auto``.
-        layers: Kept layers in ascending order.
-        requested: Requested share of language-model parameters to remove; None where no share was asked for.
-        biased: Whether all linear layers of the cut model will have biases.
-        **more: Further fields of `PruningPlan`.
-    """
-    found = layers_of(model)
-    return PruningPlan(
-        method=method,
-        layers=tuple(layers),
-        source_layers=len(found),
-        heads_per_group=found[0].heads_per_group,
-        requested=requested,
-        achieved=plan_ratio(model, layers, biased),
-        source_units=tuple((layer.attention.units, layer.mlp.units) for layer in found),
-        **more,
-    )
-
-
-def whole_layers(model: nn.Module) -> tuple[LayerPlan, ...]:
-    """The plan that keeps everything."""
-    return tuple(
-        LayerPlan(i, tuple(range(layer.attention.units)), tuple(range(layer.mlp.units)))
-        for i, layer in enumerate(layers_of(model))
-    )
-
-
-def plan_ratio(model: nn.Module, plans: Sequence[LayerPlan], biased: bool = False) -> float:
-    """Share of language-model parameters that a plan removes, biases that it adds subtracted; without cutting."""
-    layers = layers_of(model)
-    by_index = {plan.index: plan for plan in plans}
-    removed = 0
-    for index, layer in enumerate(layers):
-        plan = by_index.get(index)
-        if plan is None:
-            removed += sum(p.numel() for p in layer.module.parameters())
-            continue
-        for component, kept in kept_units(layer.module, decoder_of(model).config, plan):
-            removed += (component.units - len(kept)) * component.unit_price(biased)
-        removed -= sum(component.added_biases(component.units) for component in layer.components) if biased else 0
-    return removed / language_parameters(model)
-
-
 @torch.no_grad()
 def apply_plan(
     model: nn.Module, plan: PruningPlan, calibration: Calibration | None, config: PruneConfig
@@ -191,51 +125,19 @@ def apply_plan(
             key = "refit" if config.refit else "bias"
             raise UserError(f"prune.{key}=true needs calibration batches; pass some, or set prune.{key}=false")
         return cut(model, plan), report
-    stream = open_stream(model, calibration, config)
-    pruner = sequential_pruner(stream, calibration, config, trial=False)
-    depth = plan.source_layers
-    what = "refit and cut" if config.refit else "cut"
-    outcome = pruner.run(plan.layers, True, lambda layer: calibration.tick(what, layer + 1, depth))
-    report.loss_pruned, report.errors = outcome.loss, outcome.errors
+    stream = CalibrationStream(model, calibration, config.tokens)
+    hidden, report.errors = SequentialPruner(stream, config).run(plan.layers, commit=True)
+    report.loss_pruned = stream.answer_loss(hidden)
+    del hidden
     smaller = rebuild(model, plan.kept_layers)
-    if abs(achieved_ratio(before, smaller) - plan.achieved) > 1e-9:
-        raise RuntimeError(
-            f"plan says {plan.achieved:.6f} removed, the model says {achieved_ratio(before, smaller):.6f}"
-        )
+    achieved = 1.0 - language_parameters(smaller) / before
+    if abs(achieved - plan.achieved) > 1e-9:
+        raise RuntimeError(f"plan says {plan.achieved:.6f} removed, the model says {achieved:.6f}")
     return smaller, report
 
 
-def sequential_pruner(
-    stream: CalibrationStream, calibration: Calibration, config: PruneConfig, trial: bool
-) -> SequentialPruner:
-    """A pruner with the refit that a configuration asks for.
-
-    Args:
-        stream: The calibration stream.
-        calibration: Which batches are compared on, held back and validated on.
-        config: Refit settings.
-        trial: Whether candidates are compared afterwards: what that is done on is then not fitted to.
-    """
-    how = (config.refit, config.refit_target, config.damping, calibration.reduce)
-    if not trial:
-        return SequentialPruner(stream, *how, held=calibration.validated, bias=config.biased)
-    outside = {*calibration.compared, *calibration.held}
-    fitted = [batch for batch in range(len(calibration.batches)) if batch not in outside]
-    return SequentialPruner(stream, *how, fitted, calibration.held, config.biased)
-
-
-def dense_outputs(stream: CalibrationStream) -> list[Tensor]:
-    """The dense model's outputs of the last layer, by batch."""
-    hidden = stream.start()
-    for index, layer in enumerate(decoder_of(stream.model).layers):
-        stream.advance(layer, index, hidden)
-    return hidden
-
-
 @torch.no_grad()
-def block_influences(
-    stream: CalibrationStream, kept: Sequence[int], config: PruneConfig, reduce: Reduce
-) -> list[float]:
+def block_influences(stream: CalibrationStream, kept: Sequence[int], config: PruneConfig) -> list[float]:
     """Block influence of the kept layers, measured on the model that consists of them.
 
     Args:
@@ -243,7 +145,6 @@ def block_influences(
         kept: Original indices of the layers.
         config: ``block_influence``: mean or sum over positions; ``final_norm``: whether the last block's output is
             compared after the final norm, as published.
-        reduce: Sums over processes.
 
     Returns:
         One score per kept layer.
@@ -256,7 +157,7 @@ def block_influences(
             with stream.on_device(norm):
                 compared = norm(outputs) if config.final_norm and index == kept[-1] else outputs
             influence.add(inputs, compared, stream.counted[batch])
-        scores.append(influence.value(config.block_influence, reduce))
+        scores.append(influence.value(config.block_influence, stream.reduce))
     return scores
 
 
@@ -265,14 +166,13 @@ def _layerwise(
 ) -> tuple[LayerPlan, ...]:
     whole = whole_layers(model)
     count = blocks_to_drop(model, config)
-    stream = open_stream(model, calibration, config)
-    report.loss_dense = stream.answer_loss(dense_outputs(stream), calibration.reduce)
+    stream = CalibrationStream(model, calibration, config.tokens)
+    report.loss_dense = stream.answer_loss(stream.end())
     kept = list(range(len(whole)))
-    scores = block_influences(stream, kept, config, calibration.reduce)
-    report.block_influence = scores
+    report.block_influence = scores = block_influences(stream, kept, config)
     for step in range(count):
         if config.iterative and step:
-            scores = block_influences(stream, kept, config, calibration.reduce)
+            scores = block_influences(stream, kept, config)
         lowest = min(range(pinned_layers(model), len(kept)), key=lambda position: scores[position])
         kept.pop(lowest)
         scores = scores[:lowest] + scores[lowest + 1 :]
@@ -289,10 +189,10 @@ def _widthwise(
     chooses = len(shapes) > 1 and any(gather(len(calibration.compared)))
     counts = space.counts(*shapes[0]) if len(shapes) == 1 else ()
     outside = calibration.compared if chooses else ()
-    scores, stream, dense = rank_units(model, calibration, config, seed, outside, counts)
-    dense = dense or dense_outputs(stream)
-    report.loss_dense = stream.answer_loss(dense, calibration.reduce)
-    rankings = [s.pair for s in scores]
+    stream = CalibrationStream(model, calibration, config.tokens)
+    rankings, dense = rank_units(stream, config, seed, outside, counts)
+    dense = dense or stream.end()
+    report.loss_dense = stream.answer_loss(dense)
     if not shapes:
         costs = [(attention.costs, mlp.costs) for attention, mlp in rankings]
         return ranked_plan(global_counts(space, config.ratio or 0.0, costs), rankings)
@@ -300,14 +200,13 @@ def _widthwise(
         shapes = promising(shapes, space, rankings)
     best = min(range(len(shapes)), key=lambda i: imbalance(space, shapes[i]))
     if chooses and len(shapes) > 1:
-        comparison = Comparison(stream, calibration.compared, dense)
+        comparison = Comparison(stream, dense)
         del dense
-        pruner = sequential_pruner(stream, calibration, config, trial=True)
+        pruner = SequentialPruner(stream, config, trial=True)
         verdicts: dict[tuple[int, int], Verdict] = {}
 
         def divergence(shape: tuple[int, int]) -> float:
-            found = pruner.run(ranked_plan(space.counts(*shape), rankings), commit=False)
-            verdicts[shape] = comparison(found.hidden)
+            verdicts[shape] = comparison(pruner.run(ranked_plan(space.counts(*shape), rankings), commit=False)[0])
             calibration.tick("choose heads against channels", len(verdicts), search_length(len(shapes)))
             return verdicts[shape].mean
 
@@ -324,7 +223,7 @@ def _widthwise(
             for g, c in tried
         ]
         report.loss_compared = verdicts[shapes[best]].loss
-        report.loss_compared_dense = comparison.dense_loss
+        report.loss_compared_dense = comparison.dense.loss
     groups, whole = shapes[best][0], max(space.groups)
     if groups < whole <= FEW and first.attention.groups is None and not space.whole_attention:
         log.warning(
@@ -393,3 +292,87 @@ def search_length(candidates: int) -> int:
         step = -(-step // 2)
         length += 2
     return min(length, candidates)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A candidate on the records that are compared on.
+
+    Args:
+        kl: Divergence of each record's answers from the dense model's, in nats per supervised token.
+        tokens: Supervised tokens of each record.
+        loss: Cross-entropy of all supervised tokens, in nats per token.
+    """
+
+    kl: Tensor
+    tokens: Tensor
+    loss: float
+
+    @property
+    def mean(self) -> float:
+        """Divergence per supervised token of all records."""
+        return float((self.kl * self.tokens).sum() / self.tokens.sum())
+
+    def excess(self, other: Verdict) -> tuple[float, float]:
+        """How much more this candidate diverges than another, and the standard error of that over records."""
+        shares = self.tokens / self.tokens.sum()
+        steps = shares * (self.kl - other.kl)
+        mean, count = float(steps.sum()), len(steps)
+        spread = (steps - shares * mean).square().sum() * count / max(count - 1, 1)
+        return mean, float(spread.sqrt())
+
+
+class Comparison:
+    """Measures candidates against the dense model on the batches of a stream that are compared on.
+
+    Args:
+        stream: The calibration stream.
+        dense: The dense model's hidden states behind its last layer, by batch.
+
+    Attributes:
+        dense: What the dense model itself is found to be.
+
+    Raises:
+        UserError: The dense model's own numbers are not finite.
+    """
+
+    def __init__(self, stream: CalibrationStream, dense: Sequence[Tensor]) -> None:
+        self._stream = stream
+        self._dense = {batch: stream.supervised(batch, dense[batch])[0] for batch in stream.calibration.compared}
+        self.dense = self(dense)
+
+    @torch.no_grad()
+    def __call__(self, hidden: Sequence[Tensor]) -> Verdict:
+        """Judge a candidate from its hidden states behind the last layer, by batch; the same on all processes."""
+        mine: list[list[float]] = []
+        for batch, reference in self._dense.items():
+            rows, targets, mask = self._stream.supervised(batch, hidden[batch])
+            values = torch.zeros(len(hidden[batch]), 3, dtype=torch.float64, device=rows.device)
+            parts = (self._stream.logits(rows, targets, mask.nonzero()[:, 0]), self._stream.logits(reference))
+            for (_, logits, wanted, owner), (_, dense) in zip(*parts, strict=True):
+                found, known = logits.log_softmax(-1), dense.log_softmax(-1)
+                kl = (known.exp() * (known - found)).sum(-1)
+                loss = nn.functional.nll_loss(found, wanted, reduction="none")
+                values.index_add_(0, owner, torch.stack([kl, loss, torch.ones_like(kl)], 1).double())
+            mine += [row for row in values.tolist() if row[2]]
+        everywhere = [row for part in gather(mine) for row in part]
+        kl, loss, tokens = torch.tensor(everywhere, dtype=torch.float64).view(-1, 3).unbind(1)
+        if not bool(torch.isfinite(kl).all() and torch.isfinite(loss).all()):
+            raise UserError("calibration: a candidate's loss on the records that are compared on is not finite")
+        return Verdict(kl / tokens, tokens, float(loss.sum() / tokens.sum()))
+
+
+def simplest(verdicts: Sequence[Verdict], simplicity: Sequence[float]) -> int:
+    """The simplest candidate within one standard error of the best one.
+
+    Args:
+        verdicts: One per candidate, on the same records.
+        simplicity: Distance from the simplest candidate imaginable, one per candidate.
+
+    Returns:
+        Index of the chosen candidate.
+    """
+    best = min(range(len(verdicts)), key=lambda i: verdicts[i].mean)
+    excesses = [verdict.excess(verdicts[best]) for verdict in verdicts]
+    near = [i for i, (mean, error) in enumerate(excesses) if mean <= error]
+    return min({*near, best}, key=lambda i: (simplicity[i], verdicts[i].mean))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,40 +25,15 @@ from ..models.anatomy import (
 )
 from ..runtime.errors import require_finite
 from ..runtime.processes import gather
-from .fluctuation import layer_moments, mean_written
-from .plan import LayerPlan
+from ..settings.schema import PruneConfig
+from .obs import DAMPING
+from .plan import LayerPlan, kept_units
 from .solution import DAMPINGS, LayerError, Moments, plain_error, solve, validate
-from .spd import DAMPING
-from .statistics import (
-    POSITIONS,
-    CalibrationStream,
-    Gram,
-    Reduce,
-    Write,
-    add_product,
-    forwarded,
-    narrowed,
-    no_reduce,
-    total_weight,
-)
-from .surgery import add_bias, cut_component, kept_units
+from .statistics import POSITIONS, Gram, add_product, layer_moments, mean_written, total_weight
+from .stream import CalibrationStream, Reduce, Write, captured, forwarded, narrowed
+from .surgery import add_bias, cut_component
 
 TARGETS = {"layer": 0.0, "residual": 1.0, "adaptive": None}  # how far earlier losses are repaired; None: as validated
-
-
-@dataclass
-class RefitResult:
-    """What a sequential pass leaves behind.
-
-    Args:
-        loss: Answer loss on the calibration batches after the cut, in nats per token.
-        errors: Error of every refitted writer.
-        hidden: Outputs of the last layer, by batch.
-    """
-
-    loss: float
-    errors: list[LayerError] = field(default_factory=list)
-    hidden: list[Tensor] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass
@@ -83,85 +59,64 @@ class SequentialPruner:
     Held between layers: the hidden states of the pruned prefix, for the target ``residual`` those of the dense model as
     well, and inside a layer the kept inputs of the attention's writer, so that no attention is computed twice.
 
+    Where a trial is to be judged afterwards, what that is done on is not fitted to. Batches that damping and repair are
+    chosen on are fitted to in the end.
+
     Args:
-        stream: The calibration stream.
-        refit: Whether writers are refitted.
-        target: ``layer``: the layer's own output on the pruned prefix. ``residual``: the dense model's residual
-            stream behind the component, so that a layer also repairs what earlier layers lost. ``adaptive``: between
-            the two, see `validate`.
-        damping: See `solve`; None: see `validate`.
-        bias: Whether what the removed columns write on average in the dense model goes into the writers' biases.
-        reduce: Sums over processes.
-        fitted: Batches that are fitted to; None: all.
-        held: Batches that damping and repair are chosen on before all of both are fitted to. Those that are in neither
-            pass through only.
+        stream: The calibration stream, which knows what is compared, held back and validated on.
+        config: ``refit``: whether writers are refitted; ``refit_target``: ``layer``: to the layer's own output on the
+            pruned prefix, ``residual``: to the dense model's residual stream behind the component, so that a layer also
+            repairs what earlier layers lost, ``adaptive``: between the two, see `validate`; ``damping``: see `solve`,
+            None: see `validate`; ``bias``: whether what the removed columns write on average in the dense model goes
+            into the writers' biases.
+        trial: Whether candidates are compared afterwards.
     """
 
-    def __init__(
-        self,
-        stream: CalibrationStream,
-        refit: bool = True,
-        target: str = "adaptive",
-        damping: float | None = None,
-        reduce: Reduce = no_reduce,
-        fitted: Collection[int] | None = None,
-        held: Collection[int] = (),
-        bias: bool = False,
-    ) -> None:
-        if target not in TARGETS:
-            raise ValueError(f"target must be one of {tuple(TARGETS)}, got {target!r}")
-        self._stream, self._refit, self._damping, self._reduce = stream, refit, damping, reduce
-        self._bias = bias
-        self._held, self._validated = held, any(gather(len(held)))
-        self._repair = TARGETS[target] if self._validated or target != "adaptive" else 0.0
+    def __init__(self, stream: CalibrationStream, config: PruneConfig, trial: bool = False) -> None:
+        known = stream.calibration
+        self._stream, self._config, self._text = stream, config, decoder_of(stream.model).config
+        self._held = {*(known.held if trial else known.validated)}
+        self._fitted = {*range(len(stream.batches))} - self._held - {*(known.compared if trial else ())}
+        self._validated = any(gather(len(self._held)))
+        adaptive = config.refit_target == "adaptive"
+        self._repair = TARGETS[config.refit_target] if self._validated or not adaptive else 0.0
         # A norm after the writer hides the residual stream from it; the layer's own output is the target then.
-        self._to_residual = refit and self._repair != 0 and not names_of(stream.model).post_norms
-        self._config = decoder_of(stream.model).config
-        self._fitted = set(range(len(stream.batches))) - set(held) if fitted is None else fitted
-        self._near: dict[str, float] = dict.fromkeys(
-            ("attention", "mlp"), DAMPING
-        )  # neighbouring layers want like dampings
+        self._to_residual = config.refit and self._repair != 0 and not names_of(stream.model).post_norms
+        self._near = {"attention": DAMPING, "mlp": DAMPING}  # neighbouring layers want like dampings
 
     @torch.no_grad()
-    def run(
-        self, plans: Sequence[LayerPlan], commit: bool, on_layer: Callable[[int], None] | None = None
-    ) -> RefitResult:
-        """Cut the layers of a plan one after the other and measure the answer loss.
+    def run(self, plans: Sequence[LayerPlan], commit: bool) -> tuple[list[Tensor], list[LayerError]]:
+        """Cut the layers of a plan one after the other.
 
         Args:
             plans: Kept layers in ascending order.
             commit: Whether the model's own layers are cut in place; the caller then has to call
                 `efficientllava.pruning.surgery.rebuild`, and the stream is used up. A trial only lets writers read
                 less, and leaves the model as it is.
-            on_layer: Called with the index of every finished layer.
 
         Returns:
-            The loss and the errors.
+            Outputs of the last layer, by batch, and the error of every refitted writer.
         """
-        by_index = {plan.index: plan for plan in plans}
-        start = self._stream.start()
-        flow = _Flow(start, list(start) if self._to_residual else None, list(start) if self._bias else None)
-        result = RefitResult(0.0)
-        for index, original in enumerate(decoder_of(self._stream.model).layers):
-            plan = by_index.get(index)
-            if plan is not None:
-                with self._stream.on_device(original):
-                    self._cut_layer(original, plan, flow, result.errors, commit)
+        by_index, stream = {plan.index: plan for plan in plans}, self._stream
+        start, errors = stream.start(), []
+        flow = _Flow(start, list(start) if self._to_residual else None, list(start) if self._config.biased else None)
+        for index, original in enumerate(decoder_of(stream.model).layers):
+            if (plan := by_index.get(index)) is not None:
+                with stream.on_device(original):
+                    self._cut_layer(original, plan, flow, errors, commit)
             else:
                 flow.touched = True
                 for dense in (flow.dense, flow.whole):
                     if dense is not None:
-                        self._stream.advance(original, index, dense)
-            if on_layer:
-                on_layer(index)
-        result.loss = self._stream.answer_loss(flow.pruned, self._reduce)
-        result.hidden = flow.pruned
-        return result
+                        stream.advance(original, index, dense)
+            if commit:
+                stream.tick("refit and cut" if self._config.refit else "cut", index + 1, stream.depth)
+        return flow.pruned, errors
 
     def _cut_layer(
         self, layer: nn.Module, plan: LayerPlan, flow: _Flow, errors: list[LayerError], commit: bool
     ) -> None:
-        (attention, heads), _ = kept_units(layer, self._config, plan)
+        (attention, heads), _ = kept_units(layer, self._text, plan)
         biases = self._biases(layer, plan, flow)
         moments = self._moments(attention, heads, flow.touched)
         kept_inputs = self._run_attention(layer, plan.index, attention, heads, flow, moments)
@@ -169,7 +124,7 @@ class SequentialPruner:
         flow.touched |= len(heads) < attention.units
         with contextlib.ExitStack() as trial:
             trial.enter_context(_replayed(attention.module, write, kept_inputs))
-            mlp = describe_layer(layer, self._config).mlp
+            mlp = describe_layer(layer, self._text).mlp
             moments = self._moments(mlp, plan.channels, flow.touched)
             if moments is not None:
                 self._run_mlp(layer, plan.index, mlp, flow, moments)
@@ -187,15 +142,15 @@ class SequentialPruner:
         """What the writers of a whole layer lose on average; moves the dense stream through it."""
         if flow.whole is None:
             return None, None
-        whole = describe_layer(layer, self._config)
-        means = [moments.close()[0].mean(0) for moments in layer_moments(self._stream, whole, plan.index, flow.whole)]
-        attention, mlp = kept_units(layer, self._config, plan)
+        whole = describe_layer(layer, self._text)
+        means = [means.mean(0) for means, _ in layer_moments(self._stream, whole, plan.index, flow.whole)]
+        attention, mlp = kept_units(layer, self._text, plan)
         return mean_written(*attention, means[0]), mean_written(*mlp, means[1])
 
     def _moments(self, component: Component, units: Sequence[int], touched: bool) -> tuple[_Sums, _Sums] | None:
         """Sums of what is fitted and of what is held back; None where there is nothing to solve."""
         whole = len(units) == component.units
-        if not self._refit or (whole and not (touched and self._to_residual)):
+        if not self._config.refit or (whole and not (touched and self._to_residual)):
             return None
         columns = component.columns(units)
         places = (component.writer.weight.device, self._stream.storage)
@@ -231,42 +186,43 @@ class SequentialPruner:
         kept = attention.columns(heads).to(attention.writer.weight.device)
         for batch, stored in enumerate(flow.pruned):
             inputs, wanted = stream.load(stored), None
-            seen = _Seen()
-            if flow.dense is not None:
-                start = stream.load(flow.dense[batch])
-                with _captured(attention.writer, seen):
-                    after = stream.call(layer, index, batch, start)
-                flow.dense[batch] = stream.store(after)
-                # What the attention would have to write for the residual stream to equal the dense model's.
-                wanted = start + seen.output - inputs
+            with captured(attention.writer) as seen:
+                if flow.dense is not None:
+                    start = stream.load(flow.dense[batch])
+                    flow.dense[batch] = stream.store(stream.call(layer, index, batch, start))
+                    # What the attention would have to write for the residual stream to equal the dense model's.
+                    wanted = start + seen[attention.writer][1] - inputs
             if flow.dense is None or flow.touched:
-                with _captured(attention.writer, seen, stop=True):
+                with captured(attention.writer, stop=True) as seen:
                     stream.call(layer, index, batch, inputs)
+            read, written = seen[attention.writer]
             if moments is not None:
-                self._add(moments, batch, seen.inputs, seen.output, wanted, inputs + seen.output)
-            result.append(stream.store(seen.inputs[..., kept]))
+                self._add(moments, batch, read, written, wanted, inputs + written)
+            result.append(stream.store(read[..., kept]))
         return result
 
     def _run_mlp(self, layer: nn.Module, index: int, mlp: Component, flow: _Flow, moments: tuple[_Sums, _Sums]) -> None:
         stream = self._stream
         for batch, stored in enumerate(flow.pruned):
-            seen = _Seen()
-            with _captured(mlp.writer, seen):
+            with captured(mlp.writer) as seen:
                 output = stream.call(layer, index, batch, stream.load(stored))
-            wanted = None
-            if flow.dense is not None:
-                wanted = stream.load(flow.dense[batch]) - (output - seen.output)
-            self._add(moments, batch, seen.inputs, seen.output, wanted, output)
+            read, written = seen[mlp.writer]
+            wanted = None if flow.dense is None else stream.load(flow.dense[batch]) - (output - written)
+            self._add(moments, batch, read, written, wanted, output)
 
     def _solve(
         self, component: Component, index: int, fitted: _Sums, held: _Sums, errors: list[LayerError]
     ) -> Tensor | None:
         """The refitted columns of a writer; None where no solution beats the plain slice on what is held back."""
         what, weight, kept = f"layer {index}, {component.kind}", component.writer.weight.detach(), fitted.kept
-        moments, damping, repair = fitted.close(self._reduce), self._damping or DAMPING, self._repair or 0.0
+        moments, damping, repair = (
+            fitted.close(self._stream.reduce),
+            self._config.damping or DAMPING,
+            self._repair or 0.0,
+        )
         if self._validated:
-            other = held.close(self._reduce)
-            fixed, near = (self._damping, self._repair), self._near[component.kind]
+            other = held.close(self._stream.reduce)
+            fixed, near = (self._config.damping, self._repair), self._near[component.kind]
             damping, repair = validate(weight, kept, moments, other, *fixed, what, near)
             self._near[component.kind] = damping if damping in DAMPINGS else near
             moments.add(other)
@@ -345,37 +301,7 @@ class _Sums:
         )
 
 
-class _Reached(Exception):
-    """Control flow, never an error a user sees."""
-
-
-class _Seen:
-    """What went into a writer and what it wrote, in its latest call."""
-
-    inputs: Tensor
-    output: Tensor
-
-
-@contextlib.contextmanager
-def _captured(writer: nn.Linear, seen: _Seen, stop: bool = False) -> Iterator[None]:
-    """Note a writer's next call; with ``stop`` the rest of the block does not run."""
-
-    def note(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.inputs, seen.output = args[0], output
-        if stop:
-            raise _Reached
-
-    handle = writer.register_forward_hook(note)
-    try:
-        yield
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def _replayed(attention: nn.Module, write: Write, kept_inputs: Sequence[Tensor]) -> Iterator[None]:
+def _replayed(attention: nn.Module, write: Write, kept_inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
     """Let an attention only write, from what its heads gave before; batches come in order, pass after pass."""
     turns = itertools.cycle(kept_inputs)
     device = next(attention.parameters()).device
@@ -383,5 +309,4 @@ def _replayed(attention: nn.Module, write: Write, kept_inputs: Sequence[Tensor])
     def forward(*_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
         return write(next(turns).to(device)), None
 
-    with forwarded(attention, forward):
-        yield
+    return forwarded(forward, attention)

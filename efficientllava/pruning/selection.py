@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..models.anatomy import Layer, language_parameters, layers_of
+from ..models.anatomy import language_parameters, layers_of
 from ..runtime.errors import UserError
-from .plan import LayerPlan
-from .ranking import Ranking
 
 TOLERANCE = 0.01  # widthwise plans meet the request within one point
 
@@ -67,12 +65,13 @@ class Space:
         Raises:
             UserError: A protected layer does not exist.
         """
-        layers: list[Layer] = layers_of(model, heads)
+        layers = layers_of(model, heads)
+        attention, mlp = [layer.attention for layer in layers], [layer.mlp for layer in layers]
         return cls(
-            tuple(layer.attention.steps for layer in layers),
-            tuple(layer.mlp.steps for layer in layers),
-            tuple(layer.attention.step_price(biased) for layer in layers),
-            tuple(layer.mlp.step_price(biased) for layer in layers),
+            tuple(component.steps for component in attention),
+            tuple(component.steps for component in mlp),
+            tuple(component.unit_price(biased) * (component.groups or 1) for component in attention),
+            tuple(component.unit_price(biased) for component in mlp),
             language_parameters(model),
             _indices("prune.protect or prune.protect_attention", protect_attention, len(layers)),
             _indices("prune.protect or prune.protect_mlp", protect_mlp, len(layers)),
@@ -254,28 +253,6 @@ def nominal_shape(space: Space, share: float, head_dim: int, heads_per_group: in
     width = groups * heads_per_group * head_dim
     removed_heads = (width - int(width * (1 - share))) // head_dim
     return max(1, groups - removed_heads // heads_per_group), max(1, int(channels * (1 - share)))
-
-
-def ranked_plan(
-    counts: Sequence[tuple[int, int]], rankings: Sequence[tuple[Ranking, Ranking]]
-) -> tuple[LayerPlan, ...]:
-    """Keep the highest-ranked units of every layer.
-
-    Args:
-        counts: Kept groups, or query heads of each group, and channels of every layer.
-        rankings: Removal orders of the attention's units and of channels of every layer.
-    """
-    return tuple(
-        _layer_plan(index, *kept, *pair) for index, (kept, pair) in enumerate(zip(counts, rankings, strict=True))
-    )
-
-
-def _layer_plan(index: int, heads: int, channels: int, attention: Ranking, mlp: Ranking) -> LayerPlan:
-    units = attention.kept(heads)
-    if attention.groups is None:
-        return LayerPlan(index, units, mlp.kept(channels))
-    some = units if len(units) < len(attention.order) else ()
-    return LayerPlan(index, tuple(range(attention.groups)), mlp.kept(channels), some)
 
 
 def global_counts(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +19,10 @@ from ..data.prompts import IGNORE, Prompts
 from ..data.records import Record, Turn
 from ..models.anatomy import decoder_of, layers_of
 from ..models.forward import Batch
+from ..runtime.console import Tick
 from ..runtime.errors import UserError
 from ..settings.schema import CalibrationConfig
-from .scores import Tick, silent
+from .stream import silent
 
 WRITTEN = 48  # sequences where nobody says how many
 MEMORY = 1 << 31  # bytes that keys, values and probabilities of the rows written at once may take
@@ -30,8 +30,7 @@ HALF_FROM = 20_000_000  # decoder parameters from which a copy in bf16 saves mor
 _MARKS = ("qzxuser", "qzxanswer", "qzxnext", "qzxlast")  # no mark is part of another or of a chat template
 
 
-@dataclass(frozen=True)
-class _Speaker:
+class _Speaker(NamedTuple):
     """Who writes a turn, and what the template puts behind it.
 
     Args:
@@ -45,8 +44,7 @@ class _Speaker:
     sign: int
 
 
-@dataclass(frozen=True)
-class _Chat:
+class _Chat(NamedTuple):
     """A chat template taken apart; without speakers the model runs free.
 
     Args:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .spd import DAMPING, damping_of, divide, factorise
+from .obs import DAMPING, damping_of, divide, factorise
 from .statistics import STRIP
 
 DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # among these the validated one is chosen
@@ -50,8 +51,7 @@ class LayerError:
     repair: float = 0.0
 
 
-@dataclass
-class Target:
+class Target(NamedTuple):
     """Moments of a writer's target ``y`` with its kept inputs.
 
     Args:

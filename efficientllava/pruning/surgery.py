@@ -13,27 +13,11 @@ from torch import Tensor, nn
 from ..models.anatomy import (
     Component,
     decoder_of,
-    describe_layer,
-    language_parameters,
     layers_of,
     reader_rows,
 )
 from ..models.pruned import LayerShape, text_config_for
-from .plan import LayerPlan, PruningPlan
-
-Kept = tuple[Component, Sequence[int]]
-
-
-def kept_units(module: nn.Module, text_config: Any, plan: LayerPlan) -> tuple[Kept, Kept]:
-    """Attention and MLP of a layer as it is, each with the units that a plan keeps.
-
-    Args:
-        module: The layer.
-        text_config: See `efficientllava.models.anatomy.describe_layer`.
-        plan: The layer's plan.
-    """
-    layer = describe_layer(module, text_config, "query" if plan.heads else "group")
-    return (layer.attention, plan.heads or plan.groups), (layer.mlp, plan.channels)
+from .plan import PruningPlan, kept_units
 
 
 def cut_component(component: Component, units: Sequence[int], writer_weight: Tensor | None = None) -> None:
@@ -60,7 +44,14 @@ def cut_component(component: Component, units: Sequence[int], writer_weight: Ten
     writer.weight = nn.Parameter(writer_weight.to(writer.weight.dtype), requires_grad=writer.weight.requires_grad)
     writer.in_features = writer_weight.shape[1]
     if component.kind == "attention":
-        _resize_heads(component.module, writer.in_features, component.groups or len(units))
+        attention: Any = component.module
+        heads, groups = writer.in_features // attention.head_dim, component.groups or len(units)
+        # Phi3 slices its fused projection by the head counts of its configuration, so every layer gets its own copy.
+        attention.config = copy.copy(attention.config)
+        attention.config.num_attention_heads, attention.config.num_key_value_heads = heads, groups
+        attention.num_key_value_groups = heads // groups
+        if hasattr(attention, "num_key_value_heads"):
+            attention.num_key_value_heads = groups
 
 
 def add_bias(component: Component, written: Tensor) -> None:
@@ -77,17 +68,6 @@ def add_bias(component: Component, written: Tensor) -> None:
     bias: nn.Parameter = component.writer.bias
     with torch.no_grad():  # not through `data`: offloading looks at the version
         bias.add_(written.to(bias))
-
-
-def _resize_heads(attention: Any, width: int, groups: int) -> None:
-    heads = width // attention.head_dim
-    # Phi3 slices its fused projection by the head counts of its configuration, so every layer gets its own copy.
-    config = copy.copy(attention.config)
-    config.num_attention_heads = heads
-    config.num_key_value_heads = groups
-    attention.config, attention.num_key_value_groups = config, heads // groups
-    if hasattr(attention, "num_key_value_heads"):
-        attention.num_key_value_heads = groups
 
 
 def cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
@@ -214,16 +194,6 @@ def _take_buffers(fresh: nn.Module, model: nn.Module) -> None:
     missing += [name for name, parameter in fresh.named_parameters() if parameter.is_meta]
     if missing:
         raise RuntimeError(f"rebuild: without values: {missing}")
-
-
-def achieved_ratio(before: int, model: nn.Module) -> float:
-    """Share of language-model parameters that are gone.
-
-    Args:
-        before: `efficientllava.models.anatomy.language_parameters` of the checkpoint.
-        model: The pruned model.
-    """
-    return 1.0 - language_parameters(model) / before
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..models.anatomy import decoder_of
-from ..models.forward import feature_cache
+from ..models.forward import FeatureCache
 from ..runtime.errors import UserError
 from ..runtime.files import put
 from ..runtime.processes import gather
@@ -211,9 +211,11 @@ def recover(
     accumulate = accumulation(batch_size, global_batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
     steps = optimiser_steps(cfg.steps, cfg.epochs, len(loader), accumulate)
-    source, targets, features = live, None, feature_cache(student)
+    source, targets, features = live, None, FeatureCache(student)
     if cfg.taught and isinstance(teacher, TargetCache):
-        wanted, used = _wanted(cfg, matches, teacher), used_records(loader, steps * accumulate)
+        logits, used = compared(cfg)[0], used_records(loader, steps * accumulate)
+        tokens = min(cfg.teacher.top_k, teacher.config.get_text_config().vocab_size) if logits else 0
+        wanted = Wanted(tuple(match.teacher for match in matches), tokens, cfg.temperature)
         source, targets = cached_teacher(teacher, wanted, student, loader, used, batch_size, features, trainer)
     # Parity counts padding too, which is no property of a record.
     elif live is not None and len(loader) < steps * accumulate and cfg.parity is None:
@@ -296,9 +298,3 @@ def _matches(
             f"which are taken to be its layers {kept}; give the checkpoint that was pruned"
         )
     return match_layers(cfg.hidden_layers, kept, depth) if compared(cfg)[1] else ()
-
-
-def _wanted(cfg: RecoverConfig, matches: Sequence[Match], teacher: TargetCache) -> Wanted:
-    """What is read of a cached teacher."""
-    tokens = min(cfg.teacher.top_k, teacher.config.get_text_config().vocab_size) if compared(cfg)[0] else 0
-    return Wanted(tuple(match.teacher for match in matches), tokens, cfg.temperature)

@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from ..checkpoint.folder import compute_dtype, load, read_config, resolve
 from ..checkpoint.hub import folder_digest
 from ..models.anatomy import decoder_of, projector_of
-from ..models.forward import HostMemory, feature_cache, forward_hidden
-from ..models.offload import Offload, offload_layers
+from ..models.forward import FeatureCache, HostMemory, Offload, forward_hidden, offload_layers
 from ..runtime.content import Memo
 from ..runtime.errors import UserError
 from ..settings.schema import RecoverConfig, TeacherConfig
@@ -140,7 +139,7 @@ class Teacher:
         silence_dropout(model)
         self.model: Any = model
         shared = same_tower(model, student)
-        self._features = None if shared else feature_cache(model)
+        self._features = None if shared else FeatureCache(model)
         self._twins = list(zip(*(_tower(m).values() for m in (model, student)), strict=True)) if shared else []
         self._offloaded = offloaded
         self._offload: Offload | None = None
@@ -181,25 +180,16 @@ class Teacher:
             layers: Wanted layers; the same in every call.
             mask: Wanted positions, ``(batch, seq)``; a function of the records.
         """
-        states = self._recalled(batch, features, layers, mask)
+        keys, order = record_keys(batch) if self._memory else [], sorted({FINAL, *layers})
+        if self._memory and (known := self._memory.get(keys)) is not None:
+            states = dict(zip(order, torch.cat(known, dim=1).to(mask.device), strict=True))
+        else:
+            features = self._features(batch) if self._features else features
+            states = hidden_states(self.model, batch, features, layers, mask)
+            if self._memory:
+                parts = torch.stack([states[layer] for layer in order]).split(mask.sum(1).tolist(), dim=1)
+                self._memory.put(keys, parts)
         return Answer(states, lambda rows: self.model.lm_head(states[FINAL][rows]).float())
-
-    def _recalled(
-        self, batch: Mapping[str, Any], features: Tensor | None, layers: Collection[int], mask: Tensor
-    ) -> dict[int, Tensor]:
-        if self._memory is None:
-            return self._run(batch, features, layers, mask)
-        keys, order = record_keys(batch), sorted({FINAL, *layers})
-        if (known := self._memory.get(keys)) is not None:
-            return dict(zip(order, torch.cat(known, dim=1).to(mask.device), strict=True))
-        states = self._run(batch, features, layers, mask)
-        self._memory.put(keys, torch.stack([states[layer] for layer in order]).split(mask.sum(1).tolist(), dim=1))
-        return states
-
-    def _run(
-        self, batch: Mapping[str, Any], features: Tensor | None, layers: Collection[int], mask: Tensor
-    ) -> dict[int, Tensor]:
-        return hidden_states(self.model, batch, self._features(batch) if self._features else features, layers, mask)
 
 
 def check_teacher(teacher: Any, student: nn.Module, config: RecoverConfig) -> None:

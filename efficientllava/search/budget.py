@@ -6,9 +6,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,13 @@ from ..models.forward import (
     stock_inputs,
     to_device,
 )
-from ..pruning.statistics import CalibrationStream
+from ..pruning.stream import CalibrationStream
 from ..runtime import processes
 from ..runtime.files import whole_file
 from ..settings.schema import PruneConfig, SearchConfig
-from .generalization import LinearNorms
-from .projector import assembled
-from .space import Budget, Gene, Policy
+from .change import assembled
+from .levels import LevelTable
+from .space import Budget, Policy
 
 Costs = tuple[tuple[float, ...], ...]
 NEW_TOKENS = 32
@@ -35,30 +35,9 @@ REPEATS = 7  # times that every level is timed, about; the median counts
 WARM_UP = 2  # rounds that are run and not counted
 
 
-class Levels(Protocol):
-    """What costs need of a level table."""
-
-    @property
-    def genes(self) -> tuple[Gene, ...]:
-        """Attention and MLP of every layer, in order."""
-        ...
-
-    def removed(self, gene: int, level: int) -> int:
-        """Parameters that a level cuts off."""
-        ...
-
-    def module(self, gene: int, level: int) -> nn.Module:
-        """The attention or MLP at a level."""
-        ...
-
-    def norms(self, gene: int, level: int) -> Sequence[LinearNorms]:
-        """Norms of the gene's linear layers."""
-        ...
-
-
 def budget_of(
     model: nn.Module,
-    table: Levels,
+    table: LevelTable,
     stream: CalibrationStream,
     prune: PruneConfig,
     search: SearchConfig,
@@ -103,12 +82,12 @@ def asked_share(prune: PruneConfig, search: SearchConfig) -> tuple[float, str]:
     return (target, asked) if target < 1 else (1 - 1 / target, f"{asked} (a share of {1 - 1 / target:.3f})")
 
 
-def removed_costs(table: Levels, whole: int) -> Costs:
+def removed_costs(table: LevelTable, whole: int) -> Costs:
     """Costs in parameters or weights, as shares of ``whole``."""
     return _shares(table, lambda gene, level: table.removed(gene, level), whole)
 
 
-def _shares(table: Levels, removed: Callable[[int, int], float], whole: float) -> Costs:
+def _shares(table: LevelTable, removed: Callable[[int, int], float], whole: float) -> Costs:
     return tuple(tuple(removed(i, n) / whole for n in range(gene.levels)) for i, gene in enumerate(table.genes))
 
 
@@ -126,7 +105,7 @@ def mean_length(batches: Sequence[Batch]) -> float:
     return statistics.fmean(lengths)
 
 
-def flops_costs(model: nn.Module, table: Levels, tokens: float) -> Costs:
+def flops_costs(model: nn.Module, table: LevelTable, tokens: float) -> Costs:
     """Costs in floating-point operations of the language model's prefill, head on the last position included.
 
     A multiplication and an addition are two; attention counts at its full square, norms and activations not at all, as
@@ -155,13 +134,13 @@ def flops_costs(model: nn.Module, table: Levels, tokens: float) -> Costs:
     whole += sum(per_unit(c, i) * c.units for i, layer in enumerate(layers) for c in layer.components)
 
     def removed(gene: int, level: int) -> float:
-        units = table.removed(gene, level) / components[gene].unit_parameters
+        units = table.removed(gene, level) / components[gene].unit_price()
         return units * per_unit(components[gene], table.genes[gene].layer)
 
     return _shares(table, removed, whole)
 
 
-def latency_costs(model: nn.Module, table: Levels, prompt: dict[str, Tensor], path: Path | None = None) -> Costs:
+def latency_costs(model: nn.Module, table: LevelTable, prompt: dict[str, Tensor], path: Path | None = None) -> Costs:
     """Costs in measured seconds, see `measure`; no level is slower than a wider one.
 
     Args:
@@ -173,6 +152,8 @@ def latency_costs(model: nn.Module, table: Levels, prompt: dict[str, Tensor], pa
     Returns:
         ``costs[gene][level]``: share of the dense model's time that goes.
     """
+    from sklearn.isotonic import isotonic_regression  # takes a second
+
     if path is None or not path.exists():
         whole, times = measure(model, table, prompt)
         if path is not None:
@@ -180,19 +161,8 @@ def latency_costs(model: nn.Module, table: Levels, prompt: dict[str, Tensor], pa
                 file.write_text(json.dumps([whole, times]), encoding="utf-8")
     else:
         whole, times = json.loads(path.read_text(encoding="utf-8"))
-    smooth = [_falling(values) for values in times]
+    smooth = [isotonic_regression(values, increasing=False).tolist() for values in times]
     return tuple(tuple((values[0] - value) / whole for value in values) for values in smooth)
-
-
-def _falling(values: Sequence[float]) -> list[float]:
-    """The nearest sequence, in least squares, that never rises: neighbours that do are averaged."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        blocks.append((value, 1))
-        while len(blocks) > 1 and blocks[-2][0] <= blocks[-1][0]:
-            (left, n), (right, m) = blocks[-2:]
-            blocks[-2:] = [((left * n + right * m) / (n + m), n + m)]
-    return [mean for mean, count in blocks for _ in range(count)]
 
 
 def first_prompt(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -213,17 +183,17 @@ def first_prompt(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Tensor
     return to_device(stock_inputs(model, prompt), prompt["input_ids"].device, next(model.parameters()).dtype)
 
 
-def _alike(model: nn.Module, table: Levels) -> list[list[int]]:
+def _alike(model: nn.Module, table: LevelTable) -> list[list[int]]:
     """Genes by the sizes of their levels."""
     layers, groups = layers_of(model), {}
     for index, gene in enumerate(table.genes):
         component = layers[gene.layer].components[gene.kind == "mlp"]
         removed = tuple(table.removed(index, level) for level in range(gene.levels))
-        groups.setdefault((gene.kind, component.units, component.unit_parameters, removed), []).append(index)
+        groups.setdefault((gene.kind, component.units, component.unit_price(), removed), []).append(index)
     return list(groups.values())
 
 
-def _rounds(model: nn.Module, table: Levels) -> Iterator[tuple[bool, Policy]]:
+def _rounds(model: nn.Module, table: LevelTable) -> Iterator[tuple[bool, Policy]]:
     """Policies in which the levels of every group of like genes take turns; the first ones do not count."""
     groups = _alike(model, table)
     depth = [table.genes[group[0]].levels for group in groups]
@@ -239,7 +209,7 @@ def _rounds(model: nn.Module, table: Levels) -> Iterator[tuple[bool, Policy]]:
 
 
 @torch.no_grad()  # no inference mode: the table keeps modules, which the projector is later trained through
-def measure(model: nn.Module, table: Levels, prompt: dict[str, Tensor]) -> tuple[float, list[list[float]]]:
+def measure(model: nn.Module, table: LevelTable, prompt: dict[str, Tensor]) -> tuple[float, list[list[float]]]:
     """Time a prompt from its pixels to the 32nd token, batch 1, and the share of every gene at every level in it.
 
     All genes are timed in the same forward passes, at levels that take turns, so that every level runs where caches and
@@ -300,19 +270,16 @@ def _seconds(start: Any, end: Any) -> float:
 
 
 @contextmanager
-def _timed(table: Levels, policy: Policy, device: torch.device) -> Iterator[list[list[Any]]]:
+def _timed(table: LevelTable, policy: Policy, device: torch.device) -> Iterator[list[list[Any]]]:
     """Note when the components of a policy start and end; yields these marks by gene."""
     marks: list[list[Any]] = [[] for _ in policy]
-    handles = []
-    for gene, level in enumerate(policy):
+    with ExitStack() as hooks:
+        for gene, level in enumerate(policy):
 
-        def note(*_: Any, to: list[Any] = marks[gene]) -> None:
-            to.append(_mark(device))
+            def note(*_: Any, to: list[Any] = marks[gene]) -> None:
+                to.append(_mark(device))
 
-        module = table.module(gene, level)
-        handles += [module.register_forward_pre_hook(note), module.register_forward_hook(note)]
-    try:
+            module = table.module(gene, level)
+            hooks.enter_context(module.register_forward_pre_hook(note))
+            hooks.enter_context(module.register_forward_hook(note))
         yield marks
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -7,38 +7,25 @@ paths of chosen policies (the parents of the next generation) are kept for later
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..models.anatomy import decoder_of, layers_of
-from ..pruning.statistics import CalibrationStream
+from ..models.anatomy import Layer, decoder_of, layers_of
+from ..models.forward import Batch, Reached, segment_mask, supervised_positions
+from ..pruning.stream import CalibrationStream
 from ..runtime import processes
 from ..runtime.errors import UserError
-from .candidate import Answers, LayerShell, without_unseen
 from .evolution import Risk
-from .space import Gene, Policy
+from .levels import LevelTable
+from .space import Policy
 
 
-class Components(Protocol):
-    """What the evaluator needs of a level table."""
-
-    @property
-    def genes(self) -> Sequence[Gene]:
-        """Attention and MLP of every layer, in order."""
-        ...
-
-    def module(self, gene: int, level: int) -> nn.Module:
-        """The component at a level, ready to be called in place of the model's own."""
-        ...
-
-
-@dataclass(frozen=True)
-class _State:
+class _State(NamedTuple):
     """Activations behind the first ``depth`` genes.
 
     Args:
@@ -71,16 +58,14 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: nn.Module, table: Components, stream: CalibrationStream, keep_bytes: int = 2 << 30
+        self, model: nn.Module, table: LevelTable, stream: CalibrationStream, keep_bytes: int = 2 << 30
     ) -> None:
         image_token_id = model.config.image_token_id  # pyright: ignore[reportAttributeAccessIssue]
         short, columns = zip(*(without_unseen(b, image_token_id) for b in stream.batches), strict=True)  # pyright: ignore[reportArgumentType]
         self._table, self._keep_bytes = table, keep_bytes
         self._stream = stream.over(short)
         self._shells = [LayerShell(self._stream, layer, i) for i, layer in enumerate(layers_of(model))]
-        self.answers = [
-            Answers(model, batch, kept, self._stream) for batch, kept in zip(stream.batches, columns, strict=True)
-        ]
+        self.answers = [Answers(batch, kept, self._stream) for batch, kept in zip(stream.batches, columns, strict=True)]
         if not sum(answers.count for answers in self.answers):
             raise UserError("search: the samples have no answer to score; pass records with answers")
         self._kept: dict[tuple[int, Policy], Tensor] = {}
@@ -158,9 +143,12 @@ class Evaluator:
 
     def _walk(self, batch: int, policies: Sequence[Policy]) -> Iterator[tuple[Policy, Tensor]]:
         """Run the prefix tree of sorted policies on one batch; yield the sums of `Answers.measure` at its leaves."""
+        groups: dict[Policy, list[Policy]] = {}
+        for policy in policies:
+            groups.setdefault(self._deepest(batch, policy), []).append(policy)
         pending = [
             (self._resume(batch, prefix), part)
-            for prefix, group in _grouped(policies, lambda policy: self._deepest(batch, policy))
+            for prefix, group in groups.items()
             for part in _branches(group, len(prefix))
         ]
         while pending:
@@ -169,7 +157,9 @@ class Evaluator:
             if state.depth == len(self._table.genes):
                 yield group[0], self.answers[batch].measure(state.hidden)
                 continue
-            self._retain(batch, group[0][: state.depth], state)
+            if (prefix := group[0][: state.depth]) in self._wanted:
+                latest = state.hidden if state.written is None else state.written
+                self._kept[batch, prefix] = self._stream.store(latest)
             pending += [(state, part) for part in _branches(group, state.depth)]
 
     def _step(self, batch: int, state: _State, group: Sequence[Policy]) -> _State:
@@ -209,18 +199,146 @@ class Evaluator:
             return _State(len(prefix), load(prefix[:-1]), load(prefix))
         return _State(len(prefix), load(prefix))
 
-    def _retain(self, batch: int, prefix: Policy, state: _State) -> None:
-        if prefix in self._wanted:
-            self._kept[batch, prefix] = self._stream.store(state.hidden if state.written is None else state.written)
-
-
-def _grouped(policies: Sequence[Policy], key: Callable[[Policy], Policy]) -> list[tuple[Policy, list[Policy]]]:
-    groups: dict[Policy, list[Policy]] = {}
-    for policy in policies:
-        groups.setdefault(key(policy), []).append(policy)
-    return list(groups.items())
-
 
 def _branches(group: Sequence[Policy], depth: int) -> list[list[Policy]]:
     """Parts of sorted policies that share the level of one gene."""
     return [list(part) for _, part in groupby(group, key=lambda policy: policy[depth])]
+
+
+class LayerShell:
+    """One decoder layer of which attention and MLP are exchanged at every call; the model's own layer stays as it is.
+
+    Everything else (norms, residual sums, their order) is the stock layer's, so that no decoder needs code of its own.
+
+    Args:
+        stream: Knows what the layer is called with.
+        layer: The layer.
+        position: Its index.
+    """
+
+    def __init__(self, stream: CalibrationStream, layer: Layer, position: int) -> None:
+        self._stream, self._position = stream, position
+        names = {child: name for name, child in layer.module.named_children()}
+        self._names = names[layer.attention.module], names[layer.mlp.module]
+        self._shell = copy.copy(layer.module)
+        kept = layer.module._modules.items()
+        self._shell._modules = {name: child for name, child in kept if name not in self._names}
+
+    def whole(self, attention: Callable[..., Any], mlp: Callable[..., Any], batch: int, hidden: Tensor) -> Tensor:
+        """The layer's output, ``(batch, seq, hidden)``.
+
+        Args:
+            attention: Runs in place of the layer's attention.
+            mlp: Runs in place of its MLP.
+            batch: Index of the batch in the stream.
+            hidden: The layer's input, ``(batch, seq, hidden)``.
+        """
+        # Plain attributes: faster to exchange than registered modules, and functions can stand in for them.
+        vars(self._shell).update(zip(self._names, (attention, mlp), strict=True))
+        return self._stream.call(self._shell, self._position, batch, hidden)
+
+    def attend(self, attention: nn.Module, batch: int, hidden: Tensor) -> Tensor:
+        """What the attention writes, ``(batch, seq, hidden)``; arguments as for `whole`."""
+
+        def stop(*args: Any, **kwargs: Any) -> NoReturn:
+            raise Reached(attention(*args, **kwargs)[0])
+
+        try:
+            self.whole(stop, nn.Identity(), batch, hidden)
+        except Reached as reached:
+            return reached.args[0]
+        raise RuntimeError(f"{type(self._shell).__name__} did not call its attention")
+
+    def finish(self, written: Tensor, mlp: nn.Module, batch: int, hidden: Tensor) -> Tensor:
+        """The layer's output from what its attention has written.
+
+        Args:
+            written: Result of `attend`, like ``hidden``.
+            mlp: Runs in place of the layer's MLP.
+            batch: Index of the batch in the stream.
+            hidden: The layer's input, at any selection of positions ``(..., hidden)``: without attention, they are
+                independent of each other.
+        """
+        return self.whole(lambda *_args, **_kwargs: (written, None), mlp, batch, hidden)
+
+
+def without_unseen(batch: Batch, image_token_id: int) -> tuple[dict[str, Any], Tensor]:
+    """Drop the positions that no supervised prediction sees: ends of answers, what follows the last one, padding.
+
+    Args:
+        batch: A collated batch with ``labels``.
+        image_token_id: Positions with this token stay, as an image's features need all of them.
+
+    Returns:
+        The batch without ``labels``, and the column that every position ``(rows, width)`` had before.
+    """
+    supervised, _ = supervised_positions(batch["labels"])
+    segments = batch.get("segment_ids", torch.ones_like(batch["labels"]))
+    sees = segment_mask(batch["attention_mask"], segments, torch.float32).squeeze(1) == 0
+    needed = (sees & supervised.unsqueeze(2)).any(1) | (batch["input_ids"] == image_token_id)
+    order = needed.int().sort(dim=1, descending=True, stable=True).indices
+    columns = order[:, : max(1, int(needed.sum(1).max()))]
+    named = ("input_ids", "position_ids", "segment_ids")
+    moved = {name: batch[name].gather(1, columns) for name in named if batch.get(name) is not None}
+    rest = {name: value for name, value in batch.items() if name != "labels"}
+    return {**rest, **moved, "attention_mask": needed.gather(1, columns).long()}, columns
+
+
+class Answers:
+    """The supervised tokens of a batch, and how far a model is from them and from the dense model.
+
+    An answer is a run of supervised tokens of one row and one packed question.
+
+    Args:
+        batch: A collated batch with ``labels``.
+        columns: Columns of the positions that are run, see `without_unseen`.
+        stream: Gives logits, and keeps the dense model's distributions where it keeps hidden states.
+
+    Attributes:
+        targets: The supervised tokens, ``(tokens,)``.
+        count: Number of answers.
+        dense: Log-probabilities of the dense model, ``(tokens, vocab)``, fp32; set by `remember`.
+    """
+
+    dense: Tensor
+
+    def __init__(self, batch: Batch, columns: Tensor, stream: CalibrationStream) -> None:
+        self._stream = stream
+        mask, self.targets = supervised_positions(batch["labels"])
+        supervised = mask[:, :-1]
+        opens = supervised.clone()
+        opens[:, 1:] &= ~supervised[:, :-1]
+        if (segments := batch.get("segment_ids")) is not None:
+            opens |= supervised & (segments[:, 1:] != segments[:, :-1])
+        self._positions = mask.gather(1, columns).flatten().nonzero().squeeze(1)
+        self._answer = opens[supervised].cumsum(0) - 1
+        self.count = int(opens.sum())
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        """Choose the positions that predict a supervised token: ``(rows, width, hidden)`` to ``(tokens, hidden)``."""
+        return hidden.flatten(0, 1)[self._positions]
+
+    def remember(self, rows: Tensor) -> None:
+        """Take the model that gave these outputs of the last layer, ``(tokens, hidden)``, as the dense one."""
+        found = [logits.log_softmax(-1) for _, logits in self._stream.logits(rows)]
+        self.dense = self._stream.store(torch.cat(found))
+
+    def measure(self, rows: Tensor) -> Tensor:
+        """Sums over the batch.
+
+        Args:
+            rows: Outputs of the last layer, before the final norm, ``(tokens, hidden)``.
+
+        Returns:
+            Cross-entropy of the tokens, KL divergence from the dense model (both in nats), and number of answers with
+            a token that is not the most likely one; float64 ``(3,)``.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=rows.device)
+        wrong = torch.zeros(self.count, dtype=torch.long, device=rows.device)
+        for _, logits, targets, answer, dense in self._stream.logits(rows, self.targets, self._answer, self.dense):
+            found = logits.log_softmax(-1)
+            sums[0] += nn.functional.nll_loss(found, targets, reduction="sum")
+            sums[1] += nn.functional.kl_div(found, dense.to(found.device), reduction="sum", log_target=True)
+            wrong.index_add_(0, answer, (found.argmax(-1) != targets).long())
+        sums[2] = (wrong > 0).sum()
+        return sums

@@ -18,14 +18,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..pruning.stream import silent
+from ..runtime.console import Tick
 from ..runtime.errors import UserError
 from ..runtime.files import whole_file
 from ..settings.schema import SearchConfig
 from .space import Policy, SearchSpace
 
 TRIES = 10  # draws until a child is given up that has been seen before
-
-Tick = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,16 @@ class State:
     Args:
         round: Closed rounds.
         generation: Generations that are done in the current round.
-        theta: Version of the projector: how often it has changed.
+        theta: Version of the projector that the archive's scores belong to: how often it has changed.
         objective: Standardised on the first population; None before.
         archive: Best policies so far, best first.
-        record: Every evaluation, see `efficientllava.search.evolution.Search.record`.
-        history: Every generation, see `efficientllava.search.evolution.Search.history`.
+        record: Every evaluation in order: ``policy``, ``removed`` (share of the resource), ``round``, ``generation``
+            (0: first population, or the archive under a new projector), ``theta``, ``share`` of the samples, ``loss``,
+            ``kl``, ``error``, ``gap`` and ``objective``.
+        history: One entry per generation, and one where the archive is scored under a new projector: ``round``,
+            ``generation``, ``theta``, ``best`` (objective of the best policy so far), ``mean`` (objective of the
+            generation's policies that came to all samples; None if none did) and ``cost`` (evaluations so far; on a
+            share of the samples they count as that share).
     """
 
     round: int = 0
@@ -128,7 +133,7 @@ class Search:
 
         while not search.finished:
             search.run_round()
-            search.end_round(changed=train_projector(search.archive))
+            search.end_round(changed=train_projector(search.state.archive))
         cut(search.best)
 
     A search with a path writes its state after the first population, every generation and every round; made again with
@@ -136,7 +141,7 @@ class Search:
 
     Args:
         space: What is searched.
-        evaluate: Risks of policies on the first ``share`` of the samples, under the model as it is.
+        evaluate: Risks of policies under the model as it is, see `Evaluate`.
         gap: Generalization gap of a policy.
         config: Method, objective and sizes.
         seed: Seed of all draws.
@@ -144,6 +149,9 @@ class Search:
         path: State file, in a folder of this very search; None keeps the state in memory.
         writes: Whether this process writes the state; several processes that share a generation read the same file.
         tick: Progress.
+
+    Attributes:
+        state: What the search has found so far.
 
     Raises:
         UserError: No policy meets the budget.
@@ -159,43 +167,28 @@ class Search:
         seeds: Sequence[Policy] = (),
         path: Path | None = None,
         writes: bool = True,
-        tick: Tick | None = None,
+        tick: Tick = silent,
     ) -> None:
         space.require_feasible()
         if list(config.stages) != sorted(set(config.stages)) or config.stages[-1:] != [1.0]:
             raise UserError(f"search.stages={list(config.stages)}: must rise and end with 1, such as [0.25, 1.0]")
         self._space, self._evaluate, self._gap, self._config = space, evaluate, functools.cache(gap), config
         self._seed, self._seeds, self._path, self._writes, self._tick = seed, seeds, path, writes, tick
-        self._state = State.read(path)
+        self.state = State.read(path)
         self._known: dict[tuple[int, float], dict[Policy, Risk]] = {}
-        for entry in self._state.record:
+        for entry in self.state.record:
             risk = Risk(entry["loss"], entry["kl"], entry["error"])
             self._risks(entry["theta"], entry["share"])[tuple(entry["policy"])] = risk
 
     @property
     def finished(self) -> bool:
         """Whether all rounds are closed."""
-        return self._state.round >= self._config.rounds
-
-    @property
-    def theta(self) -> int:
-        """Version of the projector that the archive's scores belong to: how often `end_round` was told of a change."""
-        return self._state.theta
-
-    @property
-    def round(self) -> int:
-        """Number of closed rounds."""
-        return self._state.round
-
-    @property
-    def archive(self) -> list[Policy]:
-        """The best policies so far, best first, at most ``config.parents``."""
-        return list(self._state.archive)
+        return self.state.round >= self._config.rounds
 
     @property
     def best(self) -> Policy:
         """The best policy so far."""
-        return self._state.archive[0]
+        return self.state.archive[0]
 
     @property
     def plain(self) -> Policy:
@@ -205,40 +198,19 @@ class Search:
     @property
     def risks(self) -> Mapping[Policy, Risk]:
         """Risks on all samples under the projector as it is, of the policies that came so far."""
-        return self._risks(self.theta, 1.0)
-
-    @property
-    def record(self) -> list[dict[str, Any]]:
-        """Every evaluation in order.
-
-        ``policy``, ``removed`` (share of the resource), ``round``, ``generation`` (0: first population, or the archive
-        under a new projector), ``theta``, ``share`` of the samples, ``loss``, ``kl``, ``error``, ``gap`` and
-        ``objective``.
-        """
-        return self._state.record
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """One entry per generation, and one where the archive is scored under a new projector.
-
-        ``round``, ``generation``, ``theta``, ``best`` (objective of the best policy so far), ``mean`` (objective of the
-        generation's policies that came to all samples; None if none did) and ``cost`` (evaluations so far; on a share
-        of the samples they count as that share).
-        """
-        return self._state.history
+        return self._risks(self.state.theta, 1.0)
 
     def run_round(self) -> None:
         """Run the generations that are left of the current round."""
-        state = self._state
+        state = self.state
         if state.objective is None:
             self._begin()
         while state.generation < self._generations:
             state.generation += 1
             self._generation()
             self._save()
-            if self._tick:
-                done = state.round * self._generations + state.generation
-                self._tick("search policies", done, self._config.rounds * self._generations)
+            done = state.round * self._generations + state.generation
+            self._tick("search policies", done, self._config.rounds * self._generations)
 
     def end_round(self, changed: bool = False) -> None:
         """Close the current round.
@@ -246,7 +218,7 @@ class Search:
         Args:
             changed: Whether the model has changed since: then the archive is scored again.
         """
-        state = self._state
+        state = self.state
         state.round += 1
         state.generation = 0
         if changed:
@@ -262,7 +234,7 @@ class Search:
 
     def _begin(self) -> None:
         """Evaluate the first population on all samples and standardise the objective on it."""
-        state, config, rng = self._state, self._config, self._rng()
+        state, config, rng = self.state, self._config, self._rng()
         population = self._first(rng)
         risks = self._evaluate(population, 1.0)
         gaps = [self._gap(policy) for policy in population]
@@ -285,7 +257,7 @@ class Search:
 
     def _generation(self) -> None:
         """Make children, drop them stage by stage, and keep the best of them and their parents."""
-        stages, parents = self._config.stages, self._state.archive
+        stages, parents = self._config.stages, self.state.archive
         children = self._children(self._rng())
         for share, following in zip(stages, [*stages[1:], None], strict=True):
             pool = [*parents, *children]
@@ -299,7 +271,7 @@ class Search:
 
     def _children(self, rng: random.Random) -> list[Policy]:
         """Policies that have not been evaluated under the current projector; fewer where the space is exhausted."""
-        config, space, archive = self._config, self._space, self._state.archive
+        config, space, archive = self._config, self._space, self.state.archive
         children: dict[Policy, None] = {}
         if config.method == "random":
             return self._filled(children, rng)
@@ -332,24 +304,24 @@ class Search:
         return False
 
     def _seen(self, policy: Policy) -> bool:
-        return any(policy in self._risks(self._state.theta, share) for share in (*self._config.stages, 1.0))
+        return any(policy in self._risks(self.state.theta, share) for share in (*self._config.stages, 1.0))
 
     def _rng(self) -> random.Random:
         """Draws depend on the generation alone, so that a resumed search needs no state of a generator."""
-        return random.Random(f"{self._seed}/{self._state.round}/{self._state.generation}")
+        return random.Random(f"{self._seed}/{self.state.round}/{self.state.generation}")
 
     def _risks(self, theta: int, share: float) -> dict[Policy, Risk]:
         return self._known.setdefault((theta, share), {})
 
     def _score(self, policies: Iterable[Policy], share: float) -> None:
         """Evaluate the policies that have not been at this stage under the current projector."""
-        known = self._risks(self._state.theta, share)
+        known = self._risks(self.state.theta, share)
         missing = [policy for policy in dict.fromkeys(policies) if policy not in known]
         if missing:
             self._note(missing, share, self._evaluate(missing, share))
 
     def _note(self, policies: Sequence[Policy], share: float, risks: Sequence[Risk]) -> None:
-        state = self._state
+        state = self.state
         self._risks(state.theta, share).update(zip(policies, risks, strict=True))
         place = {"round": state.round, "generation": state.generation, "theta": state.theta, "share": share}
         for policy in policies:
@@ -358,7 +330,7 @@ class Search:
             state.record.append(entry | {"gap": self._gap(policy), "objective": self._objective(policy, share)})
 
     def _objective(self, policy: Policy, share: float = 1.0) -> float:
-        objective, risk = self._state.objective, self._risks(self._state.theta, share)[policy]
+        objective, risk = self.state.objective, self._risks(self.state.theta, share)[policy]
         if objective is None:
             raise RuntimeError("the first population has not been evaluated")
         return objective.value(risk, self._gap(policy))
@@ -368,7 +340,7 @@ class Search:
 
     def _select(self, policies: Sequence[Policy], newcomers: Sequence[Policy] | None = None) -> None:
         """Keep the best policies and close the generation; ``newcomers`` are those of it that saw all samples."""
-        state = self._state
+        state = self.state
         state.archive = self._ranked(policies)[: self._config.parents]
         values = [self._objective(policy) for policy in (policies if newcomers is None else newcomers)]
         finite = [value for value in values if math.isfinite(value)]
@@ -385,4 +357,4 @@ class Search:
 
     def _save(self) -> None:
         if self._path and self._writes:
-            self._state.write(self._path)
+            self.state.write(self._path)

@@ -81,7 +81,7 @@ class KnapsackSearch(Search):
         self._errors, self._evolved = errors, evolved
         self._prices: dict[Policy, Prices] = {}
         super().__init__(*args, **more)
-        for entry in self._state.record:
+        for entry in self.state.record:
             if entry.get("prices"):
                 self._prices[tuple(entry["policy"])] = Prices(**entry["prices"])
 
@@ -98,7 +98,7 @@ class KnapsackSearch(Search):
         return list(dict.fromkeys([*self._given(rng), *map(self._solve, START)]))
 
     def _children(self, rng: random.Random) -> list[Policy]:
-        config, state = self._config, self._state
+        config, state = self._config, self.state
         if state.generation > config.generations:
             return super()._children(rng)
         done = state.round * config.generations + state.generation - 1

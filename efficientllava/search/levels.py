@@ -3,93 +3,45 @@
 A table is a folder. ``table.json`` says what it was made from and holds amounts, removed counts and norms; one
 safetensors file per layer holds what a level changes: index lists and changed weights, nothing else. All statistics
 come from the dense prefix, so that levels of different layers do not depend on each other. What a level is, is up to a
-recipe: `efficientllava.search.structured.Structured` or `efficientllava.search.masks.Masks`.
+recipe: `efficientllava.search.recipes.Structured` or `efficientllava.search.recipes.Masks`.
+
+From the norms comes the *generalization gap* of a policy, without a forward pass. EfficientLLaVA adds such a term to
+the loss on the samples (structural risk minimization, arXiv 2503.15369, abstract); its formula is not public. The terms
+here are known bounds written for a pruned model, with ``N`` samples and the linear layers ``j`` of the decoder: dense
+weights ``W_j``, ``n_j`` of them, mask ``M_j``, pruned and compensated weights ``What_j``. Constants of a bound that are
+equal for all policies stay, so that runs with different ``N`` compare. A new term is one function with the signature of
+`Gap` and an entry in `GAPS`.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
+import statistics
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..models.anatomy import Component, Layer, layers_of
+from ..models.anatomy import layers_of
+from ..pruning.gradients import sensitivity
 from ..pruning.plan import LayerPlan
-from ..pruning.scores import Calibration, layer_statistics, open_stream
-from ..pruning.sensitivity import sensitivity
+from ..pruning.statistics import layer_statistics
+from ..pruning.stream import Calibration, CalibrationStream
+from ..runtime.errors import UserError
 from ..runtime.processes import rank
 from ..runtime.store import Store
-from .generalization import LinearNorms
+from .recipes import TINY, LinearNorms, Recipe
 from .space import Gene, Policy
 
 RECORD = "table.json"
-
-
-@dataclass(frozen=True)
-class Level:
-    """One level of one gene, as a recipe makes it.
-
-    Args:
-        removed: Parameters cut off (structured) or weights set to zero (masks).
-        norms: Norms of every linear layer of the gene, readers first.
-        tensors: What `Recipe.assemble` needs, by name; empty where nothing is removed.
-        error: Rise of the divergence from the dense model by what the gene writes, up to a common factor; None where
-            the recipe does not know it.
-    """
-
-    removed: int
-    norms: tuple[LinearNorms, ...]
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    error: float | None = None
-
-
-class Recipe(Protocol):
-    """What a level is. Recipes are frozen dataclasses: their fields are part of a table's identity."""
-
-    @property
-    def granularity(self) -> str:
-        """``structured``, ``unstructured`` or ``2:4``."""
-        ...
-
-    @property
-    def tokens(self) -> str:
-        """Positions that enter the statistics, see `efficientllava.pruning.statistics.counted_positions`."""
-        ...
-
-    def amounts(self, component: Component) -> tuple[float, ...]:
-        """Share removed by each level, ascending."""
-        ...
-
-    def inputs(self, component: Component) -> list[nn.Linear]:
-        """Linear layers whose input statistics `levels` needs."""
-        ...
-
-    def levels(self, component: Component, grams: list[Tensor], felt: Tensor | None = None) -> Iterator[Level]:
-        """Make all levels in order.
-
-        Args:
-            component: A whole component.
-            grams: Gram matrices of `inputs`; used up.
-            felt: How much the answers feel an error of each output, see `efficientllava.pruning.sensitivity`.
-        """
-        ...
-
-    def assemble(self, twin: Component, tensors: Mapping[str, Tensor]) -> None:
-        """Turn a whole component, which shares its weights with the model's, into one at a level, by new parameters."""
-        ...
-
-
-def squares(weight: Tensor, dim: int | None = None) -> Tensor:
-    """Sum of squares in float64, of a whole matrix or along one dimension."""
-    return torch.linalg.vector_norm(weight.detach(), dim=dim, dtype=torch.float64).square()
 
 
 class LevelTable:
@@ -108,27 +60,24 @@ class LevelTable:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, folder: Path, limit_bytes: int = 4 << 30) -> None:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        self.genes = tuple(Gene(g["layer"], g["kind"], tuple(g["amounts"])) for g in record["genes"])
-        self._removed: list[list[int]] = [gene["removed"] for gene in record["genes"]]
-        self._norms: list[list[list[list[float]]]] = [gene["norms"] for gene in record["genes"]]
-        self._errors: list[list[float | None]] = [gene["errors"] for gene in record["genes"]]
+        self._record: list[dict[str, Any]] = json.loads((folder / RECORD).read_text(encoding="utf-8"))["genes"]
+        self.genes = tuple(Gene(g["layer"], g["kind"], tuple(g["amounts"])) for g in self._record)
         self._components = [component for layer in layers_of(model) for component in layer.components]
         self.recipe, self.folder, self._limit = recipe, folder, limit_bytes
         self._modules: OrderedDict[tuple[int, int], tuple[nn.Module, int]] = OrderedDict()
 
     def removed(self, gene: int, level: int) -> int:
         """Parameters that a level cuts off (structured), or weights that it sets to zero (masks)."""
-        return self._removed[gene][level]
+        return self._record[gene]["removed"][level]
 
     def norms(self, gene: int, level: int) -> tuple[LinearNorms, ...]:
         """Norms of the gene's linear layers, readers first, writer last; fused projections are one."""
-        return tuple(LinearNorms(int(n), *squares) for n, *squares in self._norms[gene][level])
+        return tuple(LinearNorms(int(n), *squares) for n, *squares in self._record[gene]["norms"][level])
 
     def errors(self) -> list[list[float]] | None:
         """Output error of every gene at every level, in one unit; None where the recipe does not know it."""
-        known = [[error for error in errors if error is not None] for errors in self._errors]
-        return known if list(map(len, known)) == list(map(len, self._errors)) else None
+        known = [gene["errors"] for gene in self._record]
+        return None if any(error is None for errors in known for error in errors) else known
 
     def tensors(self, gene: int, level: int) -> dict[str, Tensor]:
         """What is stored of a level, on the device of the gene's weights."""
@@ -158,7 +107,7 @@ class LevelTable:
         Returns:
             The model's own module where nothing is removed; else a frozen one that shares with it all that is equal.
         """
-        if not self._removed[gene][level]:
+        if not self.removed(gene, level):
             return self._components[gene].module
         key = (gene, level)
         if key not in self._modules:
@@ -201,15 +150,12 @@ def open_table(
         root: The folder of tables in a store; each has a subfolder named by its content.
         identity: What else decides the content: digest of the checkpoint, of the calibration records ...
     """
-
-    def compute(folder: Path, _work: Path) -> dict[str, Any]:
-        fill_table(model, recipe, calibration, folder)
-        return {}
-
     dtype = str(layers_of(model)[0].mlp.writer.weight.dtype).removeprefix("torch.")
-    fields: dict[str, Any] = asdict(recipe)  # pyright: ignore[reportArgumentType]
-    key = {"granularity": recipe.granularity, **fields, "dtype": dtype, **identity}
-    return LevelTable(model, recipe, Store(root.parent).entry(root.name, key, compute).folder)
+    key = {"granularity": recipe.granularity, **asdict(recipe), "dtype": dtype, **identity}
+    entry = Store(root.parent).entry(
+        root.name, key, lambda folder, _: fill_table(model, recipe, calibration, folder) or {}
+    )
+    return LevelTable(model, recipe, entry.folder)
 
 
 @torch.no_grad()
@@ -227,44 +173,113 @@ def fill_table(model: nn.Module, recipe: Recipe, calibration: Calibration, folde
     Raises:
         UserError: No calibration token counts.
     """
-    stream = open_stream(model, calibration, recipe)
-    structured = recipe.granularity == "structured"
-    felt = sensitivity(stream, 0, calibration.reduce, calibration.tick) if structured else None
+    stream = CalibrationStream(model, calibration, recipe.tokens)
+    felt = sensitivity(stream, 0) if recipe.granularity == "structured" else None
     layers, hidden, genes = layers_of(model), stream.start(), []
     for index, layer in enumerate(layers):
-        linears = [linear for component in layer.components for linear in recipe.inputs(component)]
+        inputs = [recipe.inputs(component) for component in layer.components]
         weigh, outputs = (felt.weigh(stream, index), felt.outputs[index]) if felt else (None, (None, None))
-        grams = layer_statistics(stream, layer, index, hidden, calibration.reduce, linears, weigh)
+        grams = layer_statistics(stream, layer, index, hidden, [linear for some in inputs for linear in some], weigh)
         tensors: dict[str, Tensor] = {}
-        genes += _layer_genes(recipe, index, layer, grams, outputs, tensors)
+        for component, some, feels in zip(layer.components, inputs, outputs, strict=True):
+            levels = list(recipe.levels(component, [grams.pop(0) for _ in some], feels))
+            for number, level in enumerate(levels):
+                prefix = f"{component.kind}.{number}"
+                tensors |= {f"{prefix}.{name}": t.cpu().contiguous() for name, t in level.tensors.items()}
+            genes.append(
+                {
+                    "layer": index,
+                    "kind": component.kind,
+                    "amounts": recipe.amounts(component),
+                    "removed": [level.removed for level in levels],
+                    "errors": [level.error for level in levels],
+                    "norms": [[astuple(norms) for norms in level.norms] for level in levels],
+                }
+            )
         if rank() == 0:
             save_file(tensors, _layer_file(folder, index))
-        calibration.tick("level table", index + 1, len(layers))
+        stream.tick("level table", index + 1, len(layers))
     if rank() == 0:
         (folder / RECORD).write_text(json.dumps({"genes": genes}) + "\n", encoding="utf-8")
 
 
-def _layer_genes(
-    recipe: Recipe,
-    index: int,
-    layer: Layer,
-    grams: list[Tensor],
-    outputs: tuple[Tensor | None, Tensor | None],
-    tensors: dict[str, Tensor],
-) -> Iterator[dict[str, Any]]:
-    """Records of a layer's two genes; fills what is stored of them."""
-    for component, felt in zip(layer.components, outputs, strict=True):
-        mine = [grams.pop(0) for _ in recipe.inputs(component)]
-        levels = []
-        for number, level in enumerate(recipe.levels(component, mine, felt)):
-            stored = {f"{component.kind}.{number}.{name}": t.cpu().contiguous() for name, t in level.tensors.items()}
-            tensors.update(stored)
-            levels.append(level)
-        yield {
-            "layer": index,
-            "kind": component.kind,
-            "amounts": recipe.amounts(component),
-            "removed": [level.removed for level in levels],
-            "errors": [level.error for level in levels],
-            "norms": [[[n.weights, n.dense, n.masked, n.change] for n in level.norms] for level in levels],
-        }
+CONFIDENCE = 0.05  # delta of the PAC-Bayes bound: it holds with probability 1 - delta
+
+Gap = Callable[[Sequence[LinearNorms], Sequence[LinearNorms], int], float]
+
+Norms = Callable[[int, int], Sequence[LinearNorms]]  # of a gene at a level
+
+
+def frobenius(norms: Sequence[LinearNorms], _uniform: Sequence[LinearNorms], samples: int) -> float:
+    """``N^(-1/2) sum_j a_j ||W_j * M_j|| / ||W_j||`` with ``a_j = n_j / sum_i n_i``.
+
+    A sum in place of the product of layer norms in the Rademacher bound of arXiv 1712.06541; norms of the masked dense
+    weights, since compensation hides how much went.
+
+    Args:
+        norms: Every linear layer under the policy.
+        _uniform: Not used.
+        samples: ``N``.
+    """
+    total = sum(linear.weights for linear in norms)
+    return sum(linear.weights * linear.kept for linear in norms) / total / math.sqrt(samples)
+
+
+def frobenius_product(norms: Sequence[LinearNorms], _uniform: Sequence[LinearNorms], samples: int) -> float:
+    """``N^(-1/2) exp(1/J sum_j ln(||W_j * M_j|| / ||W_j||))``, the geometric mean over ``J`` layers.
+
+    The product of layer norms in the Rademacher bound of arXiv 1712.06541, its ``J``-th root taken.
+
+    Args:
+        norms: Every linear layer under the policy.
+        _uniform: Not used.
+        samples: ``N``.
+    """
+    return math.exp(statistics.fmean(math.log(max(linear.kept, TINY)) for linear in norms)) / math.sqrt(samples)
+
+
+def distance(norms: Sequence[LinearNorms], uniform: Sequence[LinearNorms], samples: int) -> float:
+    """``sqrt((D^2 / (2 s^2) + ln(2 sqrt(N) / delta)) / (2 N))`` with ``D^2 = sum_j ||What_j - W_j||^2 / ||W_j||^2``.
+
+    PAC-Bayes bound around the dense weights, which know nothing of the samples (McAllester's bound in Maurer's form,
+    cs/0411099, with Gaussians of variance ``s^2``). ``s^2`` is ``J / 2`` times the median of ``||What_j - W_j||^2 /
+    ||W_j||^2`` under the uniform policy, over the layers that it changes.
+
+    Args:
+        norms: Every linear layer under the policy.
+        uniform: Every linear layer under the uniform policy of the same budget.
+        samples: ``N``.
+    """
+    changed = [linear.distance for linear in uniform if linear.change > 0]
+    variance = len(norms) / 2 * statistics.median(changed) if changed else 1.0
+    divergence = sum(linear.distance for linear in norms) / (2 * variance)
+    return math.sqrt((divergence + math.log(2 * math.sqrt(samples) / CONFIDENCE)) / (2 * samples))
+
+
+# None: the ablation, empirical risk alone.
+GAPS: dict[str, Gap] = {"fro": frobenius, "fro_logprod": frobenius_product, "dist": distance, "none": lambda *_: 0.0}
+
+
+def gap_of(kind: str, norms: Norms, uniform: Policy, samples: int) -> Callable[[Policy], float]:
+    """Bind a term to a level table.
+
+    Args:
+        kind: A key of `GAPS`.
+        norms: ``table.norms``.
+        uniform: The uniform policy of the budget.
+        samples: Number of samples that the empirical risk comes from, >= 1.
+
+    Returns:
+        The gap of a policy.
+
+    Raises:
+        UserError: The term is unknown.
+    """
+    if kind not in GAPS:
+        raise UserError(f"search.gap={kind}: unknown; choose one of {', '.join(GAPS)}")
+
+    def linears(policy: Policy) -> list[LinearNorms]:
+        return [linear for gene, level in enumerate(policy) for linear in norms(gene, level)]
+
+    reference = linears(uniform)
+    return lambda policy: GAPS[kind](linears(policy), reference, samples)

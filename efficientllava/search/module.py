@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -16,37 +15,28 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data.splits import split_folds
-from ..models.anatomy import language_parameters, layers_of, projector_of
-from ..models.forward import Batch, FeatureCache, feature_cache, to_device
-from ..pruning.comparison import simplest
+from ..models.anatomy import language_parameters, projector_of
+from ..models.forward import Batch, FeatureCache, to_device
+from ..pruning.module import chunked
+from ..pruning.obs import DAMPING
 from ..pruning.plan import PruningPlan
-from ..pruning.pruner import PruneReport, block_influences
-from ..pruning.scores import (
-    Calibration,
-    Tick,
-    open_stream,
-    silent,
-)
+from ..pruning.pruner import PruneReport, apply_plan, block_influences
 from ..pruning.selection import Space, uniform_candidates
 from ..pruning.self_text import position_share
-from ..pruning.spd import DAMPING
-from ..pruning.statistics import Beginning, CalibrationStream
+from ..pruning.stream import Beginning, Calibration, CalibrationStream, silent
 from ..pruning.surgery import reinitialise
 from ..runtime import processes
+from ..runtime.console import Tick
 from ..runtime.files import whole_file
 from ..settings.schema import PruneConfig, SearchConfig
 from .budget import asked_share, budget_of
-from .cut import cut_policy, plan_of, trials
+from .change import choose, evolve_projector, mask, plan_of
 from .evaluator import Evaluator
 from .evolution import Risk, Search
-from .generalization import gap_of
 from .knapsack import KnapsackSearch, affordable
-from .levels import LevelTable, open_table
-from .masks import Masks
-from .projector import evolve_projector
+from .levels import LevelTable, gap_of, open_table
+from .recipes import Masks, Structured
 from .space import Policy, SearchSpace, ShapeSpace
-from .structured import Structured
 
 COLOURED = 40  # policies whose loss on held-out samples is measured for the plots
 TOLD = 8  # of them between two signs of progress
@@ -119,8 +109,10 @@ class SearchModule(LightningModule):
         self.record: dict[str, Any] = {}
         self.table: Path | None = None
         self._inputs, self._prune, self._config, self._seed = inputs, prune, search, seed
-        self._features, self._tick = features or feature_cache(model), tick
-        self._image_token: int = model.config.image_token_id  # pyright: ignore
+        self._features, self._tick = features or FeatureCache(model), tick
+        self._share, _ = asked_share(prune, search)
+        # The gap term that is recorded, also where the objective has none.
+        self._gap = "fro" if search.gap in ("none", "held_out") else search.gap
         self._beginning = Beginning()
         self._folds: list[int] = []
         self._shares: list[float] = []
@@ -128,11 +120,9 @@ class SearchModule(LightningModule):
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """All samples on every process, then the held-out ones."""
-        size = self._inputs.batch_size
-        parts = [[part[i : i + size] for i in range(0, len(part), size)] for part in split_folds(self._inputs.records)]
-        self._folds = [fold for fold, part in enumerate(parts) for _ in part]
-        holdout = [list(self._inputs.holdout[i : i + size]) for i in range(0, len(self._inputs.holdout), size)]
-        chunks = [*itertools.chain(*parts), *holdout]
+        size, holdout = self._inputs.batch_size, list(self._inputs.holdout)
+        chunks, self._folds = chunked(self._inputs.records, size)
+        chunks += [holdout[i : i + size] for i in range(0, len(holdout), size)]
         return DataLoader(chunks, batch_size=None, collate_fn=self._inputs.collate)  # pyright: ignore[reportArgumentType]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -143,7 +133,8 @@ class SearchModule(LightningModule):
         """Build the table, search, cut."""
         self._inputs.work.mkdir(parents=True, exist_ok=True)
         every, holdout = self._batches[: len(self._folds)], self._batches[len(self._folds) :]
-        self._beginning = Beginning.of(every[processes.rank() :: processes.world_size()], self._image_token)
+        image: int = self.model.config.image_token_id  # pyright: ignore
+        self._beginning = Beginning.of(every[processes.rank() :: processes.world_size()], image)
         every = self._with_written(every)
         apart = self._config.gap == "held_out" and 1 in self._folds
 
@@ -155,7 +146,7 @@ class SearchModule(LightningModule):
         # The last fold is for the choice among the best, which none of them has seen. Levels are fitted to all other
         # samples, on which policies are judged, or to none of those.
         calibration, judged, samples = part(0) if apart else part(0, 1), part(1) if apart else part(0, 1), part(0, 1)
-        stream = open_stream(self.model, judged, self._prune)
+        stream = CalibrationStream(self.model, judged, self._prune.tokens)
         table = self._table(calibration)
         self.table = table.folder
         space = self._space(table, stream)
@@ -164,7 +155,7 @@ class SearchModule(LightningModule):
         self._evolve(search, space, table, samples.batches, evaluator)
         self.record = self._describe(search, space, evaluator.dense)
         if holdout:
-            self.record["holdout"] = self._holdout(search, table, evaluator, holdout)
+            self.record["holdout"] = self._holdout(search, table, stream, evaluator, holdout)
         self._cut(search, space, table, every)
         self._batches = []
 
@@ -198,24 +189,19 @@ class SearchModule(LightningModule):
         budget = budget_of(self.model, table, stream, self._prune, self._config, file)
         if not self._config.uniform:
             return SearchSpace(table.genes, budget)
-        layers = layers_of(self.model)
-        places = [
+        groups, channels = (
             {len(table.units(gene, level)): level for level in range(table.genes[gene].levels)} for gene in range(2)
-        ]
-        shapes = tuple((places[0][groups], places[1][channels]) * len(layers) for groups, channels in self._shapes())
+        )
+        shapes = tuple((groups[g], channels[c]) * stream.depth for g, c in self._shapes())
         return ShapeSpace(table.genes, budget, shapes)
 
     def _search(self, space: SearchSpace, table: LevelTable, stream: CalibrationStream, evaluator: Evaluator) -> Search:
-        batches = len(stream.batches)
-
         def evaluate(policies: Sequence[Policy], share: float) -> list[Risk]:
-            first = range(max(1, math.ceil(share * batches)))
-            return evaluator.evaluate(policies, first, keep=search.archive if search else None)
+            first = range(max(1, math.ceil(share * len(stream.batches))))
+            return evaluator.evaluate(policies, first, keep=search.state.archive)
 
-        errors = table.errors()
-        search: Search | None = None
-        kind: Callable[..., Search] = Search
-        influence = block_influences(stream, range(stream.depth), self._prune, lambda t: t)
+        errors, kind = table.errors(), Search
+        influence = block_influences(stream, range(stream.depth), self._prune)
         floor = max(influence) * 1e-3 or 1.0
         shaped = space.shaped([math.sqrt(max(value, floor)) for value in influence])
         if self._config.method == "knapsack":
@@ -239,43 +225,24 @@ class SearchModule(LightningModule):
         self, search: Search, space: SearchSpace, table: LevelTable, samples: Sequence[Any], evaluator: Evaluator
     ) -> None:
         """Run the rounds; between them the projector evolves, and a killed search takes up the one it had."""
-        config = self._config
-        if search.theta:
-            projector_of(self.model).load_state_dict(load_file(self._projector_file(search.theta)))
+        config, state = self._config, search.state
+        if state.theta:
+            projector_of(self.model).load_state_dict(load_file(self._projector_file(state.theta)))
             evaluator.restart()
         while not search.finished:
             search.run_round()
             kept = False
-            if config.projector and search.round + 1 < config.rounds:
-                rng = random.Random(f"{self._seed}/projector/{search.round}")
-                drawn = [space.random(rng) for _ in search.archive]
-                step = evolve_projector(
-                    self.model,
-                    table,
-                    evaluator,
-                    samples,
-                    self._features,
-                    search.archive,
-                    drawn,
-                    config,
-                    self._seed + search.round,
-                    self._tick,
-                )
-                kept = step.kept
-                self.record.setdefault("projector", []).append(asdict(step))
+            if config.projector and state.round + 1 < config.rounds:
+                rng = random.Random(f"{self._seed}/projector/{state.round}")
+                policies = [*state.archive, *(space.random(rng) for _ in state.archive)]
+                how = (config, self._seed + state.round, self._tick)
+                step = evolve_projector(self.model, table, evaluator, samples, self._features, policies, *how)
+                self.record.setdefault("projector", []).append(step)
+                kept = step["kept"]
             if kept and processes.rank() == 0:
-                with whole_file(self._projector_file(search.theta + 1)) as file:
+                with whole_file(self._projector_file(state.theta + 1)) as file:
                     save_file(projector_of(self.model).state_dict(), file)
             search.end_round(changed=kept)
-
-    @property
-    def _share(self) -> float:
-        return asked_share(self._prune, self._config)[0]
-
-    @property
-    def _gap(self) -> str:
-        """The gap term that is recorded, also where the objective has none."""
-        return "fro" if self._config.gap in ("none", "held_out") else self._config.gap
 
     def _projector_file(self, theta: int) -> Path:
         return self._inputs.work / f"projector_{theta}.safetensors"
@@ -288,19 +255,23 @@ class SearchModule(LightningModule):
             "genes": [asdict(gene) for gene in space.genes],
             "dense": asdict(dense),
             "best": list(search.best),
-            "history": search.history,
-            "policies": search.record,
+            "history": search.state.history,
+            "policies": search.state.record,
             "gap": self._gap,
         }
 
     def _holdout(
-        self, search: Search, table: LevelTable, evaluator: Evaluator, holdout: Sequence[Any]
+        self,
+        search: Search,
+        table: LevelTable,
+        stream: CalibrationStream,
+        evaluator: Evaluator,
+        holdout: Sequence[Any],
     ) -> list[dict[str, Any]]:
         """Risk on the samples, gap and loss on held-out samples of some policies, all under the final projector."""
-        seen = {tuple(entry["policy"]): entry["gap"] for entry in search.record if entry["share"] == 1.0}
-        chosen = sorted(list(dict.fromkeys([*search.archive, *seen]))[:COLOURED])
-        stream = CalibrationStream(self.model, holdout, self._prune.tokens, self._features)
-        unseen = Evaluator(self.model, table, stream)
+        seen = {tuple(entry["policy"]): entry["gap"] for entry in search.state.record if entry["share"] == 1.0}
+        chosen = sorted(list(dict.fromkeys([*search.state.archive, *seen]))[:COLOURED])
+        unseen = Evaluator(self.model, table, stream.over(holdout))
         points = []
         for start in range(0, len(chosen), TOLD):
             part = chosen[start : start + TOLD]
@@ -317,24 +288,16 @@ class SearchModule(LightningModule):
         self, search: Search, space: SearchSpace, table: LevelTable, calibration: Calibration
     ) -> tuple[Policy, PruneReport]:
         """The best policy, or the one among the best and the plain ones that loses least as it will be cut."""
-        report = PruneReport(loss_dense=self.record["dense"]["loss"])
-        finalists = search.archive[: self._config.finalists]
-        if self._config.finalists == 1 or self._config.granularity != "structured":
-            return search.best, report
+        config = self._config
+        if config.finalists == 1 or config.granularity != "structured":
+            return search.best, PruneReport(loss_dense=self.record["dense"]["loss"])
         plain = search.plain
-        finalists = list(dict.fromkeys([*finalists, plain]))
-        dense, tried = trials(self.model, table, finalists, calibration, self._prune)
-        verdicts = [trial.verdict for trial in tried if trial.verdict is not None]
-        self.record["finalists"] = [
-            {"policy": list(p), "loss_pruned": t.loss, "kl": t.verdict and t.verdict.mean}
-            for p, t in zip(finalists, tried, strict=True)
-        ]
-        if not verdicts or dense.verdict is None:
-            best = min(range(len(tried)), key=lambda i: tried[i].loss)
-            return finalists[best], replace(report, loss_dense=dense.loss)
-        best = simplest(verdicts, [space.distance(plain, policy) for policy in finalists])
-        losses = {"loss_compared": verdicts[best].loss, "loss_compared_dense": dense.verdict.loss}
-        return finalists[best], replace(report, loss_dense=dense.loss, **losses)
+        finalists = list(dict.fromkeys([*search.state.archive[: config.finalists], plain]))
+        distances = [space.distance(plain, policy) for policy in finalists]
+        best, report, self.record["finalists"] = choose(
+            self.model, table, finalists, distances, calibration, self._prune
+        )
+        return finalists[best], report
 
     def _cut(self, search: Search, space: SearchSpace, table: LevelTable, samples: Sequence[Any]) -> None:
         ids = tuple(record.id for record in self._inputs.records)
@@ -354,11 +317,15 @@ class SearchModule(LightningModule):
         )
         chosen, found = self._chosen(search, space, table, calibration)
         self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)
-        self.pruned, cut = cut_policy(self.model, self.plan, table.recipe, chosen, calibration, self._prune)
+        if self._config.granularity == "structured":
+            self.pruned, cut = apply_plan(self.model, self.plan, calibration, self._prune)
+        else:
+            self.pruned, cut = mask(self.model, table.recipe, chosen, calibration, self._prune)
         if self._prune.reinitialise:
             reinitialise(self.pruned, self._seed)
-        searched = next(e for e in reversed(search.record) if e["policy"] == list(chosen) and e["share"] == 1.0)
-        self.report = replace(found, loss_searched=searched["loss"], loss_pruned=cut.loss_pruned, errors=cut.errors)
+        entries = reversed(search.state.record)
+        searched = next(e["loss"] for e in entries if e["policy"] == list(chosen) and e["share"] == 1.0)
+        self.report = replace(found, loss_searched=searched, loss_pruned=cut.loss_pruned, errors=cut.errors)
 
 
 def _changes(table: LevelTable, influence: Sequence[float]) -> list[list[float]]:

@@ -15,7 +15,7 @@ from ..deploy import decoders, export
 from ..deploy.decoders import BLOCK, FALLBACK, QUANTIZED
 from ..evaluation import judges, lmms, tasks
 from ..models.anatomy import layers_of
-from ..models.forward import feature_cache, require_images
+from ..models.forward import FeatureCache, require_images
 from ..recovery.recover import accumulation
 from ..recovery.student import require_trainable
 from ..recovery.teacher import require_teacher
@@ -50,7 +50,7 @@ def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
     model = settings.model
     known = (model.path, model.dtype, model.revision, model.protocol, model.system)
     base = load_checkpoint(store, device, settings.prune.offload, *known)
-    features, collate = feature_cache(base.model), Collator(base.processor, settings.data.max_length)
+    features, collate = FeatureCache(base.model), Collator(base.processor, settings.data.max_length)
     lmms.prepare(settings.evaluate)
     calibration = []
     if settings.prune.method != "none":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def prune(run: Run, _before: Made) -> Made:
             if searches:
                 (folder / "search.json").write_text(json.dumps(module.record) + "\n", encoding="utf-8")
                 draw_search(module.record, folder / "search.png")
-        return {"seconds": time.perf_counter() - started, "report": report.to_dict()}
+        return {"seconds": time.perf_counter() - started, "report": asdict(report)}
 
     entry = run.entry("prune", compute, model=base.digest, **_samples(run))
     made = run.made("pruned", entry)

@@ -23,15 +23,13 @@ from efficientllava.data.collator import Collator
 from efficientllava.data.embedded.digits import Digits
 from efficientllava.data.splits import calibration_records
 from efficientllava.models.anatomy import language_parameters
-from efficientllava.pruning.scores import Calibration
-from efficientllava.pruning.statistics import CalibrationStream
+from efficientllava.pruning.stream import Calibration, CalibrationStream
 from efficientllava.search.budget import removed_costs
 from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.evolution import Objective
-from efficientllava.search.generalization import GAPS, gap_of
-from efficientllava.search.levels import open_table
+from efficientllava.search.levels import GAPS, gap_of, open_table
+from efficientllava.search.recipes import Structured
 from efficientllava.search.space import Budget, SearchSpace
-from efficientllava.search.structured import Structured
 from efficientllava.settings.schema import CalibrationConfig, DataConfig
 
 RATIOS, SAMPLES, WEIGHTS, RISKS = (0.3, 0.5), (16, 32, 64, 128), (0.0, 0.1, 0.3, 1.0, 3.0), ("loss", "kl", "error")
@@ -53,13 +51,13 @@ def rows(model: str, policies: int, unseen: int, scratch: Path) -> list[dict[str
     """One row per budget, number of samples, risk, gap and weight."""
     checkpoint = ev.load(f"builtin:{model}")
     collate, result = Collator(checkpoint.processor), []
-    holdout = CalibrationStream(checkpoint.model, batches(Digits("minival", unseen, questions=QUESTIONS), collate, 100))
+    unseen_batches = batches(Digits("minival", unseen, questions=QUESTIONS), collate, 100)
     for count in SAMPLES:
         records = calibration_records(CalibrationConfig(samples=count), DataConfig("digits_vqa"), 0)
         seen = Calibration(batches(records, collate))
         table = open_table(checkpoint.model, Structured(), seen, scratch, {"model": model, "samples": str(count)})
-        risk_of = Evaluator(checkpoint.model, table, CalibrationStream(checkpoint.model, seen.batches))
-        truth_of = Evaluator(checkpoint.model, table, holdout)
+        stream = CalibrationStream(checkpoint.model, seen)
+        risk_of, truth_of = (Evaluator(checkpoint.model, table, each) for each in (stream, stream.over(unseen_batches)))
         costs = removed_costs(table, language_parameters(checkpoint.model))
         for ratio in RATIOS:
             space, rng = SearchSpace(table.genes, Budget("params", ratio, costs)), random.Random(0)

@@ -17,7 +17,7 @@ from efficientllava.checkpoint.folder import load
 from efficientllava.data.collator import Collator
 from efficientllava.data.table import read_conversations
 from efficientllava.evaluation.answers import mean_loss
-from efficientllava.models.forward import feature_cache
+from efficientllava.models.forward import FeatureCache
 
 ROWS = 8
 KEPT, CALLS = "kept", "calls.txt"
@@ -34,7 +34,7 @@ def nats(folder: str, records: Path) -> float:
         with (records.parent / CALLS).open("a", encoding="utf-8") as calls:
             calls.write(f"{records.name} {folder}\n")
     checkpoint, found = load(folder, "float32", "cpu"), read_conversations(str(records), None, 0.0)
-    collate, features = Collator(checkpoint.processor, None), feature_cache(checkpoint.model)
+    collate, features = Collator(checkpoint.processor, None), FeatureCache(checkpoint.model)
     return mean_loss(checkpoint.model, list(found), collate, ROWS, features)
 
 

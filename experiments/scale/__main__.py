@@ -31,10 +31,11 @@ from efficientllava.checkpoint.processors import vicuna_template
 from efficientllava.estimate import forecast, meta_model
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.memory import CalibrationSize, micro_batch, pruning_memory
-from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import apply_plan, make_plan, plan_ratio
-from efficientllava.pruning.ranking import OBS_ROUNDS, eliminate
-from efficientllava.pruning.scores import Calibration, layer_statistics, open_stream
+from efficientllava.pruning.obs import OBS_ROUNDS, eliminate
+from efficientllava.pruning.plan import LayerPlan, PruningPlan, plan_ratio
+from efficientllava.pruning.pruner import apply_plan, make_plan
+from efficientllava.pruning.statistics import layer_statistics
+from efficientllava.pruning.stream import Calibration, CalibrationStream
 from efficientllava.settings.schema import PruneConfig
 from efficientllava.stages.request import composed
 from experiments.speed import rows as bench
@@ -134,7 +135,7 @@ def measure_layer() -> None:
     plan = PruningPlan("widthwise", (kept,), 1, 1, None, ratio, ())
 
     def statistics(model: Any) -> None:
-        stream = open_stream(model, Calibration(bench.random_batches()), WIDTHWISE)
+        stream = CalibrationStream(model, Calibration(bench.random_batches()))
         layer_statistics(stream, layers_of(model)[0], 0, stream.start())
 
     def gram() -> tuple[torch.Tensor, torch.Tensor]:

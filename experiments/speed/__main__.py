@@ -30,22 +30,22 @@ from efficientllava.evaluation.generation import greedy_config, unadvised
 from efficientllava.evaluation.score import as_record
 from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.models.anatomy import language_parameters
-from efficientllava.models.forward import answer_loss, feature_cache, to_device
-from efficientllava.pruning.plan import PruningPlan
-from efficientllava.pruning.pruner import apply_plan, plan_ratio
-from efficientllava.pruning.scores import Calibration, open_stream
+from efficientllava.models.forward import FeatureCache, answer_loss, to_device
+from efficientllava.pruning.plan import PruningPlan, plan_ratio
+from efficientllava.pruning.pruner import apply_plan
+from efficientllava.pruning.stream import Calibration, CalibrationStream
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.student import prepare, trainable
 from efficientllava.recovery.teacher import open_teacher
 from efficientllava.runtime.console import exit_code, quiet_libraries
 from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
+from efficientllava.search.change import assembled
 from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.evolution import Risk, Search
 from efficientllava.search.levels import LevelTable, fill_table
-from efficientllava.search.projector import assembled
+from efficientllava.search.recipes import Structured
 from efficientllava.search.space import Budget, Policy, SearchSpace
-from efficientllava.search.structured import Structured
 from efficientllava.settings.schema import (
     DataConfig,
     EvaluateConfig,
@@ -70,7 +70,7 @@ ROUND_TO = 8  # widths that matrix products like, as at full size
 
 def evaluation_row(checkpoint: Any, questions: int = 64) -> Row:
     """Answering questions in a batch against one by one; vision features are computed beforehand."""
-    task, cache = digits_vqa(questions), feature_cache(checkpoint.model)
+    task, cache = digits_vqa(questions), FeatureCache(checkpoint.model)
 
     def run(size: int) -> Callable[[], Any]:
         config = EvaluateConfig(batch_size=size)
@@ -150,7 +150,7 @@ def teacher_row(load: Callable[[], Any]) -> Row:
 
 def vision_row(checkpoint: Any, count: int = 6) -> Row:
     """A pass over batches with kept vision features against running the tower again."""
-    batches, cache = list(training_data(checkpoint, count).train_dataloader()), feature_cache(checkpoint.model)
+    batches, cache = list(training_data(checkpoint, count).train_dataloader()), FeatureCache(checkpoint.model)
 
     @torch.no_grad()
     def run(features: Callable[[Any], Tensor | None]) -> None:
@@ -186,7 +186,7 @@ def make_setting(folder: Path, depth: int = DEPTH, samples: int = SAMPLES) -> Se
     initialise(model, seed=0)
     records, collate = Digits("calibration", samples), Collator(processor)
     batches = [collate([records[i] for i in range(at, min(at + BATCH, samples))]) for at in range(0, samples, BATCH)]
-    calibration = Calibration(batches, feature_cache(model))
+    calibration = Calibration(batches, FeatureCache(model))
     recipe = Structured(round_to=ROUND_TO)
     folder.mkdir()
     fill_table(model, recipe, calibration, folder)
@@ -194,7 +194,7 @@ def make_setting(folder: Path, depth: int = DEPTH, samples: int = SAMPLES) -> Se
     whole = language_parameters(model)
     costs = [[table.removed(i, level) / whole for level in range(gene.levels)] for i, gene in enumerate(table.genes)]
     space = SearchSpace(table.genes, Budget("params", RATIO, tuple(map(tuple, costs))))
-    evaluator = Evaluator(model, table, open_stream(model, calibration, PRUNE))
+    evaluator = Evaluator(model, table, CalibrationStream(model, calibration, PRUNE.tokens))
     return Setting(model, calibration, table, space, evaluator)
 
 
@@ -210,7 +210,7 @@ def default_children(space: SearchSpace) -> tuple[list[Policy], list[Policy]]:
     calls: list[tuple[list[Policy], list[Policy]]] = []
 
     def evaluate(policies: Sequence[Policy], _share: float) -> list[Risk]:
-        calls.append((search.archive if calls else [], list(policies)))
+        calls.append((search.state.archive if calls else [], list(policies)))
         return [Risk(random.Random(str(policy)).random(), 0.0, 0.0) for policy in policies]
 
     search = Search(space, evaluate, lambda _: 0.0, SearchConfig("bench", generations=1))

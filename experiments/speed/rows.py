@@ -23,8 +23,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.pruner import apply_plan, make_plan
-from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.statistics import gram_dtype
+from efficientllava.pruning.stream import Calibration
 from efficientllava.settings.schema import PruneConfig
 
 HIDDEN, LAYERS, HEADS, CHANNELS, VOCABULARY = 512, 4, 8, 1408, 512

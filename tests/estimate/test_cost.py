@@ -33,8 +33,8 @@ from efficientllava.estimate.memory import stage_memory
 from efficientllava.evaluation.tasks.published import BENCHMARKS
 from efficientllava.pruning.memory import micro_batch
 from efficientllava.pruning.pruner import apply_plan, make_plan
-from efficientllava.pruning.scores import Calibration
 from efficientllava.pruning.solution import TRIED
+from efficientllava.pruning.stream import Calibration
 from efficientllava.settings.compose import typed
 
 from ..runs import (

@@ -88,13 +88,13 @@ def test_every_parameter_of_the_families_is_counted(option):
 def test_what_a_head_and_a_channel_hold():
     layer = layers_of(published("llava_1_5_7b"))[0]
     assert (layer.attention.units, layer.mlp.units, layer.head_dim) == (32, 11008, 128)
-    assert layer.attention.unit_parameters == 4 * 128 * 4096
-    assert layer.mlp.unit_parameters == 3 * 4096
+    assert layer.attention.unit_price() == 4 * 128 * 4096
+    assert layer.mlp.unit_price() == 3 * 4096
     biased = layers_of(published("bunny_3b"))[0]
-    assert biased.attention.unit_parameters == 80 * (4 * 2560 + 3)
-    assert biased.mlp.unit_parameters == 2 * 2560 + 1
+    assert biased.attention.unit_price() == 80 * (4 * 2560 + 3)
+    assert biased.mlp.unit_price() == 2 * 2560 + 1
     fused = layers_of(published("mini_internvl_4b"))[0]
-    assert fused.attention.unit_parameters == 4 * 96 * 3072
+    assert fused.attention.unit_price() == 4 * 96 * 3072
 
 
 def test_a_local_folder_speaks_for_itself(tmp_path):

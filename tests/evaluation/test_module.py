@@ -9,7 +9,7 @@ from efficientllava.evaluation.answers import EvaluationModule, answer, in_order
 from efficientllava.evaluation.score import as_record
 from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.models.anatomy import projector_of
-from efficientllava.models.forward import feature_cache
+from efficientllava.models.forward import FeatureCache
 from efficientllava.runtime.files import Lines
 from efficientllava.settings.schema import EvaluateConfig
 
@@ -58,7 +58,7 @@ def test_two_ranks_answer_what_one_answers(tiny, questions):
     alone = evaluate(model, processor, TASK, _trainer(), CFG)
     shares = []
     for rank in range(2):
-        module = EvaluationModule(model, processor, TASK, questions, CFG, feature_cache(model))
+        module = EvaluationModule(model, processor, TASK, questions, CFG, FeatureCache(model))
         module._trainer = SimpleNamespace(global_rank=rank, world_size=2)
         batches = enumerate(module.predict_dataloader())
         shares.append([found for index, batch in batches for found in module.predict_step(batch, index)])
@@ -74,7 +74,7 @@ def test_each_image_passes_the_tower_once_over_several_models(tiny):
     handle = model.model.vision_tower.register_forward_hook(
         lambda _m, args, kwargs, _o: seen.append(args), with_kwargs=True
     )
-    cache = feature_cache(model)
+    cache = FeatureCache(model)
     first = evaluate(model, processor, TASK, _trainer(), CFG, cache)
     calls = len(seen)
     second = evaluate(model, processor, TASK, _trainer(), CFG, cache)
@@ -85,7 +85,7 @@ def test_each_image_passes_the_tower_once_over_several_models(tiny):
 
 def test_cached_features_can_be_trained_on(tiny, questions):
     model, processor = tiny
-    cache = feature_cache(model)
+    cache = FeatureCache(model)
     evaluate(model, processor, TASK, _trainer(), CFG, cache)
     batch = GenerationCollator(processor)([record for record in questions if record.image is not None][:1])
     projector_of(model)(cache(batch)).sum().backward()

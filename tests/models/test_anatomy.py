@@ -42,7 +42,7 @@ def test_sizes_are_read_off_the_weights(family):
 
 def test_units_own_every_weight_of_a_layer_but_norms_and_writer_biases(family):
     for layer in layers_of(make_model(family)):
-        owned = sum(component.units * component.unit_parameters for component in layer.components)
+        owned = sum(component.units * component.unit_price() for component in layer.components)
         biases = sum(c.writer.bias.numel() for c in layer.components if c.writer.bias is not None)
         norms = sum(p.numel() for n, p in layer.module.named_parameters() if "norm" in n)
         assert owned + biases + norms == sum(p.numel() for p in layer.module.parameters())
@@ -74,13 +74,14 @@ def test_every_reader_row_belongs_to_one_unit(family):
 
 def test_unit_sums(family):
     for component in layers_of(make_model(family))[0].components:
-        reader = component.readers[-1]
-        scores = torch.arange(reader.linear.out_features, dtype=torch.float64)
-        by_hand = [scores[reader.offset + u * reader.width :][: reader.width].sum() for u in range(component.units)]
-        assert component.reduce_rows(reader, scores).tolist() == [float(s) for s in by_hand]
         columns = torch.arange(component.writer.in_features, dtype=torch.float64)
         expected = [float(columns[component.columns([u])].sum()) for u in range(component.units)]
         assert component.reduce_columns(columns).tolist() == expected
+        lines = {weight: torch.arange(weight.shape[axis]) + 1.0 for weight, axis in component.axes.items()}
+        for u in range(component.units):
+            rows = [lines[linear.weight][rows].sum() for linear, rows in reader_rows(component, [u])]
+            expected[u] += float(sum(rows)) + len(component.columns([u]))
+        assert component.reduce(lines).tolist() == expected
 
 
 def test_language_parameters_leave_out_tower_and_projector(family):

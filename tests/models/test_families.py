@@ -22,8 +22,8 @@ from efficientllava.models.anatomy import (
 )
 from efficientllava.models.forward import (
     TOKEN_TYPES,
+    FeatureCache,
     answer_loss,
-    feature_cache,
     forward_hidden,
     stock_inputs,
 )
@@ -31,7 +31,7 @@ from efficientllava.models.pruned import is_per_layer
 from efficientllava.pruning.outline import outline
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.pruner import apply_plan, make_plan
-from efficientllava.pruning.scores import Calibration
+from efficientllava.pruning.stream import Calibration
 from efficientllava.pruning.surgery import cut
 from efficientllava.recovery.recover import recover
 from efficientllava.runtime.errors import UserError
@@ -80,7 +80,7 @@ def test_the_shared_forward_is_the_models_own(name):
     model, processor = make(name)
     batch = make_batch(processor)
     expected = logits_of(model, batch)
-    for features in (None, feature_cache(model)(batch)):
+    for features in (None, FeatureCache(model)(batch)):
         logits = model.lm_head(forward_hidden(model, batch, features))[batch["attention_mask"].bool()]
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     changed = {**batch, "pixel_values": 2 * batch["pixel_values"]}
@@ -92,7 +92,7 @@ def test_the_anatomy_describes_the_decoder(name):
     layers = layers_of(model)
     assert [(layer.attention.units, layer.mlp.units) for layer in layers] == [(GROUPS, CHANNELS)] * LAYERS
     for layer in layers:
-        owned = sum(component.units * component.unit_parameters for component in layer.components)
+        owned = sum(component.units * component.unit_price() for component in layer.components)
         norms = sum(p.numel() for n, p in layer.module.named_parameters() if "norm" in n)
         # A writer's bias is no unit's.
         norms += sum(c.writer.out_features for c in layer.components if c.writer.bias is not None)

@@ -9,10 +9,10 @@ from efficientllava.models.anatomy import layers_of
 from efficientllava.pruning.importance import (
     activation_scores,
     magnitude_scores,
-    random_scores,
     wanda_scores,
 )
-from efficientllava.pruning.ranking import Ranking, eliminate, obs_ranking
+from efficientllava.pruning.obs import eliminate, obs_ranking
+from efficientllava.pruning.plan import Ranking
 
 from ..conftest import make_model
 
@@ -139,12 +139,3 @@ def test_magnitude_counts_every_weight_of_the_component_once(family):
         linears = {id(r.linear): r.linear for r in component.readers}.values()
         total = sum(m.weight.double().square().sum().item() for m in itertools.chain(linears, [component.writer]))
         assert magnitude_scores(component).square().sum().item() == pytest.approx(total)
-
-
-def test_random_scores_follow_the_seed():
-    component = layers_of(make_model())[0].mlp
-
-    def draw(seed: int) -> list[float]:
-        return random_scores(component, torch.Generator().manual_seed(seed)).tolist()
-
-    assert draw(1) == draw(1) != draw(2)

@@ -14,7 +14,7 @@ from efficientllava.pruning.memory import (
     store_on_host,
 )
 from efficientllava.pruning.pruner import apply_plan, make_plan
-from efficientllava.pruning.scores import Calibration
+from efficientllava.pruning.stream import Calibration
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import PruneConfig
 from experiments.speed import rows as bench

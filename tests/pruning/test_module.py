@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from efficientllava.data.splits import split_folds
 from efficientllava.pruning.module import PruningModule
 from efficientllava.pruning.pruner import apply_plan, make_plan
-from efficientllava.pruning.scores import Calibration
+from efficientllava.pruning.stream import Calibration
 from efficientllava.runtime.processes import sum_over
 from efficientllava.settings.schema import PruneConfig
 

@@ -8,7 +8,7 @@ import torch
 from efficientllava.models.anatomy import language_parameters
 from efficientllava.pruning.outline import outline
 from efficientllava.pruning.pruner import apply_plan, make_plan
-from efficientllava.pruning.scores import Calibration
+from efficientllava.pruning.stream import Calibration
 from efficientllava.pruning.surgery import cut, pruned_config
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import PruneConfig

@@ -16,20 +16,10 @@ from efficientllava.models.anatomy import (
     layers_of,
     writer_without_bias,
 )
-from efficientllava.pruning.fluctuation import (
-    RecordMoments,
-    fluctuation,
-    layer_moments,
-)
-from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import (
-    apply_plan,
-    make_plan,
-    plan_for,
-    plan_ratio,
-)
-from efficientllava.pruning.scores import Calibration
-from efficientllava.pruning.statistics import CalibrationStream
+from efficientllava.pruning.plan import LayerPlan, PruningPlan, plan_for, plan_ratio
+from efficientllava.pruning.pruner import apply_plan, make_plan
+from efficientllava.pruning.statistics import all_moments, fluctuation, layer_moments, record_moments
+from efficientllava.pruning.stream import Calibration
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import PruneConfig
 
@@ -40,6 +30,7 @@ from ..conftest import (
     make_batch,
     make_batches,
     make_model,
+    stream_of,
 )
 from .test_surgery import masked
 from .test_vectors import published_model
@@ -94,17 +85,16 @@ def removed(model: Any, kept: list[tuple[list[int], list[int]]], biased: bool = 
 
 def test_fluctuations_are_those_of_the_released_code():
     model, batches = published_model(), calibration()
-    stream = CalibrationStream(model, batches.batches)
+    stream = stream_of(model, batches.batches)
     hidden = stream.start()
     for index, layer in enumerate(layers_of(model)):
         for component, moments in zip(layer.components, layer_moments(stream, layer, index, hidden), strict=True):
             if str(index) not in VECTORS["flap_statistics"]:
                 continue
             expected = VECTORS["flap_statistics"][str(index)][component.kind]
-            means, squares = moments.close()
-            found = fluctuation(means, squares)
+            found = fluctuation(*moments)
             score = found * component.writer.weight.detach().double().square().sum(0)
-            assert means.mean(0)[:6].tolist() == close(expected["mean_first6"])
+            assert moments[0].mean(0)[:6].tolist() == close(expected["mean_first6"])
             assert (SEQUENCE * found)[:6].tolist() == close(expected["fluctuation_first6"])
             assert (SEQUENCE * score)[:6].tolist() == close(expected["wifv_first6"])
             assert float(SEQUENCE * score.sum()) == close(expected["wifv_sum"])
@@ -160,22 +150,17 @@ def test_wanda_on_the_dense_model_is_another_method():
 def test_batches_of_processes_are_put_back_in_order(monkeypatch):
     inputs = [torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
     mask = torch.ones(2, 5, dtype=torch.bool)
-    alone, parts = RecordMoments(), [RecordMoments(), RecordMoments()]
-    for number, each in enumerate(inputs):
-        alone.add(each, mask)
-        parts[number % 2].add(each, mask)
-    expected = alone.close()
-    monkeypatch.setattr("efficientllava.pruning.fluctuation.gather", lambda _: [part._batches for part in parts])
-    assert all(map(torch.equal, parts[0].close(), expected))
+    alone = [record_moments(each, mask) for each in inputs]
+    expected = all_moments(alone)
+    monkeypatch.setattr("efficientllava.pruning.statistics.gather", lambda _: [alone[::2], alone[1::2]])
+    assert all(map(torch.equal, all_moments(alone[::2]), expected))
 
 
 def test_padding_and_rows_without_counted_positions_have_no_share():
     inputs, mask = torch.randn(3, 6, 4), torch.ones(3, 6, dtype=torch.bool)
     mask[1, 4:] = False
     mask[2] = False
-    moments = RecordMoments()
-    moments.add(inputs, mask)
-    means, squares = moments.close()
+    means, squares = all_moments([record_moments(inputs, mask)])
     assert torch.allclose(means, torch.stack([inputs[0].mean(0), inputs[1, :4].mean(0)]).double(), atol=1e-6)
     assert torch.allclose(squares[1], inputs[1, :4].square().mean(0).double(), atol=1e-6)
 
@@ -196,13 +181,13 @@ def test_surgery_with_biases_equals_masking_with_the_mean(family):
     plan = some_plan(model)
     smaller, _ = apply_plan(model, plan, Calibration(batches), flap(0.3))
     reference = masked(make_model(family, dtype=double), plan)
-    stream = CalibrationStream(dense, batches)
+    stream = stream_of(dense, batches)
     hidden = stream.start()
     for index, (layer, cut) in enumerate(zip(layers_of(dense), layers_of(reference), strict=True)):
         for whole, part, moments in zip(
             layer.components, cut.components, layer_moments(stream, layer, index, hidden), strict=True
         ):
-            lost = (whole.writer.weight - part.writer.weight) @ moments.close()[0].mean(0)
+            lost = (whole.writer.weight - part.writer.weight) @ moments[0].mean(0)
             old = 0 if part.writer.bias is None else part.writer.bias
             part.writer.bias = torch.nn.Parameter((lost + old).detach())
     batch = make_batch(seed=9, dtype=double)

@@ -9,17 +9,12 @@ import pytest
 import torch
 
 from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of
-from efficientllava.models.forward import answer_loss
-from efficientllava.pruning.plan import PruningPlan
-from efficientllava.pruning.pruner import (
-    PruneReport,
-    apply_plan,
-    make_plan,
-    plan_ratio,
-    whole_layers,
-)
-from efficientllava.pruning.scores import Calibration, rank_units
+from efficientllava.models.forward import answer_loss, forward_hidden
+from efficientllava.pruning.importance import rank_units
+from efficientllava.pruning.plan import PruningPlan, plan_ratio, whole_layers
+from efficientllava.pruning.pruner import Comparison, PruneReport, Verdict, apply_plan, make_plan, simplest
 from efficientllava.pruning.selection import TOLERANCE
+from efficientllava.pruning.stream import Calibration
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import IMPORTANCES, PruneConfig
 
@@ -30,6 +25,7 @@ from ..conftest import (
     make_batches,
     make_model,
     make_packed,
+    stream_of,
 )
 
 
@@ -104,11 +100,11 @@ def test_global_selection_takes_heads_and_channels_for_every_importance():
 
 def test_raw_scores_would_remove_no_head():
     model = make_model("llama")
-    scores, _, _ = rank_units(model, calibration(), widthwise(importance="param_first"))
+    scores, _ = rank_units(stream_of(model, make_batches()), widthwise(importance="param_first"))
     raw = sorted(
         (cost, kind)
         for layer in scores
-        for kind, ranking in (("head", layer.attention), ("channel", layer.mlp))
+        for kind, ranking in zip(("head", "channel"), layer, strict=True)
         for cost in ranking.costs
     )
     removed = [kind for _, kind in raw[: len(raw) // 3]]
@@ -159,7 +155,7 @@ def test_a_shape_is_chosen_on_batches_that_no_candidate_was_fitted_to(monkeypatc
     )
     assert {layer.shape for layer in other.layers} == {other.layers[0].shape}
     sets = (make_batches(), changed)
-    ranked = [rank_units(make_model(), Calibration(found), widthwise(), without=(2,))[0] for found in sets]
+    ranked = [rank_units(stream_of(make_model(), found), widthwise(), without=(2,))[0] for found in sets]
     assert ranked[0] == ranked[1]
 
 
@@ -359,3 +355,43 @@ def test_losing_a_kv_group_of_few_everywhere_is_told(caplog):
     caplog.clear()
     make_plan(make_model("llama_gqa"), calibration(), widthwise(selection="global", ratio=0.5))
     assert not any("KV groups" in record.getMessage() for record in caplog.records)
+
+
+def verdict(*kl: float) -> Verdict:
+    return Verdict(torch.tensor(kl, dtype=torch.float64), torch.ones(len(kl), dtype=torch.float64), 0.0)
+
+
+@torch.no_grad()
+def test_divergence_and_loss_are_those_of_the_answers_of_the_batches_that_are_compared_on():
+    model, other, batches = make_model(seed=1), make_model(seed=2), make_batches()
+    other.lm_head.load_state_dict(model.lm_head.state_dict())
+    other.get_decoder().norm.load_state_dict(model.get_decoder().norm.state_dict())
+    comparison = Comparison(stream_of(model, batches, compared=[1, 2]), stream_of(model, batches).end())
+    assert float(comparison(stream_of(model, batches).end()).kl.abs().max()) < 1e-6
+    found = comparison(stream_of(other, batches).end())
+    kl, tokens = [], []
+    for batch in batches[1:]:
+        states = (m.lm_head(forward_hidden(m, batch)) for m in (model, other))
+        dense, pruned = (state.float().log_softmax(-1)[:, :-1] for state in states)
+        mask = batch["labels"][:, 1:] != -100
+        values = (dense.exp() * (dense - pruned)).sum(-1) * mask
+        kl += (values.sum(1) / mask.sum(1)).tolist()
+        tokens += mask.sum(1).tolist()
+    assert found.tokens.tolist() == tokens
+    assert found.kl.tolist() == pytest.approx(kl, rel=1e-4)
+    losses = [float(answer_loss(other, batch, reduction="sum")) for batch in batches[1:]]
+    assert found.loss == pytest.approx(sum(losses) / sum(tokens), rel=1e-4)
+    assert comparison.dense.loss != pytest.approx(found.loss)
+
+
+def test_within_one_standard_error_the_simpler_candidate_wins():
+    base = [1.0, 2.0, 3.0, 4.0]
+    noisy, worse = [0.9, 2.3, 2.8, 4.1], [1.3, 2.3, 3.4, 4.3]
+    assert simplest([verdict(*base), verdict(*noisy)], [1.0, 0.0]) == 1  # no record says clearly which is better
+    assert simplest([verdict(*base), verdict(*worse)], [1.0, 0.0]) == 0  # every record does, though they differ a lot
+    assert simplest([verdict(*base), verdict(*noisy)], [0.0, 1.0]) == 0
+    assert simplest([verdict(1.0)], [5.0]) == 0
+    mean, error = verdict(*worse).excess(verdict(*base))
+    steps = torch.tensor(worse) - torch.tensor(base)
+    assert mean == pytest.approx(float(steps.mean()))
+    assert error == pytest.approx(float(steps.std() / 2), rel=1e-6)

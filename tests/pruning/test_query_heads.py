@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of
+from efficientllava.pruning.obs import obs_ranking
 from efficientllava.pruning.outline import outline
-from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import apply_plan, make_plan, plan_for
-from efficientllava.pruning.ranking import Ranking, obs_ranking
-from efficientllava.pruning.scores import Calibration
+from efficientllava.pruning.plan import LayerPlan, PruningPlan, Ranking, plan_for
+from efficientllava.pruning.pruner import apply_plan, make_plan
+from efficientllava.pruning.stream import Calibration
 from efficientllava.pruning.surgery import check_plan, cut, pruned_config
 from efficientllava.settings.schema import IMPORTANCES, PruneConfig
 

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from efficientllava.models.anatomy import Component, describe_layer, layers_of
-from efficientllava.pruning.plan import LayerPlan
-from efficientllava.pruning.pruner import whole_layers
-from efficientllava.pruning.refit import RefitResult, SequentialPruner
-from efficientllava.pruning.solution import DAMPINGS, Moments, Target, solve, validate
-from efficientllava.pruning.statistics import CalibrationStream
+from efficientllava.pruning.plan import LayerPlan, whole_layers
+from efficientllava.pruning.refit import SequentialPruner
+from efficientllava.pruning.solution import DAMPINGS, LayerError, Moments, Target, solve, validate
+from efficientllava.settings.schema import PruneConfig
 
 from ..conftest import (
     FAMILIES,
@@ -23,6 +22,7 @@ from ..conftest import (
     make_batches,
     make_model,
     make_packed,
+    stream_of,
 )
 
 TARGETS = ["layer", "residual"]
@@ -43,15 +43,18 @@ def some_plan(model: Any, seed: int = 0, skip: Sequence[int] = ()) -> list[Layer
     ]
 
 
-def run(model: Any, plan: Sequence[LayerPlan], commit: bool = True, **options: Any) -> RefitResult:
-    stream = CalibrationStream(model, make_batches(), options.pop("tokens", "all"))
-    return SequentialPruner(stream, **options).run(plan, commit)
+def pruner(stream: Any, target: str = "adaptive", damping: float | None = None, refit: bool = True) -> SequentialPruner:
+    return SequentialPruner(stream, PruneConfig(method="widthwise", refit=refit, refit_target=target, damping=damping))
+
+
+def run(model: Any, plan: Sequence[LayerPlan], **options: Any) -> list[LayerError]:
+    return pruner(stream_of(model, make_batches()), **options).run(plan, commit=True)[1]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_refit_never_raises_the_error_of_a_layer(family, target):
     model = make_model(family)
-    errors = run(model, some_plan(model), target=target).errors
+    errors = run(model, some_plan(model), target=target)
     assert len(errors) == 2 * LAYERS
     assert all(error.after <= error.before for error in errors)
     assert all(error.after < 0.999 * error.before for error in errors if error.component == "mlp")
@@ -76,11 +79,11 @@ def test_refit_is_the_least_squares_solution(name, target):
     dense, pruned = make_model(name, dtype=torch.float64), make_model(name, dtype=torch.float64)
     batches = make_batches(dtype=torch.float64)
     plans = some_plan(dense)
-    stream = CalibrationStream(pruned, batches)
+    stream = stream_of(pruned, batches)
     dense_hidden = pruned_hidden = stream.start()
     kwargs = [calls[0] for calls in stream._kwargs]
     masks = [b["attention_mask"].bool() for b in batches]
-    SequentialPruner(stream, True, target, damping).run(plans, True)
+    pruner(stream, target, damping).run(plans, True)
     for plan, before, after in zip(plans, layers_of(dense), layers_of(pruned), strict=True):
         original = [(c.writer.weight.detach().clone(), c.columns(u)) for c, u in pairs(before, plan)]
         seen, dense_outputs = dense_writes(dense, before.module, before.attention, kwargs, dense_hidden)
@@ -190,9 +193,8 @@ def test_refit_is_exact_when_a_removed_channel_repeats_a_kept_one(family, target
     expected = [logits_of(model, b) for b in batches]
     whole = list(whole_layers(model))
     whole[1] = LayerPlan(1, whole[1].groups, tuple(c for c in whole[1].channels if c != 5))
-    stream = CalibrationStream(model, batches)
-    result = SequentialPruner(stream, True, target, 1e-9).run(whole, True)
-    error = result.errors[0]
+    stream = stream_of(model, batches)
+    _, (error, *_) = pruner(stream, target, 1e-9).run(whole, True)
     assert (error.layer, error.component) == (1, "mlp")
     assert error.after < 1e-12 < error.before
     for batch, logits in zip(batches, expected, strict=True):
@@ -203,28 +205,26 @@ def test_a_trial_changes_nothing_and_predicts_the_loss_of_the_cut():
     model = make_model("phi")
     weights = {name: p.clone() for name, p in model.named_parameters()}
     plan, batches = some_plan(model), make_batches()
-    stream = CalibrationStream(model, batches)
+    stream = stream_of(model, batches)
     hidden = stream.start()
-    pruner = SequentialPruner(stream)
-    first, second = pruner.run(plan, commit=False), pruner.run(plan, commit=False)
-    assert first == second
+    subject = pruner(stream)
+    (first, errors), (second, again) = (subject.run(plan, commit=False) for _ in range(2))
+    assert errors == again and all(map(torch.equal, first, second))
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     assert all(torch.equal(a, b) for a, b in zip(hidden, stream.start(), strict=True))
     assert not any("forward" in vars(module) for module in model.modules())
-    committed = pruner.run(plan, commit=True)
-    assert committed.loss == pytest.approx(first.loss, rel=1e-5)
-    for cut, tried in zip(committed.errors, first.errors, strict=True):
+    committed, found = subject.run(plan, commit=True)
+    assert stream.answer_loss(committed) == pytest.approx(stream.answer_loss(first), rel=1e-5)
+    for cut, tried in zip(found, errors, strict=True):
         assert (cut.before, cut.after) == pytest.approx((tried.before, tried.after), rel=1e-3, abs=1e-9)
 
 
 def test_the_dense_residual_stream_is_the_target_behind_dropped_layers():
     model = make_model()
     plan = [layer for layer in whole_layers(model) if layer.index != 1]
-    result = run(model, plan, target="residual")
-    assert [(e.layer, e.component) for e in result.errors] == [
-        (i, kind) for i in (2, 3) for kind in ("attention", "mlp")
-    ]
-    assert all(e.after < e.before for e in result.errors)
+    errors = run(model, plan, target="residual")
+    assert [(e.layer, e.component) for e in errors] == [(i, kind) for i in (2, 3) for kind in ("attention", "mlp")]
+    assert all(e.after < e.before for e in errors)
 
 
 def test_residual_target_brings_the_pruned_stream_closer_to_the_dense_one():
@@ -234,7 +234,7 @@ def test_residual_target_brings_the_pruned_stream_closer_to_the_dense_one():
         batches = make_batches()
         ends = []
         for m in (model, dense):
-            stream = CalibrationStream(m, batches)
+            stream = stream_of(m, batches)
             hidden = stream.start()
             for i, layer in enumerate(m.get_decoder().layers):
                 stream.advance(layer, i, hidden)
@@ -255,14 +255,9 @@ def test_attention_is_not_replayed_outside_the_refit(target):
 
 def test_packed_batches_refit_like_others():
     model = make_model("llama_gqa")
-    stream = CalibrationStream(model, [make_packed(seed=s) for s in range(3)])
-    result = SequentialPruner(stream).run(some_plan(model), commit=True)
-    assert all(error.after < error.before for error in result.errors)
-
-
-def test_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="target must be one of"):
-        run(make_model(), [], target="dense")
+    stream = stream_of(model, [make_packed(seed=s) for s in range(3)])
+    _, errors = pruner(stream).run(some_plan(model), commit=True)
+    assert all(error.after < error.before for error in errors)
 
 
 def test_no_graph_is_built_for_biases():

@@ -19,9 +19,11 @@ from efficientllava.pruning.self_text import (
     sequences,
     write_text,
 )
-from efficientllava.pruning.statistics import Beginning, CalibrationStream
+from efficientllava.pruning.stream import Beginning
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import CalibrationConfig
+
+from ..conftest import stream_of
 
 LENGTH = 40
 MODELS = ("tiny_llava", "tiny_bunny", "tiny_internvl")
@@ -181,7 +183,7 @@ def test_the_calibration_stream_reads_the_batches():
     batches = write_text(loaded.model, loaded.processor, 5, LENGTH, 0, batch_size=2)
     assert [batch["ids"] for batch in batches] == [["self/0", "self/1"], ["self/2", "self/3"], ["self/4"]]
     assert Beginning.of(batches, loaded.processor.image_token_id).ids[:1] == tuple(ids_of("tiny_llava", "<s>USER:"))[:1]
-    stream = CalibrationStream(loaded.model, batches)
+    stream = stream_of(loaded.model, batches)
     assert sum(int(counted.sum()) for counted in stream.counted) == 5 * LENGTH
     hidden = stream.start()
     for index, layer in enumerate(loaded.model.get_decoder().layers):

@@ -5,21 +5,14 @@ from typing import Any
 import pytest
 import torch
 
+from efficientllava.models.anatomy import layers_of
 from efficientllava.models.forward import (
     FeatureCache,
     answer_loss,
     forward_hidden,
-    vision_features,
 )
-from efficientllava.pruning.statistics import (
-    TOKENS,
-    Beginning,
-    BlockInfluence,
-    CalibrationStream,
-    Gram,
-    counted_positions,
-    recorded_calls,
-)
+from efficientllava.pruning.statistics import BlockInfluence, Gram, layer_statistics
+from efficientllava.pruning.stream import TOKENS, Beginning, CalibrationStream, counted_positions, recorded_calls
 from efficientllava.runtime.errors import UserError
 
 from ..conftest import (
@@ -28,13 +21,14 @@ from ..conftest import (
     make_batches,
     make_model,
     make_packed,
+    stream_of,
 )
 
 
 @pytest.mark.parametrize("make", [make_batch, make_packed])
 def test_the_stream_computes_what_the_model_computes(family, make):
     model, batches = make_model(family), [make(seed=s) for s in range(2)]
-    stream = CalibrationStream(model, batches)
+    stream = stream_of(model, batches)
     hidden = stream.start()
     for index, layer in enumerate(model.get_decoder().layers):
         stream.advance(layer, index, hidden)
@@ -55,7 +49,7 @@ def test_padding_moves_nothing_that_counts():
         padded[key] = torch.cat([batch[key], torch.full((3, 5), fill)], 1)
     results = []
     for found in (batch, padded):
-        stream = CalibrationStream(model, [found])
+        stream = stream_of(model, [found])
         hidden, influence, gram = stream.start(), BlockInfluence(), Gram(48, torch.device("cpu"))
         for b, before, after in stream.run(model.get_decoder().layers[0], 0, hidden):
             influence.add(before, after, stream.counted[b])
@@ -73,16 +67,13 @@ def test_kinds_of_tokens_split_the_real_ones():
     assert not (masks["image"] & masks["text"]).any()
     assert int(masks["image"].sum()) == int((batch["input_ids"] == IMAGE_TOKEN).sum()) > 0
     assert torch.equal(masks["answer"], batch["labels"] != -100)
-    with pytest.raises(ValueError, match="tokens must be one of"):
-        counted_positions(batch, "video", IMAGE_TOKEN)
 
 
 def test_a_kind_of_token_that_never_occurs_is_refused():
     batches = make_batches(images=False)
-    stream = CalibrationStream(make_model(), batches, "image")
     with pytest.raises(UserError, match=r"prune\.tokens=image"):
-        stream.require_counted("image")
-    stream.require_counted("image", lambda count: count + 1)  # another process has some
+        stream_of(make_model(), batches, "image")
+    stream_of(make_model(), batches, "image", reduce=lambda count: count + 1)  # another process has some
 
 
 def test_recorded_calls_leave_the_model_as_it_was():
@@ -101,25 +92,20 @@ def test_recorded_calls_leave_the_model_as_it_was():
 
 def test_storage_holds_the_hidden_states_between_layers():
     model = make_model()
-    stream = CalibrationStream(model, make_batches(), storage="cpu")
+    stream = stream_of(model, make_batches(), storage="cpu")
     hidden = stream.start()
     assert stream.store(hidden[0]) is hidden[0]
     assert stream.load(hidden[0]).device == stream.counted[0].device
 
 
 def test_the_stream_uses_the_shared_vision_features():
-    model, batches = make_model(), make_batches()
-    calls: list[int] = []
-
-    def compute(pixels: torch.Tensor) -> torch.Tensor:
-        calls.append(len(pixels))
-        return vision_features(model, pixels)
-
-    cache = FeatureCache(compute)
-    first, second = (CalibrationStream(model, batches, features=cache) for _ in range(2))
-    plain = CalibrationStream(model, batches)
+    model, batches, calls = make_model(), make_batches(), []
+    model.model.vision_tower.register_forward_pre_hook(lambda _module, args, kwargs: calls.append(1), with_kwargs=True)
+    cache = FeatureCache(model)
+    first, second = (stream_of(model, batches, features=cache) for _ in range(2))
+    plain = stream_of(model, batches)
     starts = [stream.start() for stream in (first, second, first, plain)]
-    assert calls == [2, 2, 2]
+    assert len(calls) == 6, "three batches, once for both streams and once for the one that keeps its own"
     for a, b, c in zip(*starts[1:], strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
@@ -171,8 +157,8 @@ def positions(stream: CalibrationStream) -> list[Any]:
 
 def test_counted_positions_reach_the_stream():
     model, batches = make_model(), make_batches()
-    assert positions(CalibrationStream(model, batches, "image")) == [8, 8, 8]
-    assert positions(CalibrationStream(model, batches)) == [54, 54, 54]
+    assert positions(stream_of(model, batches, "image")) == [8, 8, 8]
+    assert positions(stream_of(model, batches)) == [54, 54, 54]
 
 
 def test_what_all_records_begin_with_counts_once():
@@ -188,21 +174,53 @@ def test_what_all_records_begin_with_counts_once():
     template = [{**b, "input_ids": torch.cat([torch.full((3, 2), 9), b["input_ids"][:, 2:]], 1)} for b in batches]
     beginning = Beginning.of(template, image)
     assert beginning.ids[:2] == (9, 9)
-    stream = CalibrationStream(make_model(), template, beginning=beginning)
+    stream = stream_of(make_model(), template, beginning=beginning)
     places = [int(mask.argmax()) for b in template for mask in b["attention_mask"]]
     first = [stream._shares[i // 3][i % 3, place] for i, place in enumerate(places)]
     assert float(sum(first)) == pytest.approx(1.0)
     other = {**template[0], "input_ids": template[0]["input_ids"] + 1}  # begins otherwise, such as written text
-    assert CalibrationStream(make_model(), [other], beginning=beginning).shares(0).eq(1).all()
+    assert stream_of(make_model(), [other], beginning=beginning).shares(0).eq(1).all()
     assert Beginning.of(template[:1], image).records == 3
     assert Beginning.of([{k: v[:1] for k, v in template[0].items() if isinstance(v, torch.Tensor)}], image).ids == ()
 
 
 def test_a_position_weighs_as_the_next_norm_sees_an_error_there():
-    stream = CalibrationStream(make_model(), make_batches(1))
+    stream = stream_of(make_model(), make_batches(1))
     residual = torch.randn(3, make_batches(1)[0]["input_ids"].shape[1], 48)
     weights = stream.weights(0, residual)
     assert torch.allclose(stream.weights(0, 10 * residual), weights / 100)
     loud = residual.clone()
     loud[0, 0] *= 1e3
     assert torch.equal(stream.weights(0, loud)[1:], weights[1:])
+
+
+@torch.no_grad()
+def test_statistics_of_any_linear_are_those_of_its_inputs_on_the_dense_prefix(family):
+    model = make_model(family, dtype=torch.float64)
+    stream = stream_of(model, make_batches(dtype=torch.float64))
+    layers, hidden, expected = layers_of(model), stream.start(), stream.start()
+    seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    for index, layer in enumerate(layers[:2]):
+        linears = [layer.mlp.readers[0].linear, layer.attention.writer]
+        grams = layer_statistics(stream, layer, index, hidden, linears=linears)
+        rows: list[list[torch.Tensor]] = [[], [], []]
+        for batch, counted in enumerate(stream.counted):
+            before = expected[batch]
+            hooks = [
+                m.register_forward_hook(lambda m, args, output: seen.update({m: (args[0], output)})) for m in linears
+            ]
+            expected[batch] = stream.call(layer.module, index, batch, before)
+            for hook in hooks:
+                hook.remove()
+            middle = before + seen[layer.attention.writer][1]
+            for values, value in zip(
+                rows, (*(seen[m][0] for m in linears), torch.stack([expected[batch], middle], -1)), strict=True
+            ):
+                values.append(value[counted])
+        from_reader, from_writer, residuals = (torch.cat(values) for values in rows)
+        # An error counts relative to the residual stream that it is added to.
+        weights = 1 / residuals.square().mean(1)
+        for gram, x, weight in zip(grams, (from_reader, from_writer), weights.unbind(1), strict=True):
+            expectation = (x * weight[:, None]).T @ x / weight.sum()
+            assert torch.allclose(gram, expectation, rtol=1e-5, atol=1e-7 * float(expectation.abs().max()))
+        assert all(torch.equal(a, b) for a, b in zip(hidden, expected, strict=True))

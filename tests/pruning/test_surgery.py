@@ -13,8 +13,7 @@ import torch
 from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of
-from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import plan_for, whole_layers
+from efficientllava.pruning.plan import LayerPlan, PruningPlan, plan_for, whole_layers
 from efficientllava.pruning.surgery import check_plan, cut
 
 from ..conftest import (

@@ -12,15 +12,14 @@ from transformers import LlamaConfig
 
 from efficientllava.models.anatomy import language_parameters, layers_of
 from efficientllava.models.forward import answer_loss
+from efficientllava.pruning.gradients import taylor_scores
+from efficientllava.pruning.plan import Ranking, ranked_plan
 from efficientllava.pruning.pruner import apply_plan, block_influences, make_plan
-from efficientllava.pruning.ranking import Ranking
-from efficientllava.pruning.scores import Calibration
-from efficientllava.pruning.selection import Space, nominal_shape, ranked_plan
-from efficientllava.pruning.statistics import CalibrationStream
-from efficientllava.pruning.taylor import TaylorScores
+from efficientllava.pruning.selection import Space, nominal_shape
+from efficientllava.pruning.stream import Calibration
 from efficientllava.settings.schema import PruneConfig
 
-from ..conftest import llava, logits_of
+from ..conftest import llava, logits_of, stream_of
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "pruning_tiny_llama.json").read_text())
 RECIPE, CHECK, INFLUENCE = VECTORS["recipe"], VECTORS["check"], VECTORS["block_influence"]
@@ -73,9 +72,9 @@ def test_the_recipe_gives_the_published_model(model):
 
 
 def influences(model: Any, padded: bool, **options: Any) -> list[float]:
-    stream = CalibrationStream(model, [batch_of(padded)])
+    stream = stream_of(model, [batch_of(padded)])
     config = PruneConfig(**{"block_influence": "sum", "final_norm": True, **options})
-    return block_influences(stream, range(6), config, lambda tensor: tensor)
+    return block_influences(stream, range(6), config)
 
 
 def test_block_influence_sums_over_tokens(model):
@@ -113,7 +112,7 @@ def test_layerwise_removes_the_published_blocks(model, count):
 
 def taylor(model: Any, variant: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Scores as published: the squared gradients are per row, the first-order ones of the mean over rows."""
-    return TaylorScores(CalibrationStream(model, rows(batch_of())), variant, "batch").run()
+    return taylor_scores(stream_of(model, rows(batch_of())), variant, "batch")
 
 
 @pytest.mark.parametrize("variant", ["param_first", "vectorize", "param_second", "param_mix"])

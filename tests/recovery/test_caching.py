@@ -14,7 +14,7 @@ from efficientllava.models import forward
 from efficientllava.recovery import caching
 from efficientllava.recovery.caching import CachedTeacher, Row, Wanted
 from efficientllava.recovery.recover import RecoveryStats, recover
-from efficientllava.recovery.teacher import FINAL, TargetCache, Teacher
+from efficientllava.recovery.teacher import FINAL, TargetCache, Teacher, hidden_states
 from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
 
@@ -37,8 +37,10 @@ class Asked:
     def __init__(self, teacher: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loads, self.records = 0, []
         self.cache = TargetCache(folder, teacher.config, torch.float32, lambda: self.load(teacher), Memo())
-        run = Teacher._run
-        monkeypatch.setattr(Teacher, "_run", lambda *args: self.records.extend(args[1]["ids"]) or run(*args))
+        monkeypatch.setattr(
+            "efficientllava.recovery.teacher.hidden_states",
+            lambda *args: self.records.extend(args[1]["ids"]) or hidden_states(*args),
+        )
 
     def load(self, teacher: Any) -> Any:
         self.loads += 1

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from efficientllava.models.forward import answer_loss, feature_cache
+from efficientllava.models.forward import FeatureCache, answer_loss
 from efficientllava.recovery.module import RecoveryModule, learning_rate_factor
 from efficientllava.recovery.student import prepare, trainable
 from efficientllava.recovery.teacher import Teacher, match_layers
@@ -30,7 +30,7 @@ def make_module(student: Any, teacher: Any = None, kept: list[int] | None = None
     frozen = Teacher(teacher, student) if teacher is not None else None
     prepare(student, cfg)
     matches = match_layers(cfg.hidden_layers, kept or list(range(LAYERS)), LAYERS) if cfg.weights.hidden else ()
-    module = RecoveryModule(student, cfg, 10, feature_cache(student), frozen, matches)
+    module = RecoveryModule(student, cfg, 10, FeatureCache(student), frozen, matches)
     module.log = module.log_dict = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     return module
 

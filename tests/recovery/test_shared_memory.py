@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efficientllava.models.anatomy import decoder_of
-from efficientllava.models.forward import feature_cache, supervised_positions
+from efficientllava.models.forward import FeatureCache, supervised_positions
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.teacher import FINAL, Teacher
 
@@ -27,7 +27,7 @@ def storages(*models) -> set[int]:
 def test_one_layer_at_a_time_is_on_the_device_and_the_answers_are_the_same():
     model, batch = make_model(), make_batch()
     mask, _ = supervised_positions(batch["labels"])
-    features = feature_cache(model)(batch)
+    features = FeatureCache(model)(batch)
     expected = Teacher(copy.deepcopy(model), model)(batch, features, [0, 2], mask)
     teacher = Teacher(model, copy.deepcopy(model), offloaded=True).to("cpu")
     home = {name: p.data_ptr() for name, p in decoder_of(model).layers.named_parameters()}

@@ -8,8 +8,8 @@ import torch
 from efficientllava.models import forward as module
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import (
+    FeatureCache,
     HostMemory,
-    feature_cache,
     forward_hidden,
     supervised_positions,
 )
@@ -17,6 +17,7 @@ from efficientllava.recovery.teacher import (
     FINAL,
     Teacher,
     check_teacher,
+    hidden_states,
     record_keys,
     same_tower,
 )
@@ -41,7 +42,7 @@ def test_the_teacher_is_frozen_and_without_dropout():
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert all(getattr(m, "attention_dropout", 0.0) == 0.0 for m in model.modules())
     batch = make_batch(2)
-    states, _ = teacher(batch, feature_cache(model)(batch), [0], everywhere(batch))
+    states, _ = teacher(batch, FeatureCache(model)(batch), [0], everywhere(batch))
     assert not states[FINAL].requires_grad and not states[0].requires_grad
 
 
@@ -52,7 +53,7 @@ def test_the_tower_runs_once_for_both_when_it_is_the_same(monkeypatch):
     runs = []
     original = module.vision_features
     monkeypatch.setattr(module, "vision_features", lambda *args: runs.append(1) or original(*args))
-    features, teacher, batch = feature_cache(student), Teacher(model, student), make_batch(4)
+    features, teacher, batch = FeatureCache(student), Teacher(model, student), make_batch(4)
     for _ in range(3):
         states, _ = teacher(batch, features(batch), [], everywhere(batch))
     assert len(runs) == 1
@@ -62,7 +63,7 @@ def test_the_tower_runs_once_for_both_when_it_is_the_same(monkeypatch):
 def test_a_teacher_with_another_tower_sees_through_its_own():
     model, student, batch = make_model(0), make_model(1), make_batch(4)
     assert not same_tower(model, student) and same_tower(model, copy.deepcopy(model).half())
-    states, _ = Teacher(model, student)(batch, feature_cache(student)(batch), [], everywhere(batch))
+    states, _ = Teacher(model, student)(batch, FeatureCache(student)(batch), [], everywhere(batch))
     torch.testing.assert_close(states[FINAL], forward_hidden(model, batch).flatten(0, 1))
 
 
@@ -72,7 +73,7 @@ def test_the_teacher_keeps_its_own_projector():
     for p in projector_of(student).parameters():
         p.data.zero_()
     batch = make_batch(4)
-    states, _ = Teacher(model, student)(batch, feature_cache(student)(batch), [], everywhere(batch))
+    states, _ = Teacher(model, student)(batch, FeatureCache(student)(batch), [], everywhere(batch))
     torch.testing.assert_close(states[FINAL], forward_hidden(model, batch).flatten(0, 1))
 
 
@@ -89,13 +90,15 @@ def test_a_remembered_record_is_the_same_in_any_batch(monkeypatch):
     teacher, fresh = Teacher(model, model), Teacher(model, model)
     teacher.remember()
     data, runs = Samples(), []
-    monkeypatch.setattr(teacher, "_run", lambda *args: runs.append(1) or fresh._run(*args))
+    monkeypatch.setattr(
+        "efficientllava.recovery.teacher.hidden_states", lambda *args: runs.append(1) or hidden_states(*args)
+    )
     for rows in ([0, 1, 2, 3], [4, 5, 6, 0], [6, 2, 1, 5], [3], [0, 7], [2, 2]):
         batch = collate([data[i] for i in rows])
         mask, _ = supervised_positions(batch["labels"])
-        got, expected = (t(batch, feature_cache(model)(batch), [0, 2], mask) for t in (teacher, fresh))
+        got, expected = (t(batch, FeatureCache(model)(batch), [0, 2], mask) for t in (teacher, fresh))
         torch.testing.assert_close(got.states, expected.states)
-    assert len(runs) == 3  # the first, the second and the fifth hold something new
+    assert len(runs) == 6 + 3  # of a fresh one, and where the first, the second and the fifth hold something new
 
 
 def test_memory_is_bounded():

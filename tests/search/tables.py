@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from efficientllava.models.anatomy import Component, layers_of
-from efficientllava.pruning.scores import Calibration, silent
-from efficientllava.pruning.sensitivity import sensitivity
-from efficientllava.pruning.statistics import CalibrationStream, no_reduce
-from efficientllava.search.levels import LevelTable, Recipe, fill_table
+from efficientllava.pruning.gradients import sensitivity
+from efficientllava.pruning.stream import Calibration
+from efficientllava.search.levels import LevelTable, fill_table
+from efficientllava.search.recipes import Recipe
 
-from ..conftest import make_batches
+from ..conftest import make_batches, stream_of
 
 IDENTITY = {"model": "m", "calibration": "c"}
 
@@ -51,8 +51,8 @@ def gram_of_inputs(
     A position weighs the inverse power of the residual stream behind the component that the linear layer is part of;
     in a structured table, how much the answers feel an error of that component there.
     """
-    stream = CalibrationStream(model, make_batches(dtype=next(model.parameters()).dtype), tokens)
-    felt = sensitivity(stream, 0, no_reduce, silent) if structured else None
+    stream = stream_of(model, make_batches(dtype=next(model.parameters()).dtype), tokens)
+    felt = sensitivity(stream, 0) if structured else None
     rows: dict[nn.Module, list[torch.Tensor]] = {module: [] for module in modules}
     hidden, seen = stream.start(), dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]()
 

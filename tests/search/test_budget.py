@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,16 @@ from torch import nn
 from efficientllava.evaluation.efficiency import prefill_flops
 from efficientllava.models.anatomy import language_parameters, layers_of
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.statistics import CalibrationStream
 from efficientllava.pruning.surgery import cut
 from efficientllava.search import budget as timing
 from efficientllava.search.budget import (
-    _falling,
     budget_of,
     first_prompt,
     flops_costs,
     latency_costs,
     mean_length,
 )
-from efficientllava.search.generalization import LinearNorms
+from efficientllava.search.recipes import LinearNorms
 from efficientllava.search.space import Gene, SearchSpace
 from efficientllava.settings.schema import PruneConfig, SearchBudgetConfig, SearchConfig
 
@@ -36,6 +33,7 @@ from ..conftest import (
     make_batches,
     make_model,
     make_packed,
+    stream_of,
 )
 
 
@@ -51,7 +49,7 @@ class Sized:
         )
 
     def removed(self, gene: int, level: int) -> int:
-        return level * self.steps[gene] * self.components[gene].unit_parameters
+        return level * self.steps[gene] * self.components[gene].unit_price()
 
     def norms(self, gene: int, level: int) -> list[LinearNorms]:
         readers = {id(reader.linear): reader.linear for reader in self.components[gene].readers}
@@ -85,7 +83,7 @@ def test_flops_are_those_of_the_counter(family: str) -> None:
 def test_parameter_budgets_count_the_language_model(family: str) -> None:
     model = make_model(family)
     table = Sized(model)
-    stream = CalibrationStream(model, make_batches(1))
+    stream = stream_of(model, make_batches(1))
     budget = budget_of(model, table, stream, PruneConfig(ratio=0.1), SearchConfig())
     space = SearchSpace(table.genes, budget)
     policy = (1, 2, 0, 1, 2, 0, 1, 1)
@@ -97,7 +95,7 @@ def test_parameter_budgets_count_the_language_model(family: str) -> None:
 def test_mask_budgets_count_decoder_weights() -> None:
     model = make_model("llama_gqa")
     table = Sized(model)
-    stream = CalibrationStream(model, make_batches(1))
+    stream = stream_of(model, make_batches(1))
     weights = sum(m.weight.numel() for m in model.get_decoder().layers.modules() if isinstance(m, nn.Linear))
     budget = budget_of(model, table, stream, PruneConfig(ratio=0.5), SearchConfig(granularity="unstructured"))
     assert budget.resource == "weights"
@@ -107,7 +105,7 @@ def test_mask_budgets_count_decoder_weights() -> None:
 def test_targets_are_shares_or_speed_ups() -> None:
     model = make_model("llama")
     table = Sized(model)
-    stream = CalibrationStream(model, make_batches(1))
+    stream = stream_of(model, make_batches(1))
 
     def target(resource: str, value: float | None) -> Any:
         search = SearchConfig(budget=SearchBudgetConfig(resource, value))
@@ -182,18 +180,9 @@ def test_every_level_is_timed_often_enough() -> None:
         assert min(seen.values()) >= timing.REPEATS - 1
 
 
-def test_times_are_smoothed() -> None:
-    assert _falling([5.0, 4.0, 3.0]) == [5.0, 4.0, 3.0]
-    assert _falling([5.0, 6.0, 1.0, 2.0, 3.0]) == [5.5, 5.5, 2.0, 2.0, 2.0]
-    assert _falling([1.0, 2.0, 3.0]) == [2.0] * 3
-    rng = random.Random(0)
-    smooth = _falling([10 - i + rng.gauss(0, 3) for i in range(20)])
-    assert smooth == sorted(smooth, reverse=True) and len(smooth) == 20
-
-
 def test_a_real_measurement_makes_a_budget() -> None:
     model = make_model("llama")
-    stream = CalibrationStream(model, make_batches(1))
+    stream = stream_of(model, make_batches(1))
     search = SearchConfig(budget=SearchBudgetConfig("latency", 1.2))
     budget = budget_of(model, Sized(model), stream, PruneConfig(), search)
     assert budget.resource == "latency" and budget.target == pytest.approx(1 / 6)

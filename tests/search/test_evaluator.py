@@ -22,19 +22,15 @@ from efficientllava.models.anatomy import (
     projector_of,
 )
 from efficientllava.models.forward import forward_hidden
-from efficientllava.pruning.plan import LayerPlan, PruningPlan
-from efficientllava.pruning.pruner import plan_ratio
-from efficientllava.pruning.statistics import CalibrationStream
+from efficientllava.pruning.plan import LayerPlan, PruningPlan, plan_ratio
 from efficientllava.pruning.surgery import cut, cut_component
 from efficientllava.runtime import processes
 from efficientllava.runtime.errors import UserError
-from efficientllava.search.candidate import without_unseen
-from efficientllava.search.evaluator import Evaluator
+from efficientllava.search.change import assembled
+from efficientllava.search.evaluator import Evaluator, without_unseen
 from efficientllava.search.evolution import Risk
-from efficientllava.search.masks import Masks
-from efficientllava.search.projector import assembled
+from efficientllava.search.recipes import Masks, Structured
 from efficientllava.search.space import Gene, Policy
-from efficientllava.search.structured import Structured
 
 from ..conftest import (
     CHANNELS,
@@ -44,6 +40,7 @@ from ..conftest import (
     make_batches,
     make_model,
     make_packed,
+    stream_of,
 )
 from .tables import make_table
 
@@ -96,7 +93,7 @@ def packed_batches(count: int = 2) -> list[dict[str, Any]]:
 
 def evaluator(model: Any, batches: Sequence[Any], **options: Any) -> tuple[Evaluator, CutTable]:
     table = CutTable(model)
-    return Evaluator(model, table, CalibrationStream(model, batches), **options), table
+    return Evaluator(model, table, stream_of(model, batches), **options), table
 
 
 @torch.no_grad()
@@ -320,7 +317,7 @@ def test_a_new_projector_is_seen_after_a_restart():
 def test_components_of_a_level_table(recipe, tmp_path):
     model, batches = make_model("phi"), [make_batch(), make_packed(seed=1)]
     table = make_table(model, recipe, tmp_path)
-    subject = Evaluator(model, table, CalibrationStream(model, batches))
+    subject = Evaluator(model, table, stream_of(model, batches))
     rng = random.Random(0)
     policies = [tuple(rng.randrange(gene.levels) for gene in table.genes) for _ in range(3)]
     dense = copy.deepcopy(model)

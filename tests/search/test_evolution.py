@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from efficientllava.runtime.errors import UserError
-from efficientllava.search.evolution import Risk, Search
+from efficientllava.search.evolution import Objective, Risk, Search
 from efficientllava.search.space import (
     Budget,
     Gene,
@@ -61,7 +62,7 @@ def run(search: Search, change: Landscape | None = None) -> Search:
     while not search.finished:
         search.run_round()
         if change:
-            change.shift = 5.0 * (search.round + 1)
+            change.shift = 5.0 * (search.state.round + 1)
         search.end_round(changed=change is not None)
     return search
 
@@ -112,12 +113,12 @@ def test_no_policy_is_evaluated_twice_at_a_stage_and_all_are_feasible(method: st
     search = run(Search(space, landscape, gap, config(method=method, stages=[0.25, 1.0])))
     assert max(Counter(landscape.calls).values()) == 1
     assert all(space.feasible(policy) for _, policy in landscape.calls)
-    assert len(search.record) == len(landscape.calls)
+    assert len(search.state.record) == len(landscape.calls)
     counted = Counter(share for share, _ in landscape.calls)
     assert counted[0.25] >= 6 * 20
     # As many go on as the parents, if none of these gets that far, and a quarter of the children.
     assert 20 < counted[1.0] <= 20 + 6 * (5 + 5)
-    assert search.history[-1]["cost"] == pytest.approx(0.25 * counted[0.25] + counted[1.0])
+    assert search.state.history[-1]["cost"] == pytest.approx(0.25 * counted[0.25] + counted[1.0])
 
 
 def test_parents_are_scored_on_the_samples_of_their_children() -> None:
@@ -136,14 +137,14 @@ def test_parents_are_scored_on_the_samples_of_their_children() -> None:
 def test_is_elitist() -> None:
     space = make_space(target=0.45)
     search = run(Search(space, Landscape(space), gap, config(gap="fro", gap_weight=0.5)))
-    best = [entry["best"] for entry in search.history]
+    best = [entry["best"] for entry in search.state.history]
     assert best == sorted(best, reverse=True) and best[-1] < best[0]
-    assert [(e["round"], e["generation"]) for e in search.history] == [
+    assert [(e["round"], e["generation"]) for e in search.state.history] == [
         (0, 0),
         *((r, g) for r in (0, 1) for g in (1, 2, 3)),
     ]
-    assert len(search.archive) == 5
-    full = [entry for entry in search.record if entry["share"] == 1.0]
+    assert len(search.state.archive) == 5
+    full = [entry for entry in search.state.record if entry["share"] == 1.0]
     assert search.best == tuple(min(full, key=lambda entry: entry["objective"])["policy"])
 
 
@@ -152,7 +153,7 @@ def test_the_gap_term_counts() -> None:
     plain = run(Search(space, Landscape(space), gap, config()))
     heavy = run(Search(space, Landscape(space), gap, config(gap="fro", gap_weight=20.0)))
     assert heavy.best[1] < plain.best[1]
-    entry = heavy.record[0]
+    entry = heavy.state.record[0]
     assert entry["gap"] == gap(tuple(entry["policy"]))
     assert set(entry) == {
         *("policy", "removed", "round", "generation", "theta", "share", "loss", "kl", "error", "gap", "objective")
@@ -163,12 +164,12 @@ def test_a_new_projector_scores_the_archive_again() -> None:
     space = make_space(target=0.45)
     landscape = Landscape(space)
     search = run(Search(space, landscape, gap, config()), change=landscape)
-    assert search.theta == 2
-    again = [e for e in search.record if e["theta"] == 1 and e["generation"] == 0]
+    assert search.state.theta == 2
+    again = [e for e in search.state.record if e["theta"] == 1 and e["generation"] == 0]
     assert {e["round"] for e in again} == {1} and len(again) == 5
-    assert max(Counter((e["theta"], e["share"], tuple(e["policy"])) for e in search.record).values()) == 1
-    final = [e for e in search.record if e["theta"] == 2]
-    assert [tuple(e["policy"]) for e in sorted(final, key=lambda e: e["objective"])] == search.archive
+    assert max(Counter((e["theta"], e["share"], tuple(e["policy"])) for e in search.state.record).values()) == 1
+    final = [e for e in search.state.record if e["theta"] == 2]
+    assert [tuple(e["policy"]) for e in sorted(final, key=lambda e: e["objective"])] == search.state.archive
     assert all(e["loss"] == pytest.approx(landscape.loss(tuple(e["policy"]))) for e in final)
 
 
@@ -206,11 +207,11 @@ def test_resumes_from_a_kill_after_any_generation(tmp_path: Path, survived: int)
     with pytest.raises(Killed):
         run(search, change=first)
     resumed = start(tmp_path / "state.json", landscape)
-    landscape.shift = 5.0 * resumed.theta
+    landscape.shift = 5.0 * resumed.state.theta
     run(resumed, change=landscape)
     assert resumed.best == whole.best
-    assert resumed.record == whole.record and resumed.history == whole.history
-    assert (len(landscape.calls) < len(whole.record)) == (survived > 0)
+    assert resumed.state.record == whole.state.record and resumed.state.history == whole.state.history
+    assert (len(landscape.calls) < len(whole.state.record)) == (survived > 0)
     assert (tmp_path / "state.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -252,4 +253,36 @@ def test_an_exhausted_space_ends_well() -> None:
     space = SearchSpace(genes, Budget("params", 0.25, ((0.0, 0.25), (0.0, 0.25))))
     landscape = Landscape(space)
     search = run(Search(space, landscape, gap, config()))
-    assert sorted(search.archive) == [(0, 1), (1, 0)] and len(landscape.calls) == 2
+    assert sorted(search.state.archive) == [(0, 1), (1, 0)] and len(landscape.calls) == 2
+
+
+POPULATION = [Risk(1.0, 0.1, 0.0), Risk(2.0, 0.2, 0.5), Risk(3.0, 0.6, 1.0)]
+
+GAPS = [0.5, 0.7, 0.6]
+
+
+@pytest.mark.parametrize("kind", ["loss", "kl", "error"])
+def test_terms_are_standardised_on_the_population(kind: str) -> None:
+    plain = Objective.fitted(kind, 0.0, POPULATION, GAPS)
+    values = [plain.value(r, g) for r, g in zip(POPULATION, GAPS, strict=True)]
+    assert sum(values) == pytest.approx(0)
+    assert sum(v * v for v in values) / 3 == pytest.approx(1)
+    gap = Objective.fitted(kind, 3.0, POPULATION, GAPS)
+    added = [gap.value(r, g) - v for r, g, v in zip(POPULATION, GAPS, values, strict=True)]
+    assert sum(added) == pytest.approx(0)
+    assert sum(a * a for a in added) / 3 == pytest.approx(9)
+    assert added[1] == max(added)
+
+
+def test_by_hand() -> None:
+    objective = Objective.fitted("loss", 0.3, POPULATION, GAPS)
+    deviation = math.sqrt(2 / 3)
+    assert objective.value(Risk(4.0, 9.0, 9.0), 0.8) == pytest.approx(2 / deviation + 0.3 * 0.2 / (0.1 * deviation))
+
+
+def test_constant_terms_and_overflows() -> None:
+    objective = Objective.fitted("loss", 1.0, [*POPULATION, Risk(math.inf, math.nan, 1.0)], [0.5] * 4)
+    assert objective.risk_mean == 2.0
+    assert objective.value(Risk(2.0, 0.0, 0.0), 0.5) == 0
+    assert objective.value(Risk(math.nan, 0.0, 0.0), 0.5) == math.inf
+    assert objective.value(Risk(math.inf, 0.0, 0.0), 0.5) == math.inf

@@ -86,7 +86,7 @@ def test_a_search_over_prices_finds_what_additive_costs_miss_and_goes_on_where_i
         search(tmp_path / "state.json", dies).run_round()
     resumed = search(tmp_path / "state.json")
     resumed.run_round()
-    assert resumed.record == whole.record and resumed.plain == whole.plain
+    assert resumed.state.record == whole.state.record and resumed.plain == whole.plain
 
 
 def test_evolution_follows_where_policies_are_cheap_and_finds_what_no_price_says():
@@ -103,7 +103,7 @@ def test_evolution_follows_where_policies_are_cheap_and_finds_what_no_price_says
         while not search.finished:
             search.run_round()
             search.end_round()
-        assert len(search.record) <= evaluations(config, EVOLVED / config.population / max(evolved, 0.5))
+        assert len(search.state.record) <= evaluations(config, EVOLVED / config.population / max(evolved, 0.5))
         return total(search.best, true)
 
     assert found(8) < found(0)

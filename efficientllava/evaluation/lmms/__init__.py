@@ -78,7 +78,7 @@ def evaluate(model: nn.Module, processor: Any, config: EvaluateConfig, cache: Fe
         model: An image-text-to-text model in eval mode.
         processor: Its processor.
         config: ``lmms_eval``, ``limit``, ``batch_size``.
-        cache: From `efficientllava.models.forward.feature_cache`, shared by the models of a run.
+        cache: From `efficientllava.models.forward.FeatureCache`, shared by the models of a run.
 
     Returns:
         The metrics by task, and the samples by task; empty except on the first process.

@@ -18,7 +18,7 @@ from ...checkpoint.folder import load
 from ...data.collator import GenerationCollator
 from ...data.records import Record, Turn, rgb
 from ...data.table import in_place
-from ...models.forward import FeatureCache, feature_cache, to_device
+from ...models.forward import FeatureCache, to_device
 from ...runtime.errors import UserError
 from ..generation import generate
 
@@ -32,7 +32,7 @@ class EfficientLLaVA(lmms):
         model: An image-text-to-text model in eval mode.
         processor: Its processor.
         batch_size: Questions per generate call, >= 1.
-        cache: From `feature_cache`; None makes one.
+        cache: From `FeatureCache`; None makes one.
         max_new_tokens: Longest answer; None: as the task says.
 
     Attributes:
@@ -52,7 +52,7 @@ class EfficientLLaVA(lmms):
     ) -> None:
         super().__init__()
         self._model, self._processor, self.batch_size, self._limit = model, processor, batch_size, max_new_tokens
-        self._cache, self._prompts = cache or feature_cache(model), GenerationCollator(processor)
+        self._cache, self._prompts = cache or FeatureCache(model), GenerationCollator(processor)
         self.device = next(model.parameters()).device
 
     @classmethod

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
-from efficientllava.models.forward import feature_cache
+from efficientllava.models.forward import FeatureCache
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import EvaluateConfig, LmmsConfig
 
@@ -96,7 +96,7 @@ def test_answers_and_score_are_those_of_our_own_evaluation(tasks, checkpoint, di
     state = torch.get_rng_state()
     metrics, samples = evaluate(checkpoint.model, checkpoint.processor, config)
     assert torch.equal(torch.get_rng_state(), state)
-    collate, cache = GenerationCollator(checkpoint.processor), feature_cache(checkpoint.model)
+    collate, cache = GenerationCollator(checkpoint.processor), FeatureCache(checkpoint.model)
     batches = [collate([record]) for record in digits]
     own = [generate(checkpoint.model, checkpoint.processor.tokenizer, b, cache(b), 4)[0] for b in batches]
     right = [text == record.turns[0].answer for text, record in zip(own, digits, strict=True)]

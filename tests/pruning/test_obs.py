@@ -3,15 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efficientllava.pruning import spd
-from efficientllava.pruning.ranking import eliminate, obs_ranking
-from efficientllava.pruning.spd import (
+from efficientllava.pruning import obs
+from efficientllava.pruning.obs import (
     UnsolvedError,
     damping_of,
     divide,
+    eliminate,
     factorise,
     invert,
     inverts,
+    obs_ranking,
 )
 
 
@@ -84,7 +85,7 @@ def test_an_inverse_that_lost_its_way_is_made_anew(monkeypatch):
         made.append(args)
         return False
 
-    monkeypatch.setattr("efficientllava.pruning.ranking.inverts", unsound)
+    monkeypatch.setattr("efficientllava.pruning.obs.inverts", unsound)
     again = [state.columns.clone() for state in eliminate(weight, matrix, 1, 0.01, [50, 30, 10])]
     assert len(made) == 3
     for one, two in zip(expected, again, strict=True):
@@ -101,4 +102,4 @@ def test_what_cannot_be_solved_says_where(monkeypatch):
         factorise(torch.tensor([[1.0, 2.0], [2.0, 1.0]]), torch.zeros(2), "layer 0, attention")
     monkeypatch.setattr(torch.linalg, "solve_triangular", lambda lower, rows, upper, out: out.mul_(2))
     with pytest.raises(UnsolvedError, match="least-squares solution is wrong"):
-        divide(torch.ones(2, 5, dtype=torch.float64), spd.factorise(gram(5), damping_of(gram(5), 1.0), "x"), "x")
+        divide(torch.ones(2, 5, dtype=torch.float64), obs.factorise(gram(5), damping_of(gram(5), 1.0), "x"), "x")

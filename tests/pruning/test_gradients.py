@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from efficientllava.models.anatomy import layers_of
-from efficientllava.models.forward import answer_loss
-from efficientllava.pruning.statistics import CalibrationStream, no_reduce
-from efficientllava.pruning.taylor import TaylorScores
+from efficientllava.models.forward import answer_loss, forward_hidden, supervised_positions
+from efficientllava.pruning.gradients import sensitivity, taylor_scores
+from efficientllava.pruning.stream import no_reduce
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import TAYLOR
 
-from ..conftest import make_batches, make_model
+from ..conftest import make_batches, make_model, stream_of
 
 
 def taylor(model, batches, variant="param_first", mean="sample", reduce=no_reduce):
-    return TaylorScores(CalibrationStream(model, batches), variant, mean).run(reduce)
+    return taylor_scores(stream_of(model, batches, reduce=reduce), variant, mean)
 
 
 def gradients(model, batch):
@@ -143,7 +143,41 @@ def test_a_process_without_batches_takes_part_in_every_reduction(variant, mean):
     assert all(not s.any() for layer in scores for s in layer)
 
 
-@pytest.mark.parametrize("options", [{"variant": "third"}, {"mean": "median"}])
-def test_unknown_options_are_refused(options):
-    with pytest.raises(ValueError, match="must be"):
-        taylor(make_model(), make_batches(1), **options)
+def test_gradients_are_those_of_sampled_answers_by_what_writers_write(family):
+    """The same draws, one graph of the whole model."""
+    model = make_model(family, dtype=torch.float64)
+    batches = make_batches(1, dtype=torch.float64)
+    stream = stream_of(model, batches)
+    felt = sensitivity(stream, 3)
+    written: list[torch.Tensor] = []
+
+    def note(_module, _args, output):
+        output.requires_grad_()
+        written.append(output)
+
+    components = [component for layer in layers_of(model) for component in layer.components]
+    handles = [component.writer.register_forward_hook(note) for component in components]
+    hidden = forward_hidden(model, batches[0])
+    for handle in handles:
+        handle.remove()
+    mask, _ = supervised_positions(batches[0]["labels"])
+    logits = model.lm_head(hidden[mask]).float()
+    cdf = logits.detach().softmax(-1).cumsum(-1)
+    draws = torch.rand(len(cdf), 1, generator=torch.Generator().manual_seed(3)) * cdf[:, -1:]
+    sampled = torch.searchsorted(cdf, draws).squeeze(1)
+    gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, sampled, reduction="sum"), written)
+    counted = stream.counted[0]
+    for place, gradient in enumerate(gradients):
+        squares = gradient[counted].square()
+        layer, component = divmod(place, 2)
+        scale = float(squares.sum(1).max())
+        assert torch.allclose(
+            felt.positions[layer][component][0].double(), squares.sum(1), rtol=1e-3, atol=1e-6 * scale
+        )
+        assert felt.outputs[layer][component].tolist() == pytest.approx(squares.mean(0).tolist(), rel=1e-3, abs=1e-9)
+
+
+def test_the_same_seed_feels_the_same():
+    one, two, other = (sensitivity(stream_of(make_model(), make_batches()), seed) for seed in (0, 0, 1))
+    assert torch.equal(one.outputs[0][0], two.outputs[0][0])
+    assert not torch.equal(one.outputs[0][0], other.outputs[0][0])

@@ -3,12 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from efficientllava.search.masks import (
-    BLOCK,
-    Masks,
-    lowest,
-    sparsify,
-)
+from efficientllava.search.recipes import BLOCK, Masks, lowest, sparsify
 
 from ..conftest import make_model
 from .tables import (
