@@ -80,8 +80,8 @@ class Runner(Protocol):
         """End jobs, wherever they are."""
 
     def how_to_cancel(self, ids: Sequence[str], folder: Path) -> str:
-        """The line that does so later; it is asked for where jobs stay."""
-        raise NotImplementedError
+        """The line that does so later, for jobs that stay."""
+        ...
 
 
 def supervise(

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -172,6 +173,10 @@ class Pool(Runner):
     def cancel(self, ids: Sequence[str]) -> None:
         """End all jobs."""
         stop([work.process for work, _, _ in self._running.values()])
+
+    def how_to_cancel(self, ids: Sequence[str], folder: Path) -> str:
+        """Never said: the jobs do not stay."""
+        raise NotImplementedError
 
 
 def gpu_slots(gpus: Sequence[str], per_job: int) -> list[dict[str, str]]:
