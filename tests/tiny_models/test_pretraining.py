@@ -116,7 +116,7 @@ def test_a_complete_folder_is_a_checkpoint_and_is_kept(tmp_path: Path) -> None:
     assert model.dtype == torch.float16
     assert not (entry.folder / STATE).exists()
     before = (entry.folder / "model.safetensors").stat().st_mtime_ns
-    assert pretrain(QUICK, tmp_path) == replace(entry, reused=True)
+    assert pretrain(QUICK, tmp_path) == entry._replace(reused=True)
     assert (entry.folder / "model.safetensors").stat().st_mtime_ns == before
     assert pretrain(replace(QUICK, seed=1), tmp_path).folder != entry.folder
 
