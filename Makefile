@@ -44,7 +44,7 @@ test-all: test ## Also run what is slow: kills, several processes
 	$(BIN)/python -m pytest -n 2 -m 'slow and not gpu and not cluster'
 
 test-cluster: install-test ## Bring up a Slurm of two nodes and a Ray, and run sweeps on them; skips what is not there
-	timeout --signal=INT --kill-after=60 1800 $(BIN)/python -m pytest -n 0 -rs -m cluster tests/launch
+	timeout --signal=INT --kill-after=60 1500 $(BIN)/python -m pytest -n 0 -rs -m cluster $(AGAIN) tests/launch
 
 test-gpu: install-test ## Run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
