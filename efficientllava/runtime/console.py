@@ -23,8 +23,6 @@ from difflib import get_close_matches
 from hydra.errors import OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
 
 from .errors import UserError, disk_full, memory_full
 from .processes import rank
@@ -45,9 +43,12 @@ def progress() -> Iterator[Tick]:
     Yields:
         ``tick(what, done, total)``, which shows that ``done`` of ``total`` steps of ``what`` are finished.
     """
+    # Here: a start imports this file, and has no bar.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description:<30}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}
-    with Bars(*columns, disable=rank() > 0) as display:
+    with Progress(*columns, disable=rank() > 0) as display:
 
         def tick(what: str, done: int, total: int) -> None:
             if what not in tasks:

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from .files import write_whole
 
 JOB, SWEEP, RESULTS = "job.json", "jobs.json", "results.json"
@@ -129,4 +127,6 @@ def seconds_left(jobs: Sequence[Standing]) -> float | None:
 
 def alive(facts: dict[str, Any]) -> bool:
     """Whether the process of a job that says to be running is there, as far as it can be seen from this machine."""
+    import psutil  # takes its time at every start, and is asked of running jobs alone
+
     return facts.get("host") != socket.gethostname() or psutil.pid_exists(int(facts["pid"]))

@@ -18,7 +18,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +57,8 @@ FICLONE = 0x40049409  # Linux: a copy that shares its blocks until one side is w
 @functools.cache
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that decide numbers."""
+    from importlib import metadata  # takes its time at every start
+
     return {name: metadata.version(name) for name in PACKAGES}
 
 
