@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from ..data.collator import Collator, GenerationCollator
 from ..data.records import Record
-from ..models.forward import Batch, FeatureCache, forward_hidden, supervised_positions, to_device
+from ..models.forward import ANSWERS, Batch, FeatureCache, forward_hidden, supervised_positions, to_device
 from ..runtime import processes
 from ..runtime.errors import require_finite
 from ..runtime.files import Lines
@@ -30,7 +30,6 @@ from ..settings.schema import EvaluateConfig
 from .generation import generate
 from .tasks import Task
 
-ANSWERS = 512  # supervised tokens whose logits are held at once
 Line = dict[str, Any]
 
 

@@ -20,6 +20,8 @@ from .anatomy import decoder_of, projector_of
 
 Batch = Mapping[str, Any]
 
+ANSWERS = 512  # supervised tokens whose logits are held at once
+
 # Models whose image tokens are the projector's output, in order; the others run their own vision pass every time.
 PLAIN = ("llava", "internvl", "gemma3")
 # What a model needs to know of its images beside the pixels.

@@ -25,12 +25,11 @@ from ..models.anatomy import (
     final_norm_of,
     layers_of,
 )
-from ..models.forward import Batch
+from ..models.forward import ANSWERS, Batch
 from ..settings.schema import PruneConfig
 from .importance import GRADIENTS, INPUTS, RECORDS, importance_of
 from .obs import OBS_ROUNDS
 from .statistics import POSITIONS, STRIP, gram_dtype
-from .stream import ANSWERS
 
 MARGIN = 1.26  # pruning on one device needs at most this many times the weights
 

@@ -19,12 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import decoder_of, final_norm_of
-from ..models.forward import Batch, FeatureCache, Offload, Reached, forward_hidden, supervised_positions, to_device
+from ..models.forward import (
+    ANSWERS,
+    Batch,
+    FeatureCache,
+    Offload,
+    Reached,
+    forward_hidden,
+    supervised_positions,
+    to_device,
+)
 from ..runtime.console import Tick
 from ..runtime.errors import UserError
 from ..runtime.processes import gather
-
-ANSWERS = 512  # supervised tokens whose logits are held at once
 
 Reduce = Callable[[Tensor], Tensor]
 Write = Callable[[Tensor], Tensor]
