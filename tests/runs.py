@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from efficientllava.evaluation.tasks import register_benchmarks
-from efficientllava.settings.compose import register_schema
 from efficientllava.settings.schema import MASKED
+from efficientllava.stages.request import register
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = [sys.executable, str(ROOT / "run.py")]
@@ -65,10 +66,20 @@ def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
     return [*sets, f"paths.output_dir={output}", *base, *overrides]
 
 
+def write_at_once(write: Callable[[Path, str], None], path: Path) -> None:
+    """Let three processes write into one file at the same time, each by its name: x, y and z."""
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write, args=(path, name)) for name in "xyz"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+
+
 def composed(*overrides: str) -> DictConfig:
     """The configuration as `run.py` sees it, without Hydra's own node."""
-    register_schema()
-    register_benchmarks()
+    register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", list(overrides))
 

@@ -11,13 +11,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from efficientllava.estimate import forecast
-from efficientllava.evaluation.tasks import register_benchmarks
 from efficientllava.launch import sweep
 from efficientllava.launch.sweep import jobs_of
 from efficientllava.report.runs import load_runs
 from efficientllava.report.study import PUBLISHED, panels_of
-from efficientllava.settings.compose import register_schema, typed
-from efficientllava.stages.request import check
+from efficientllava.settings.compose import typed
+from efficientllava.stages.request import check, register
 
 from .evaluation.published import publish
 from .runs import ROOT, RUN, save_tiny
@@ -41,8 +40,7 @@ def one_of_each_arm(found):
 
 @pytest.fixture(autouse=True)
 def configuration():
-    register_schema()
-    register_benchmarks()
+    register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         yield
 

@@ -14,9 +14,8 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from efficientllava import api
-from efficientllava.evaluation.tasks import register_benchmarks
-from efficientllava.settings.compose import register_schema, typed
-from efficientllava.stages.request import check
+from efficientllava.settings.compose import typed
+from efficientllava.stages.request import check, register
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,8 +55,7 @@ def test_there_are_commands():
 def test_every_command_is_a_valid_run(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.json").write_text("[]")
-    register_schema()
-    register_benchmarks()
+    register()
     for overrides in jobs(arguments):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             check(typed(compose("config", overrides)), overrides)

@@ -2,7 +2,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch import Trainer
 
 from efficientllava.data.collator import GenerationCollator
 from efficientllava.evaluation.answers import EvaluationModule, answer, in_order, resume
@@ -12,6 +11,7 @@ from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import FeatureCache
 from efficientllava.runtime.files import Lines
 from efficientllava.settings.schema import EvaluateConfig
+from experiments.speed.rows import quiet_trainer
 
 from .conftest import evaluate
 
@@ -19,43 +19,31 @@ CFG = EvaluateConfig(batch_size=7, max_new_tokens=4)
 TASK = digits_vqa(24)
 
 
-def _trainer(**options):
-    return Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **options,
-    )
-
-
 def test_evaluate_answers_every_question_in_order_and_deterministically(tiny, questions):
     model, processor = tiny
-    first = evaluate(model, processor, TASK, _trainer(), CFG)
+    first = evaluate(model, processor, TASK, quiet_trainer(), CFG)
     assert [item["question_id"] for item in first.lines] == [record.id for record in questions]
     assert [item["metadata"]["answer"] for item in first.lines] == [record.turns[0].answer for record in questions]
     assert first.scores.metrics["n"] == 24 and 0 <= first.scores.metrics["accuracy"] <= 1
     assert first.scores.metrics["answer_loss"] > 1, "an untrained model knows no answer"
-    second = evaluate(model, processor, TASK, _trainer(), replace(CFG, batch_size=3))
+    second = evaluate(model, processor, TASK, quiet_trainer(), replace(CFG, batch_size=3))
     assert [item["text"] for item in second.lines] == [item["text"] for item in first.lines]
     assert second.scores.metrics["answer_loss"] == pytest.approx(first.scores.metrics["answer_loss"], rel=1e-6)
 
 
 def test_limit_takes_the_first_questions(tiny):
     model, processor = tiny
-    assert evaluate(model, processor, TASK, _trainer(), replace(CFG, limit=5)).scores.metrics["n"] == 5
+    assert evaluate(model, processor, TASK, quiet_trainer(), replace(CFG, limit=5)).scores.metrics["n"] == 5
 
 
 def test_a_trainer_told_to_stop_early_scores_what_was_answered(tiny):
     model, processor = tiny
-    assert evaluate(model, processor, TASK, _trainer(limit_predict_batches=1), CFG).scores.metrics["n"] == 7
+    assert evaluate(model, processor, TASK, quiet_trainer(limit_predict_batches=1), CFG).scores.metrics["n"] == 7
 
 
 def test_two_ranks_answer_what_one_answers(tiny, questions):
     model, processor = tiny
-    alone = evaluate(model, processor, TASK, _trainer(), CFG)
+    alone = evaluate(model, processor, TASK, quiet_trainer(), CFG)
     shares = []
     for rank in range(2):
         module = EvaluationModule(model, processor, TASK, questions, CFG, FeatureCache(model))
@@ -75,9 +63,9 @@ def test_each_image_passes_the_tower_once_over_several_models(tiny):
         lambda _m, args, kwargs, _o: seen.append(args), with_kwargs=True
     )
     cache = FeatureCache(model)
-    first = evaluate(model, processor, TASK, _trainer(), CFG, cache)
+    first = evaluate(model, processor, TASK, quiet_trainer(), CFG, cache)
     calls = len(seen)
-    second = evaluate(model, processor, TASK, _trainer(), CFG, cache)
+    second = evaluate(model, processor, TASK, quiet_trainer(), CFG, cache)
     handle.remove()
     assert 0 < calls == len(seen)
     assert second.lines == first.lines
@@ -86,7 +74,7 @@ def test_each_image_passes_the_tower_once_over_several_models(tiny):
 def test_cached_features_can_be_trained_on(tiny, questions):
     model, processor = tiny
     cache = FeatureCache(model)
-    evaluate(model, processor, TASK, _trainer(), CFG, cache)
+    evaluate(model, processor, TASK, quiet_trainer(), CFG, cache)
     batch = GenerationCollator(processor)([record for record in questions if record.image is not None][:1])
     projector_of(model)(cache(batch)).sum().backward()
     assert all(p.grad is not None for p in projector_of(model).parameters())
@@ -101,7 +89,7 @@ def test_a_failing_generation_fails_the_evaluation(tiny, monkeypatch):
 
     monkeypatch.setattr(model, "generate", broken)
     with pytest.raises(RuntimeError, match="the model is broken"):
-        evaluate(model, processor, TASK, _trainer(), CFG)
+        evaluate(model, processor, TASK, quiet_trainer(), CFG)
 
 
 def test_doubled_and_lost_answers_are_errors(questions):
@@ -120,7 +108,7 @@ class Killed(Exception):
 
 def test_a_killed_evaluation_goes_on_where_it_was(tiny, questions, tmp_path, monkeypatch):
     model, processor = tiny
-    whole = answer(model, processor, TASK, _trainer(), CFG, model_id="m")
+    whole = answer(model, processor, TASK, quiet_trainer(), CFG, model_id="m")
     count = []
 
     def dies(*args, **options):
@@ -132,19 +120,19 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny, questions, tmp_path, mon
     generate = model.generate
     monkeypatch.setattr(model, "generate", dies)
     with pytest.raises(Killed):
-        answer(model, processor, TASK, _trainer(), CFG, work=tmp_path / "work", model_id="m")
+        answer(model, processor, TASK, quiet_trainer(), CFG, work=tmp_path / "work", model_id="m")
     (file,) = (tmp_path / "work").iterdir()
     assert file.read_bytes().count(b"\n") == 14, "two batches of seven were written as they came"
     with file.open("ab") as handle:
         handle.write(b'{"question_id": "half of a li')
     asked = []
     monkeypatch.setattr(model, "generate", lambda **kw: asked.append(len(kw["input_ids"])) or generate(**kw))
-    again = answer(model, processor, TASK, _trainer(), CFG, work=tmp_path / "work", model_id="m")
+    again = answer(model, processor, TASK, quiet_trainer(), CFG, work=tmp_path / "work", model_id="m")
     assert sum(asked) == 10, "what was answered is not asked again"
     assert [item["text"] for item in again] == [item["text"] for item in whole]
     assert [item["answer_id"] for item in again] == [record.id for record in questions]
     asked.clear()
-    assert answer(model, processor, TASK, _trainer(), CFG, work=tmp_path / "work", model_id="m") == again
+    assert answer(model, processor, TASK, quiet_trainer(), CFG, work=tmp_path / "work", model_id="m") == again
     assert asked == []
 
 
@@ -172,7 +160,7 @@ def test_questions_about_one_image_share_its_vision_pass(tiny, questions):
         lambda _m, args, kwargs, _o: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
     )
     task = SimpleNamespace(records=lambda: twins, answer_loss=False, stop=(), max_new_tokens=4)
-    lines = answer(model, processor, task, _trainer(), replace(CFG, batch_size=2))
+    lines = answer(model, processor, task, quiet_trainer(), replace(CFG, batch_size=2))
     handle.remove()
     assert seen == [1]
     assert len(lines) == 5 and len({item["text"] for item in lines}) == 1
@@ -185,7 +173,7 @@ def test_skipped_questions_have_an_empty_answer(tiny, questions):
         for index, record in enumerate(questions[:6])
     ]
     task = SimpleNamespace(records=lambda: records, answer_loss=False, stop=(), max_new_tokens=4)
-    lines = answer(model, processor, task, _trainer(), CFG)
+    lines = answer(model, processor, task, quiet_trainer(), CFG)
     assert [item["text"] == "" for item in lines] == [False, True] * 3
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.stream import Calibration
 from efficientllava.runtime.processes import sum_over
 from efficientllava.settings.schema import PruneConfig
+from experiments.speed.rows import quiet_trainer
 
 from ..conftest import make_batch, make_batches, make_model
 
@@ -46,18 +46,8 @@ def parts() -> tuple[list[Any], list[Any], list[Any]]:
 
 
 def test_the_module_is_plan_and_apply():
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        inference_mode=False,
-    )
     pruner = module()
-    trainer.predict(pruner, return_predictions=False)
+    quiet_trainer(devices=1, inference_mode=False).predict(pruner, return_predictions=False)
     fitted, held, compared = parts()
     batches = [collate([record]) for record in (*fitted, *held, *compared)]  # gradients are taken record by record
     last = range(len(fitted) + len(held), len(RECORDS))

@@ -1,12 +1,13 @@
 """Lines that several processes add to: kills, garbage, damage."""
 
 import json
-import multiprocessing
 
 import pytest
 
 from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.files import Lines
+
+from ..runs import write_at_once
 
 VALUES = [{"id": 1}, {"id": 2, "text": "\u2028é\ud800"}, {"id": 3, "sub": {"sum": 1.5, "n": float("inf")}}]
 
@@ -63,13 +64,7 @@ def _write(path, name):
 
 def test_processes_write_at_the_same_time(tmp_path):
     path = tmp_path / "v.jsonl"
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write, args=(path, name)) for name in "xyz"]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    write_at_once(_write, path)
     found = [(row["by"], row["number"]) for row in Lines(path).new()]
     assert sorted(found) == sorted((name, number) for name in "xyz" for number in range(60))
     assert all(json.loads(line) for line in path.read_text().splitlines())

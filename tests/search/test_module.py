@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import lightning
 import pytest
 import torch
 
@@ -17,6 +16,7 @@ from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.evolution import Search
 from efficientllava.search.module import SearchInputs, SearchModule
 from efficientllava.settings.schema import PruneConfig, SearchBudgetConfig, SearchConfig
+from experiments.speed.rows import quiet_trainer
 
 from ..conftest import make_batch, make_model
 
@@ -43,16 +43,7 @@ def searcher(folder: Path, family: str = "llama_gqa", ratio: float = 0.4, **opti
 
 
 def run(module: SearchModule) -> SearchModule:
-    lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        inference_mode=False,
-    ).predict(module, return_predictions=False)
+    quiet_trainer(devices=1, inference_mode=False).predict(module, return_predictions=False)
     return module
 
 

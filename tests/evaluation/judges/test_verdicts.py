@@ -1,12 +1,13 @@
 """The file of verdicts: several writers, kills, garbage."""
 
 import json
-import multiprocessing
 
 import pytest
 
 from efficientllava.evaluation.judges import Verdicts
 from efficientllava.runtime.errors import UserError
+
+from ...runs import write_at_once
 
 
 def test_verdicts_outlive_the_process(tmp_path):
@@ -44,13 +45,7 @@ def _write(path, name):
 
 def test_processes_write_at_the_same_time(tmp_path):
     path = tmp_path / "v.jsonl"
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write, args=(path, name)) for name in "xyz"]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    write_at_once(_write, path)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted(int(row["key"]) for row in rows) == list(range(60))
     assert all(len(row["verdict"]) == 2000 for row in rows)
