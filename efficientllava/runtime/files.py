@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,7 +34,7 @@ SUMS = "SHA256SUMS"
 
 @contextmanager
 def whole_file(path: Path, fix: str = "free the disk or set paths.output_dir") -> Iterator[Path]:
-    """Write a file under a temporary name and rename it when the block ends well.
+    """Write a file under a temporary name and rename it when the block ends well; of two writers the last one counts.
 
     Args:
         path: Final name; an existing file is replaced.
@@ -45,7 +46,7 @@ def whole_file(path: Path, fix: str = "free the disk or set paths.output_dir") -
     Raises:
         UserError: The file cannot be written (full disk, no permission).
     """
-    partial = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{threading.get_native_id()}.part")
     try:
         partial.unlink(missing_ok=True)
         yield partial

@@ -1,11 +1,11 @@
-"""Lines that several processes add to: kills, garbage, damage."""
+"""Files that several processes write: kills, garbage, damage."""
 
 import json
 
 import pytest
 
 from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.files import Lines
+from efficientllava.runtime.files import Lines, write_whole
 
 from ..runs import write_at_once
 
@@ -68,6 +68,17 @@ def test_processes_write_at_the_same_time(tmp_path):
     found = [(row["by"], row["number"]) for row in Lines(path).new()]
     assert sorted(found) == sorted((name, number) for name in "xyz" for number in range(60))
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def _replace(path, name):
+    for _ in range(60):
+        write_whole(path, name * 2000)
+
+
+def test_processes_replace_a_file_at_the_same_time(tmp_path):
+    path = tmp_path / "job.json"
+    write_at_once(_replace, path)
+    assert path.read_text() in {name * 2000 for name in "xyz"} and [*tmp_path.iterdir()] == [path]
 
 
 def test_a_file_that_cannot_be_written(tmp_path):
