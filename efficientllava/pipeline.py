@@ -90,7 +90,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
         for stage in (stage for stage, name in asked.items() if name != "none"):
             chain.append(stage(run, chain[-1]))
             _track(tracking, folder, chain[-1])
-            scored += (found := evaluate.evaluate(run, chain[-1], scored[0].metrics))
+            scored += (found := evaluate.evaluate(run, chain[-1], scored[0]))
             tracking.scores(chain[-1].stage, found[0].metrics)
         if settings.deploy.name != "none":
             keys |= {"deploy": record.deploy(run, chain[-1].checkpoint)}

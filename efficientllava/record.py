@@ -22,6 +22,7 @@ from .runtime import UserError, write_whole
 
 STAGES = ("base", "pruned", "recovered")
 PACKAGES = ("torch", "transformers", "lightning", "peft", "efficientllava")
+LOWER = ("perplexity",)  # scores of which less is better
 REQUIRED = ("ratio", "stages", "samples", "seconds", "seed", "versions", "commit", "config_digest", "overrides")
 
 Results = dict[str, Any]
@@ -29,8 +30,13 @@ Metrics = Mapping[str, Mapping[str, float]]
 
 
 def is_score(metric: str) -> bool:
-    """Whether a metric is a score that can be retained: no count (``n``, ``n_text``, ``n/count``) and no loss."""
-    return not (metric == "n" or metric.startswith(("n_", "n/")) or metric.endswith("loss"))
+    """Whether a metric is a score that can be retained: no count (``n``, ``n_text``, ``n/count``), loss or KL."""
+    return not (metric.partition("/")[0] in ("n", "kl") or metric.startswith("n_") or metric.endswith("loss"))
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a score is better, such as of ``perplexity/sqlite`` or ``prose/perplexity``."""
+    return any(part in LOWER for part in metric.split("/"))
 
 
 def metric_keys(metric: str) -> tuple[str, str, str]:
@@ -51,11 +57,11 @@ def retained(metrics: Metrics, base: Metrics) -> dict[str, float]:
         base: The same of the unpruned model.
 
     Returns:
-        ``{"task/metric": stage / base}`` for every score of both; a score of which the base has 0 has no fraction and
-        is left out, as are counts and losses (see `is_score`).
+        ``{"task/metric": stage / base}`` for every score of both, ``base / stage`` where less is better; a score of
+        which the base has 0 has no fraction and is left out, as are counts and losses (see `is_score`).
     """
     return {
-        f"{task}/{name}": value / base[task][name]
+        f"{task}/{name}": base[task][name] / value if lower_is_better(name) else value / base[task][name]
         for task, values in metrics.items()
         for name, value in values.items()
         if is_score(name) and base.get(task, {}).get(name)

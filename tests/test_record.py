@@ -51,6 +51,15 @@ def test_retained_is_the_share_of_the_base_score():
     assert built["stages"]["recovered"]["retained"] == pytest.approx({"t/accuracy": 1, "t/accuracy/count": 1.2})
 
 
+def test_of_a_score_of_which_less_is_better_the_share_is_upside_down():
+    metrics = {"perplexity": 20.0, "perplexity/novel": 50.0, "kl": 0.1, "n_tokens": 9, "n": 1}
+    base = {"perplexity": 10.0, "perplexity/novel": 60.0, "kl": 0.2, "n_tokens": 9, "n": 1}
+    assert record.retained({"prose": metrics}, {"prose": base}) == {
+        "prose/perplexity": 0.5,
+        "prose/perplexity/novel": 1.2,
+    }
+
+
 def test_a_base_score_of_zero_has_no_retained_fraction():
     assert record.retained({"t": {"accuracy": 0.5, "f1": 0.2}}, {"t": {"accuracy": 0.0}}) == {}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.collator import Collator, GenerationCollator
+from ..data.prompts import IGNORE
 from ..data.records import Record
 from ..models.forward import ANSWERS, Batch, FeatureCache, forward_hidden, supervised_positions, to_device
 from ..runtime import processes
 from ..runtime.errors import require_finite
 from ..runtime.files import Lines
 from ..settings.schema import EvaluateConfig
+from .divergence import Divergence
 from .generation import generate
 from .tasks import Task
 
@@ -42,6 +44,7 @@ def answer(
     cache: FeatureCache | None = None,
     work: Path | None = None,
     model_id: str = "",
+    base: Path | None = None,
 ) -> list[Line]:
     """Let a model answer a task's questions.
 
@@ -54,6 +57,7 @@ def answer(
         cache: From `FeatureCache`, shared by the models of a run; None makes one for this call.
         work: Folder that keeps answers as they come, and gives those that an interrupted call has left.
         model_id: Which model, for the lines.
+        base: Folder with the base model's distributions, see `efficientllava.evaluation.divergence`; None: this is it.
 
     Returns:
         One line per question in the task's order, the same on every rank.
@@ -66,7 +70,9 @@ def answer(
     done |= {record.id for record in skipped}
     asked, partial = [record for record in records if record.id not in done], False
     if asked:
-        module = EvaluationModule(model, processor, task, asked, cfg, cache or FeatureCache(model), work, model_id)
+        module = EvaluationModule(
+            model, processor, task, asked, cfg, cache or FeatureCache(model), work, model_id, base
+        )
         batches = trainer.predict(module) or []
         lines += [item for part in processes.gather(batches) for batch in part for item in batch]
         # An integer is a number of batches, a float a share of them.
@@ -93,11 +99,12 @@ class EvaluationModule(LightningModule):
         model: An image-text-to-text model.
         processor: Its processor.
         task: How to answer.
-        records: The questions: records of exactly one turn, with distinct ids.
+        records: The questions, with distinct ids.
         cfg: ``batch_size``, ``max_new_tokens``, ``num_workers``.
         cache: Vision features by image; see `FeatureCache`.
         work: Folder that keeps the lines of every batch, for `resume`.
         model_id: Which model, for the lines.
+        base: Folder with the base model's distributions, where ``task`` asks for a divergence; None: this is the base.
     """
 
     def __init__(
@@ -110,6 +117,7 @@ class EvaluationModule(LightningModule):
         cache: FeatureCache,
         work: Path | None = None,
         model_id: str = "",
+        base: Path | None = None,
     ) -> None:
         super().__init__()
         # A rank may have no batch when there are fewer questions than processes.
@@ -119,6 +127,7 @@ class EvaluationModule(LightningModule):
         self._file = Lines(work / f"answers-{processes.rank()}.jsonl", shared=False) if work else None
         self._tokenizer, self._prompts = processor.tokenizer, GenerationCollator(processor)
         self._answers = Collator(processor, pack=False) if task.answer_loss else None
+        self._divergence = Divergence(base, work) if task.divergence else None
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's batches, longest questions first."""
@@ -128,31 +137,43 @@ class EvaluationModule(LightningModule):
         return DataLoader(batches, batch_size=None, collate_fn=self._collate, num_workers=workers)  # pyright: ignore[reportArgumentType]
 
     def _collate(self, indices: list[int]) -> dict[str, Any]:
-        """Prompts for generation and, where asked for, prompts with their reference answers."""
-        chosen = [self._records[i] for i in indices]
-        batch: dict[str, Any] = {"indices": indices, "prompts": self._prompts(chosen)}
+        """Prompts for generation and prompts with their reference answers, where each is asked for."""
+        chosen, batch = [self._records[i] for i in indices], {"indices": indices}
+        if self._task.max_new_tokens:
+            batch["prompts"] = self._prompts(chosen)
         if self._answers is not None:
             # The same images as in the prompts, which hold their pixels.
-            batch["answers"] = {k: v for k, v in self._answers(chosen).items() if k != "pixel_values"}
+            again = ("pixel_values",) if "prompts" in batch else ()
+            batch["answers"] = {k: v for k, v in self._answers(chosen).items() if k not in again}
         return batch
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Line]:
         """Answer a batch of `predict_dataloader`, and keep the lines."""
-        prompts, known = batch["prompts"], [{} for _ in batch["indices"]]
+        shown, count = batch.get("prompts", batch.get("answers")), len(batch["indices"])
+        texts, known = [""] * count, [{} for _ in range(count)]
         # Lightning predicts in inference mode; features made there could not be used for training later.
         with torch.inference_mode(False):
-            features = self._cache(prompts)
-        limit = self._cfg.max_new_tokens or self._task.max_new_tokens
-        texts = generate(self.model, self._tokenizer, prompts, features, limit, self._task.stop)
+            features = self._cache(shown)
+        if "prompts" in batch:
+            limit = self._cfg.max_new_tokens or self._task.max_new_tokens
+            texts = generate(self.model, self._tokenizer, shown, features, limit, self._task.stop)
         if "answers" in batch:
-            answers = {**batch["answers"], "pixel_values": prompts.get("pixel_values")}
-            losses = zip(*reference_losses(self.model, answers, features), strict=True)
-            known = [{"loss": loss, "tokens": tokens} for loss, tokens in losses]
+            known = self._known({**batch["answers"], "pixel_values": shown.get("pixel_values")}, features)
         answered = zip(batch["indices"], texts, known, strict=True)
         lines = [line(self._records[index], text, self._model_id, **more) for index, text, more in answered]
         if self._file:
             self._file.append(lines)
         return lines
+
+    def _known(self, answers: Batch, features: Tensor | None) -> list[dict[str, Any]]:
+        """Of every reference answer its loss, its tokens and, where asked for, its divergence."""
+        counts = (answers["labels"][:, 1:] != IGNORE).sum(1).tolist()
+        look = self._divergence and self._divergence.of(answers["ids"], counts)
+        losses = zip(*reference_losses(self.model, answers, features, look), strict=True)
+        known = [{"loss": loss, "tokens": tokens} for loss, tokens in losses]
+        if look and (found := self._divergence.done(look)):  # pyright: ignore[reportOptionalMemberAccess]
+            known = [{**each, "kl": kl} for each, kl in zip(known, found, strict=True)]
+        return known
 
 
 def length_batches(records: Sequence[Record], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
@@ -204,13 +225,16 @@ def mean_loss(
 
 
 @torch.inference_mode()
-def reference_losses(model: nn.Module, batch: Batch, features: Tensor | None) -> tuple[list[float], list[int]]:
+def reference_losses(
+    model: nn.Module, batch: Batch, features: Tensor | None, look: Callable[[Tensor], None] | None = None
+) -> tuple[list[float], list[int]]:
     """Cross-entropy of the reference answers, teacher-forced.
 
     Args:
         model: An image-text-to-text model in eval mode.
         batch: A batch of `efficientllava.data.collator.Collator` with one question per row.
         features: As in `generate`.
+        look: Is shown the logits of supervised tokens, some at a time, in their order.
 
     Returns:
         Per row the sum over its supervised tokens in nats, and their number.
@@ -220,9 +244,13 @@ def reference_losses(model: nn.Module, batch: Batch, features: Tensor | None) ->
     """
     mask, targets = supervised_positions(batch["labels"])
     rows = forward_hidden(model, batch, features)[mask]
-    parts = zip(rows.split(ANSWERS), targets.split(ANSWERS), strict=True)
+    found: list[Tensor] = []
     # In parts: the logits of a large vocabulary are the largest tensors here.
-    found = [nn.functional.cross_entropy(model.lm_head(r).float(), t, reduction="none") for r, t in parts]  # pyright: ignore[reportCallIssue]
+    for some, wanted in zip(rows.split(ANSWERS), targets.split(ANSWERS), strict=True):
+        logits = model.lm_head(some).float()  # pyright: ignore[reportCallIssue]
+        found.append(nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        if look:
+            look(logits)
     losses = torch.cat(found)
     sums = torch.zeros(len(mask), dtype=torch.float64).index_add_(0, mask.nonzero()[:, 0].cpu(), losses.double().cpu())
     for name, loss in zip(batch["ids"], sums, strict=True):
@@ -234,12 +262,12 @@ def line(record: Record, text: str, model_id: str, **metadata: Any) -> Line:
     """One answer.
 
     Args:
-        record: The question, a record of one turn.
+        record: The question, a record of one turn; of a conversation the first is shown.
         text: What the model said.
         model_id: Which model.
         **metadata: Added to what the record says about itself.
     """
-    (turn,) = record.turns
+    turn = record.turns[0]
     details = dict(record.details)
     official = details.pop("id", record.id)
     # A benchmark's details are its own columns, the question without instructions and all answers among them.

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from ..data.sources import DECODER, BadRecordError
 from ..runtime.console import exit_code
 from ..runtime.errors import UserError
-from ..settings.schema import JUDGED, DataConfig, JudgeConfig
+from ..settings.schema import JUDGED, DataConfig, EvaluateConfig, JudgeConfig
 from . import tasks
 from .judge_prompts import requests, write_requests
 from .scorers import text
@@ -106,7 +106,9 @@ def scorer(task: str) -> Scorer:
     if task in EXTRA:
         return EXTRA[task]
     found = tasks.declared(task)
-    return found.scorer if isinstance(found, Benchmark) else lambda records, _: found(DataConfig()).score(records)
+    if isinstance(found, Benchmark):
+        return found.scorer
+    return lambda records, _: found(DataConfig(), EvaluateConfig()).score(records)
 
 
 def _require_task(records: Sequence[Record], task: str) -> None:

@@ -17,6 +17,8 @@ LABELS = {
     "accuracy image": "image questions",
     "accuracy text": "text-only questions",
     "answer loss": "answer loss, nats per token",
+    "perplexity": "perplexity (less is better)",
+    "kl": "KL to the base, nats per token",
     "anls": "ANLS",
     "f1": "F1",
     "avg": "AVG",
@@ -28,7 +30,8 @@ DOUBTS = {  # counts that a score must not be read without, where they are not 0
     "n_unpaired": "images without two questions",
 }
 STUDY = ("avg", "avg_percent")  # of evaluate=vlmcompression
-POINTS = ("perception", "cognition", *STUDY)  # metrics that are no shares
+POINTS = ("perception", "cognition", "perplexity", *STUDY)  # metrics that are no shares
+WHOLE = ("digits_vqa", "prose")  # benchmarks of which everything is shown
 NARROW: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False, "caption_style": "dim"}
 KINDS = {"groups": "attention", "channels": "mlp"}  # of a layer's units, and of a search's genes
 Stage = Mapping[str, Any]
@@ -111,7 +114,7 @@ def _mebibytes(size: float) -> str:
 
 def _metric(name: str, share: bool = True) -> Callable[[float], str]:
     """How a metric is written."""
-    return "{:.1f}".format if name in POINTS else percent if share else _decimals
+    return "{:.1f}".format if name.partition("/")[0] in POINTS else percent if share else _decimals
 
 
 def _fill(table: Table, found: Mapping[str, float], names: Sequence[str], rows: Iterable[Row], head: str = "") -> None:
@@ -196,7 +199,8 @@ def _task_rows(results: Results, stages: Sequence[Stage], task: str) -> Iterator
     # Of a benchmark with many groups only what papers print is shown.
     headline: list[str] | None = find(results, "benchmarks", task, "headline")
     shown = [name for name in metrics if is_score(name) or name.endswith("loss")]
-    for name in shown if headline is None or task == "digits_vqa" else headline:
+    shown += [name for name in headline or () if name not in shown]
+    for name in shown if headline is None or task in WHOLE else headline:
         share = is_score(name) and (headline is not None or name.startswith("accuracy"))
         yield (_metric_label(metrics, name), f"{task}/{name}", _metric(name, share), "dim" if "/" in name else "")
     for name, label in DOUBTS.items():

@@ -16,7 +16,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator
 from pandas import DataFrame, concat
 
-from ..record import read_curve
+from ..record import lower_is_better, read_curve
 from ..settings.schema import GGUF_TYPES
 from . import kept_shares
 from .runs import AXES, Arm, Column, columns, frame, score_scale
@@ -280,7 +280,7 @@ def _front(arms: Sequence[Arm], metric: str, cost: Column, file: str, title: str
     styles = {series: style(index) for index, series in enumerate(points.series.unique())}
     for point in points.itertuples():
         axes.plot(point.x, point.y, ls="none", ms=5, **styles[point.series])
-    front = pareto(points)
+    front = points.loc[pareto(points.assign(y=-points.y) if lower_is_better(metric) else points).index]
     axes.plot(front.x, front.y, color=FAINT, lw=1.2, ls="--", zorder=0, drawstyle="steps-post")
     axes.margins(0.08)
     named = front.iloc[:: -(-len(front) // len(CYCLE))]

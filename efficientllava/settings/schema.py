@@ -31,6 +31,7 @@ from .methods import (
 
 JUDGED = ("llava_bench", "mathvista", "mmvet")  # benchmarks with a judge
 DIGITS = "digits_vqa"  # the embedded data, and the benchmark that is made of them
+PROSE = "prose"  # the benchmark over running text
 
 PRUNES = When(lambda c: c.prune.method != "none", "choose a paradigm with prune=")
 RECOVERS = When(lambda c: c.recover.name != "none", "choose a recovery with recover=")
@@ -40,7 +41,8 @@ GENERATES = When(lambda c: c.calibration.generate != 0, "set calibration.generat
 ASKS = When(lambda c: bool(c.evaluate.tasks), "choose a benchmark with evaluate=")
 ANSWERS = When(lambda c: bool(c.evaluate.tasks or c.evaluate.lmms_eval.tasks), "choose a benchmark with evaluate=")
 PUBLISHED = When(
-    lambda c: any(task != DIGITS for task in c.evaluate.tasks), "choose a published benchmark with evaluate="
+    lambda c: any(task not in (DIGITS, PROSE) for task in c.evaluate.tasks),
+    "choose a published benchmark with evaluate=",
 )
 MEASURES = When(lambda c: c.evaluate.efficiency, "set evaluate.efficiency=true")
 SENDS = When(lambda c: c.evaluate.judge.base_url is not None, "set evaluate.judge.base_url")
@@ -198,6 +200,19 @@ class LmmsConfig:
 
 
 @dataclass
+class ProseConfig:
+    """Whose running text is measured."""
+
+    path: str | None = setting(
+        None,
+        "your own text: .txt, cut at empty lines into pieces of at most 150 words, or LLaVA-style JSON; null: three "
+        "that come with this package",
+        None,
+        When(lambda c: PROSE in c.evaluate.tasks, "choose evaluate=prose"),
+    )
+
+
+@dataclass
 class EvaluateConfig:
     """What base, pruned and recovered models are measured on."""
 
@@ -248,6 +263,7 @@ class EvaluateConfig:
         None,
         When(lambda c: not {*JUDGED}.isdisjoint(c.evaluate.tasks), f"it belongs to evaluate.tasks={'|'.join(JUDGED)}"),
     )
+    prose: ProseConfig = setting(ProseConfig)
     lmms_eval: LmmsConfig = setting(LmmsConfig)
 
 
@@ -335,7 +351,10 @@ class RunConfig:
     seed: int = setting(0, "of all draws", "[0, 4294967296)")
     data_frac: float = setting(1.0, "fraction of the recovery data", "(0, 1]", TRAINS)
     optimized_metric: str | None = setting(
-        None, "key of results.json that a sweeper optimises, such as stages.recovered.metrics.digits_vqa.accuracy"
+        None,
+        "key of results.json that a sweeper optimises, such as stages.recovered.metrics.digits_vqa.accuracy; "
+        "where lower is better, as for a perplexity, give the sweeper's direction, or take a share: "
+        "stages.recovered.retained.prose/perplexity",
     )
     dry_run: bool = setting(False, "say what a run would make and need, and stop; reads no weights")
     reuse: bool = setting(True, "take finished stages from the cache")

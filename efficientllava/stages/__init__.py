@@ -43,7 +43,7 @@ UNDIVIDED = ("search", "targets")
 PLACES = ("path", "image_root")
 # Of the evaluation, what is in the task or in the model, and what is done with answers or beside them.
 NOT_ANSWERS = (
-    *("tasks", "root", "namespace", "protocol", "quantization", "lmms_eval"),
+    *("tasks", "root", "namespace", "protocol", "prose", "quantization", "lmms_eval"),
     *("judge", "efficiency", "repeats", "new_tokens", "speed_batches"),
 )
 # Of the data, what no training reads; which records are usable, their images' stamps say.
@@ -79,8 +79,8 @@ def _evaluate(settings: RunConfig) -> dict[str, Any]:
 
     Of its node what decides answers: how many are asked at once (the padding of a batch decides rounding), how many in
     all, how long an answer may be.
-    Content: ``task``, the benchmark with its protocol and stop texts; ``questions``, their ids, texts and details;
-    ``images``, the stamps of their files.
+    Content: ``task``, the benchmark with its protocol and stop texts; ``questions``, their ids, texts, answers and
+    details; ``images``, the stamps of their files; ``base``, the answers whose distributions these are compared with.
     """
     return {
         "evaluate": _node(settings, "evaluate", NOT_ANSWERS),
@@ -88,6 +88,7 @@ def _evaluate(settings: RunConfig) -> dict[str, Any]:
         "task": None,
         "questions": None,
         "images": None,
+        "base": None,
     }
 
 
@@ -181,7 +182,12 @@ def asked(settings: RunConfig) -> dict[str, Any]:
     config = settings.evaluate
     fields = ("tasks", "root", "namespace", "protocol", "quantization")
     lmms = asdict(config.lmms_eval)
-    return {**{name: getattr(config, name) for name in fields}, "lmms": lmms, "digits": settings.data.test_questions}
+    return {
+        **{name: getattr(config, name) for name in fields},
+        "prose": config.prose.path,
+        "lmms": lmms,
+        "digits": settings.data.test_questions,
+    }
 
 
 def places(settings: RunConfig, stage: str) -> dict[str, Any]:

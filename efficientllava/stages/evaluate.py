@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..checkpoint.folder import Checkpoint
 from ..data.records import image_contents, image_stamps
 from ..evaluation import judges, lmms
 from ..evaluation.answers import answer, mean_loss, write
+from ..evaluation.divergence import collect
 from ..evaluation.efficiency import quantized
 from ..evaluation.score import read
 from ..evaluation.tasks.published import study
@@ -47,13 +47,13 @@ class Scored:
     seconds: float = 0.0
 
 
-def evaluate(run: Run, made: Made, base: Mapping[str, Any] | None = None) -> list[Scored]:
+def evaluate(run: Run, made: Made, base: Scored | None = None) -> list[Scored]:
     """Answer and score all benchmarks.
 
     Args:
         run: What is opened.
         made: The model.
-        base: Metrics of the base model; None: this is it.
+        base: What was found of the base model; None: this is it.
 
     Returns:
         What was found of the model, and of its quantized twin if there is to be one.
@@ -64,17 +64,17 @@ def evaluate(run: Run, made: Made, base: Mapping[str, Any] | None = None) -> lis
         made_by = f"{kind}-torchao-{metadata.version('torchao')}-{source_digest('evaluation.efficiency')}"
         twin = {"model": quantized(checkpoint.model, kind), "content": f"{checkpoint.digest}-{made_by}"}
         scored = Scored(f"{made.stage}_{kind}")
-        found.append(_evaluate(run, scored, replace(checkpoint, **twin), base or found[0].metrics))
+        found.append(_evaluate(run, scored, replace(checkpoint, **twin), base or found[0]))
     return found
 
 
-def _evaluate(run: Run, scored: Scored, checkpoint: Checkpoint, base: Mapping[str, Any] | None) -> Scored:
+def _evaluate(run: Run, scored: Scored, checkpoint: Checkpoint, base: Scored | None) -> Scored:
     started, stage = time.perf_counter(), scored.stage
     if run.reported:
         scored.loss = _loss(run, checkpoint)
         say(f"{stage:<10} loss on {len(run.reported)} unseen records: {scored.loss:.4f}")
     for task in run.tasks:
-        entry = scored.entries[task.name] = _answer(run, stage, checkpoint, task)
+        entry = scored.entries[task.name] = _answer(run, stage, checkpoint, task, base)
         metrics = scored.metrics[task.name] = processes.on_first(lambda task=task: _score(run, scored, task))
         shown = ", ".join(f"{name} {metrics[name]:.4f}" for name in task.headline if name in metrics)
         shown = shown or f"{metrics['n']} answers, no score"
@@ -82,7 +82,7 @@ def _evaluate(run: Run, scored: Scored, checkpoint: Checkpoint, base: Mapping[st
     if run.settings.evaluate.lmms_eval.tasks:
         _lmms_eval(run, scored, checkpoint)
     try:
-        scored.metrics |= study(scored.metrics, base or scored.metrics)
+        scored.metrics |= study(scored.metrics, (base or scored).metrics)
     except UserError as error:
         say(f"{stage:<10} {error}")
     scored.seconds = time.perf_counter() - started
@@ -109,16 +109,19 @@ def _loss(run: Run, checkpoint: Checkpoint) -> float:
     return entry.record["loss"]
 
 
-def _answer(run: Run, stage: str, checkpoint: Checkpoint, task: Any) -> Entry:
+def _answer(run: Run, stage: str, checkpoint: Checkpoint, task: Any, base: Scored | None) -> Entry:
     """A model's answers to a benchmark, as a file in the store; an interrupted call goes on where it was."""
+    compared = base.entries[task.name].folder if base and task.divergence else None
 
     def compute(folder: Path, work: Path) -> dict[str, Any]:
         trainer = run.trainer(logger=False, what=f"{stage} {task.name}")
         model, config = checkpoint.model, run.settings.evaluate
-        lines = answer(model, checkpoint.processor, task, trainer, config, run.features, work, checkpoint.digest)
+        asked = (model, checkpoint.processor, task, trainer, config, run.features, work, checkpoint.digest)
+        lines = answer(*asked, compared)
         model.to(run.home)
         if processes.rank() == 0:
             write(lines, folder / "predictions.jsonl")
+            collect(work, folder)
         return {"n": len(lines)}
 
     records = task.records()
@@ -127,8 +130,11 @@ def _answer(run: Run, stage: str, checkpoint: Checkpoint, task: Any) -> Entry:
         compute,
         model=checkpoint.digest,
         task=[task.name, task.facts(), task.max_new_tokens, task.stop],
-        questions=digest([[r.id, r.turns[0].question, dict(r.details)] for r in records]),
+        questions=digest(
+            [[r.id, [[turn.question, turn.answer] for turn in r.turns], dict(r.details)] for r in records]
+        ),
         images=processes.on_first(lambda: digest(image_stamps(records))),
+        base=compared and compared.name,
     )
 
 

@@ -39,12 +39,13 @@ from ..runtime import (
     library_versions,
     local_folder,
     set_aside,
+    sha256,
     source_digest,
 )
 from ..settings import About, settings_of
 from ..settings.checks import problems
 from ..settings.compose import register_schema, typed
-from ..settings.schema import GpuPoolConfig, RunConfig, WandbConfig
+from ..settings.schema import PROSE, GpuPoolConfig, RunConfig, WandbConfig
 from . import inputs_of, numbers
 
 BEGINNING = """# Options
@@ -234,11 +235,14 @@ def run_key(settings: RunConfig) -> str:
 
 
 def _shown(settings: RunConfig) -> list[str]:
-    """Stamps of the images of benchmarks whose files are the user's own."""
+    """Stamps of the images of benchmarks whose files are the user's own, and of a text of the user's own."""
     from ..data.records import image_stamps
 
-    tasks = settings.evaluate.tasks if settings.evaluate.root else []
-    return [digest(image_stamps(load(name, settings.data, settings.evaluate).records())) for name in tasks]
+    config, own = settings.evaluate, []
+    if config.prose.path and PROSE in config.tasks and (file := Path(config.prose.path).expanduser()).is_file():
+        own = [sha256(file)]
+    tasks = config.tasks if config.root else []
+    return own + [digest(image_stamps(load(name, settings.data, config).records())) for name in tasks]
 
 
 def settings_key(settings: RunConfig) -> str:

@@ -1,7 +1,7 @@
 """Benchmarks: a row of the table in `published`, or a file of one's own here, whose name is the benchmark's name.
 
 A file says ``BENCHMARK = Benchmark(…)`` for rows of the hub or of files, or, for questions that are made rather than
-read, ``def task(data: DataConfig) -> Task``. Either way ``evaluate=<name>`` runs it, and
+read, ``def task(data: DataConfig, evaluate: EvaluateConfig) -> Task``. Either way ``evaluate=<name>`` runs it, and
 ``python -m efficientllava.evaluation.score --task <name>`` scores its files. Importing this is cheap: ``--help`` does.
 
 Scorers are pure functions from predictions and references to metrics; no model, no data set, no network. A *record* is
@@ -218,13 +218,14 @@ class Task:
     Attributes:
         name: Key of its metrics in ``results.json``.
         headline: Names of the metrics that a run shows.
-        max_new_tokens: Longest answer, in tokens.
-        records: Gives the questions: records with exactly one turn and distinct ids.
+        max_new_tokens: Longest answer, in tokens; 0: nothing is generated, only reference answers are looked at.
+        records: Gives the questions: records with distinct ids and, where answers are generated, exactly one turn.
         score: Metrics of answers in any order, ``n`` among them; shares in [0, 1].
         facts: Gives what stands beside the result in ``results.json``: protocol, data set, split.
         questions: Their number, where it is known before they are read.
         stop: Texts that end an answer, beside the model's own end token.
         answer_loss: Whether the loss of the reference answers is wanted beside the generated text.
+        divergence: Whether that of their distributions from the base model's is, too.
     """
 
     name: str
@@ -236,6 +237,7 @@ class Task:
     questions: int | None = None
     stop: tuple[str, ...] = ()
     answer_loss: bool = False
+    divergence: bool = False
 
 
 def available() -> tuple[str, ...]:
@@ -246,7 +248,7 @@ def available() -> tuple[str, ...]:
     return tuple(sorted({*BENCHMARKS, *files}))
 
 
-def declared(name: str) -> Benchmark | Callable[[DataConfig], Task]:
+def declared(name: str) -> Benchmark | Callable[[DataConfig, EvaluateConfig], Task]:
     """What a benchmark's row or file says; a `UserError` if there is no such benchmark."""
     from .published import BENCHMARKS
 
@@ -264,14 +266,14 @@ def load(name: str, data: DataConfig, evaluate: EvaluateConfig) -> Task:
     Args:
         name: One of `available`.
         data: Sizes of the embedded data.
-        evaluate: ``protocol``, ``namespace``, ``root``.
+        evaluate: ``protocol``, ``namespace``, ``root``, ``prose``.
 
     Raises:
         UserError: If there is no such benchmark.
     """
     found = declared(name)
     if not isinstance(found, Benchmark):
-        return found(data)
+        return found(data, evaluate)
     from ..rows import task
 
     return task(name, found, evaluate)

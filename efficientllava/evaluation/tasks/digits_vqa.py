@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 
 from ...data.embedded.digits import IMAGE_KINDS, KINDS, TEXT_KINDS, Digits
 from ...data.records import Record
-from ...settings.schema import DataConfig
+from ...settings.schema import DataConfig, EvaluateConfig
 from . import Outcome, Scores, Task, mean, predicted, value
 from . import Record as Answered
 
@@ -22,7 +22,7 @@ GROUPS = {
 }
 
 
-def task(data: DataConfig) -> Task:
+def task(data: DataConfig, _evaluate: EvaluateConfig) -> Task:
     """The benchmark at the size that ``data.test_questions`` asks for."""
     return digits_vqa(data.test_questions)
 
