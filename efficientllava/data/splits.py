@@ -8,6 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..runtime.content import stamp
 from ..runtime.errors import UserError
 from ..settings.schema import CalibrationConfig, DataConfig, RunConfig
 from .embedded.digits import Digits
+from .embedded.prose import calibrating
 from .records import Record, Subset, column, expected_folders, fault_of, image_files, image_key
 from .sources import parts_of, report_bad
 
@@ -176,6 +178,8 @@ def calibration_records(
         UserError: If there are fewer, or too many are corrupt.
     """
     records = load_split(data, "calibration", seed) if calibration.path is None else _own(calibration, data, seed)
+    if data.embedded and calibration.path is None and calibration.prose:
+        return _mixed(records, calibration)
     if calibration.samples > len(records):
         there = (
             "in calibration.path; ask for fewer"
@@ -184,6 +188,22 @@ def calibration_records(
         )
         raise UserError(f"calibration.samples={calibration.samples}: only {len(records)} records are {there}")
     return usable_first(records, calibration.samples, collate, calibration, data)
+
+
+def _mixed(records: Sequence[Record], calibration: CalibrationConfig) -> list[Record]:
+    """Embedded records, with as much prose among them as is asked for, one after the other as long as there are both.
+
+    Raises:
+        UserError: More prose is asked for than there are to be samples.
+    """
+    if calibration.prose > calibration.samples:
+        raise UserError(
+            f"calibration.prose={calibration.prose}: must be at most calibration.samples={calibration.samples}, which "
+            "counts it; ask for less"
+        )
+    others = range(min(len(records), calibration.samples - calibration.prose))
+    sides = (Subset(records, others), calibrating()[: calibration.prose])
+    return [record for pair in zip_longest(*sides) for record in pair if record is not None]
 
 
 def usable_first(

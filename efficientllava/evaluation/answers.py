@@ -138,7 +138,8 @@ class EvaluationModule(LightningModule):
 
     def _collate(self, indices: list[int]) -> dict[str, Any]:
         """Prompts for generation and prompts with their reference answers, where each is asked for."""
-        chosen, batch = [self._records[i] for i in indices], {"indices": indices}
+        chosen = [self._records[i] for i in indices]
+        batch: dict[str, Any] = {"indices": indices}
         if self._task.max_new_tokens:
             batch["prompts"] = self._prompts(chosen)
         if self._answers is not None:
@@ -149,7 +150,8 @@ class EvaluationModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Line]:
         """Answer a batch of `predict_dataloader`, and keep the lines."""
-        shown, count = batch.get("prompts", batch.get("answers")), len(batch["indices"])
+        shown: dict[str, Any] = batch["prompts" if "prompts" in batch else "answers"]
+        count = len(batch["indices"])
         texts, known = [""] * count, [{} for _ in range(count)]
         # Lightning predicts in inference mode; features made there could not be used for training later.
         with torch.inference_mode(False):

@@ -80,6 +80,15 @@ class CalibrationConfig:
     """Samples that importance and refit statistics come from."""
 
     samples: int = setting(64, "number of records", COUNT)
+    prose: int = setting(
+        0,
+        "of them, paragraphs of English that come with this package",
+        "[0, 32]",
+        When(
+            lambda c: c.data.embedded and c.calibration.path is None,
+            "it belongs to data=digits_vqa without calibration.path",
+        ),
+    )
     path: str | None = setting(None, "your own records (LLaVA-style JSON); null: the data's calibration split")
     image_root: str | None = setting(
         None,

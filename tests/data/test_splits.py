@@ -167,3 +167,12 @@ def test_the_minival_of_the_data_is_reported_on_without_what_calibrates(tmp_path
     (tmp_path / "talks.json").write_text((tmp_path / "own.json").read_text())
     fit, report = kept_back(tmp_path, 64, 64, data=str(tmp_path / "talks.json"))
     assert len(fit) + len(report) == 64 and report
+
+
+def test_prose_is_mixed_into_calibration_records():
+    found = calibration_records(CalibrationConfig(samples=8, prose=3), DIGITS)
+    assert [record.source == "prose" for record in found] == [False, True] * 3 + [False] * 2
+    assert found[::2][:3] == calibration_records(CalibrationConfig(samples=3), DIGITS)
+    assert all(record.source == "prose" for record in calibration_records(CalibrationConfig(4, prose=4), DIGITS))
+    with pytest.raises(UserError, match=r"calibration\.prose=5: must be at most calibration\.samples=4"):
+        calibration_records(CalibrationConfig(4, prose=5), DIGITS)

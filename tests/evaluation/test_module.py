@@ -159,7 +159,7 @@ def test_questions_about_one_image_share_its_vision_pass(tiny, questions):
     handle = model.model.vision_tower.register_forward_hook(
         lambda _m, args, kwargs, _o: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
     )
-    task = SimpleNamespace(records=lambda: twins, answer_loss=False, stop=(), max_new_tokens=4)
+    task = SimpleNamespace(records=lambda: twins, answer_loss=False, divergence=False, stop=(), max_new_tokens=4)
     lines = answer(model, processor, task, quiet_trainer(), replace(CFG, batch_size=2))
     handle.remove()
     assert seen == [1]
@@ -172,7 +172,7 @@ def test_skipped_questions_have_an_empty_answer(tiny, questions):
         replace(record, details={"skipped": True}) if index % 2 else record
         for index, record in enumerate(questions[:6])
     ]
-    task = SimpleNamespace(records=lambda: records, answer_loss=False, stop=(), max_new_tokens=4)
+    task = SimpleNamespace(records=lambda: records, answer_loss=False, divergence=False, stop=(), max_new_tokens=4)
     lines = answer(model, processor, task, quiet_trainer(), CFG)
     assert [item["text"] == "" for item in lines] == [False, True] * 3
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from efficientllava.data.collator import Collator
+from efficientllava.data.embedded.prose import CALIBRATES, FOLDER, GIVEN, TEXTS, calibrating, pieces
 from efficientllava.evaluation import answers
 from efficientllava.evaluation.answers import answer
 from efficientllava.evaluation.divergence import FILE, TOP, collect, divergence
@@ -29,21 +30,20 @@ def own(path):
 
 
 def test_the_shipped_texts_are_what_their_digests_say_and_share_nothing():
-    files = {name: prose.FOLDER / f"{name}.txt" for name in prose.TEXTS}
-    assert {name: sha256(file.read_bytes()).hexdigest() for name, file in files.items()} == prose.TEXTS
+    digests = {name: sha256((FOLDER / f"{name}.txt").read_bytes()).hexdigest() for name in (*TEXTS, *CALIBRATES)}
+    assert digests == {**TEXTS, **CALIBRATES}
     records = TASK.records()
     assert len(records) == TASK.questions == 120 == len({record.id for record in records})
-    assert [record.turns[0].kind for record in records[:3]] == [*prose.TEXTS], "a limit takes of all"
-    pieces = {paragraph for file in files.values() for paragraph in file.read_text().split("\n\n")}
-    calibrates = (prose.FOLDER / "rust_book.txt").read_text().split("\n\n")
-    assert len(calibrates) == 32 and pieces.isdisjoint(calibrates)
+    assert [record.turns[0].kind for record in records[:3]] == [*TEXTS], "a limit takes of all"
+    answers = {record.turns[0].answer for record in (*records, *calibrating())}
+    assert len(calibrating()) == 32 and len(answers) == 152
 
 
 def test_a_text_is_cut_at_its_empty_lines():
     words = [f"w{number}" for number in range(1000)]
     short, whole, long = words[:30], words[30:130], words[130:465]
     text = "\n \n".join([" ".join(short), "\n".join(whole), " ".join(long), "far too short"])
-    cut = prose.pieces(text)
+    cut = pieces(text)
     assert cut == [[*short, *whole], long[:150], long[150:300]], "35 words and what follows are too few"
 
 
@@ -63,7 +63,7 @@ def test_losses_are_those_of_the_stock_forward_and_nothing_is_generated(tiny, mo
     metrics = TASK.score([as_record(line) for line in lines]).metrics
     loss = sum(total for total, _ in sums) / sum(tokens for _, tokens in sums)
     assert metrics["answer_loss"] == pytest.approx(loss) and metrics["perplexity"] == pytest.approx(math.exp(loss))
-    assert metrics["n"] == 6 and [metrics[f"n/{name}"] for name in prose.TEXTS] == [2, 2, 2]
+    assert metrics["n"] == 6 and [metrics[f"n/{name}"] for name in TEXTS] == [2, 2, 2]
 
 
 def test_the_divergence_is_that_of_the_likeliest_tokens_and_the_rest():
@@ -100,7 +100,7 @@ def test_the_divergence_from_itself_is_zero_and_outlives_an_interrupted_base(tin
         moved = answer(model, processor, TASK, quiet_trainer(), CFG, base=base)
         model.lm_head.weight[:9] /= 3
     metrics = TASK.score([as_record(line) for line in moved]).metrics
-    assert metrics["kl"] > 1e-3 and {f"kl/{name}" for name in prose.TEXTS} <= {*metrics}
+    assert metrics["kl"] > 1e-3 and {f"kl/{name}" for name in TEXTS} <= {*metrics}
 
 
 def test_numbers_that_are_not_finite_are_refused():
@@ -115,7 +115,7 @@ def test_a_users_own_text_and_json(tmp_path):
     text.write_text("\n\n".join(" ".join(f"word{i}" for i in range(100)) for _ in range(3)), encoding="utf-8")
     records = own(text).records()
     assert [record.id for record in records] == ["mine/0", "mine/1", "mine/2"]
-    assert records[0].turns[0].answer.split()[0] == f"word{prose.GIVEN}"
+    assert records[0].turns[0].answer.split()[0] == f"word{GIVEN}"
     file = tmp_path / "mine.json"
     said = [{"from": who, "value": f"{who} says"} for who in ("human", "gpt") * 2]
     file.write_text(json.dumps([{"id": "one", "conversations": said}]))
