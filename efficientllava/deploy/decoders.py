@@ -113,7 +113,8 @@ class Decoder:
     def _layer(self, layer: Layer) -> Tensors:
         module: Any = layer.module
         permuted = self.architecture in ("llama", "deci")
-        yield from affine("attn_norm", module.input_layernorm)
+        if layer.attention.units:
+            yield from affine("attn_norm", module.input_layernorm)
         if self.architecture != "phi2":  # attention and MLP of Phi read the same norm
             yield from affine("ffn_norm", module.post_attention_layernorm)
         if self.architecture == "qwen3":
@@ -125,9 +126,11 @@ class Decoder:
             kind = "mlp" if len(layer.mlp.readers) == 2 else "plain"
             yield from _component(layer.mlp, PARTS[kind], "ffn_down")
         else:
-            width = layer.mlp.writer.out_features
+            width, bias = layer.mlp.writer.out_features, layer.mlp.writer.bias
             yield from ((f"{name}.weight", lambda: torch.zeros(EMPTY, width)) for name in PARTS["mlp"])
             yield "ffn_down.weight", lambda: torch.zeros(width, EMPTY)
+            if bias is not None:
+                yield "ffn_down.bias", lambda: bias
 
 
 def affine(name: str, module: Any) -> Tensors:
@@ -212,10 +215,14 @@ def architecture(model: Any, shapes: Sequence[tuple[int, int]]) -> str:
     llama = "llama" if uniform and whole else "deci"
     name, fix = llama if host in LLAMA_LIKE else OTHERS.get(host, ""), FIXES.get(host)
     heads = name == "phi2" and shapes[0][0] * first.attention.width != config.hidden_size
+    silent = first.attention.writer.bias is None or all(groups for groups, _ in shapes)
     problems = {
         REFUSED.get(host, "no architecture of the runtime is known to hold it"): not name,
         f"the runtime's {name} has one shape for all layers; {fix}": host in OTHERS and not uniform,
         f"the runtime's phi2 keeps all heads; {fix}": heads,
+        "in the runtime an attention without heads writes nothing, this one its bias; set prune.protect_attention": (
+            not silent
+        ),
         f"the runtime's {name} has no activation {config.hidden_act!r}": (
             config.hidden_act not in ACTIVATIONS.get(host, ("silu", "swish"))
         ),

@@ -147,12 +147,12 @@ class Component:
         total = self.reduce_columns(lines[self.writer.weight])
         for reader in self.readers:
             rows = lines[reader.linear.weight][reader.offset : reader.offset + self.units * reader.width]
-            total = total + rows.view(self.units, -1).sum(1)
+            total = total + rows.view(self.units, reader.width).sum(1)
         return total
 
     def reduce_columns(self, scores: Tensor) -> Tensor:
         """Sum per-column scores ``(in_features,)`` of the writer to per-unit scores ``(units,)``."""
-        return scores.view(self.units, -1).sum(1)
+        return scores.view(self.units, self.width).sum(1)
 
 
 def expand(units: Tensor, width: int) -> Tensor:

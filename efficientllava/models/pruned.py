@@ -3,7 +3,8 @@
 Two formats leave this project. *Uniform*: every layer has the same heads and channels, and a stock class loads it; a
 Llama whose head count does not divide its hidden size is written as Mistral with an explicit ``head_dim``, which
 computes the same function. *Per layer*: transformers' own field ``per_layer_config`` inside one of our registered text
-configurations, ``pruned_<host>``; loading needs ``import efficientllava``.
+configurations, ``pruned_<host>``; loading needs ``import efficientllava``. There a layer may lack heads or channels:
+its linear layers are empty.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
@@ -24,6 +28,7 @@ from .anatomy import (
     ALWAYS,
     DECODERS,
     PER_LAYER_PREFIX,
+    describe_layer,
     host_type,
 )
 
@@ -32,9 +37,9 @@ class LayerShape(NamedTuple):
     """Sizes of one decoder layer.
 
     Args:
-        heads: Query heads.
+        heads: Query heads; 0: the attention is off.
         groups: Key/value heads.
-        channels: MLP channels.
+        channels: MLP channels; 0: the MLP is off.
     """
 
     heads: int
@@ -88,7 +93,7 @@ def text_config_for(
             f"model: a {host} decoder keeps its heads and has one width for all layers; drop layers, or cut channels "
             "alone with prune.selection=shape, local or floor and without prune.protect"
         )
-    if len(set(shapes)) == 1:
+    if len(set(shapes)) == 1 and all(shapes[0]):
         fields |= shapes[0].overrides()
         # Some validators take hidden_size / heads for the width of a head even when head_dim is explicit.
         with contextlib.suppress(StrictDataclassError):
@@ -121,7 +126,7 @@ def per_layer_classes(host: str) -> tuple[Any, Any]:
 
     def validate_architecture(self: Any) -> None:
         """Check what per-layer sizes must satisfy; the host's rule (hidden size % heads == 0) does not apply."""
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_attention_heads % (self.num_key_value_heads or 1):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
@@ -148,10 +153,6 @@ def per_layer_classes(host: str) -> tuple[Any, Any]:
 
 
 def _model_class(host: str, config_class: Any) -> Any:
-    import sys
-
-    from torch import nn
-
     base: Any = MODEL_MAPPING[CONFIG_MAPPING[host]]
     layer_class = getattr(sys.modules[base.__module__], DECODERS[host].layer)
 
@@ -164,7 +165,7 @@ def _model_class(host: str, config_class: Any) -> Any:
         config._attn_implementation = empty._attn_implementation
         self.config = config
         self.layers = nn.ModuleList(
-            layer_class(config.per_layer_config[index], index) for index in range(config.num_hidden_layers)
+            _layer(layer_class, config.per_layer_config[index], index) for index in range(config.num_hidden_layers)
         )
         self.post_init()
 
@@ -183,6 +184,44 @@ def _model_class(host: str, config_class: Any) -> Any:
         "config_class": config_class,
     }
     return type(f"Pruned{base.__name__}", (base,), namespace)
+
+
+def _layer(layer_class: Any, config: Any, index: int) -> nn.Module:
+    """A decoder layer of the host's class; without heads or channels, some of its linear layers are empty."""
+    if config.num_attention_heads and config.intermediate_size:
+        return layer_class(config, index)
+    some = copy.copy(config)
+    if not config.num_attention_heads:
+        some.num_attention_heads = some.num_key_value_heads = 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
+        layer = layer_class(some, index)
+        if not config.num_attention_heads:
+            layer.self_attn.config = config
+            attention = describe_layer(layer, config).attention
+            for linear in {reader.linear for reader in attention.readers}:
+                linear.__init__(linear.in_features, 0, linear.bias is not None)
+            attention.writer.__init__(0, attention.writer.out_features, attention.writer.bias is not None)
+            switch_off(layer.self_attn, attention.writer)
+    return layer
+
+
+def switch_off(attention: Any, writer: nn.Module) -> None:
+    """Let an attention whose linear layers are empty write nothing but the writer's bias."""
+    name = next(name for name, part in attention.named_children() if part is writer)
+    attention.__class__ = _without_heads(type(attention), name)
+
+
+@functools.cache
+def _without_heads(host: Any, writer: str) -> Any:
+    def forward(self: Any, hidden_states: Tensor, *_: Any, **given: Any) -> Any:
+        cache = given.get("cache", given.get("past_key_values"))  # as transformers called it once
+        if cache is not None:  # what has no keys would count as no position
+            positions = hidden_states.new_zeros(len(hidden_states), 1, hidden_states.shape[1], 1)
+            cache.update(positions, positions, self.layer_idx)
+        return getattr(self, writer)(hidden_states[..., :0]), None
+
+    return type(f"{host.__name__}WithoutHeads", (host,), {"__module__": __name__, "forward": forward})
 
 
 def _admit(composite: str) -> None:

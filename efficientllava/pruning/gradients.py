@@ -166,7 +166,7 @@ class _Taylor:
             for weight, axis in _axes(layer).items():
                 none = torch.zeros(weight.shape[axis], dtype=torch.float64, device=self._stream.device)
                 lines[weight] = close(self._scores.pop(weight, none))
-            result.append(tuple(component.reduce(lines).cpu() for component in layer.components))
+            result.append(tuple(c.reduce(lines).cpu() if c.units else torch.zeros(0) for c in layer.components))
         return result
 
 
@@ -199,7 +199,7 @@ class _Moments:
 
 def _axes(layer: Layer) -> dict[Tensor, int]:
     """Scored weights of a layer, see `efficientllava.models.anatomy.Component.axes`."""
-    return layer.attention.axes | layer.mlp.axes
+    return {weight: axis for c in layer.components if c.units for weight, axis in c.axes.items()}
 
 
 @contextlib.contextmanager

@@ -196,6 +196,8 @@ def rank_units(
     def ranked_by(index: int, seen: Sequence[Any], felt: Sequence[Tensor | None] = (None, None)) -> Pair:
         first, second = (
             importance.rank(component, what, How(config, f"layer {index}, {component.kind}", generator, outputs))
+            if component.units
+            else Ranking((), (), component.groups)
             for component, what, outputs in zip(layers[index].components, seen, felt, strict=True)
         )
         return first, second

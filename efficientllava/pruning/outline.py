@@ -149,7 +149,8 @@ def prune_space(model: nn.Module, config: PruneConfig) -> Space:
             f"prune.bias=true: the {writer} of a {decoder_of(model).config.model_type} decoder can have no bias; set "
             "prune.bias=false"
         )
-    return Space.of(model, attention, mlp, config.round_to, config.biased, config.heads)
+    off = config.selection == "global" and config.importance == "obs"
+    return Space.of(model, attention, mlp, config.round_to, config.biased, config.heads, off)
 
 
 def blocks_to_drop(model: nn.Module, config: PruneConfig) -> int:

@@ -27,8 +27,9 @@ class LayerPlan:
 
     Args:
         index: Index of the layer in the checkpoint that is pruned.
-        groups: Kept KV groups, ascending. A group is one key/value head with the query heads that share it.
-        channels: Kept MLP channels, ascending.
+        groups: Kept KV groups, ascending. A group is one key/value head with the query heads that share it. None: the
+            attention is off.
+        channels: Kept MLP channels, ascending; none: the MLP is off.
         heads: Kept query heads, ascending, equally many of every KV group; empty: all of the kept groups'. Where some
             go, all groups stay.
     """
@@ -164,7 +165,7 @@ def ranked_plan(
 
 def _layer_plan(index: int, heads: int, channels: int, attention: Ranking, mlp: Ranking) -> LayerPlan:
     units = attention.kept(heads)
-    if attention.groups is None:
+    if attention.groups is None or not units:
         return LayerPlan(index, units, mlp.kept(channels))
     some = units if len(units) < len(attention.order) else ()
     return LayerPlan(index, tuple(range(attention.groups)), mlp.kept(channels), some)

@@ -150,7 +150,7 @@ class SequentialPruner:
     def _moments(self, component: Component, units: Sequence[int], touched: bool) -> tuple[_Sums, _Sums] | None:
         """Sums of what is fitted and of what is held back; None where there is nothing to solve."""
         whole = len(units) == component.units
-        if not self._config.refit or (whole and not (touched and self._to_residual)):
+        if not (self._config.refit and units) or (whole and not (touched and self._to_residual)):
             return None
         columns = component.columns(units)
         places = (component.writer.weight.device, self._stream.storage)

@@ -30,6 +30,7 @@ class Space:
         whole_mlp: Layers whose channels are protected.
         round_to: Kept channels are a multiple of this, or all.
         added: Parameters of the biases that all layers get.
+        off: Whether a layer can lose all heads, or all channels (arXiv 2501.17771).
     """
 
     groups: tuple[int, ...]
@@ -41,6 +42,7 @@ class Space:
     whole_mlp: frozenset[int] = frozenset()
     round_to: int = 1
     added: int = 0
+    off: bool = False
 
     @classmethod
     def of(
@@ -51,6 +53,7 @@ class Space:
         round_to: int = 1,
         biased: bool = False,
         heads: str = "group",
+        off: bool = False,
     ) -> Space:
         """Read the space off a model.
 
@@ -61,6 +64,7 @@ class Space:
             round_to: See the class.
             biased: Whether all linear layers of the cut model have biases.
             heads: Units of attentions, see `efficientllava.models.anatomy.describe_layer`.
+            off: See the class.
 
         Raises:
             UserError: A protected layer does not exist.
@@ -77,6 +81,7 @@ class Space:
             _indices("prune.protect or prune.protect_mlp", protect_mlp, len(layers)),
             round_to,
             sum(c.added_biases(c.units) for layer in layers_of(model) for c in layer.components) if biased else 0,
+            off,
         )
 
     @property
@@ -107,8 +112,8 @@ class Space:
 
     @property
     def smallest(self) -> list[tuple[int, int]]:
-        """The least that every layer can keep: one KV group, or query head of each, and ``round_to`` channels."""
-        return self.counts(1, self.round_to)
+        """The least that layers keep: one KV group, or query head of each, and ``round_to`` channels, or nothing."""
+        return self.counts(0, 0) if self.off else self.counts(1, self.round_to)
 
     @property
     def allowed_channels(self) -> list[int]:
@@ -148,9 +153,10 @@ def require_feasible(space: Space, ratio: float) -> None:
     """
     largest = space.ratio(space.smallest)
     if ratio > largest + TOLERANCE:
+        least = "one KV group and prune.round_to channels stay in every unprotected layer"
+        least = "protected layers, embeddings and norms stay" if space.off else least
         raise UserError(
-            f"prune.ratio={ratio:g}: at most {largest:.3f} can be removed widthwise "
-            "(one KV group and prune.round_to channels stay in every unprotected layer); lower prune.ratio"
+            f"prune.ratio={ratio:g}: at most {largest:.3f} can be removed widthwise ({least}); lower prune.ratio"
         )
 
 
@@ -275,6 +281,7 @@ def global_counts(
     require_feasible(space, ratio)
     kept = [list(pair) for pair in zip(space.groups, space.channels, strict=True)]
     steps = (1, space.round_to)
+    least = (0, 0) if space.off else steps
     prices = (space.group_cost, space.channel_cost)
     protected = (space.whole_attention, space.whole_mlp)
     heap: list[tuple[float, int, int]] = []
@@ -282,7 +289,7 @@ def global_counts(
     def push(layer: int, kind: int) -> None:
         step = kept[layer][kind] % steps[kind] or steps[kind]
         start = len(costs[layer][kind]) - kept[layer][kind]
-        if layer not in protected[kind] and kept[layer][kind] - step >= steps[kind]:
+        if layer not in protected[kind] and kept[layer][kind] >= max(step + least[kind], 1):
             cost = sum(costs[layer][kind][start : start + step]) / (step * prices[kind][layer])
             heapq.heappush(heap, (cost, layer, kind))
 

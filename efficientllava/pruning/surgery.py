@@ -16,7 +16,7 @@ from ..models.anatomy import (
     layers_of,
     reader_rows,
 )
-from ..models.pruned import LayerShape, text_config_for
+from ..models.pruned import LayerShape, switch_off, text_config_for
 from .plan import PruningPlan, kept_units
 
 
@@ -26,7 +26,7 @@ def cut_component(component: Component, units: Sequence[int], writer_weight: Ten
     Args:
         component: An attention or MLP, as `efficientllava.models.anatomy.layers_of` describes it. The description is
             stale afterwards.
-        units: Kept units, ascending.
+        units: Kept units, ascending; without any it is off.
         writer_weight: Refitted columns of the writer, ``(out_features, len(units) * width)``; None keeps the old ones.
     """
     gone = sorted({*range(component.units)} - {*units})
@@ -49,6 +49,9 @@ def cut_component(component: Component, units: Sequence[int], writer_weight: Ten
         # Phi3 slices its fused projection by the head counts of its configuration, so every layer gets its own copy.
         attention.config = copy.copy(attention.config)
         attention.config.num_attention_heads, attention.config.num_key_value_heads = heads, groups
+        if not groups:
+            switch_off(attention, writer)
+            return
         attention.num_key_value_groups = heads // groups
         if hasattr(attention, "num_key_value_heads"):
             attention.num_key_value_heads = groups
@@ -103,9 +106,9 @@ def check_plan(model: nn.Module, plan: PruningPlan) -> None:
         raise ValueError(f"plan is for {plan.source_layers} layers, the model has {len(decoder.layers)}")
     for entry in plan.layers:
         for component, units in kept_units(decoder.layers[entry.index], decoder.config, entry):
-            if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= component.units:
+            if list(units) != sorted({*units} & {*range(component.units)}):
                 raise ValueError(
-                    f"plan: {component.kind} of layer {entry.index} must keep some of 0..{component.units - 1}"
+                    f"plan: {component.kind} of layer {entry.index} keeps some of 0..{component.units - 1}, ascending"
                 )
             groups = component.groups or 1
             found = Counter(unit // (component.units // groups) for unit in units)

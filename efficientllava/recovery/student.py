@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import CustomPolicy
 
 from ..data.records import Record, column
-from ..models.anatomy import decoder_of, projector_of
+from ..models.anatomy import decoder_of, layers_of, projector_of
 from ..runtime.errors import UserError
 from ..settings.schema import RecoverConfig
 from .losses import build_terms
@@ -70,6 +70,9 @@ def prepare(model: nn.Module, cfg: RecoverConfig, seed: int = 0) -> Callable[[],
     parts = [projector_of(model), *([head, decoder_of(model)] if cfg.train == "full" else [])]
     for part in parts:
         part.requires_grad_(reads_head or part is not head)
+    for layer in layers_of(model):
+        if not layer.attention.units:  # nothing reads its norms; processes wait for every gradient that is due
+            layer.attention.module.requires_grad_(False)
     restore = _upcast(parts)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]
@@ -122,7 +125,8 @@ def _add_adapters(model: nn.Module, lora: Any, seed: int) -> Callable[[], None]:
     from peft import LoraConfig, get_peft_model
 
     inside = {id(m) for m in decoder_of(model).layers.modules()}  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    targets = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
+    linears = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside)
+    targets = [name for name, linear in linears if linear.weight.numel()]
     settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -86,7 +86,7 @@ STEPS = 20  # one MLP level per 5 % of the channels, and no round of the elimina
 
 @dataclass(frozen=True)
 class Structured:
-    """Every number of KV groups, and MLP channels in steps of 5 % down to the last 5 %; level 0 is whole.
+    """Every number of KV groups, and MLP channels in steps of 5 %, down to none; level 0 is whole.
 
     The kept sets of a gene are nested. The kept columns of the writer are solved again for its own dense output, by the
     elimination that also gives the order (`efficientllava.pruning.obs.eliminate`).
@@ -95,7 +95,8 @@ class Structured:
         damping: Share of each channel's own power that is added to Gram matrices, > 0.
         tokens: Positions that count, see `efficientllava.pruning.stream.counted_positions`.
         round_to: Kept channels are a multiple of this, or all, >= 1.
-        channels: Kept channels of each MLP level below the whole, descending; None: the steps of 5 %.
+        channels: Kept channels of each MLP level below the whole, descending; None: the steps of 5 %. Given for shapes
+            that all layers share, which are never without heads.
     """
 
     damping: float = 0.3
@@ -112,11 +113,10 @@ class Structured:
         """Kept units of each level, descending."""
         units, unit = component.units, self.round_to
         if component.kind == "attention":
-            return tuple(range(units, 0, -1))
+            return tuple(range(units, -(self.channels is None), -1))
         if self.channels is not None:
             return (units, *(count for count in self.channels if count < units))
-        wished = (units * (STEPS - step) / STEPS for step in range(STEPS))
-        rounded = {max(unit, unit * round(count / unit)) for count in wished}
+        rounded = {unit * round(units * (STEPS - step) / STEPS / unit) for step in range(STEPS + 1)}
         return (units, *sorted((count for count in rounded if count < units), reverse=True))
 
     def amounts(self, component: Component) -> tuple[float, ...]:

@@ -31,7 +31,7 @@ class Gene:
     Args:
         layer: Index of the layer.
         kind: ``attention`` or ``mlp``.
-        amounts: Share of the gene's units (structured) or weights (masks) that each level removes, ascending, [0, 1).
+        amounts: Share of the gene's units (structured) or weights (masks) that each level removes, ascending, [0, 1].
     """
 
     layer: int

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,20 @@ def test_the_achieved_ratio_is_the_requested_one(family, selection, ratio):
     total = sum(float(answer_loss(smaller, b, reduction="sum").detach()) for b in batches)
     count = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     assert report.loss_pruned == pytest.approx(total / count, rel=1e-5)
+
+
+def test_an_attention_that_writes_next_to_nothing_is_switched_off_and_stays_off(family):
+    model, config = make_model(family), widthwise(selection="global", ratio=0.2)
+    layers_of(model)[1].attention.writer.weight.data.mul_(1e-6)
+    plan, _ = make_plan(model, calibration(), config)
+    assert plan.layers[1].groups == ()
+    smaller, report = apply_plan(model, plan, calibration(), config)
+    assert (1, "attention") not in {(error.layer, error.component) for error in report.errors}
+    for importance in IMPORTANCES:
+        again, _ = make_plan(smaller, calibration(), replace(config, importance=importance))
+        assert again.layers[1].groups == () and again.achieved == pytest.approx(0.2, abs=0.02), importance
+    smallest, _ = apply_plan(smaller, again, calibration(), config)
+    assert [layer.attention.units for layer in layers_of(smallest)][1] == 0
 
 
 @pytest.mark.parametrize("config", [widthwise(ratio=0.0), layerwise(ratio=0.0), layerwise(ratio=0.0, refit=True)])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from efficientllava.models.anatomy import language_parameters, layers_of
@@ -161,6 +163,14 @@ def test_global_selection_removes_the_cheaper_layer_first():
     counts = global_counts(space, 0.2, [([9.0], [2.0] * 100), ([9.0], [1.0] * 100)])
     assert counts[0] == (1, 100)
     assert counts[1] == (1, 60)
+
+
+def test_a_layer_loses_its_last_heads_and_channels_only_where_it_may():
+    space = Space((2, 2), (100, 100), (50, 50), (1, 1), 400, round_to=25)
+    costs = [([0.0, 1.0], [5.0] * 100), ([900.0] * 2, [0.1] * 100)]
+    assert global_counts(space, 0.5, costs) == [(1, 25), (2, 25)]
+    assert global_counts(replace(space, off=True), 0.5, costs) == [(0, 100), (2, 0)]
+    assert global_counts(replace(space, off=True, whole_mlp=frozenset({1})), 0.25, costs) == [(0, 100), (2, 100)]
 
 
 @pytest.mark.parametrize(("ratio", "count"), [(0.0, 0), (0.05, 1), (0.149, 1), (0.151, 2), (0.5, 5)])

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, GenerationConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, StaticCache
 
 from efficientllava.models.anatomy import decoder_of, language_parameters, layers_of
+from efficientllava.models.forward import going_on
 from efficientllava.pruning.plan import LayerPlan, PruningPlan, plan_for, whole_layers
 from efficientllava.pruning.surgery import check_plan, cut
 
@@ -73,6 +74,15 @@ def ragged(model: Any, skip: tuple[int, ...] = ()) -> PruningPlan:
     return plan_of(model, [LayerPlan(0, *whole_of(model, 0)), *layers[1:]])
 
 
+def off(model: Any) -> PruningPlan:
+    """A layer without heads, one without channels, one without either, and the others whole."""
+    layers = list(whole_layers(model))
+    layers[0] = replace(layers[0], groups=())
+    layers[1] = replace(layers[1], channels=())
+    layers[2] = replace(layers[2], groups=(), channels=())
+    return plan_of(model, layers)
+
+
 def whole_of(model: Any, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     layer = whole_layers(model)[index]
     return layer.groups, layer.channels
@@ -100,6 +110,7 @@ PLANS = {
     "both": lambda m: uniform(m, 2, 20, skip=(3,)),
     "ragged": ragged,
     "ragged, fewer layers": lambda m: ragged(m, skip=(2,)),
+    "off": off,
 }
 
 
@@ -127,7 +138,7 @@ def test_cut_removes_what_the_plan_counts(family):
         assert 1 - language_parameters(cut(model, plan)) / before == pytest.approx(plan.achieved, abs=1e-12)
 
 
-@pytest.mark.parametrize("plan", ["both", "ragged, fewer layers"])
+@pytest.mark.parametrize("plan", ["both", "ragged, fewer layers", "off"])
 def test_a_saved_model_loads_bit_for_bit(family, plan, tmp_path):
     model = make_model(family)
     smaller, batch = cut(model, PLANS[plan](model)), make_batch(seed=9)
@@ -159,7 +170,25 @@ def test_uniform_models_load_without_this_package(tmp_path):
         assert torch.equal(torch.load(tmp_path / name / "logits.pt"), logits)
 
 
-@pytest.mark.parametrize("plan", ["both", "ragged, fewer layers"])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("plan", ["ragged", "off"])
+def test_logits_with_a_cache_equal_those_without(family, plan, static):
+    model = make_model(family, dtype=DOUBLE)
+    smaller, batch = cut(model, PLANS[plan](model)), make_batch(rows=1, seed=9, dtype=DOUBLE)
+    ids, seen = batch["input_ids"], {"pixel_values": batch["pixel_values"]}
+    more = torch.cat([ids, ids[:, -3:]], 1)
+    with torch.no_grad():
+        expected = smaller(input_ids=more, **seen, use_cache=False).logits[:, -3:]
+        first = smaller(input_ids=ids, **seen, use_cache=True)
+        if static:
+            name = next(iter(going_on(first)))
+            cache = StaticCache(config=decoder_of(smaller).config, max_cache_len=30)
+            first = smaller(input_ids=ids, **seen, use_cache=True, **{name: cache})
+        found = smaller(input_ids=ids[:, -3:], **going_on(first), use_cache=True).logits
+    assert torch.allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("plan", ["both", "ragged, fewer layers", "off"])
 def test_generation_with_a_cache_equals_the_full_forward(family, plan):
     model = make_model(family)
     smaller, batch = cut(model, PLANS[plan](model)), make_batch(rows=1, seed=9)
@@ -171,7 +200,8 @@ def test_generation_with_a_cache_equals_the_full_forward(family, plan):
             logits = smaller(input_ids=ids, pixel_values=pixels, use_cache=False).logits
             ids = torch.cat([ids, logits[:, -1:, :IMAGE_TOKEN].argmax(-1)], 1)
     assert cached.tolist() == ids.tolist()
-    assert [layer.self_attn.layer_idx for layer in decoder_of(smaller).layers] == list(range(LAYERS - 1))
+    indices = [layer.self_attn.layer_idx for layer in decoder_of(smaller).layers]
+    assert indices == list(range(LAYERS if plan == "off" else LAYERS - 1))
 
 
 def test_plans_compose_from_uniform_to_per_layer_and_back(family):
@@ -258,7 +288,6 @@ def test_flags_type_and_mode_survive():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ([LayerPlan(0, (0,), ())], "mlp of layer 0"),
         ([LayerPlan(1, (1, 0), (0,))], "attention of layer 1"),
         ([LayerPlan(0, (0, 0), (0,))], "attention of layer 0"),
         ([LayerPlan(0, (0,), (CHANNELS,))], f"0..{CHANNELS - 1}"),

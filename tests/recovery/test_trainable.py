@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
-from efficientllava.models.forward import forward_hidden
+from efficientllava.models.forward import answer_loss, forward_hidden
+from efficientllava.pruning.plan import plan_for, whole_layers
+from efficientllava.pruning.surgery import cut
 from efficientllava.recovery.student import parameter_groups, prepare, trainable
 
 from .conftest import (
@@ -45,6 +48,19 @@ def test_lora_adapts_every_linear_of_every_block_and_trains_the_projector():
     adapters = {name for name in names(model) if "lora_" in name}
     assert len(adapters) == 2 * 7 * LAYERS  # A and B of q, k, v, o, gate, up, down
     assert all("multi_modal_projector" in name for name in names(model) - adapters)
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_every_weight_that_trains_has_a_gradient_where_sub_blocks_are_off(train, recwarn):
+    model = make_model()
+    first, second, *rest = whole_layers(model)
+    plan = [replace(first, groups=()), replace(second, channels=()), *rest]
+    model = cut(model, plan_for(model, "widthwise", plan, None))
+    finish = prepare(model, make_cfg(sft=1, train=train))
+    answer_loss(model, make_batch(4)).backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    finish()
+    assert "zero-element" not in str([each.message for each in recwarn])
 
 
 def test_merged_adapters_compute_what_the_adapters_did():

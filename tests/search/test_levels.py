@@ -201,11 +201,11 @@ def linears_of(table: Any, gene: int, level: int) -> list[Any]:
     return [table.module(gene, level).get_submodule(names[id(linear)]) for linear in linears(twin)]
 
 
-def test_levels_are_all_group_counts_and_twentieths_of_the_channels(tmp_path):
+def test_levels_are_all_group_counts_and_twentieths_of_the_channels_down_to_none(tmp_path):
     table = make_table(make_model("llama_gqa"), Structured(), tmp_path)
-    assert table.genes[0].amounts == (0, 0.25, 0.5, 0.75)
+    assert table.genes[0].amounts == (0, 0.25, 0.5, 0.75, 1)
     kept = [CHANNELS * (1 - amount) for amount in table.genes[1].amounts]
-    assert kept == pytest.approx([round(CHANNELS * (1 - i / 20)) for i in range(20)])
+    assert kept == pytest.approx([round(CHANNELS * (1 - i / 20)) for i in range(21)])
     assert [(gene.layer, gene.kind) for gene in table.genes[2:4]] == [(1, "attention"), (1, "mlp")]
     for gene, entry in enumerate(table.genes):
         sets = [set(table.units(gene, level)) for level in range(entry.levels)]
@@ -214,9 +214,10 @@ def test_levels_are_all_group_counts_and_twentieths_of_the_channels(tmp_path):
 
 def test_kept_channels_are_multiples_but_for_the_whole():
     mlp = components(make_model(intermediate_size=50))[1]
-    assert Structured(round_to=8).counts(mlp) == (50, 48, 40, 32, 24, 16, 8)
-    assert Structured(round_to=64).counts(mlp) == (50,)
-    assert Structured().counts(components(make_model(intermediate_size=3))[1]) == (3, 2, 1)
+    assert Structured(round_to=8).counts(mlp) == (50, 48, 40, 32, 24, 16, 8, 0)
+    assert Structured(round_to=64).counts(mlp) == (50, 0)
+    assert Structured().counts(components(make_model(intermediate_size=3))[1]) == (3, 2, 1, 0)
+    assert Structured(channels=(16,)).counts(mlp) == (50, 16)
 
 
 def test_levels_far_apart_are_reached_in_rounds_of_a_twentieth(tmp_path):
