@@ -145,13 +145,15 @@ class Shelf(Offload):
             tensor.data = self.put(tensor.data)
 
     def put(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.numel():
+            return tensor  # there is nothing to be read
         worst = float("nan") if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
         blank = torch.tensor(worst, dtype=tensor.dtype).expand(tensor.shape)
         self._shelf[blank.data_ptr()] = (blank, tensor)
         return blank
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._shelf[tensor.data_ptr()][1]
+        return self._shelf[tensor.data_ptr()][1] if tensor.numel() else tensor
 
     def release(self, model: nn.Module) -> None:
         for tensor in [*model.parameters(), *model.buffers()]:
