@@ -1,1 +1,0 @@
-"""Model families: where their parts live, tiny trained ones, per-layer configurations, the shared forward pass."""

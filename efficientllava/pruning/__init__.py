@@ -1,1 +1,0 @@
-"""Score, select, refit, cut."""

@@ -1,1 +1,0 @@
-"""Recovery: train a pruned model against data, against its unpruned teacher, or both."""

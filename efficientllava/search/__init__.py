@@ -1,1 +1,0 @@
-"""Search of a pruning policy: a level for the attention and the MLP of every layer."""
