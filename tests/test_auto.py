@@ -13,8 +13,6 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from efficientllava.data import splits
-
 from .runs import (
     RUN,
     run,
@@ -46,7 +44,7 @@ def command(model, output, *more):
 
 
 @pytest.mark.usefixtures("without_fresh_processes")
-def test_ones_own_samples_are_all_that_a_search_without_recovery_opens(model, tmp_path, monkeypatch):
+def test_ones_own_samples_are_all_that_a_search_without_recovery_opens(model, tmp_path):
     (tmp_path / "images").mkdir()
     records = []
     for index in range(4):
@@ -55,11 +53,9 @@ def test_ones_own_samples_are_all_that_a_search_without_recovery_opens(model, tm
         said = [{"from": "human", "value": "<image>\nwhich digit is red ?"}, {"from": "gpt", "value": str(index)}]
         records.append({"id": f"mine{index}", "image": f"{index}.png", "conversations": said})
     (tmp_path / "mine.json").write_text(json.dumps(records))
-    opened = []
-    monkeypatch.setattr(splits, "load_split", lambda *given: opened.append(given))
+    # Whoever opened other records would be told that data.path is not set.
     typed = command(model, tmp_path / "out", "data=conversations", f"calibration.path={tmp_path}/mine.json")
     record = run(tmp_path / "run", [*typed, f"calibration.image_root={tmp_path}/images"])
-    assert opened == []
     assert record["ratio"]["achieved"] == pytest.approx(0.3, abs=0.005)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert sorted(plan["calibration_ids"]) == [f"mine{index}" for index in range(4)]

@@ -95,7 +95,7 @@ def test_a_second_run_takes_everything_from_the_cache_and_gives_the_same_numbers
         raise AssertionError("computed again")
 
     monkeypatch.setattr("efficientllava.stages.recover.train", never)
-    monkeypatch.setattr("efficientllava.pruning.pruner.make_plan", never)
+    monkeypatch.setattr("efficientllava.stages.prune.PruningModule", never)
     again = run(place / "again", typed)
     assert numbers(again) == numbers(record)
     assert set(again["reused"]) == {"prune", "recover"} | {f"evaluate/{s}/digits_vqa" for s in record["stages"]}

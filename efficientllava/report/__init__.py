@@ -129,7 +129,7 @@ def _fill(table: Table, found: Mapping[str, float], names: Sequence[str], rows: 
     table.add_section()
 
 
-def tabulate(results: Results, title: str | None = None) -> Table:
+def tabulate(results: Results) -> Table:
     """The closing table of a run: one column per stage; fits 80 columns, and a file as well as a terminal."""
     names = [name for name in STAGES if name in results["stages"]]
     stages, found = [results["stages"][name] for name in names], numbers(results)
@@ -137,7 +137,7 @@ def tabulate(results: Results, title: str | None = None) -> Table:
         whole, size = (found.get(f"{stage}/language_parameters") for stage in ("base", name))
         found |= {f"{name}/removed": 1 - size / whole} if whole and size is not None else {}
     found |= {f"{name}/fit": loss for name, loss in (find(results, "losses", "fit") or {}).items()}
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_style="bold", caption_style="dim")
+    table = Table(box=box.SIMPLE_HEAD, caption_style="dim")
     table.caption = _caption(results, stages)
     table.add_column("", no_wrap=True)
     for name in names:

@@ -33,12 +33,11 @@ SUMS = "SHA256SUMS"
 
 
 @contextmanager
-def whole_file(path: Path, fix: str = "free the disk or set paths.output_dir") -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """Write a file under a temporary name and rename it when the block ends well; of two writers the last one counts.
 
     Args:
         path: Final name; an existing file is replaced.
-        fix: What a user can do where it cannot be written.
 
     Yields:
         The file to write, in the same folder.
@@ -52,7 +51,9 @@ def whole_file(path: Path, fix: str = "free the disk or set paths.output_dir") -
         yield partial
         put(partial, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {fix}") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free the disk or set paths.output_dir"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from efficientllava.data import sources, table
+from efficientllava.data.collator import Collator
 from efficientllava.data.datamodule import RecoveryData
 from efficientllava.data.records import image_stamps, missing_images, open_images, usable
 from efficientllava.data.splits import calibration_records, draw, load_split
@@ -53,7 +55,7 @@ def test_large_files_are_read_once_and_mapped(tmp_path: Path, monkeypatch: pytes
     assert list(large) == list(small)
     assert [record.id for record in large] == [*map(str, range(9)), "3#2"]
     (arrow,) = (tmp_path / "cache" / "efficientllava" / "tables").glob("*/*.arrow")
-    assert large._rows.cache_files == [{"filename": str(arrow)}]
+    assert str(arrow) in {part.path for part in psutil.Process().memory_maps()}, "rows are read where they lie"
     monkeypatch.setattr(table, "raw_records", None)
     again = read_conversations(file, max_bad_fraction=0.5)
     assert list(again) == list(large)
@@ -96,17 +98,18 @@ def test_only_images_that_are_used_are_looked_for(tmp_path: Path, monkeypatch: p
     opened: list[Any] = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda file: (opened.append(file), real(file))[1])
-    data = RecoveryData(config, BUILDERS["tiny_llava"]()[1], 0.1)
+    processor = BUILDERS["tiny_llava"]()[1]
+    data, collate = RecoveryData(config, processor, 0.1), Collator(processor, config.max_length)
     assert sorted(r.id for r in data.records) == sorted(r.id for r in used[:16])
-    calibration_records(calibration, config, 0, data._collate)
+    calibration_records(calibration, config, 0, collate)
     assert set(opened) == {record.image for record in used}
     # Beyond the limit none is opened, but a missing one is still found.
     opened.clear()
     monkeypatch.setattr("efficientllava.data.records.CHECK_LIMIT", 3)
-    assert len(usable(data.records, data._collate, config)) == 16
+    assert len(usable(data.records, collate, config)) == 16
     Path(used[5].images[0]).unlink()  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError) as error:
-        usable(data.records, data._collate, config)
+        usable(data.records, collate, config)
     for part in (
         "1 of 16 records",
         f"{used[5].id}.png' does not exist",
@@ -114,7 +117,7 @@ def test_only_images_that_are_used_are_looked_for(tmp_path: Path, monkeypatch: p
     ):
         assert part in str(error.value)
     config.max_bad_fraction = 0.1
-    assert len(usable(data.records, data._collate, config)) == 15
+    assert len(usable(data.records, collate, config)) == 15
     assert opened == []
 
 
@@ -126,7 +129,7 @@ def test_calibration_leaves_out_what_it_cannot_use(tmp_path: Path) -> None:
     first = calibration_records(CalibrationConfig(samples=5), config)
     records[int(first[2].id)]["image"] = "gone.png"
     Path(str(config.path)).write_text(json.dumps(records))
-    collate = RecoveryData(config, BUILDERS["tiny_llava"]()[1])._collate
+    collate = Collator(BUILDERS["tiny_llava"]()[1], config.max_length)
     kept = [record.id for record in calibration_records(CalibrationConfig(samples=5), config, 0, collate)]
     assert kept[:4] == [record.id for record in first if record != first[2]]
     assert len(kept) == 5

@@ -129,7 +129,8 @@ def test_a_ratio_out_of_reach_is_refused_with_the_largest(folder, tmp_path, opti
 
 def test_a_full_size_family_needs_no_weights_no_data_and_no_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
-    monkeypatch.setattr("efficientllava.checkpoint.folder.load", lambda *_: pytest.fail("weights were read"))
+    weights = "transformers.AutoModelForImageTextToText.from_pretrained"
+    monkeypatch.setattr(weights, lambda *_, **__: pytest.fail("weights were read"))
     options = ["model=llava_1_5_7b", "prune=widthwise", "prune.selection=local", "prune.ratio=0.3", "trainer=gpu"]
     told = dry(tmp_path, [*options, f"paths.output_dir={tmp_path}"])
     assert told["stages"]["base"] == {

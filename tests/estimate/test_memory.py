@@ -95,7 +95,8 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, tmp_
     monkeypatch.setattr(memory, "available", lambda _: least)
     require_memory(plan, "cpu")
     monkeypatch.setattr(memory, "available", lambda _: least - 1)
-    monkeypatch.setattr("efficientllava.checkpoint.folder.load", lambda *_: pytest.fail("loaded"))
+    weights = "transformers.AutoModelForImageTextToText.from_pretrained"
+    monkeypatch.setattr(weights, lambda *_, **__: pytest.fail("loaded"))
     overrides = small(folder, tmp_path / "out", "evaluate.efficiency=false")
     with pytest.raises(
         UserError, match=r"^memory: recover holds at least .* \(student .* \+ teacher .*\), this mac"

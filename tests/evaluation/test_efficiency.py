@@ -1,9 +1,13 @@
+import copy
+import time
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from efficientllava.data.collator import prompt
-from efficientllava.evaluation import efficiency
 from efficientllava.evaluation.efficiency import checkpoint_bytes, measure, prefill_flops
 from efficientllava.models.anatomy import parameters
 from efficientllava.runtime.errors import UserError
@@ -34,16 +38,10 @@ def test_language_flops_equal_the_closed_form(family, batch):
     assert flops["prefill"] > flops["prefill_language"]
 
 
-def test_linear_flops_are_twice_parameters_times_tokens(tiny, questions):
+def test_a_prompt_without_image_needs_no_tower(tiny):
     model, processor = tiny
-    record = next(record for record in questions if record.image is None)
-    tokens = prompt(processor, record.turns[0].question)
-    flops = prefill_flops(model, tokens)
-    length = tokens["input_ids"].shape[1]
-    layers = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    attention = 4 * length**2 * 16 * 8 * 8
-    assert flops["prefill_language"] - attention == pytest.approx(2 * layers * length, rel=0.02)
-    assert flops["prefill"] == flops["prefill_language"], "a prompt without image needs no tower"
+    flops = prefill_flops(model, prompt(processor, "is there a seven?"))
+    assert flops["prefill"] == flops["prefill_language"]
 
 
 def test_measure_gives_the_entries_of_a_stage(family, batch):
@@ -69,72 +67,79 @@ def test_tied_weights_count_once(tiny):
         model.lm_head.weight = head
 
 
+class Rounds:
+    """Rounds of decoding as models run them, and a clock that only they move.
+
+    Attributes:
+        times: Milliseconds to the first token of the next rounds, then 20; another token takes half of it.
+        seen: Of every round the model's name, the lengths that it was called with, and the logits of its first call.
+    """
+
+    def __init__(self, monkeypatch, **models):
+        self.times, self.seen, self.now = [], [], 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+        for name, model in models.items():
+            model.register_forward_hook(partial(self._call, name), with_kwargs=True)
+
+    def _call(self, name, _model, _args, kwargs, output):
+        if not kwargs.get("use_cache"):
+            return  # FLOPs are counted
+        begins = "logits_to_keep" in kwargs
+        if begins:
+            self.first = self.times.pop(0) if self.times else 20.0
+            self.seen.append((name, [], output.logits))
+        self.seen[-1][1].append(kwargs["input_ids"].shape[1])
+        self.now += self.first / (1e3 if begins else 2e3)
+
+
 def test_rounds_are_interleaved_and_reported_as_medians(tiny, monkeypatch):
     model, processor = tiny
-    other = nn.Module.__new__(type(model))
-    other.__dict__ = model.__dict__.copy()
-    order = []
-    times = iter([9.0] * 4 + [1.0, 10.0, 20.0, 2.0, 3.0, 30.0])
-
-    def fake(measured, inputs, new_tokens):
-        order.append("a" if measured is model else "b")
-        value = next(times)
-        return value, value / 2
-
-    monkeypatch.setattr(efficiency, "_round", fake)
-    monkeypatch.setattr(efficiency, "_held_peak", lambda *_: 0)
-    stages = measure({"a": model, "b": other}, prompt(processor, "is there a seven?"), CFG)
-    assert order == list("abba" + "abbaab"), "the first two rounds warm up, then the order turns"
-    assert stages["a"]["latency_ms"] == {"prefill": 2.0, "decode": 1.0, "prefill_iqr": 1.0, "decode_iqr": 0.5}
-    assert stages["b"]["latency_ms"]["prefill"] == 20.0 and stages["b"]["latency_ms"]["prefill_iqr"] == 10.0
+    models = {name: copy.deepcopy(model) for name in "ab"}
+    rounds = Rounds(monkeypatch, **models)
+    rounds.times = [9.0] * 4 + [1.0, 10.0, 20.0, 2.0, 3.0, 30.0]
+    stages = measure(models, prompt(processor, "is there a seven?"), CFG)
+    order = [name for name, _, _ in rounds.seen]
+    assert order[:10] == list("abba" + "abbaab"), "the first two rounds warm up, then the order turns"
+    assert stages["a"]["latency_ms"] == pytest.approx(
+        {"prefill": 2.0, "decode": 1.0, "prefill_iqr": 1.0, "decode_iqr": 0.5}
+    )
+    assert stages["b"]["latency_ms"]["prefill"] == pytest.approx(20)
+    assert stages["b"]["latency_ms"]["prefill_iqr"] == pytest.approx(10)
 
 
 def test_tokens_per_second_count_the_whole_batch_and_the_prefill(tiny, monkeypatch):
-    model, processor = tiny
-    seen = []
-
-    def fake(_model, inputs, _new_tokens):
-        seen.append(len(inputs["input_ids"]))
-        return 20.0, 5.0  # ms: 20 + 2 * 5 for three tokens
-
-    monkeypatch.setattr(efficiency, "_round", fake)
-    monkeypatch.setattr(efficiency, "_held_peak", lambda *_: 0)
+    model = copy.deepcopy(tiny[0])
+    rounds = Rounds(monkeypatch, base=model)
     cfg = EvaluateConfig(repeats=2, new_tokens=3, speed_batches=[4, 8])
-    stage = measure({"base": model}, prompt(processor, "is there a seven?"), cfg)["base"]
-    assert stage["tokens_per_second"] == {"batch_4": 400, "batch_4_iqr": 0, "batch_8": 800, "batch_8_iqr": 0}
-    assert sorted(seen) == [1] * 4 + [4] * 4 + [8] * 4, "latency is measured at batch 1, asked for or not"
-    assert stage["latency_ms"]["prefill"] == 20 and stage["latency_ms"]["decode"] == 5
+    stage = measure({"base": model}, prompt(tiny[1], "is there a seven?"), cfg)["base"]
+    # 20 + 2 * 10 ms for three tokens.
+    speeds = {"batch_4": 300, "batch_4_iqr": 0, "batch_8": 600, "batch_8_iqr": 0}
+    assert stage["tokens_per_second"] == pytest.approx(speeds, abs=1e-6)
+    assert {len(logits) for _, _, logits in rounds.seen} == {1, 4, 8}, (
+        "latency is measured at batch 1, asked for or not"
+    )
+    assert stage["latency_ms"]["prefill"] == pytest.approx(20) and stage["latency_ms"]["decode"] == pytest.approx(10)
 
 
-def test_a_batch_of_equal_prompts_gives_equal_rows(family, batch):
-    model, _ = family
-    inputs = efficiency._inputs(model, batch)
-    with torch.no_grad():
-        one, three = (model(**efficiency._repeat(inputs, n), logits_to_keep=1).logits for n in (1, 3))
-    torch.testing.assert_close(three, one.expand_as(three))
+def test_a_round_decodes_what_generate_decodes_and_equal_prompts_give_equal_rows(family, batch, monkeypatch):
+    model = copy.deepcopy(family[0])
+    rounds = Rounds(monkeypatch, base=model)
+    measure({"base": model}, batch, EvaluateConfig(repeats=1, new_tokens=4, speed_batches=[3]))
+    assert all(lengths == [batch["input_ids"].shape[1], 1, 1, 1] for _, lengths, _ in rounds.seen)
+    first = {len(logits): logits for _, _, logits in rounds.seen}
+    torch.testing.assert_close(first[3], first[1].expand_as(first[3]))
 
 
 def test_peak_memory_is_what_decoding_holds_beside_the_weights(tiny):
     model, processor = tiny
-    inputs = efficiency._inputs(model, prompt(processor, "is there a seven?"))
-    peaks = [efficiency._memory(model, efficiency._repeat(inputs, n), 3) for n in (1, 8)]
-    held = [memory["peak"] - memory["weights"] for memory in peaks]
-    config, tokens = model.config.text_config, inputs["input_ids"].shape[1] + 2
-    keys_and_values = 2 * config.num_hidden_layers * config.hidden_size * tokens * model.lm_head.weight.element_size()
-    assert held[0] > keys_and_values and 4 * held[0] < held[1] < 9 * held[0]
-
-
-def test_a_round_decodes_what_generate_decodes(tiny, monkeypatch):
-    model, processor = tiny
-    lengths = []
-    handle = model.model.language_model.register_forward_hook(
-        lambda _m, _a, kwargs, _o: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
-    inputs = {"input_ids": prompt(processor, "is there a seven?")["input_ids"]}
-    prefill, decode = efficiency._round(model, inputs, 4)
-    handle.remove()
-    assert lengths == [inputs["input_ids"].shape[1], 1, 1, 1]
-    assert prefill > 0 and decode > 0
+    asked, held = prompt(processor, "is there a seven?"), {}
+    for tokens in (3, 43):
+        found = measure({"base": model}, asked, replace(CFG, repeats=1, new_tokens=tokens))["base"]["memory_bytes"]
+        held[tokens] = found["peak"] - found["weights"]
+    config = model.config.text_config
+    token = 2 * config.num_hidden_layers * config.hidden_size * model.lm_head.weight.element_size()  # keys and values
+    assert held[3] > (asked["input_ids"].shape[1] + 2) * token
+    assert 35 * token < held[43] - held[3] < 2 * 40 * token, "further tokens leave nothing else behind"
 
 
 def test_measuring_leaves_the_models_mode_and_threads(tiny):

@@ -47,7 +47,7 @@ def test_two_ranks_answer_what_one_answers(tiny, questions):
     shares = []
     for rank in range(2):
         module = EvaluationModule(model, processor, TASK, questions, CFG, FeatureCache(model))
-        module._trainer = SimpleNamespace(global_rank=rank, world_size=2)
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=2)
         batches = enumerate(module.predict_dataloader())
         shares.append([found for index, batch in batches for found in module.predict_step(batch, index)])
     assert all(shares) and sum(map(len, shares)) == 24

@@ -81,7 +81,12 @@ def test_refit_is_the_least_squares_solution(name, target):
     plans = some_plan(dense)
     stream = stream_of(pruned, batches)
     dense_hidden = pruned_hidden = stream.start()
-    kwargs = [calls[0] for calls in stream._kwargs]
+    kwargs: list[dict[str, Any]] = []  # of a layer, by batch
+    first = layers_of(pruned)[0].module
+    handle = first.register_forward_pre_hook(lambda _m, _args, given: kwargs.append(given), with_kwargs=True)
+    for batch, inputs in enumerate(dense_hidden):
+        stream.call(first, 0, batch, inputs)
+    handle.remove()
     masks = [b["attention_mask"].bool() for b in batches]
     pruner(stream, target, damping).run(plans, True)
     for plan, before, after in zip(plans, layers_of(dense), layers_of(pruned), strict=True):

@@ -176,8 +176,10 @@ def test_what_all_records_begin_with_counts_once():
     assert beginning.ids[:2] == (9, 9)
     stream = stream_of(make_model(), template, beginning=beginning)
     places = [int(mask.argmax()) for b in template for mask in b["attention_mask"]]
-    first = [stream._shares[i // 3][i % 3, place] for i, place in enumerate(places)]
-    assert float(sum(first)) == pytest.approx(1.0)
+    shares = [torch.zeros(mask.shape, dtype=stream.shares(i).dtype) for i, mask in enumerate(stream.counted)]
+    for i, mask in enumerate(stream.counted):
+        shares[i][mask] = stream.shares(i)
+    assert float(sum(shares[i // 3][i % 3, place] for i, place in enumerate(places))) == pytest.approx(1.0)
     other = {**template[0], "input_ids": template[0]["input_ids"] + 1}  # begins otherwise, such as written text
     assert stream_of(make_model(), [other], beginning=beginning).shares(0).eq(1).all()
     assert Beginning.of(template[:1], image).records == 3

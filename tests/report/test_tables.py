@@ -63,7 +63,7 @@ def make(recovered=0.95, seed=0, overrides=(), reused=(), stages=("base", "prune
 
 def printed(results, width=80):
     file = io.StringIO()
-    Console(file=file, width=width).print(tabulate(results, "tiny_llava"))
+    Console(file=file, width=width).print(tabulate(results))
     return file.getvalue()
 
 

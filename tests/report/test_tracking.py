@@ -182,7 +182,6 @@ def test_every_panel_of_the_dashboard_shows_a_metric_of_the_run(job):
     logged = {name for row in told["history"] for name in row}
     logged |= {name.removesuffix("/_type") for name in logged}  # a picture is a dictionary
     panels = [panel for section in OmegaConf.load(dashboard.DEFINITION).sections for panel in section.panels]
-    assert len(panels) > 8
     for panel in panels:
         there = logged if panel.kind in ("LinePlot", "MediaBrowser") else told["summary"].keys()
         metrics = [panel.get(key, []) for key in ("x", "y", "metrics", "media_keys")]

@@ -136,8 +136,8 @@ def test_a_stage_without_room_is_refused_before_it_computes(model, tmp_path, mon
     typed = small(model, tmp_path / "out", *BARE)
     if stage == "recover":
         run(tmp_path / "first", small(model, tmp_path / "out", "recover=none", *BARE[2:]))
-    for name in ("pruning.module.PruningModule", "recovery.recover.recover"):
-        monkeypatch.setattr(f"efficientllava.{name}", lambda *_, **__: pytest.fail("it computes"))
+    for name in ("prune.PruningModule", "recover.train"):
+        monkeypatch.setattr(f"efficientllava.stages.{name}", lambda *_, **__: pytest.fail("it computes"))
     full(monkeypatch, 1000)
     with pytest.raises(UserError, match=rf"^{stage}: needs about .* GB in .*cache/{stage}, 1e-06 GB are free") as told:
         pipeline.run(composed(*typed), str(tmp_path / "run"), typed)

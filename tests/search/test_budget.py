@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def test_latency_is_measured_inside_forward_passes(
 ) -> None:
     model = make_model(family)
     table = Clocked(model)
-    monkeypatch.setattr(timing, "_mark", lambda _device: table.now)
+    monkeypatch.setattr(time, "perf_counter", lambda: table.now)
     monkeypatch.setattr(timing, "NEW_TOKENS", 4)
     prompt = first_prompt(model, make_batches(1))
     costs = latency_costs(model, table, prompt, tmp_path / "latency.json")
@@ -169,15 +170,25 @@ def test_latency_is_measured_inside_forward_passes(
     assert table.calls == 0 and json.loads((tmp_path / "latency.json").read_text())[0] == 4 * LAYERS * layer
 
 
-def test_every_level_is_timed_often_enough() -> None:
-    model = make_model("llama")
-    for levels in (2, 3, 4, 6):
-        table = Sized(model, levels)
-        seen: Counter[tuple[str, int]] = Counter()
-        for counts, policy in timing._rounds(model, table):
-            seen.update((gene.kind, level) for gene, level in zip(table.genes, policy, strict=True) if counts)
-        assert len(seen) == 2 * levels
-        assert min(seen.values()) >= timing.REPEATS - 1
+@pytest.mark.parametrize("levels", [2, 3, 4, 6])
+def test_every_level_is_timed_often_enough(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rounds = make_model("llama"), list[list[int]]()
+
+    class Asked(Sized):
+        """Notes the policy of every round."""
+
+        def module(self, gene: int, level: int) -> nn.Module:
+            if not gene:
+                rounds.append([])
+            rounds[-1].append(level)
+            return super().module(gene, level)
+
+    table = Asked(model, levels)
+    monkeypatch.setattr(timing, "NEW_TOKENS", 1)
+    latency_costs(model, table, first_prompt(model, make_batches(1)))
+    counted = rounds[2 * timing.WARM_UP :: 2]  # to put it together, and to time it
+    seen = Counter((gene.kind, level) for policy in counted for gene, level in zip(table.genes, policy, strict=True))
+    assert len(seen) == 2 * levels and min(seen.values()) >= timing.REPEATS - 1
 
 
 def test_a_real_measurement_makes_a_budget() -> None:

@@ -178,7 +178,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("survived", range(8))
-def test_resumes_from_a_kill_after_any_generation(tmp_path: Path, survived: int) -> None:
+def test_resumes_from_a_kill_after_any_generation(
+    tmp_path: Path, survived: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space = make_space(target=0.45)
     changes: dict[str, Any] = {"stages": [0.25, 1.0], "gap_weight": 0.3}
 
@@ -187,24 +189,19 @@ def test_resumes_from_a_kill_after_any_generation(tmp_path: Path, survived: int)
 
     landscape = Landscape(space)
     whole = run(start(tmp_path / "whole.json", landscape), change=landscape)
-    saves = 0
+    saved: list[Path] = []
 
-    def dies(search: Search) -> None:
-        save = search._save
-
-        def counting() -> None:
-            nonlocal saves
-            if saves == survived:
-                raise Killed
-            saves += 1
-            save()
-
-        search._save = counting  # pyright: ignore[reportAttributeAccessIssue]
+    def dies(state: Any, path: Path) -> None:
+        if len(saved) == survived:
+            raise Killed
+        saved.append(path)
+        write(state, path)
 
     first, landscape = Landscape(space), Landscape(space)
     search = start(tmp_path / "state.json", first)
-    dies(search)
-    with pytest.raises(Killed):
+    write = type(search.state).write
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(type(search.state), "write", dies)
         run(search, change=first)
     resumed = start(tmp_path / "state.json", landscape)
     landscape.shift = 5.0 * resumed.state.theta

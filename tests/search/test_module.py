@@ -33,13 +33,15 @@ def collate(records: list[Any]) -> dict[str, Any]:
     return {**tensors, "ids": [record.id for record in records]}
 
 
-def searcher(folder: Path, family: str = "llama_gqa", ratio: float = 0.4, **options: Any) -> SearchModule:
+def searcher(
+    folder: Path, family: str = "llama_gqa", ratio: float = 0.4, prune: PruneConfig = PRUNE, **options: Any
+) -> SearchModule:
     holdout = [SimpleNamespace(id=str(8 + i), image=None, source="") for i in range(4)]
     inputs = SearchInputs(
         RECORDS, holdout, collate, 2, {"model": family, "samples": "eight"}, folder / "tables", folder / "work"
     )
     config = SearchConfig(name="test", **{**SMALL, "stages": [0.5, 1.0], "projector_lr": 1e-2, **options})
-    return SearchModule(make_model(family), inputs, replace(PRUNE, ratio=ratio), config)
+    return SearchModule(make_model(family), inputs, replace(prune, ratio=ratio), config)
 
 
 def run(module: SearchModule) -> SearchModule:
@@ -166,9 +168,7 @@ def test_a_target_takes_the_place_of_the_ratio(tmp_path, options, zeros):
 
 
 def test_a_control_draws_fresh_weights_in_the_shape_that_was_found(tmp_path):
-    module = searcher(tmp_path)
-    module._prune = replace(module._prune, reinitialise=True)
-    done, kept = run(module), run(searcher(tmp_path))
+    done, kept = run(searcher(tmp_path, prune=replace(PRUNE, reinitialise=True))), run(searcher(tmp_path))
     assert done.plan == kept.plan and done.pruned is not None and kept.pruned is not None
     fresh, refitted = (layers_of(each.pruned)[0].mlp.writer.weight for each in (done, kept))
     assert fresh.shape == refitted.shape and not torch.equal(fresh, refitted)

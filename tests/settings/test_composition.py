@@ -1,8 +1,12 @@
 """Every configuration file composes, and what has a ``_target_`` can be built."""
 
+import dataclasses
+
 import pytest
 from omegaconf import OmegaConf
 
+from efficientllava.runtime.content import digest
+from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import instantiate, typed
 from efficientllava.settings.schema import RunConfig
 from efficientllava.stages.request import check
@@ -20,7 +24,6 @@ FILLED = {
 
 
 def test_no_group_is_empty():
-    assert len(OPTIONS) > 30
     assert all(any(group.glob("*.yaml")) for group in GROUPS)
 
 
@@ -68,3 +71,28 @@ def test_training_recipes_fit_their_dataclass(model):
     recipe = {key: value for key, value in settings.pretrain.items() if key != "_target_"}
     assert PretrainConfig(**recipe).name == settings.model.name == model
     assert composed(option, "seed=7").pretrain.seed == 7
+
+
+def test_a_typed_value_wins_over_the_defaults_of_the_model():
+    assert composed().prune.ratio == 0.5
+    assert composed("model=checkpoint").prune.ratio == 0.3
+    assert composed("model=checkpoint", "prune.ratio=0.1").prune.ratio == 0.1
+
+
+def test_digest_depends_on_content_alone():
+    one, other = typed(composed()), typed(composed("seed=1"))
+    assert digest(one) == digest(typed(composed())) == digest(dataclasses.asdict(one))
+    assert digest(one) != digest(other)
+    assert len(digest(one)) == 16
+
+
+def test_instantiate_reports_a_bad_target():
+    with pytest.raises(UserError, match=r"no\.such\.Thing"):
+        instantiate({"_target_": "no.such.Thing"})
+    assert instantiate({"_target_": "builtins.dict"}, a=1) == {"a": 1}
+
+
+def test_typed_gives_dataclasses():
+    config = typed(composed())
+    assert isinstance(config, RunConfig)
+    assert dataclasses.is_dataclass(config.recover.lora)
