@@ -174,9 +174,9 @@ def _recovering(plan: Forecast, record: _Record, student: int) -> dict[str, Stag
     boundaries = len(layers) * _hidden(plan.pruned) * size
     alive = boundaries + max(inner) if config.gradient_checkpointing else sum(inner)
     parts["activations"] = tokens * alive + vision_bytes(plan.base, rows * record.images, size)
-    if config.weights.sft > 0 or config.weights.logit > 0:
+    if config.looks("logits"):
         # Logits in the type that computes and in fp32, their logarithms and gradients; of both models in distillation.
-        parts["logits"] = min(config.chunk, tokens) * vocabulary * (36 if config.weights.logit > 0 else 16)
+        parts["logits"] = min(config.chunk, tokens) * vocabulary * (36 if config.looks("logits", "teacher") else 16)
     return {**stages, "recover": StageMemory(parts, tuple(certain), _less(plan, "teacher" in parts))}
 
 

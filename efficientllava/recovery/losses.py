@@ -3,14 +3,14 @@
 A loss returns a *sum over rows* (a row is a position that predicts a supervised token), so that the caller can divide
 by the number of rows of the whole global batch, whatever its split over micro-batches and processes.
 
-A new loss is a class here, a line in `LOSSES`, and a weight in `efficientllava.settings.schema.WeightsConfig`.
+A new loss is a class here, a line in `LOSSES`, and a weight in `WeightsConfig` that says what the loss looks at.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,14 +54,10 @@ def top_k(logits: Tensor, k: int, temperature: float) -> TopK:
 class Loss:
     """What losses are: called, they return a scalar, the sum over rows; as text, they name themselves.
 
-    A loss on logits is given those of the student, ``(rows, vocab)`` in fp32, the targets, ``(rows,)``, and the
-    teacher's logits, or None where it needs no teacher. A loss on hidden states is given those of student and teacher,
-    ``(rows, hidden)``, once per pair of matched layers, and its sums are averaged.
+    A loss on logits is given those of the student, ``(rows, vocab)`` in fp32, the targets, ``(rows,)``, and those of
+    the teacher (`TopK` where the teacher is cached, None where no loss needs one). A loss on hidden states is given
+    those of student and teacher, ``(rows, hidden)``, once per pair of matched layers, and its sums are averaged.
     """
-
-    needs_logits: ClassVar[bool] = False
-    needs_hidden: ClassVar[bool] = False
-    needs_teacher: ClassVar[bool] = False
 
     def __call__(self, *given: Any) -> Tensor:
         """Sum over rows."""
@@ -72,9 +68,7 @@ class Loss:
 class SFTLoss(Loss):
     """Cross-entropy of the supervised tokens, in nats."""
 
-    needs_logits = True
-
-    def __call__(self, logits: Tensor, targets: Tensor, teacher: None = None) -> Tensor:
+    def __call__(self, logits: Tensor, targets: Tensor, teacher: Any = None) -> Tensor:
         """Sum over rows; those with the target -100 do not count."""
         return nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
 
@@ -100,7 +94,6 @@ class LogitKDLoss(Loss):
 
     direction: str = "forward"
     temperature: float = 2.0
-    needs_logits = needs_teacher = True
 
     def __call__(self, logits: Tensor, targets: Tensor, teacher: Tensor | TopK) -> Tensor:
         """Sum over rows, in nats times T²; the teacher may be what `top_k` makes of it at this temperature."""
@@ -140,7 +133,6 @@ class HiddenStateKDLoss(Loss):
 
     metric: str = "l2"
     normalise: bool = True
-    needs_hidden = needs_teacher = True
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Sum over rows, without unit when normalised."""
@@ -156,7 +148,7 @@ class HiddenStateKDLoss(Loss):
         return f"{'L2' if self.metric == 'l2' else 'cosine'}(hidden)"
 
 
-# By the name of the weight; in this order they are told and summed.
+# By the name of the weight.
 LOSSES: dict[str, Callable[[RecoverConfig], Loss]] = {
     "sft": lambda cfg: SFTLoss(),
     "logit": lambda cfg: LogitKDLoss(cfg.kl, cfg.temperature),
@@ -165,28 +157,27 @@ LOSSES: dict[str, Callable[[RecoverConfig], Loss]] = {
 
 
 class Term(NamedTuple):
-    """A loss with its name and its weight in the sum."""
+    """A loss with its name, its weight in the sum, and what it looks at; see `efficientllava.settings.setting`."""
 
     name: str
     weight: float
     loss: Loss
+    looks: tuple[str, ...]
 
 
 def build_terms(cfg: RecoverConfig) -> tuple[Term, ...]:
-    """The losses with a weight above 0, in the order of `LOSSES`."""
-    weights = {name: getattr(cfg.weights, name) for name in LOSSES}
-    return tuple(Term(name, weight, LOSSES[name](cfg)) for name, weight in weights.items() if weight > 0)
-
-
-def compared(cfg: RecoverConfig) -> tuple[bool, bool]:
-    """Whether logits, and whether hidden states, are compared with a teacher's."""
-    taught = [term.loss for term in build_terms(cfg) if term.loss.needs_teacher]
-    return any(loss.needs_logits for loss in taught), any(loss.needs_hidden for loss in taught)
+    """The losses with a weight above 0, in the order of their weights."""
+    weights = {each: getattr(cfg.weights, each.name) for each in fields(cfg.weights)}
+    return tuple(
+        Term(each.name, weight, LOSSES[each.name](cfg), each.metadata["looks"])
+        for each, weight in weights.items()
+        if weight > 0
+    )
 
 
 def describe(cfg: RecoverConfig) -> str:
     """Say in one line what a recovery minimises, such as ``0.5 x CE + 0.5 x L2(hidden)``; a parity is in brackets."""
-    text = " + ".join(f"{weight:g} x {loss}" for _, weight, loss in build_terms(cfg))
+    text = " + ".join(f"{weight:g} x {loss}" for _, weight, loss, _ in build_terms(cfg))
     return f"{text} [as {cfg.parity}]" if cfg.parity else text
 
 
@@ -248,15 +239,17 @@ def term_sums(
     Returns:
         Unweighted sums, ``(terms,)``.
     """
-    on_logits = [term.loss for term in terms if term.loss.needs_logits]
-    sums = iter(logit_sums(on_logits, rows, targets, head, teacher, chunk) if on_logits else ())
+    on_logits = [term for term in terms if "logits" in term.looks]
+    taught = teacher if any("teacher" in term.looks for term in on_logits) else None
+    losses = [term.loss for term in on_logits]
+    sums = iter(logit_sums(losses, rows, targets, head, taught, chunk) if losses else ())
 
-    def total(loss: Loss) -> Tensor:
-        if loss.needs_hidden:
-            return torch.stack([loss(ours, theirs) for ours, theirs in pairs]).mean()
+    def total(term: Term) -> Tensor:
+        if "hidden" in term.looks:
+            return torch.stack([term.loss(ours, theirs) for ours, theirs in pairs]).mean()
         return next(sums)
 
-    return torch.stack([total(term.loss) for term in terms])
+    return torch.stack([total(term) for term in terms])
 
 
 def logit_sums(
@@ -274,12 +267,11 @@ def logit_sums(
     Returns:
         One sum per loss, ``(losses,)``, fp32; connected to ``rows`` and the head even when there are no rows.
     """
-    taught = teacher if any(loss.needs_teacher for loss in losses) else None
 
     def sums(part: slice) -> Tensor:
         logits = head(rows[part]).float()
         with torch.no_grad():
-            reference = taught(part) if taught else None
+            reference = teacher(part) if teacher else None
         return torch.stack([loss(logits, targets[part], reference) for loss in losses])
 
     if len(rows) <= chunk:

@@ -25,7 +25,7 @@ from ..runtime.processes import gather
 from ..settings.checks import require_valid
 from ..settings.schema import RecoverConfig
 from .caching import TargetStats, Wanted, cached_teacher
-from .losses import compared, describe
+from .losses import describe
 from .module import RecoveryModule
 from .student import Sharding, prepare, trainable
 from .teacher import Match, TargetCache, Teacher, check_teacher, match_layers
@@ -213,7 +213,7 @@ def recover(
     steps = optimiser_steps(cfg.steps, cfg.epochs, len(loader), accumulate)
     source, targets, features = live, None, FeatureCache(student)
     if cfg.taught and isinstance(teacher, TargetCache):
-        logits, used = compared(cfg)[0], used_records(loader, steps * accumulate)
+        logits, used = cfg.looks("logits", "teacher"), used_records(loader, steps * accumulate)
         tokens = min(cfg.teacher.top_k, teacher.config.get_text_config().vocab_size) if logits else 0
         wanted = Wanted(tuple(match.teacher for match in matches), tokens, cfg.temperature)
         source, targets = cached_teacher(teacher, wanted, student, loader, used, batch_size, features, trainer)
@@ -297,4 +297,4 @@ def _matches(
             f"recover.teacher.path: the teacher's {depth} layers do not match the student's {layers}, "
             f"which are taken to be its layers {kept}; give the checkpoint that was pruned"
         )
-    return match_layers(cfg.hidden_layers, kept, depth) if compared(cfg)[1] else ()
+    return match_layers(cfg.hidden_layers, kept, depth) if cfg.looks("hidden") else ()

@@ -25,7 +25,6 @@ from ..data.records import Record, column
 from ..models.anatomy import decoder_of, layers_of, projector_of
 from ..runtime.errors import UserError
 from ..settings.schema import RecoverConfig
-from .losses import build_terms
 
 _DROPOUT_RATES = ("attention_dropout", "dropout", "drop_prob", "drop_path_rate")
 
@@ -65,7 +64,7 @@ def prepare(model: nn.Module, cfg: RecoverConfig, seed: int = 0) -> Callable[[],
     model.requires_grad_(False)
     unload = _add_adapters(model, cfg.lora, seed) if cfg.train == "lora" else None
     head: Any = model.lm_head
-    reads_head = any(term.loss.needs_logits for term in build_terms(cfg))
+    reads_head = cfg.looks("logits")
     # The head before the decoder: an embedding tied to it stays trainable, as it gets gradients from the input side.
     parts = [projector_of(model), *([head, decoder_of(model)] if cfg.train == "full" else [])]
     for part in parts:

@@ -29,7 +29,7 @@ from ..models.forward import FeatureCache, HostMemory, Offload, forward_hidden, 
 from ..runtime.content import Memo
 from ..runtime.errors import UserError
 from ..settings.schema import RecoverConfig, TeacherConfig
-from .losses import TeacherLogits, compared
+from .losses import TeacherLogits
 from .student import silence_dropout, weights_of
 
 FINAL = -1  # in place of a layer's position: after the final norm
@@ -203,7 +203,7 @@ def check_teacher(teacher: Any, student: nn.Module, config: RecoverConfig) -> No
     Raises:
         UserError: The vocabularies or the widths of the residual stream differ.
     """
-    logits, hidden = compared(config)
+    logits, hidden = config.looks("logits", "teacher"), config.looks("hidden", "teacher")
     for needed, field, what in ((logits, "vocab_size", "vocabulary"), (hidden, "hidden_size", "hidden width")):
         ours, theirs = (getattr(c.get_text_config(), field) for c in (student.config, teacher))  # pyright: ignore
         if needed and ours != theirs:

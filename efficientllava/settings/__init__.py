@@ -48,6 +48,7 @@ def setting(
     inside: tuple[When, ...] = (),
     follows: str | None = None,
     was: str | None = None,
+    looks: tuple[str, ...] = (),
 ) -> Any:
     """A field of a node.
 
@@ -59,10 +60,12 @@ def setting(
         inside: The same for the keys of this node, but not for the node itself, which is a choice of an option.
         follows: Key of the same range whose value it takes where it is not typed.
         was: Its former name.
+        looks: At what the loss of this weight looks: logits or hidden (states), and teacher where it needs one.
     """
     said = {
         "about": About(help, rule(within) if isinstance(within, str) else within, when, inside, follows),
         "was": was,
+        "looks": looks,
     }
     if isinstance(default, type):
         return field(default_factory=default, metadata=said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from omegaconf import MISSING
@@ -33,7 +33,7 @@ WIDTHWISE = When(lambda c: c.prune.method == "widthwise", "it belongs to prune=w
 LAYERWISE = When(lambda c: c.prune.method == "layerwise", "it belongs to prune=layerwise")
 CUTS = When(lambda c: not c.masks, "masks leave shapes alone; set search.granularity=structured")
 LOGIT = When(lambda c: c.recover.weights.logit > 0, "set recover.weights.logit above 0")
-HIDDEN = When(lambda c: c.recover.weights.hidden > 0, "set recover.weights.hidden above 0")
+HIDDEN = When(lambda c: c.recover.looks("hidden"), "set recover.weights.hidden above 0")
 EVOLVES = When(lambda c: c.search.method != "random", "set search.method=evolution")
 ROUNDS = When(lambda c: c.search.projector and c.search.rounds > 1, "set search.projector=on and search.rounds above 1")
 
@@ -183,9 +183,9 @@ class LoraConfig:
 class WeightsConfig:
     """Weights of the summed recovery losses; a weight of 0 switches a loss off."""
 
-    sft: float = setting(0.0, "cross-entropy on supervised tokens", NATURAL)
-    logit: float = setting(0.0, "KL between student and teacher", NATURAL)
-    hidden: float = setting(0.0, "distance of hidden states", NATURAL)
+    sft: float = setting(0.0, "cross-entropy on supervised tokens", NATURAL, looks=("logits",))
+    logit: float = setting(0.0, "KL between student and teacher", NATURAL, looks=("logits", "teacher"))
+    hidden: float = setting(0.0, "distance of hidden states", NATURAL, looks=("hidden", "teacher"))
 
 
 @dataclass
@@ -208,7 +208,7 @@ class TeacherConfig:
         "cached: tokens whose log-probabilities are kept, the rest as one; the vocabulary is exact",
         COUNT,
         When(
-            lambda c: c.recover.teacher.source == "cached" and c.recover.weights.logit > 0,
+            lambda c: c.recover.teacher.source == "cached" and c.recover.looks("logits", "teacher"),
             "set recover.teacher.source=cached and recover.weights.logit above 0",
         ),
     )
@@ -280,14 +280,19 @@ class RecoverConfig:
         1024,
         "positions per head call of CE and KL, bounds memory",
         COUNT,
-        When(lambda c: c.recover.weights.sft + c.recover.weights.logit > 0, "no loss looks at logits"),
+        When(lambda c: c.recover.looks("logits"), "no loss looks at logits"),
     )
     save_every: int = setting(100, "optimiser steps between resume points", COUNT)
 
     @property
     def taught(self) -> bool:
         """Whether a loss needs a teacher."""
-        return self.weights.logit > 0 or self.weights.hidden > 0
+        return self.looks("teacher")
+
+    def looks(self, *at: str) -> bool:
+        """Whether a loss that has a weight looks at all of these; see `setting`."""
+        looking = {each.name: each.metadata["looks"] for each in fields(self.weights)}
+        return any(getattr(self.weights, name) > 0 and {*at} <= {*looks} for name, looks in looking.items())
 
 
 @dataclass

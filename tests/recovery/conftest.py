@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,10 @@ class Data(L.LightningDataModule):
         return DataLoader(self.samples, batch_sampler=sampler, collate_fn=collate)
 
 
-def make_cfg(sft: float = 0.0, logit: float = 0.0, hidden: float = 0.0, **changes: Any) -> RecoverConfig:
-    options: dict[str, Any] = {"steps": 6, "lr": 1e-2, "save_every": 1000, "warmup": 0.2}
-    return RecoverConfig(weights=WeightsConfig(sft, logit, hidden), **{**options, **changes})
+def make_cfg(**changes: Any) -> RecoverConfig:
+    options: dict[str, Any] = {"steps": 6, "lr": 1e-2, "save_every": 1000, "warmup": 0.2, **changes}
+    weights = {each.name: options.pop(each.name) for each in fields(WeightsConfig) if each.name in options}
+    return RecoverConfig(weights=WeightsConfig(**weights), **options)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def make_module(student: Any, teacher: Any = None, kept: list[int] | None = None
     cfg = make_cfg(**changes)
     frozen = Teacher(teacher, student) if teacher is not None else None
     prepare(student, cfg)
-    matches = match_layers(cfg.hidden_layers, kept or list(range(LAYERS)), LAYERS) if cfg.weights.hidden else ()
+    matches = match_layers(cfg.hidden_layers, kept or list(range(LAYERS)), LAYERS) if cfg.looks("hidden") else ()
     module = RecoveryModule(student, cfg, 10, FeatureCache(student), frozen, matches)
     module.log = module.log_dict = lambda *_, **__: None  # pyright: ignore[reportAttributeAccessIssue]
     return module

@@ -22,6 +22,7 @@ from efficientllava.recovery.losses import (
 )
 from efficientllava.recovery.recover import recover
 from efficientllava.runtime.errors import UserError
+from efficientllava.settings.schema import WeightsConfig
 
 from .conftest import Data, make_cfg, make_factory, make_model
 
@@ -72,7 +73,7 @@ def test_rows_are_the_positions_before_supervised_tokens():
     mask, targets = positions(LABELS, None)
     assert mask.tolist() == [[False, True, True, True, False], [True, True, True, False, False]]
     assert targets.tolist() == [3, 4, 2, 5, 6, 2]
-    assert divisors(build_terms(make_cfg(1, 1, 1)), LABELS, None).tolist() == [6.0, 6.0, 6.0]
+    assert divisors(build_terms(make_cfg(sft=1, logit=1, hidden=1)), LABELS, None).tolist() == [6.0, 6.0, 6.0]
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 8])
@@ -128,12 +129,25 @@ def test_the_loss_is_described(cfg, text):
     assert describe(cfg) == text
 
 
+def test_every_weight_has_a_loss():
+    assert {*LOSSES} == {each.name for each in fields(WeightsConfig)}
+
+
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_configuration_knows_which_losses_need_a_teacher(name):
+def test_a_loss_is_given_what_its_weight_says_it_looks_at(name):
     cfg = make_cfg(**{name: 1.0})
     [term] = build_terms(cfg)
-    assert cfg.taught == term.loss.needs_teacher
-    assert list(LOSSES) == [field.name for field in fields(cfg.weights)]
+    rows, answers, asked = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), []
+
+    def teacher(part: slice) -> Tensor:
+        asked.append(part)
+        return answers[part]
+
+    sums = term_sums([term], rows, torch.zeros(3, dtype=torch.long), nn.Identity(), teacher, [(rows, answers)])
+    sums.sum().backward()
+    assert rows.grad is not None and rows.grad.abs().sum() > 0
+    assert bool(asked) == cfg.looks("logits", "teacher")
+    assert cfg.taught == ("teacher" in term.looks)
 
 
 @pytest.mark.parametrize(
