@@ -206,7 +206,7 @@ def test_help_is_grouped_and_takes_less_than_two_seconds():
         "== Use ==",
         "== Groups",
         "prune: auto, flap",
-        "evaluate: ai2d, digits_vqa, docvqa",
+        "evaluate: ai2d, digits_and_prose, digits_vqa, docvqa",
         "vlmcompression_llava_w15",
         "# in (0, 1]: fraction of the",
         "recover: kd_both",

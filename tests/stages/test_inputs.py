@@ -59,7 +59,7 @@ NEITHER = {
     "data.image_layout",
     *("evaluate.tasks", "evaluate.root", "evaluate.namespace", "evaluate.protocol", "evaluate.quantization"),
     *("evaluate.efficiency", "evaluate.repeats", "evaluate.new_tokens", "evaluate.speed_batches"),
-    *("evaluate.num_workers", "evaluate.judge.*", "evaluate.lmms_eval.*"),
+    *("evaluate.num_workers", "evaluate.judge.*", "evaluate.lmms_eval.*", "evaluate.prose.path"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.log_every_n_steps"),
     *(
         "trainer.enable_model_summary",
@@ -69,7 +69,7 @@ NEITHER = {
     ),
 }
 CONTENT = {
-    "evaluate": ("model", "device", "processes", "task", "questions", "images", "lmms"),
+    "evaluate": ("model", "device", "processes", "task", "questions", "images", "base", "lmms"),
     "prune": ("model", "device", "processes", "records", "files", "images", "written"),
     "search": ("model", "device", "records", "files", "images", "written"),
     "recover": ("model", "device", "processes", "original_layers", "teacher", "files", "images"),
