@@ -99,7 +99,7 @@ def test_a_packed_question_sees_what_it_would_see_alone():
 )
 def test_the_real_decoder_is_pruned_reloaded_and_asked(options, tmp_path):
     typed = small(PATH, tmp_path / "out", *options, "model.train=lora", "evaluate=digits_and_prose")
-    typed += ["evaluate.limit=20", "evaluate.efficiency=false", "prune.ratio=0.1", "calibration.prose=2"]
+    typed += ["data.test_questions=20", "evaluate.efficiency=false", "prune.ratio=0.1", "calibration.prose=2"]
     typed = [each for each in typed if not each.startswith(("evaluate.repeats", "evaluate.new", "evaluate.speed"))]
     record = run(tmp_path / "run", typed)
     stages = record["stages"]
