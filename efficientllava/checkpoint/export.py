@@ -215,7 +215,8 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> None:
 
     Args:
         folder: The exported folder.
-        model: The model in memory, its weights rounded to the storage type.
+        model: The model in memory, its weights rounded to the storage type; afterwards its shapes alone are left, since
+            the fresh process needs the memory.
         inputs: Keyword tensors of ``model.forward``: a prompt with an image.
 
     Raises:
@@ -231,7 +232,7 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> None:
         logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
     finally:
         torch.set_num_threads(threads)
-    model.to("cpu")  # the fresh process may need the memory of the device
+    model.to("meta")
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         probe = str(Path(scratch) / "probe.safetensors")
         save_file({name: value.cpu().contiguous() for name, value in {**inputs, "logits": logits}.items()}, probe)
@@ -240,7 +241,6 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    model.to(device)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"{folder}: the reloaded checkpoint differs from the model in memory: {reason}")

@@ -43,9 +43,8 @@ def prune(run: Run, _before: Made) -> Made:
         return {"seconds": time.perf_counter() - started, "report": asdict(report)}
 
     entry = run.entry("prune", compute, model=base.digest, **_samples(run))
-    made = run.made("pruned", entry)
     base.model = base.model.to("meta")  # of the base only shapes are still looked at
-    return made
+    return run.made("pruned", entry)
 
 
 def _samples(run: Run) -> dict[str, Any]:

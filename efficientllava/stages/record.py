@@ -108,16 +108,12 @@ def _efficiency(run: Run, chain: Sequence[Made]) -> dict[str, dict[str, Any]]:
 
     With offload one model at a time is on the device: two may not fit.
     """
-    settings, config, model = run.settings, run.settings.evaluate, run.settings.model
+    config, model = run.settings.evaluate, run.settings.model
     kind, stages = config.quantization, {made.stage: dict(made.sizes) for made in chain}
     if kind != "none":
         stages |= {f"{name}_{kind}": dict(size) for name, size in stages.items()}
     if config.efficiency:
-        models = {made.stage: made.checkpoint.model for made in chain}
-        if run.base.model.device.type == "meta":  # the pruner consumes the model that it works on
-            # The first process alone is here: not `load_checkpoint`, in which it would wait for the others.
-            offload = settings.prune.offload
-            models["base"] = load(model.path, model.dtype, run.device, model.revision, host=offload).model
+        models = {made.stage: _whole(run, made.checkpoint) for made in chain}
         if kind != "none":
             models |= {f"{name}_{kind}": quantized(each, kind) for name, each in models.items()}
         if run.home == run.device:
@@ -136,6 +132,16 @@ def _efficiency(run: Run, chain: Sequence[Made]) -> dict[str, dict[str, Any]]:
             source = stages[name.removesuffix(f"_{kind}")]
             stages[name] |= {key: source[key] for key in ("flops", "parameters", "language_parameters")}
     return stages
+
+
+def _whole(run: Run, checkpoint: Checkpoint) -> Any:
+    """A checkpoint's model; one that a stage has consumed is loaded again."""
+    if checkpoint.model.device.type != "meta":
+        return checkpoint.model
+    settings = run.settings
+    # The first process alone is here: not `load_checkpoint`, in which it would wait for the others.
+    more = {"revision": checkpoint.revision, "host": settings.prune.offload}
+    return load(checkpoint.path, settings.model.dtype, run.device, **more).model
 
 
 FOLDER = "gguf"

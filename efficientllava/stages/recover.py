@@ -59,10 +59,8 @@ def recover(run: Run, before: Made) -> Made:
         files=run.files["recover"],
         images=processes.on_first(lambda: digest(image_stamps(recovery.records))),
     )
-    made = run.made("recovered", entry)
-    if not settings.evaluate.efficiency:  # else both are measured side by side
-        student.model = student.model.to("meta")
-    return made
+    student.model = student.model.to("meta")
+    return run.made("recovered", entry)
 
 
 def _teacher(run: Run, student: Checkpoint, content: str) -> Any:
