@@ -79,6 +79,13 @@ def test_projector_mode_changes_the_projector_only(tmp_path):
     assert stats.loss == "1 x CE" and stats.train == "projector"
 
 
+def test_a_half_precision_model_is_left_as_it_was_but_for_its_weights(tmp_path):
+    student = make_model().bfloat16()
+    run(student, tmp_path, sft=1.0, hidden=0.0, train="projector", steps=1)
+    assert all(p.grad is None and p.dtype == torch.bfloat16 for p in student.parameters())
+    assert student.to("meta").device.type == "meta"
+
+
 def test_lora_leaves_a_plain_model_that_learned(tmp_path):
     teacher = make_model()
     student = perturb(teacher)
