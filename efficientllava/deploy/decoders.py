@@ -74,8 +74,8 @@ class Decoder:
         """Sizes, as keys of a GGUF file; without those of rotary factors, which are tensors."""
         config, layers, name = decoder_of(self.model).config, self.layers, self.architecture
         head_dim = layers[0].head_dim
-        groups = [layer.attention.units for layer in layers]
-        heads = [layer.attention.units * layer.heads_per_group for layer in layers]
+        groups = [_groups(index, layer) for index, layer in enumerate(layers)]
+        heads = [count * layer.heads_per_group for count, layer in zip(groups, layers, strict=True)]
         widths = [layer.mlp.units or EMPTY for layer in layers]
         per_layer = name == "deci"
         keys = {
@@ -103,17 +103,17 @@ class Decoder:
         for name, factors in _rope_factors(model).items():
             yield name, lambda factors=factors: factors
         for index, layer in enumerate(self.layers):
-            yield from ((f"blk.{index}.{name}", made) for name, made in self._layer(layer))
+            yield from ((f"blk.{index}.{name}", made) for name, made in self._layer(index, layer))
         yield from affine("output_norm", norm)
         if head.weight is not embedding.weight or self.architecture == "phi2":
             yield from affine("output", head)
         if self.architecture == "phi2" and head.bias is None:
             yield "output.bias", lambda: torch.zeros(head.out_features)  # which the runtime does not do without
 
-    def _layer(self, layer: Layer) -> Tensors:
+    def _layer(self, index: int, layer: Layer) -> Tensors:
         module: Any = layer.module
         permuted = self.architecture in ("llama", "deci")
-        if layer.attention.units:
+        if groups := _groups(index, layer):
             yield from affine("attn_norm", module.input_layernorm)
         if self.architecture != "phi2":  # attention and MLP of Phi read the same norm
             yield from affine("ffn_norm", module.post_attention_layernorm)
@@ -122,15 +122,29 @@ class Decoder:
             yield from affine("attn_k_norm", module.self_attn.k_norm)
         if layer.attention.units:
             yield from _component(layer.attention, PARTS["attention"], "attn_output", layer.head_dim * permuted)
+        elif groups:
+            heads = layer.heads_per_group * layer.head_dim
+            yield from _zeros(layer.attention.writer, PARTS["attention"], "attn_output", (heads, *[layer.head_dim] * 2))
         if layer.mlp.units:
             kind = "mlp" if len(layer.mlp.readers) == 2 else "plain"
             yield from _component(layer.mlp, PARTS[kind], "ffn_down")
         else:
-            width, bias = layer.mlp.writer.out_features, layer.mlp.writer.bias
-            yield from ((f"{name}.weight", lambda: torch.zeros(EMPTY, width)) for name in PARTS["mlp"])
-            yield "ffn_down.weight", lambda: torch.zeros(width, EMPTY)
-            if bias is not None:
-                yield "ffn_down.bias", lambda: bias
+            yield from _zeros(layer.mlp.writer, PARTS["mlp"], "ffn_down", (EMPTY, EMPTY))
+
+
+def _groups(index: int, layer: Layer) -> int:
+    """KV groups; where there is none, one of zeros if something of it is needed: the bias, or a first layer's sizes."""
+    return layer.attention.units or int(index == 0 or layer.attention.writer.bias is not None)
+
+
+def _zeros(writer: Any, parts: tuple[str, ...], name: str, rows: tuple[int, ...]) -> Tensors:
+    """Weights that write nothing but the bias, in place of those that are gone."""
+    width, bias = writer.out_features, writer.bias
+    for part, count in zip(parts, rows, strict=True):
+        yield f"{part}.weight", lambda count=count: torch.zeros(count, width)
+    yield f"{name}.weight", lambda: torch.zeros(width, rows[0])
+    if bias is not None:
+        yield f"{name}.bias", lambda: bias
 
 
 def affine(name: str, module: Any) -> Tensors:
@@ -185,16 +199,18 @@ def _rope_factors(model: Any) -> dict[str, Tensor]:
     return {} if torch.allclose(factors, torch.ones_like(factors), atol=1e-6) else {"rope_freqs.weight": factors}
 
 
-def describe(model: Any) -> Decoder:
+def describe(model: Any, some: Sequence[int] | None = None) -> Decoder:
     """How llama.cpp holds a decoder.
 
     Args:
         model: An image-text-to-text model.
+        some: The layers that it has; None: all.
 
     Raises:
         UserError: It holds it in no way; says why.
     """
     layers = layers_of(model)
+    layers = layers if some is None else [layers[index] for index in some]
     name = architecture(model, [(layer.attention.units, layer.mlp.units) for layer in layers])
     return Decoder(name, layers, model, _context(decoder_of(model).config))
 
@@ -215,14 +231,10 @@ def architecture(model: Any, shapes: Sequence[tuple[int, int]]) -> str:
     llama = "llama" if uniform and whole else "deci"
     name, fix = llama if host in LLAMA_LIKE else OTHERS.get(host, ""), FIXES.get(host)
     heads = name == "phi2" and shapes[0][0] * first.attention.width != config.hidden_size
-    silent = first.attention.writer.bias is None or all(groups for groups, _ in shapes)
     problems = {
         REFUSED.get(host, "no architecture of the runtime is known to hold it"): not name,
         f"the runtime's {name} has one shape for all layers; {fix}": host in OTHERS and not uniform,
         f"the runtime's phi2 keeps all heads; {fix}": heads,
-        "in the runtime an attention without heads writes nothing, this one its bias; set prune.protect_attention": (
-            not silent
-        ),
         f"the runtime's {name} has no activation {config.hidden_act!r}": (
             config.hidden_act not in ACTIVATIONS.get(host, ("silu", "swish"))
         ),

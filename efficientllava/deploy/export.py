@@ -47,7 +47,8 @@ def describe(checkpoint: Any, config: DeployConfig) -> tuple[decoders.Decoder, d
 def name_of(checkpoint: Any) -> str:
     """The part of the file names that says which model it is."""
     base = checkpoint.base
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(base.get("name") or named(str(base["path"]))).rpartition("/")[2])
+    called = str(base.get("name") or named(str(base["path"]))).rpartition("/")[2].partition(" (")[0]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", called)
     return f"{name}-pruned" if checkpoint.provenance.get("history") else name
 
 

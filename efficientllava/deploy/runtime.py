@@ -205,6 +205,15 @@ def serve(
 
 
 def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Sizes of files, how long they take to load (in memory already), and what `rates` says of them."""
+    loads = {name: [_load_seconds(file, context) for _ in range(LOADS)] for name, file in files.items()}
+    return {
+        name: {"bytes": files[name].stat().st_size, "load_seconds": statistics.median(loads[name]), **found}
+        for name, found in rates(files, context, repeats).items()
+    }
+
+
+def rates(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, dict[str, float]]:
     """Measure files side by side, on one thread.
 
     Args:
@@ -213,13 +222,12 @@ def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, d
         repeats: Rounds over all files; medians are reported.
 
     Returns:
-        By name: ``bytes`` on disk, ``load_seconds`` (file in memory already), and tokens per second of CPU of a prompt
-        (``prefill``) and of the tokens behind it (``decode``; ``decode_ms``: milliseconds of CPU for one).
+        By name: tokens per second of CPU of a prompt (``prefill``) and of the tokens behind it (``decode``;
+        ``decode_ms``: milliseconds of CPU for one).
     """
     prompt = min(PROMPT, context // 2)
     answer = min(DECODED, context - prompt - 1)
     ids = [3 + position % KNOWN for position in range(prompt)]
-    loads = {name: [_load_seconds(file, context) for _ in range(LOADS)] for name, file in files.items()}
     rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in files}
     with ExitStack() as stack:
         servers = {name: stack.enter_context(serve(file, context=context)) for name, file in files.items()}
@@ -228,15 +236,9 @@ def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, d
                 first, whole = (_cpu_seconds(servers[name], ids, count) for count in (1, 1 + answer))
                 rounds[name].append((first, max(whole - first, 1e-6)))
     found = {}
-    for name, file in files.items():
-        first, later = (statistics.median(times) for times in zip(*rounds[name][1:], strict=True))  # after a warm-up
-        found[name] = {
-            "bytes": file.stat().st_size,
-            "load_seconds": statistics.median(loads[name]),
-            "prefill": prompt / first,
-            "decode": answer / later,
-            "decode_ms": 1e3 / answer * later,
-        }
+    for name, times in rounds.items():
+        first, later = (statistics.median(each) for each in zip(*times[1:], strict=True))  # after a warm-up
+        found[name] = {"prefill": prompt / first, "decode": answer / later, "decode_ms": 1e3 / answer * later}
     return found
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,10 @@ from .levels import LevelTable
 from .space import Budget, Policy
 
 Costs = tuple[tuple[float, ...], ...]
+# Seconds of some layers for a prompt and an answer of so many tokens, in contexts in which the model is another one.
+Clock = Callable[[Any, Sequence[int], tuple[int, int], Iterable[AbstractContextManager[Any]]], list[float]]
 NEW_TOKENS = 32
+PROBED = 8  # layers that another runtime is given at a time
 REPEATS = 7  # times that every level is timed, about; the median counts
 WARM_UP = 2  # rounds that are run and not counted
 
@@ -42,6 +45,7 @@ def budget_of(
     prune: PruneConfig,
     search: SearchConfig,
     path: Path | None = None,
+    clock: Clock | None = None,
 ) -> Budget:
     """The budget that a configuration asks for; the same on all processes.
 
@@ -52,6 +56,7 @@ def budget_of(
         prune: ``ratio``, the target where the search names none.
         search: ``granularity`` and ``budget``.
         path: File that keeps measured latencies, so that a resumed search counts with the same; None keeps none.
+        clock: Of the runtime whose latency counts; None: of this process.
     """
     resource = search.budget.resource if search.granularity == "structured" else "weights"
     share, asked = asked_share(prune, search)
@@ -64,7 +69,7 @@ def budget_of(
         costs = flops_costs(model, table, mean_length(stream.batches))
     else:
         prompt = first_prompt(model, stream.batches)
-        costs = processes.from_first(None if processes.rank() else latency_costs(model, table, prompt, path))
+        costs = processes.from_first(None if processes.rank() else latency_costs(model, table, prompt, path, clock))
     return Budget(resource, share, costs, asked)
 
 
@@ -140,14 +145,21 @@ def flops_costs(model: nn.Module, table: LevelTable, tokens: float) -> Costs:
     return _shares(table, removed, whole)
 
 
-def latency_costs(model: nn.Module, table: LevelTable, prompt: dict[str, Tensor], path: Path | None = None) -> Costs:
-    """Costs in measured seconds, see `measure`; no level is slower than a wider one.
+def latency_costs(
+    model: nn.Module,
+    table: LevelTable,
+    prompt: dict[str, Tensor],
+    path: Path | None = None,
+    clock: Clock | None = None,
+) -> Costs:
+    """Costs in measured seconds, see `measure` and `measure_elsewhere`; no level is slower than a wider one.
 
     Args:
         model: The dense model in eval mode.
         table: A structured level table of it.
         prompt: Output of `first_prompt`.
         path: File that keeps the times; they are taken from there if it exists.
+        clock: See `budget_of`.
 
     Returns:
         ``costs[gene][level]``: share of the dense model's time that goes.
@@ -155,7 +167,9 @@ def latency_costs(model: nn.Module, table: LevelTable, prompt: dict[str, Tensor]
     from sklearn.isotonic import isotonic_regression  # takes a second
 
     if path is None or not path.exists():
-        whole, times = measure(model, table, prompt)
+        tokens = (prompt["input_ids"].shape[1], NEW_TOKENS)
+        found = measure_elsewhere(model, table, tokens, clock) if clock else measure(model, table, prompt)
+        whole, times = found
         if path is not None:
             with whole_file(path) as file:
                 file.write_text(json.dumps([whole, times]), encoding="utf-8")
@@ -240,6 +254,35 @@ def measure(model: nn.Module, table: LevelTable, prompt: dict[str, Tensor]) -> t
         for index, gene in enumerate(table.genes)
     ]
     return statistics.median(whole), times
+
+
+def measure_elsewhere(
+    model: nn.Module, table: LevelTable, tokens: tuple[int, int], clock: Clock
+) -> tuple[float, list[list[float]]]:
+    """Time a prompt and an answer where the model will run.
+
+    Of genes of equal sizes `PROBED` layers are timed at a time, every second one of which has the level in question.
+
+    Args:
+        model: The dense model in eval mode.
+        table: A level table of it.
+        tokens: Of the prompt, and of the answer.
+        clock: Of the runtime.
+
+    Returns:
+        As `measure`.
+    """
+    times: list[list[float]] = [[]] * len(table.genes)
+    for group in _alike(model, table):
+        layers = [table.genes[gene].layer for gene in group[:PROBED]]
+        changed = {*group[:PROBED:2]}
+        levels = range(table.genes[group[0]].levels)
+        policies = [tuple(level * (gene in changed) for gene in range(len(table.genes))) for level in levels]
+        found = clock(model, layers, tokens, (assembled(model, table, policy) for policy in policies))
+        for gene in group:
+            times[gene] = [seconds / len(changed) for seconds in found]
+    (whole,) = clock(model, range(len(layers_of(model))), tokens, [nullcontext()])
+    return whole, times
 
 
 def _decode(model: Any, prompt: dict[str, Tensor]) -> float:

@@ -29,7 +29,7 @@ from ..runtime import processes
 from ..runtime.console import Tick
 from ..runtime.files import whole_file
 from ..settings.schema import PruneConfig, SearchConfig
-from .budget import asked_share, budget_of
+from .budget import Clock, asked_share, budget_of
 from .change import choose, evolve_projector, mask, plan_of
 from .evaluator import Evaluator
 from .evolution import Risk, Search
@@ -56,6 +56,7 @@ class SearchInputs:
         work: Folder of the state of a killed search.
         write: Has the dense model write text that joins the samples, see `efficientllava.pruning.self_text`.
         written_share: Share of the statistics that this text decides, (0, 1).
+        clock: See `efficientllava.search.budget.budget_of`.
     """
 
     records: Sequence[Any]
@@ -67,6 +68,7 @@ class SearchInputs:
     work: Path
     write: Callable[[nn.Module], list[Batch]] | None = None
     written_share: float = 0.5
+    clock: Clock | None = None
 
 
 class SearchModule(LightningModule):
@@ -186,7 +188,7 @@ class SearchModule(LightningModule):
 
     def _space(self, table: LevelTable, stream: CalibrationStream) -> SearchSpace:
         file = self._inputs.work / "latency.json"
-        budget = budget_of(self.model, table, stream, self._prune, self._config, file)
+        budget = budget_of(self.model, table, stream, self._prune, self._config, file, self._inputs.clock)
         if not self._config.uniform:
             return SearchSpace(table.genes, budget)
         groups, channels = (

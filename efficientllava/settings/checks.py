@@ -182,6 +182,8 @@ def problems(config: RunConfig, overrides: Sequence[str] = ()) -> Iterator[str]:
     yield from _trainer(config.trainer, config.dry_run)
     if config.deploy.name != "none" and not config.dry_run:
         yield from _installed(config.deploy)
+    if at_work["search"] and config.search.budget.device == "gguf" and not config.dry_run:
+        yield from _absences("search.budget.device=gguf", "search.budget.device=here")
     yield from _idle(config, overrides).values()
 
 
@@ -259,11 +261,14 @@ def _trainer(trainer: Mapping[str, Any], planned: bool) -> Iterator[str]:
 
 
 def _installed(deploy: DeployConfig) -> Iterator[str]:
-    wanted = ("gguf", "xllamacpp") if deploy.check or deploy.measure else ("gguf",)
+    yield from _absences("deploy=gguf", "deploy=none", ("gguf", "xllamacpp")[: 1 + (deploy.check or deploy.measure)])
+
+
+def _absences(setting: str, otherwise: str, wanted: Sequence[str] = ("gguf", "xllamacpp")) -> Iterator[str]:
     if absent := [*filter(_absent, wanted)]:
         yield (
-            f"deploy=gguf: {' and '.join(absent)} not installed; pip install -c constraints.txt -e '.[gguf]', or set "
-            "deploy=none"
+            f"{setting}: {' and '.join(absent)} not installed; pip install -c constraints.txt -e '.[gguf]', or set "
+            f"{otherwise}"
         )
 
 

@@ -301,10 +301,16 @@ class SearchBudgetConfig:
 
     resource: str = setting(
         "params",
-        "flops: of the prefill; latency: measured here, prefill and 32 tokens, batch 1",
+        "flops: of the prefill; latency: measured, prefill and 32 tokens, batch 1",
         "params | flops | latency",
     )
     target: float | None = setting(None, "share to remove, (0, 1), or the speed-up, > 1; null: prune.ratio", POSITIVE)
+    device: str = setting(
+        "here",
+        "where latency is measured; gguf: in llama.cpp, on one thread, in the first of deploy.types",
+        "here | gguf",
+        When(lambda c: c.search.budget.resource == "latency", "set search.budget.resource=latency"),
+    )
 
 
 @dataclass

@@ -11,11 +11,14 @@ from typing import Any
 
 from ..data.records import image_contents
 from ..data.splits import load_split
+from ..deploy.latency import Stopwatch
+from ..deploy.runtime import version
 from ..pruning.module import PruningModule
 from ..pruning.self_text import sequences, write_text
 from ..report.pictures import draw_search
 from ..runtime import Tick, digest, processes, progress
 from ..search.module import SearchInputs, SearchModule
+from ..settings.schema import RunConfig
 from .run import Made, Run
 
 
@@ -42,9 +45,16 @@ def prune(run: Run, _before: Made) -> Made:
                 draw_search(module.record, folder / "search.png")
         return {"seconds": time.perf_counter() - started, "report": asdict(report)}
 
-    entry = run.entry("prune", compute, model=base.digest, **_samples(run))
+    content = {**_samples(run), **_runtime(settings)}
+    entry = run.entry("prune", compute, model=base.digest, **content)
     base.model = base.model.to("meta")  # of the base only shapes are still looked at
     return run.made("pruned", entry)
+
+
+def _runtime(settings: RunConfig) -> dict[str, Any]:
+    """What a search that counts in llama.cpp's time depends on."""
+    elsewhere = settings.prune.method == "auto" and settings.search.budget.device == "gguf"
+    return {"runtime": [version(), settings.deploy.types[0]]} if elsewhere else {}
 
 
 def _samples(run: Run) -> dict[str, Any]:
@@ -102,5 +112,6 @@ def _searcher(run: Run, work: Path, tick: Tick) -> Any:
         work,
         _writer(run, tick),
         settings.calibration.generate_share,
+        Stopwatch(run.base.processor, settings.deploy.types[0], work) if _runtime(settings) else None,
     )
     return SearchModule(run.base.model, inputs, settings.prune, settings.search, settings.seed, run.features, tick)

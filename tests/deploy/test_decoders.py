@@ -18,6 +18,7 @@ from .conftest import differences, needs_runtime, pruned
 IDS = [3 + 7 * position % 30 for position in range(24)]
 PER_LAYER = ((0, 4, 64), (1, 1, 10), (3, 3, 33))
 OFF = ((0, 4, 64), (1, 0, 64), (2, 2, 0), (3, 0, 0))
+FIRST_OFF = ((0, 0, 64), (1, 4, 64), (3, 0, 0))
 ONE_SHAPE = tuple((index, 2, 40) for index in range(4))
 LLAMA_LIKE = ("llama_gqa", "mistral", "qwen2", "phi3_gqa")
 
@@ -25,7 +26,8 @@ LLAMA_LIKE = ("llama_gqa", "mistral", "qwen2", "phi3_gqa")
 @needs_runtime
 @pytest.mark.parametrize("family", LLAMA_LIKE)
 @pytest.mark.parametrize(
-    ("shapes", "architecture"), [(None, "llama"), (ONE_SHAPE, "llama"), (PER_LAYER, "deci"), (OFF, "deci")]
+    ("shapes", "architecture"),
+    [(None, "llama"), (ONE_SHAPE, "llama"), (PER_LAYER, "deci"), (OFF, "deci"), (FIRST_OFF, "deci")],
 )
 def test_layers_of_any_shape(tmp_path: Path, family: str, shapes: Any, architecture: str) -> None:
     model = make_model(family)
@@ -37,7 +39,7 @@ def test_layers_of_any_shape(tmp_path: Path, family: str, shapes: Any, architect
 
 @needs_runtime
 @pytest.mark.parametrize("biases", [{"attention_bias": True}, {"attention_bias": True, "mlp_bias": True}])
-@pytest.mark.parametrize("shapes", [None, PER_LAYER, ((0, 4, 64), (2, 2, 0))])
+@pytest.mark.parametrize("shapes", [None, PER_LAYER, ((0, 4, 64), (2, 2, 0)), ((0, 2, 64), (1, 0, 64), (2, 0, 0))])
 def test_biases_of_a_llama(tmp_path: Path, biases: dict[str, bool], shapes: Any) -> None:
     model = make_model("llama_gqa", **biases)
     with torch.no_grad():

@@ -170,6 +170,27 @@ def test_latency_is_measured_inside_forward_passes(
     assert table.calls == 0 and json.loads((tmp_path / "latency.json").read_text())[0] == 4 * LAYERS * layer
 
 
+def test_latency_elsewhere_is_that_of_levels_which_every_second_layer_has() -> None:
+    model = make_model("llama")
+    table, asked = Clocked(model), []
+    known = {id(module): 9.0 - 2 * level if gene % 2 else 4.0 - level for (gene, level), module in table.made.items()}
+
+    def clock(model: Any, layers: Any, tokens: tuple[int, int], variants: Any) -> list[float]:
+        asked.append((list(layers), tokens))
+        found = []
+        for variant in variants:
+            with variant:
+                parts = [(layer.self_attn, layer.mlp) for layer in map(model.get_decoder().layers.__getitem__, layers)]
+                found.append(5.0 + sum(known[id(part)] for pair in parts for part in pair))
+        return found
+
+    prompt = {"input_ids": torch.zeros(1, 20)}
+    for gene, values in enumerate(latency_costs(model, table, prompt, None, clock)):
+        step = (2.0 if gene % 2 else 1.0) / (5.0 + LAYERS * 13.0)
+        assert values == pytest.approx([0.0, step, 2 * step])
+    assert asked[-1] == ([*range(LAYERS)], (20, timing.NEW_TOKENS))
+
+
 @pytest.mark.parametrize("levels", [2, 3, 4, 6])
 def test_every_level_is_timed_often_enough(levels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rounds = make_model("llama"), list[list[int]]()

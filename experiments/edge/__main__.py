@@ -1,0 +1,178 @@
+"""Pruned and quantized files beside each other: size, speed and quality, all of it computed in llama.cpp.
+
+    python -m experiments.edge <rows.csv> --work <folder> dense=builtin:smol_llava uniform_20=<checkpoint> ...
+
+A row per model and type, written at once; rows that are there are not made again. Every model is timed in turn with the
+dense one of its type. Questions are those of ``digits_vqa``. The texts are those of ``prose``: their loss and the
+divergence from the dense model in float32 come from the final states of all positions, which the runtime gives, and the
+head as the file holds it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efficientllava.checkpoint.folder import load
+from efficientllava.data.collator import Collator, prompt
+from efficientllava.data.embedded.prose import TEXTS, shipped
+from efficientllava.data.prompts import IGNORE, Prompts
+from efficientllava.data.records import Record, Turn, open_image
+from efficientllava.deploy.check import BOUNDS
+from efficientllava.deploy.export import write
+from efficientllava.deploy.inputs import lead
+from efficientllava.deploy.runtime import Runtime, serve, speeds
+from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
+from efficientllava.runtime.console import quiet_libraries
+from efficientllava.settings.schema import DeployConfig
+
+DENSE, DENSE_TYPES, TYPES = "dense", ["f16", "q8_0", "q4_1", "q4_0"], ["f16", "q8_0", "q4_0"]
+QUESTIONS, ANSWER, PIECES, CONTEXT, REPEATS = 10, 8, 3, 1024, 2
+SPEEDS = ("prefill", "decode")  # tokens per second of CPU
+FIELDS = [
+    *("model", "type", "bytes", "bytes_per_token", "flops_per_token", "load_seconds"),
+    *(f"{side}_{name}" for name in SPEEDS for side in ("dense", "own", "ideal", "share")),
+    *("digits", "kl", "perplexity", *(f"perplexity_{name}" for name in TEXTS)),
+]
+
+
+class Reference:
+    """Pieces of prose with what the dense model says of them, in float32.
+
+    Args:
+        checkpoint: The dense model.
+    """
+
+    def __init__(self, checkpoint: Any) -> None:
+        self._model = checkpoint.model
+        collate = Collator(checkpoint.processor)
+        self.records: Sequence[Record] = shipped()[:PIECES]
+        self._batches = [collate([record]) for record in self.records]
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[str, list[int], Tensor, Tensor, Tensor]]:
+        """Text, token ids, places whose next token counts, these tokens, and log-probabilities of all."""
+        for record, batch in zip(self.records, self._batches, strict=True):
+            (places,) = (batch["labels"][0] != IGNORE).nonzero(as_tuple=True)
+            output = self._model(input_ids=batch["input_ids"]).logits[0, places - 1]
+            ids, targets = batch["input_ids"][0].tolist(), batch["labels"][0, places]
+            yield record.turns[0].kind, ids, places - 1, targets, output.log_softmax(-1)
+
+
+def work_of(file: Path) -> tuple[Tensor, int, int]:
+    """The head of a file, and what one token costs: bytes that are read and operations of its layers."""
+    import gguf
+
+    tensors = gguf.GGUFReader(file).tensors
+    named = {tensor.name: tensor for tensor in tensors}
+    head = named.get("output.weight", named["token_embd.weight"])
+    table = gguf.dequantize(head.data, head.tensor_type)
+    layers = [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
+    read = int(head.n_bytes) + sum(int(tensor.n_bytes) for tensor in tensors if tensor.name.startswith("blk."))
+    return torch.from_numpy(np.array(table, np.float32)), read, sum(2 * int(tensor.n_elements) for tensor in layers)
+
+
+def prose(file: Path, exact: bool, head: Tensor, reference: Reference) -> dict[str, float]:
+    """Perplexity of all texts and of each, and the divergence from the dense model in nats per token."""
+    losses: dict[str, list[Tensor]] = {name: [] for name in TEXTS}
+    divergences = []
+    with serve(file, context=CONTEXT, embeddings=True, exact=exact) as runtime:
+        for text, ids, places, targets, truth in reference:
+            states = torch.tensor(runtime.ask("embedding", content=ids)[0]["embedding"])
+            found = (states[places] @ head.T).log_softmax(-1)
+            losses[text].append(-found.gather(1, targets.unsqueeze(1)).squeeze(1))
+            divergences.append((truth.exp() * (truth - found)).sum(-1))
+    means = {name: math.exp(torch.cat(each).mean()) for name, each in losses.items()}
+    every = torch.cat([loss for each in losses.values() for loss in each])
+    named = {f"perplexity_{name}": value for name, value in means.items()}
+    return {"kl": float(torch.cat(divergences).mean()), "perplexity": math.exp(every.mean()), **named}
+
+
+def digits(file: Path, mmproj: Path, processor: Any) -> float:
+    """Accuracy of greedy answers."""
+    task = digits_vqa(QUESTIONS)
+    with serve(file, mmproj, context=CONTEXT) as runtime:
+        rows = [
+            {
+                "id": record.id,
+                "kind": turn.kind,
+                "answer": turn.answer,
+                "prediction": answer(runtime, processor, record),
+            }
+            for record in task.records()
+            for turn in record.turns
+        ]
+    return task.score(rows).metrics["accuracy"]
+
+
+def answer(runtime: Runtime, processor: Any, record: Record) -> str:
+    """What the runtime answers to the one question of a record."""
+    prompts, (turn,), image = Prompts(processor), record.turns, open_image(record)
+    if image is None:
+        asked: Any = prompt(processor, turn.question, None)["input_ids"][0].tolist()
+    else:
+        text = lead(processor.tokenizer) + prompts.render([Turn(turn.question, "")], 1, True)
+        asked = runtime.prompt(text.replace(prompts.image_token, runtime.marker), [image])
+    return runtime.complete(asked, tokens=ANSWER)["content"]
+
+
+def exported(checkpoint: Any, folder: Path, types: list[str]) -> tuple[dict[str, Path], Path]:
+    """Files of a checkpoint by type, and its image side."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = write(checkpoint, folder, DeployConfig("gguf", types))
+    return {kind: folder / entry["file"] for kind, entry in made["files"].items()}, folder / made["mmproj"]["file"]
+
+
+def row(kind: str, file: Path, mmproj: Path, dense: Path, reference: Reference, processor: Any) -> dict[str, Any]:
+    """All numbers of one file."""
+    head, read, flops = work_of(file)
+    _, dense_read, dense_flops = work_of(dense)
+    ideal = {"prefill": dense_flops / flops, "decode": dense_read / read}
+    timed = speeds({"dense": dense, "own": file}, CONTEXT, REPEATS)
+    found = {"bytes": file.stat().st_size, "bytes_per_token": read, "flops_per_token": flops}
+    found["load_seconds"] = timed["own"]["load_seconds"]
+    for name in SPEEDS:
+        plain, own = timed["dense"][name], timed["own"][name]
+        found |= {f"dense_{name}": plain, f"own_{name}": own, f"ideal_{name}": ideal[name]}
+        found[f"share_{name}"] = own / plain / ideal[name]
+    quality = {"digits": digits(file, mmproj, processor), **prose(file, kind in BOUNDS, head, reference)}
+    return found | quality
+
+
+def main() -> None:
+    """Make the missing rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("models", nargs="+", metavar="name=checkpoint", help="the dense one first")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the files")
+    given = parser.parse_args()
+    quiet_libraries()
+    if not given.rows.exists():
+        given.rows.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+    with given.rows.open(newline="", encoding="utf-8") as file:
+        done = {(each["model"], each["type"]) for each in csv.DictReader(file)}
+    plain = load(given.models[0].partition("=")[2], "float32")
+    reference = Reference(plain)
+    dense, _ = exported(plain, given.work / DENSE, DENSE_TYPES)
+    for name, _, path in (model.partition("=") for model in given.models):
+        checkpoint, types = (plain, DENSE_TYPES) if name == DENSE else (load(path, "float32"), TYPES)
+        if missing := [kind for kind in types if (name, kind) not in done]:
+            files, mmproj = exported(checkpoint, given.work / name, missing)
+            for kind in missing:
+                made = row(kind, files[kind], mmproj, dense[kind], reference, checkpoint.processor)
+                shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in made.items()}
+                with given.rows.open("a", newline="", encoding="utf-8") as file:
+                    csv.DictWriter(file, FIELDS).writerow({"model": name, "type": kind, **shown})
+                print(name, kind, shown, flush=True)
+
+
+if __name__ == "__main__":
+    main()
