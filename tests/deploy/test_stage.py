@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,17 @@ def test_a_run_ends_with_files_for_llama_cpp(tmp_path: Path) -> None:
     assert finished(settings, folder)
     shutil.rmtree(folder / "gguf")
     assert not finished(settings, folder)
+
+
+@pytest.mark.slow
+@needs_runtime
+def test_a_search_meets_a_speed_up_in_llama_cpp_s_time(tmp_path: Path) -> None:
+    options = small("builtin:tiny_internvl", tmp_path / "out", *ALONE, "prune=auto", "search=quick")
+    budget = ("search.budget.resource=latency", "search.budget.device=gguf", "search.budget.target=1.2")
+    made = run(tmp_path / "run", [*options, *budget, "deploy.types=[f16]"])
+    searched = json.loads((tmp_path / "run" / "search.json").read_text())
+    assert searched["budget"] == {"resource": "latency", "target": pytest.approx(1 / 6)}
+    assert 0.02 < made["ratio"]["achieved"] < 0.5
 
 
 @needs_runtime
