@@ -137,7 +137,7 @@ def row(kind: str, file: Path, mmproj: Path, dense: Path, reference: Reference, 
     _, dense_read, dense_flops = work_of(dense)
     ideal = {"prefill": dense_flops / flops, "decode": dense_read / read}
     timed = speeds({"dense": dense, "own": file}, CONTEXT, REPEATS)
-    found = {"bytes": file.stat().st_size, "bytes_per_token": read, "flops_per_token": flops}
+    found: dict[str, Any] = {"bytes": file.stat().st_size, "bytes_per_token": read, "flops_per_token": flops}
     found["load_seconds"] = timed["own"]["load_seconds"]
     for name in SPEEDS:
         plain, own = timed["dense"][name], timed["own"][name]
