@@ -212,7 +212,8 @@ def eliminate(
     """
     whole = columns = weight.detach().to(gram.dtype)
     shift = damping_of(gram, damping)
-    inverse = invert(factorise(gram.clone(), shift, what), what)
+    inverse = invert(factorise(gram.clone(), shift, what), what).T.contiguous()  # symmetric, by rows: no copy
+    spare = torch.empty_like(inverse)
     alive = torch.arange(len(gram) // width, device=gram.device)
     for count in counts:
         scores = _block_scores(columns, inverse, width)
@@ -226,17 +227,30 @@ def eliminate(
         try:
             solved = rows.T.clone()
             divide(solved, factorise(corner, shift.new_zeros(len(out)), what), what)
-            columns = columns[:, kept].addmm_(columns[:, out], solved.T, alpha=-1)
-            inverse = inverse[kept.unsqueeze(1), kept].addmm_(rows.T, solved.T, alpha=-1)
+            columns = columns.index_select(1, kept).addmm_(columns.index_select(1, out), solved.T, alpha=-1)
+            inverse = _principal(inverse, kept, spare).addmm_(rows.T, solved.T, alpha=-1)
             sound = inverts(inverse, gram, shift, places)
         except UnsolvedError:
             sound = False
         if not sound:
             part = gram[places.unsqueeze(1), places]
-            inverse = invert(factorise(part.clone(), shift[places], what), what)
+            inverse = invert(factorise(part.clone(), shift[places], what), what).T.contiguous()
             plain = whole[:, places]
             columns = plain + (whole @ gram[:, places] - plain @ part) @ inverse
         yield Elimination(gone, scores[lowest].clamp(min=0), alive, columns)
+
+
+def _principal(matrix: Tensor, kept: Tensor, spare: Tensor) -> Tensor:
+    """Some rows and columns of a square matrix, in its own memory; fresh memory would cost more than the products.
+
+    Args:
+        matrix: ``(n, n)``, contiguous; used up.
+        kept: Indices of the rows and columns.
+        spare: As large as the matrix, or larger; changed.
+    """
+    n, k = len(matrix), len(kept)
+    rows = torch.index_select(matrix, 0, kept, out=spare.view(-1)[: k * n].view(k, n))
+    return torch.index_select(rows, 1, kept, out=matrix.view(-1)[: k * k].view(k, k))
 
 
 def _eligible(scores: Tensor, alive: Tensor, units: int, groups: int | None) -> Tensor:

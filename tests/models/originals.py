@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,10 +186,11 @@ def internvl_weights(vocabulary: int) -> Weights:
     return w
 
 
-def bunny_tokenizer(folder: Path) -> int:
-    """GPT-2's kind of tokenizer, without an image token; returns the size of the vocabulary."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate([*alphabet, "he", "Ġa"])}, [("h", "e"), ("Ġ", "a")]))
+def bunny_tokenizer(folder: Path, size: int = 0) -> int:
+    """GPT-2's kind of tokenizer, without an image token; returns the size of the vocabulary, ``size`` or more."""
+    words = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "he", "Ġa"]
+    words += [f"w{number}" for number in range(size - len(words) - 1)]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [("h", "e"), ("Ġ", "a")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|endoftext|>"])
@@ -200,14 +201,28 @@ def bunny_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
-def internvl_tokenizer(folder: Path) -> int:
+def internvl_tokenizer(folder: Path, size: int = 0) -> int:
     """Llama's kind of tokenizer with Phi-3's and InternVL's added tokens; returns the size of the vocabulary."""
-    letters = "▁abcdefghijklmnopqrstuvwxyzAIPY.-?3"
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
-    tokenizer = LlamaTokenizer({word: i for i, word in enumerate(words)}, [], model_max_length=8192)
-    tokenizer.add_special_tokens({"additional_special_tokens": ADDED})
+    tokenizer = llama_tokenizer(size - len(ADDED), ADDED)
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
+
+
+def llama_tokenizer(size: int, added: Sequence[str], sentence: str = "") -> LlamaTokenizer:
+    """Llama's kind of tokenizer of letters and bytes, filled up to a size, and tokens that are added behind.
+
+    The words of a sentence are one token each.
+    """
+    letters = "▁abcdefghijklmnopqrstuvwxyzAIPY.-?3"
+    starts = {f"▁{word[:end]}": None for word in sentence.split() for end in range(1, len(word) + 1)}
+    words = dict.fromkeys(
+        ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters, *"".join(sentence.split())]
+    )
+    words |= starts | {f"w{number}": None for number in range(size - len(words) - len(starts))}
+    merges = [(start[:-1], start[-1]) for start in starts]
+    tokenizer = LlamaTokenizer({word: i for i, word in enumerate(words)}, merges, model_max_length=8192)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+    return tokenizer
 
 
 ADDED = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>", "<img>", "</img>", "<IMG_CONTEXT>"]
