@@ -20,7 +20,7 @@ import jinja2
 import matplotlib
 from pandas import DataFrame
 
-from ..record import STAGES, metric_keys, scores
+from ..record import STAGES, lower_is_better, metric_keys, scores
 from ..runtime import Standing, UserError, write_whole
 from . import study
 from .plots import Plot, draw
@@ -194,6 +194,8 @@ def advise(arms: Sequence[Arm], metric: str) -> dict[str, Sequence[str]]:
     names = {"removed": "ratio/achieved", "zeros": "ratio/sparsity", "retained": f"final/retained/{metric}"}
     names |= {"prune": "seconds/prune", "recover": "seconds/recover", "questions": f"final/{metric_keys(metric)[1]}/n"}
     known = frame(arms, **names).fillna({"prune": 0, "recover": 0, "questions": 1})
+    if lower_is_better(metric):  # no share of questions: one seed tells nothing of its noise
+        known["questions"] = math.inf
     known = known.assign(seconds=known.prune + known.recover, name=[arm.label(*BUDGET) for arm in known.arm])
     known = known[known.retained.notna() & known.zeros.isna()].sort_values("removed", kind="stable")
     budgets: dict[tuple[str, ...], list[float]] = {}
@@ -263,7 +265,7 @@ def _noise(one: Any, other: Any) -> float:
     """Half width of the 95 % interval of the difference of two retained scores.
 
     From the spread over seeds; where an arm has one seed only, from the number of questions, as if the score were a
-    share of independent questions.
+    share of independent questions; of a score that is none, nothing is known then.
     """
     if min(one.retained_count, other.retained_count) > 1:
         error = math.hypot(*(row.retained_spread / row.retained_count**0.5 for row in (one, other)))

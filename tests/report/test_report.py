@@ -239,6 +239,13 @@ def test_the_advisor_says_what_is_within_the_noise_and_what_the_study_advises(tm
     (lines,) = advise(arms_of(load_runs(tmp_path)), METRIC).values()
     line = " ".join(lines)
     assert "88.1 % (one seed)" in line and "within the noise" in line  # 100 questions tell no 0.1 points apart
+    for number in (0, 2):
+        results = read(tmp_path / str(number))
+        stage = results["stages"]["recovered"]
+        stage["retained"]["prose/perplexity"], stage["metrics"]["prose"] = stage["retained"][METRIC], {"n": 100}
+        write(results, tmp_path / str(number) / "results.json")
+    (lines,) = advise(arms_of(load_runs(tmp_path)), "prose/perplexity").values()
+    assert "within the noise" not in " ".join(lines)  # a perplexity is no share of questions
 
 
 def test_the_page_stands_alone_and_shows_every_run(sweep):
