@@ -35,7 +35,7 @@ from efficientllava.runtime.console import quiet_libraries
 from efficientllava.settings.schema import DeployConfig
 
 DENSE, DENSE_TYPES, TYPES = "dense", ["f16", "q8_0", "q4_1", "q4_0"], ["f16", "q8_0", "q4_0"]
-QUESTIONS, ANSWER, PIECES, CONTEXT, REPEATS = 300, 8, 60, 1024, 7
+QUESTIONS, ANSWER, PIECES, CONTEXT, REPEATS = 300, 8, 30, 1024, 5
 SPEEDS = ("prefill", "decode")  # tokens per second of CPU
 FIELDS = [
     *("model", "type", "bytes", "bytes_per_token", "flops_per_token", "load_seconds"),

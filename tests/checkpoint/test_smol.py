@@ -19,6 +19,7 @@ from efficientllava.runtime import places
 from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.files import sha256
 from efficientllava.settings.schema import ModelConfig
+from experiments.edge import __main__ as edge
 from experiments.smol_llava.train import batch_of, packed
 from experiments.tiny_models.tiny import BUILDERS, initialise
 from tests.runs import run, small
@@ -110,3 +111,21 @@ def test_the_real_decoder_is_pruned_reloaded_and_asked(options, tmp_path):
     assert "dequantized from Q4_1" in card and 'license: "apache-2.0"' in card
     stored = [json.loads((folder / "config.json").read_text("utf-8")) for folder in (FOLDER, resolve(PATH))]
     assert stored[0] == stored[1], "what a dry run reads is what will be there"
+
+
+@pytest.mark.slow
+@needs_wheel
+def test_the_edge_study_sees_in_llama_cpp_what_the_model_says(monkeypatch, tmp_path):
+    pytest.importorskip("xllamacpp")
+    for name, small_one in {"QUESTIONS": 6, "PIECES": 3, "REPEATS": 1}.items():
+        monkeypatch.setattr(edge, name, small_one)
+    checkpoint = load(PATH, "float32")
+    reference = edge.Reference(checkpoint)
+    files, mmproj = edge.exported(checkpoint, tmp_path, ["f16", "q4_0"])
+    exact, coarse = (
+        edge.row(kind, file, mmproj, files["f16"], reference, checkpoint.processor) for kind, file in files.items()
+    )
+    losses = torch.cat([-truth.gather(1, targets[:, None]) for _, _, _, targets, truth in reference])
+    assert exact["perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-2)
+    assert exact["kl"] < 1e-3 < coarse["kl"] and exact["digits"] >= 0.5
+    assert exact["ideal_decode"] == 1.0 < 2.0 < coarse["ideal_decode"] and coarse["ideal_prefill"] == 1.0
