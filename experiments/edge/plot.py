@@ -26,8 +26,8 @@ def main(rows: Path, picture: Path) -> None:
     found = pd.read_csv(rows)
     found["bytes"] /= 2**20
     found["digits"] *= 100
-    table = found[["model", "type", *TOLD]].rename(columns=TOLD).round(2)
-    lines = [[*table.columns], ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    table = found.loc[:, ["model", "type", *TOLD]].round(2)
+    lines = [["model", "type", *TOLD.values()], ["---"] * len(table.columns), *table.to_numpy().tolist()]
     print(*(f"| {' | '.join(map(str, row))} |" for row in lines), sep="\n")
     figure = Figure((11, 8), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
