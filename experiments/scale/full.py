@@ -49,7 +49,7 @@ SIZES = {"llava_1_5_7b": (336, 640), "bunny_3b": (384, 800), "mini_internvl_4b":
 RECORDS = 665_298  # of LLaVA's mixture
 OFF = ("evaluate=none", "evaluate.efficiency=false", "trainer=cpu", "logger=none", "callbacks=none", "threads=1")
 ONE = ("recover.steps=1", "recover.epochs=null", "data.batch_size=1", "data.global_batch_size=1")
-ASKED = (f"evaluate={write.QUESTIONS}", "evaluate.limit=2", "evaluate.batch_size=1")
+ASKED = (f"evaluate={write.QUESTIONS}", "evaluate.limit=2", "evaluate.batch_size=1", "evaluate.max_new_tokens=8")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ OPERATIONS: dict[Any, Callable[..., float]] = {
     aten.linalg_cholesky_ex: lambda a, *_, **__: a.shape[-1] ** 3 / 3 * _many(a),
     aten.cholesky_inverse: lambda a, *_, **__: a.shape[-1] ** 3 * 2 / 3,
     aten.linalg_solve_triangular: lambda a, b, **_: a.shape[-1] * b.numel(),
+    aten.linear: lambda inputs, weight, *_: 2 * inputs.numel() * len(weight),  # whole in inference mode, else in parts
     aten.addmm_: lambda total, a, b, **_: 2 * a.shape[0] * a.shape[1] * b.shape[1],
 }
 
