@@ -74,6 +74,12 @@ def prompt(processor: Any, question: str, image: Image.Image | None = None) -> d
     return {key: value for key, value in batch.items() if isinstance(value, Tensor)}
 
 
+def _tells_images(processor: Any) -> bool:
+    """Whether a processor says which tokens stand for an image; an attribute of its own since transformers 5.23."""
+    kwargs = processor.valid_processor_kwargs._defaults.get("text_kwargs", {})
+    return getattr(processor, "return_mm_token_type_ids", kwargs.get("return_mm_token_type_ids", False))
+
+
 class Collator:
     """Right-padded training batches.
 
@@ -90,7 +96,7 @@ class Collator:
         self.prompts = Prompts(processor)
         self.max_length = max_length or int(self.prompts.tokenizer.model_max_length)
         # Where images have positions or masks of their own, a packed row would need them per question.
-        self.pack = pack and not processor.return_mm_token_type_ids
+        self.pack = pack and not _tells_images(processor)
 
     def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
         """Collate records.

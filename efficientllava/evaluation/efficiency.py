@@ -155,7 +155,8 @@ def prefill_flops(model: nn.Module, batch: Batch) -> dict[str, int]:
     return {"prefill": _count(model, inputs), "prefill_language": _count(model, language)}
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """The time in seconds, once the device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
@@ -165,20 +166,30 @@ def _now(device: torch.device) -> float:
 def _round(model: nn.Module, inputs: Mapping[str, Any], new_tokens: int) -> tuple[float, float]:
     """Greedy decoding of one prompt without early stop; milliseconds to the first token and per further token."""
     device = inputs["input_ids"].device
-    start = _now(device)
+    start = now(device)
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     token: Tensor = output.logits[:, -1:].argmax(-1)
-    first = _now(device)
+    first = now(device)
     for _ in range(new_tokens - 1):
         output = model(input_ids=token, **going_on(output), use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
-    return 1e3 * (first - start), 1e3 * (_now(device) - first) / (new_tokens - 1)
+    return 1e3 * (first - start), 1e3 * (now(device) - first) / (new_tokens - 1)
 
 
-def _latencies(
+def latencies(
     models: Mapping[str, nn.Module], inputs: Mapping[str, Mapping[str, Any]], repeats: int, new_tokens: int, batch: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Rounds over all models in turn, so that drift of the machine (clock, heat, neighbours) hits all alike."""
+    """Milliseconds to the first token and per further token; round by round, after a warm-up.
+
+    Rounds go over all models in turn, so that drift of the machine (clock, heat, neighbours) hits all alike.
+
+    Args:
+        models: By name.
+        inputs: What the forward of each takes.
+        repeats: Rounds that are counted.
+        new_tokens: Tokens of a round, >= 2.
+        batch: How often the prompt is repeated in a batch.
+    """
     names = list(models)
     repeated = {name: _repeat(inputs[name], batch) for name in names}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -302,7 +313,7 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, cfg: EvaluateConfig) 
         model.eval()
     inputs = {name: _inputs(model, batch) for name, model in models.items()}
     times = {
-        size: _latencies(models, inputs, cfg.repeats, cfg.new_tokens, size) for size in sorted({1, *cfg.speed_batches})
+        size: latencies(models, inputs, cfg.repeats, cfg.new_tokens, size) for size in sorted({1, *cfg.speed_batches})
     }
     measured = {}
     for name, model in models.items():

@@ -226,15 +226,16 @@ def _without_heads(host: Any, writer: str) -> Any:
 
 def _admit(composite: str) -> None:
     """Let a composite configuration that names the class of its text configuration take a per-layer one as well."""
-    part = CONFIG_MAPPING[composite].sub_configs_defaults["text_config"]
-    stock = part.create_subconfig
+    host: Any = CONFIG_MAPPING[composite]
+    stock = host.__post_init__
 
-    def create_subconfig(key: str, subconfig: Any = None, **kwargs: Any) -> Any:
-        if isinstance(subconfig, dict) and str(subconfig.get("model_type")).startswith(PER_LAYER_PREFIX):
-            subconfig = AutoConfig.for_model(**subconfig)
-        return stock(key, subconfig, **kwargs)
+    def __post_init__(self: Any, **kwargs: Any) -> None:
+        text = self.text_config
+        if isinstance(text, dict) and str(text.get("model_type")).startswith(PER_LAYER_PREFIX):
+            self.text_config = AutoConfig.for_model(**text)
+        stock(self, **kwargs)
 
-    part.create_subconfig = create_subconfig  # pyright: ignore[reportAttributeAccessIssue]
+    host.__post_init__ = __post_init__
 
 
 def register() -> None:

@@ -187,7 +187,7 @@ def rebuild(model: nn.Module, kept: Sequence[int]) -> nn.Module:
 
 def _take_buffers(fresh: nn.Module, model: nn.Module) -> None:
     # Non-persistent buffers (rotary frequencies, position ids) are in no state dict.
-    for name, buffer in model.named_buffers():
+    for name, buffer in model.named_buffers(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         target = fresh.get_submodule(owner)
         if leaf not in target._buffers:

@@ -94,15 +94,17 @@ def hidden_states(
     blocks: Any = decoder_of(model).layers
 
     def keep(layer: int, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        states[layer] = (output[0] if isinstance(output, tuple) else output)[mask]
+        output = output[0] if isinstance(output, tuple) else output
+        # Earlier transformers checkpoint a layer with its hooks, which do not run again: they may save nothing for it.
+        states[layer] = output if output.requires_grad else output[mask]
 
     if features is not None:
         features = features.to(weights_of(projector_of(model))[0].dtype)
     with ExitStack() as hooks:
         for layer in {*layers} - {FINAL}:
             hooks.enter_context(blocks[layer].register_forward_hook(partial(keep, layer)))
-        states[FINAL] = forward_hidden(model, batch, features)[mask]
-    return states
+        states[FINAL] = forward_hidden(model, batch, features)
+    return {layer: rows if rows.ndim == 2 else rows[mask] for layer, rows in states.items()}
 
 
 class Answer(NamedTuple):

@@ -186,8 +186,19 @@ def make_setting(folder: Path, depth: int = DEPTH, samples: int = SAMPLES) -> Se
     initialise(model, seed=0)
     records, collate = Digits("calibration", samples), Collator(processor)
     batches = [collate([records[i] for i in range(at, min(at + BATCH, samples))]) for at in range(0, samples, BATCH)]
-    calibration = Calibration(batches, FeatureCache(model))
-    recipe = Structured(round_to=ROUND_TO)
+    return setting_of(model, Calibration(batches, FeatureCache(model)), folder, ROUND_TO)
+
+
+def setting_of(model: Any, calibration: Calibration, folder: Path, round_to: int) -> Setting:
+    """Level table and search space of a model.
+
+    Args:
+        model: The model, in eval mode.
+        calibration: Its samples.
+        folder: Becomes the table's folder.
+        round_to: Kept channels of a level are a multiple of it.
+    """
+    recipe = Structured(round_to=round_to)
     folder.mkdir()
     fill_table(model, recipe, calibration, folder)
     table = LevelTable(model, recipe, folder)

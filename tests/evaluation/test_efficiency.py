@@ -34,7 +34,8 @@ def test_language_flops_equal_the_closed_form(family, batch):
     # Scores and weighted sum, each tokens x tokens x head_dim products per head and layer.
     attention = 4 * tokens**2 * head_dim * config.num_attention_heads * config.num_hidden_layers
     flops = prefill_flops(model, batch)
-    assert flops["prefill_language"] == linear + attention
+    # The angles of the rotary embedding were a matrix product in earlier versions of transformers.
+    assert 0 <= flops["prefill_language"] - linear - attention <= tokens * head_dim
     assert flops["prefill"] > flops["prefill_language"]
 
 
