@@ -269,3 +269,19 @@ def test_the_closing_lines_load_what_the_run_has_made(first, model, capsys):
     said = capsys.readouterr().out
     assert "import efficientllava" in said
     assert f"from_pretrained('{place}/again_recovered/recovered')" in said.replace("\n", "")
+
+
+def test_a_run_that_prunes_from_files_makes_what_one_in_memory_makes(model, tmp_path):
+    options = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "reuse=false")
+    records = []
+    for name, more in (("memory", ()), ("disk", ("prune.offload=disk",))):
+        records.append(run(tmp_path / name, small(model, tmp_path / "out", *options, *more)))
+    memory, disk = (load_file(tmp_path / name / "pruned" / "model.safetensors") for name in ("memory", "disk"))
+    assert memory.keys() == disk.keys()
+    for name, tensor in memory.items():
+        assert tensor.dtype == disk[name].dtype
+        assert torch.equal(tensor, disk[name]), name
+    plans = [(tmp_path / name / "plan.json").read_text() for name in ("memory", "disk")]
+    assert plans[0] == plans[1]
+    assert records[0]["losses"] == records[1]["losses"]
+    assert len(records[0]["losses"]["report"]) == 2

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..models.offload import Disk
 from ..models.pruned import is_per_layer
 from ..runtime.content import Memo
 from ..runtime.errors import UserError, require_finite
@@ -29,7 +30,7 @@ SHARD = "4GB"  # of weights per file; a file is copied to the host before it is 
 # The process that loads a uniform checkpoint never imports this package: it runs this text with ``python -I``.
 CHECK = """
 import sys
-folder, probe, dtype, device, package = sys.argv[1:]
+folder, probe, dtype, stored, device, package = sys.argv[1:]
 if package:
     sys.path.insert(0, package)
     import efficientllava
@@ -39,12 +40,27 @@ from transformers import AutoModelForImageTextToText
 torch.set_num_threads(1)
 inputs = load_file(probe)
 expected = inputs.pop("logits")
-model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+dtype, stored = getattr(torch, dtype), getattr(torch, stored)
+model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=stored, output_loading_info=True)
 wrong = {name: sorted(map(str, keys))[:3] for name, keys in info.items() if keys}
 if wrong:
     sys.exit(f"tensors do not fit: {wrong}")
 if not package and "efficientllava" in sys.modules:
     sys.exit("a uniform checkpoint must load without efficientllava")
+if stored != dtype:  # the weights stay in their file, but for those at work
+    layers, held = model.model.language_model.layers, {}
+    inside = {p for layer in layers for p in layer.parameters()}
+    def enter(layer, _):
+        for p in layer.parameters():
+            held[p], p.data = p.data, p.data.to(dtype)
+    def leave(layer, *_):
+        for p in layer.parameters():
+            p.data = held.pop(p)
+    for layer in layers:
+        layer.register_forward_pre_hook(enter)
+        layer.register_forward_hook(leave)
+    for p in model.parameters():
+        p.data = p.data if p in inside else p.data.to(dtype)
 with torch.no_grad():
     logits = model.to(device).eval()(**{k: v.to(device) for k, v in inputs.items()}).logits.cpu()
 difference = (logits.float() - expected.float()).abs().max().item()
@@ -210,7 +226,7 @@ def model_card(provenance: Mapping[str, Any], needs_import: bool, facts: Mapping
 
 
 @torch.no_grad()
-def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> None:
+def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor], disk: Disk | None = None) -> None:
     """Compare an exported folder with the model in memory.
 
     Args:
@@ -218,25 +234,28 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor]) -> None:
         model: The model in memory, its weights rounded to the storage type; afterwards its shapes alone are left, since
             the fresh process needs the memory.
         inputs: Keyword tensors of ``model.forward``: a prompt with an image.
+        disk: Brings the layers of a model that stays in files, in both processes.
 
     Raises:
         RuntimeError: The reloaded model differs; the message says how.
     """
     device = next(model.parameters()).device
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    stored = str(next(model.parameters()).dtype).removeprefix("torch.")
     package = str(Path(__file__).resolve().parents[2]) if is_per_layer(model.config.get_text_config()) else ""
     threads = torch.get_num_threads()
     # The number of threads decides the order of sums; one on both sides makes the comparison exact.
     torch.set_num_threads(1)
     try:
-        logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+        with disk.running(model) if disk else nullcontext():
+            dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+            logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
     finally:
         torch.set_num_threads(threads)
     model.to("meta")
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         probe = str(Path(scratch) / "probe.safetensors")
         save_file({name: value.cpu().contiguous() for name, value in {**inputs, "logits": logits}.items()}, probe)
-        command = [sys.executable, "-I", "-c", CHECK, str(folder), probe, dtype, device.type, package]
+        command = [sys.executable, "-I", "-c", CHECK, str(folder), probe, dtype, stored, device.type, package]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -35,7 +35,8 @@ from .smol import stored
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-FEW_BITS = ("F8_", "F6_", "F4", "I8", "U8")  # how safetensors names types of quantized weights
+KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # how safetensors names them
+FEW_BITS = ("F8_", "F6_", "F4", "I8", "U8")  # those of quantized weights
 
 
 @dataclass
@@ -217,7 +218,7 @@ def load(
     revision: str | None = None,
     protocol: str | None = None,
     system: str | None = None,
-    host: bool = False,
+    offload: bool | str = False,
     memo: Memo | None = None,
 ) -> Checkpoint:
     """Load a checkpoint in eval mode, strictly: every tensor of the model is in the folder, and the other way round.
@@ -229,7 +230,8 @@ def load(
         revision: Hub revision.
         protocol: ``vicuna_v1`` gives a LLaVA-1.5 its own preprocessing and prompt; None leaves them as the folder says.
         system: System sentence of every prompt, written into the processor; None leaves the chat template's.
-        host: Leave the weights in host memory, in the type that the device computes in.
+        offload: True leaves the weights in host memory, in the type that the device computes in; ``disk`` in the files,
+            from which they are mapped, in the type that is stored.
         memo: See `efficientllava.checkpoint.hub.folder_digest`.
 
     Raises:
@@ -241,6 +243,8 @@ def load(
     path = str(path)
     folder = resolve(path, revision)
     config, storage = read_config(folder, path)
+    if offload == "disk":
+        _require_stored_as(storage, folder, path)
     processor, tokens = processor_of(folder, path, protocol), _tokens_alone(folder, path)
     # Many a tokenizer knows no limit; the decoder's positions are one.
     said = processor.tokenizer.model_max_length
@@ -259,9 +263,9 @@ def load(
                 folder,
                 config=config,
                 generation_config=tokens,
-                dtype=compute_dtype(dtype, storage, device),
+                dtype=storage if offload == "disk" else compute_dtype(dtype, storage, device),
                 output_loading_info=True,
-                device_map=None if device == "cpu" or host else {"": device},
+                device_map=None if device == "cpu" or offload else {"": device},
             )
         except torch.OutOfMemoryError as error:
             raise UserError(
@@ -289,6 +293,16 @@ def load(
 
     told = about(local_folder(path) or folder, path)
     return Checkpoint(model.eval(), processor, path, storage, content, provenance, revision, told)
+
+
+def _require_stored_as(storage: torch.dtype, folder: Path, path: str) -> None:
+    """Refuse weights of other types than config.json says: a cast would be a copy in memory."""
+    for name, (tensor, file) in stored_tensors(folder).items():
+        if tensor.kind in KINDS.values() and tensor.kind != KINDS[storage]:
+            raise UserError(
+                f"model.path={path}: {file.name}: {name} is stored as {tensor.kind}, and config.json says {storage}; "
+                "for prune.offload=disk save it anew in one type"
+            )
 
 
 def _tokens_alone(folder: Path, path: str) -> Any:

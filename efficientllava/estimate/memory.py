@@ -139,11 +139,12 @@ def _pruning(plan: Forecast, record: _Record, base: int, measured: bool) -> Stag
     samples = -(-calibration.samples // plan.processes)
     rows = micro_batch(config, calibration.batch_size)
     size = CalibrationSize(samples, record.tokens, rows, record.images)
-    stored = config.offload or (plan.device == "cuda" and store_on_host(plan.base, config, size))
+    stored = config.offload is True or (plan.device == "cuda" and store_on_host(plan.base, config, size))
     memory = pruning_memory(plan.base, config, size, stored)
     weights = 0 if config.offload else base
     parts = {"base": weights, "working set": memory.peak - weights}
     ways = {
+        "prune.offload=disk": plan.device == "cpu" and not config.offload and plan.settings.prune.method != "auto",
         "prune.offload=true": plan.device == "cuda" and not config.offload and plan.settings.prune.method != "auto",
         "model.dtype=bfloat16": plan.dtype.itemsize > 2,
     }

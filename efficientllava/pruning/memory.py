@@ -143,13 +143,15 @@ def pruning_memory(
         phases["scores"] = block + terms.activations + kept["one"]
     phases["refit and cut" if config.refit else "cut"] = block + terms.cut(config, stored) + kept["cut"]
     phases["loss"] = head + terms.loss + kept["one"]
-    host = (whole if config.offload else 0) + (max(streams.values()) + terms.calls * terms.batches if stored else 0)
+    host = (whole if config.offload is True else 0) + (
+        max(streams.values()) + terms.calls * terms.batches if stored else 0
+    )
     return PruningMemory(whole, phases, host)
 
 
 def store_on_host(model: nn.Module, config: PruneConfig, size: CalibrationSize) -> bool:
     """Whether hidden states have to be kept in host memory for pruning to stay within `MARGIN` of the weights."""
-    return config.offload or pruning_memory(model, config, size, stored=False).ratio > MARGIN
+    return config.offload is True or pruning_memory(model, config, size, stored=False).ratio > MARGIN
 
 
 def _streams(terms: _Terms, config: PruneConfig) -> dict[str, int]:

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data.splits import split_folds
-from ..models.forward import Batch, FeatureCache, Offload
+from ..models.forward import Batch, FeatureCache
+from ..models.offload import Offload
 from ..runtime.console import Tick
 from ..runtime.processes import sum_over
 from ..settings.schema import PruneConfig
@@ -47,7 +48,7 @@ class PruningModule(LightningModule):
         seed: Seed of random importance.
         features: Vision features by image.
         tick: Progress.
-        device: Where layers compute with ``config.offload``, while the model stays in host memory.
+        offload: Brings layers to where they compute, while the model stays in host memory or in files.
         write: Has the dense model write text that enters the statistics, as of `efficientllava.pruning.self_text`.
         written_share: Share of the statistics that this text decides, (0, 1).
     """
@@ -62,15 +63,15 @@ class PruningModule(LightningModule):
         seed: int = 0,
         features: FeatureCache | None = None,
         tick: Tick = silent,
-        device: torch.device | str = "cpu",
+        offload: Offload | None = None,
         write: Callable[[nn.Module], list[Batch]] | None = None,
         written_share: float = 0.5,
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self._offload = Offload(device) if config.offload else None
+        self._offload = offload
         # Lightning moves all modules that it knows of to the device.
-        self._owned: nn.Module | tuple[nn.Module] = (model,) if config.offload else model
+        self._owned: nn.Module | tuple[nn.Module] = (model,) if offload else model
         self.plan: PruningPlan | None = None
         self.pruned: nn.Module | None = None
         self.report: PruneReport | None = None

@@ -23,12 +23,12 @@ from ..models.forward import (
     ANSWERS,
     Batch,
     FeatureCache,
-    Offload,
     Reached,
     forward_hidden,
     supervised_positions,
     to_device,
 )
+from ..models.offload import Offload
 from ..runtime.console import Tick
 from ..runtime.errors import UserError
 from ..runtime.processes import gather
@@ -256,7 +256,7 @@ class CalibrationStream:
             raise UserError(f"prune.tokens={tokens}: the calibration records have no such token; use prune.tokens=all")
 
     def on_device(self, *modules: Any, without: Sequence[nn.Module] = ()) -> AbstractContextManager[None]:
-        """Have modules where they compute, see `efficientllava.models.forward.Offload.on_device`."""
+        """Have modules where they compute, see `efficientllava.models.offload.Offload.on_device`."""
         offload = self.calibration.offload
         return offload.on_device(*modules, without=without) if offload else contextlib.nullcontext()
 

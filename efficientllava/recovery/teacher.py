@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from ..checkpoint.folder import compute_dtype, load, read_config, resolve
 from ..checkpoint.hub import folder_digest
 from ..models.anatomy import decoder_of, projector_of
-from ..models.forward import FeatureCache, HostMemory, Offload, forward_hidden, offload_layers
+from ..models.forward import FeatureCache, HostMemory, forward_hidden
+from ..models.offload import Offload, offload_layers
 from ..runtime.content import Memo
 from ..runtime.errors import UserError
 from ..settings.schema import RecoverConfig, TeacherConfig
@@ -282,7 +283,7 @@ def open_teacher(
     """
     path, revision = _place(config, base)
     if config.source == "live":
-        return load(path, config.dtype, device, revision, host=config.offload).model
+        return load(path, config.dtype, device, revision, offload=config.offload).model
     described, storage = read_config(resolve(path, revision), path)
     dtype = compute_dtype(config.dtype, storage, device)
     return TargetCache(folder, described, dtype, lambda: load(path, config.dtype, device, revision).model, memo)

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..runtime import ConfigError, UserError, processes
 from . import Rule, rule, settings_of
 from .compose import key_of
-from .schema import DeployConfig, JudgeConfig, PruneConfig, RecoverConfig, RunConfig, SearchConfig
+from .schema import ANSWERS, MEASURES, DeployConfig, JudgeConfig, PruneConfig, RecoverConfig, RunConfig, SearchConfig
 
 
 def _is_devices(value: Any) -> bool:
@@ -61,8 +61,24 @@ CONFLICTS: dict[type, tuple[tuple[Callable[[Any], bool], str], ...]] = {
         ),
         (
             lambda n: n.prune.method == "auto" and n.prune.offload,
-            "prune.offload=true: a search runs whole candidates on the GPU; leave it out, or choose prune=widthwise or "
-            "prune=layerwise",
+            "prune.offload={n.prune.offload}: a search runs whole candidates; leave it out, or choose "
+            "prune=widthwise or prune=layerwise",
+        ),
+        (
+            lambda n: n.prune.offload == "disk" and n.on_gpu,
+            "prune.offload=disk: is for a CPU; set trainer=cpu, or prune.offload=true",
+        ),
+        (
+            lambda n: n.prune.offload == "disk" and n.prune.reinitialise,
+            "prune.offload=disk: prune.reinitialise=true draws all weights in memory; leave one of them out",
+        ),
+        (
+            lambda n: (
+                n.prune.offload == "disk"
+                and (n.recover.name != "none" or MEASURES.holds(n) or ANSWERS.holds(n) or n.deploy.name != "none")
+            ),
+            "prune.offload=disk: recovery, benchmarks, speeds and export hold a whole model in memory; set recover=none "
+            "evaluate=none evaluate.efficiency=false deploy=none, and do them in a run from this one's pruned folder",
         ),
         (
             lambda n: n.prune.method == "widthwise" and n.prune.importance == "flap" and n.calibration.samples < 2,

@@ -140,11 +140,15 @@ class PruneConfig:
     )
     share: float | None = setting(None, "nominal share per pruned layer, bypasses the ratio solver", SHARE, WIDTHWISE)
     drop_layers: int | None = setting(None, "number of blocks, bypasses the ratio solver", NATURAL, LAYERWISE)
-    offload: bool = setting(
+    offload: Any = setting(
         False,
-        "weights stay in host memory, one layer at a time computes on the GPU",
-        None,
-        When(lambda c: c.on_gpu, "without a GPU all weights are in host memory anyway"),
+        "true: weights stay in host memory, one layer at a time computes on the GPU; disk: they stay in files, one "
+        "layer at a time is in memory",
+        Rule(lambda value: value in (False, True, "disk"), "one of false, true, disk"),
+        When(
+            lambda c: c.on_gpu or c.prune.offload == "disk",
+            "without a GPU all weights are in host memory anyway, or in files with prune.offload=disk",
+        ),
     )
     reinitialise: bool = setting(False, "control: keep the pruned shape and draw fresh weights", None, CUTS)
 

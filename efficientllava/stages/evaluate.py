@@ -94,9 +94,8 @@ def _loss(run: Run, checkpoint: Checkpoint) -> float:
     records, size = run.reported, run.settings.calibration.batch_size
 
     def compute(_folder: Path, _work: Path) -> dict[str, Any]:
-        loss = mean_loss(checkpoint.model.to(run.device), records, run.collate, size, run.features)
-        checkpoint.model.to(run.home)
-        return {"loss": loss}
+        with run.on_device(checkpoint.model) as model:
+            return {"loss": mean_loss(model, records, run.collate, size, run.features)}
 
     entry = run.entry(
         "evaluate",

@@ -16,6 +16,7 @@ from ..deploy.decoders import BLOCK, FALLBACK, QUANTIZED
 from ..evaluation import judges, lmms, tasks
 from ..models.anatomy import layers_of
 from ..models.forward import FeatureCache, require_images
+from ..pruning.self_text import sequences
 from ..recovery.recover import accumulation
 from ..recovery.student import require_trainable
 from ..recovery.teacher import require_teacher
@@ -58,6 +59,11 @@ def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
     calibration, reported = keep_back(settings, calibration, collate)
     opened = (settings, folder, store, device, base, files, asked, collate, features, calibration, reported)
     run = Run(*opened, _recovery(settings, base), expected)
+    if run.disk and settings.prune.solves and sequences(settings.calibration, calibration, base.processor):
+        raise UserError(
+            "prune.offload=disk: the dense model writes no text for the statistics, which takes all of it in memory; set "
+            "calibration.generate=0"
+        )
     if "pixel_values" in run.probe:
         require_images(base.model, run.probe)
     if open_data(settings) != files:

@@ -92,7 +92,7 @@ def _pruner(run: Run, tick: Tick) -> Any:
         settings.seed,
         run.features,
         tick,
-        run.device,
+        run.offload,
         _writer(run, tick),
         calibration.generate_share,
     )

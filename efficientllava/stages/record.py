@@ -140,7 +140,7 @@ def _whole(run: Run, checkpoint: Checkpoint) -> Any:
         return checkpoint.model
     settings = run.settings
     # The first process alone is here: not `load_checkpoint`, in which it would wait for the others.
-    more = {"revision": checkpoint.revision, "host": settings.prune.offload}
+    more = {"revision": checkpoint.revision, "offload": settings.prune.offload}
     return load(checkpoint.path, settings.model.dtype, run.device, **more).model
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 from lightning.pytorch.callbacks import RichProgressBar
 
 from ..checkpoint.export import reload_gate, round_weights, write
-from ..checkpoint.folder import Checkpoint, load
+from ..checkpoint.folder import Checkpoint, compute_dtype, load
 from ..data.collator import Collator, prompt
 from ..data.datamodule import RecoveryData
 from ..data.records import Record, open_image
 from ..data.splits import load_split
 from ..models.anatomy import sizes
 from ..models.forward import stock_inputs
+from ..models.offload import Disk, Offload
 from ..record import CURVE
 from ..runtime import Entry, Store, keeping, processes
 from ..settings.compose import instantiate
@@ -96,6 +98,26 @@ class Run:
         """Where whole models are between stages: with offload, one that is too large for the GPU is on the host."""
         return "cpu" if self.settings.prune.offload else self.device
 
+    @cached_property
+    def offload(self) -> Offload | None:
+        """Where the weights are that nothing computes with, if not on the device."""
+        if self.settings.prune.offload == "disk":
+            storage = self.base.storage
+            return Disk(compute_dtype(self.settings.model.dtype, storage, self.device), storage, self.store.root)
+        return Offload(self.device) if self.settings.prune.offload else None
+
+    @property
+    def disk(self) -> Disk | None:
+        """The same, if it is files."""
+        return self.offload if isinstance(self.offload, Disk) else None
+
+    @contextmanager
+    def on_device(self, model: Any) -> Iterator[Any]:
+        """Have a whole model where it runs: on the device, or of one in files a layer at a time in memory."""
+        with self.disk.running(model) if self.disk else nullcontext():
+            yield model.to(self.device)
+        model.to(self.home)
+
     @property
     def longest(self) -> int | None:
         """Tokens of the longest calibration record; None where there are none."""
@@ -142,17 +164,20 @@ class Run:
             UserError: There is too little space; says what is needed.
         """
         needed = self.expected.checkpoint
-        keeping.require_space(folder.parent, resume + max(resume, needed), folder.parent.name)
+        changed = needed if self.disk else 0  # what was cut waits in a file of its own
+        keeping.require_space(folder.parent, resume + max(resume, needed) + changed, folder.parent.name)
         if folder.parent.stat().st_dev != self.folder.stat().st_dev:  # where there are no links, but copies
             keeping.require_space(self.folder, needed, folder.parent.name)
 
     def export(self, folder: Path, made: Checkpoint) -> None:
         """Round, save, and compare with what a fresh process loads."""
+        if self.disk:
+            self.disk.settle(made.model)
         round_weights(made.model.to(self.home), made.storage)
         if processes.rank() == 0:
             folder.mkdir()
             write(made, folder, memo=self.store.memo)
-            reload_gate(folder, made.model, self.probe)
+            reload_gate(folder, made.model, self.probe, self.disk)
 
     @cached_property
     def probe(self) -> dict[str, Any]:
@@ -177,9 +202,11 @@ class Run:
         return Made(stage, checkpoint, entry)
 
 
-def load_checkpoint(store: Store, device: str, offload: bool, path: str | Path, dtype: str, *more: Any) -> Checkpoint:
-    """A checkpoint on a run's device, with the digest of its content; with ``offload`` the weights stay on the host."""
-    checkpoint = load(str(path), dtype, device, *more, host=offload, memo=store.memo)
+def load_checkpoint(
+    store: Store, device: str, offload: bool | str, path: str | Path, dtype: str, *more: Any
+) -> Checkpoint:
+    """A checkpoint on a run's device, with the digest of its content; for ``offload`` see `load`."""
+    checkpoint = load(str(path), dtype, device, *more, offload=offload, memo=store.memo)
     checkpoint.content = processes.on_first(lambda: checkpoint.digest)
     return checkpoint
 

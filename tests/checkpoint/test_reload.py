@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -8,9 +9,11 @@ from efficientllava.checkpoint import folder as store
 from efficientllava.checkpoint.export import CHECK, reload_gate, save
 from efficientllava.data.collator import prompt
 from efficientllava.data.embedded.digits import Digits
+from efficientllava.models.offload import Disk
 from efficientllava.models.pruned import is_per_layer
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.surgery import cut
+from efficientllava.runtime.errors import UserError
 
 from ..runs import save_tiny
 
@@ -39,6 +42,25 @@ def test_other_weights_are_refused(loaded, folder):
         loaded.model.lm_head.weight[5, 0] += 1e-3
     with pytest.raises(RuntimeError, match="differs from the model in memory: logits differ by"):
         reload_gate(folder, loaded.model, probe(loaded))
+
+
+def test_a_model_in_files_is_compared_in_the_type_that_it_computes_in(folder, tmp_path):
+    filed, disk = store.load(str(folder), offload="disk"), Disk(torch.float32, torch.float16, tmp_path)
+    assert filed.model.dtype == filed.storage == torch.float16
+    reload_gate(folder, filed.model, probe(filed), disk)
+    filed.model.lm_head.weight.data[5, 0] += 1e-3  # private: the file stays as it is
+    with pytest.raises(RuntimeError, match="differs from the model in memory: logits differ by"):
+        reload_gate(folder, filed.model, probe(filed), disk)
+
+
+def test_weights_of_another_type_than_config_says_are_no_files_to_prune_from(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace("float16", "bfloat16"))
+    with pytest.raises(
+        UserError, match=r"is stored as F16, and config.json says torch.bfloat16; for prune.offload=disk"
+    ):
+        store.load(str(copy), offload="disk")
 
 
 def test_a_folder_that_does_not_load_is_refused(loaded, tmp_path):

@@ -129,6 +129,16 @@ def test_hidden_states_that_go_to_the_host_must_fit_there(folder, monkeypatch):
         require_memory(plan, "cuda:0", 20)
 
 
+def test_a_model_in_files_counts_as_its_largest_parts(folder):
+    options = ("recover=none", "evaluate=none", "evaluate.efficiency=false")
+    memory, disk = (stage_memory(planned(folder, *options, *more), 20) for more in ((), ("prune.offload=disk",)))
+    base = weight_bytes(planned(folder, *options).base)
+    assert list(disk) == ["prune"]
+    assert memory["prune"].parts["base"] == base
+    assert disk["prune"].parts["base"] == disk["prune"].host == 0
+    assert 0 < memory["prune"].total - disk["prune"].total < base
+
+
 def test_what_is_measured_side_by_side_is_held_side_by_side(folder):
     stage = stage_memory(planned(folder))["measure speed"]
     assert stage.least == sum(stage.parts[name] for name in ("base", "pruned", "recovered"))
@@ -179,7 +189,8 @@ def test_a_gpu_has_memory():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "fix"), [("auto", "set model.dtype=bfloat16"), ("bfloat16", "choose another device")]
+    ("dtype", "fix"),
+    [("auto", "set prune.offload=disk or model.dtype=bfloat16"), ("bfloat16", "set prune.offload=disk")],
 )
 def test_shorter_records_do_not_shrink_weights(folder, monkeypatch, dtype, fix):
     plan = planned(folder, "recover=none", "evaluate=none", "evaluate.efficiency=false", f"model.dtype={dtype}")

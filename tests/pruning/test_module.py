@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from efficientllava.data.splits import split_folds
+from efficientllava.models.offload import Offload
 from efficientllava.pruning.module import PruningModule
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.stream import Calibration
@@ -65,7 +66,7 @@ def test_the_module_is_plan_and_apply():
 
 
 def test_offload_keeps_the_model_out_of_lightnings_reach():
-    pruner, whole = module(prune=replace(CONFIG, offload=True)), module()
+    pruner, whole = module(prune=replace(CONFIG, offload=True), offload=Offload("cpu")), module()
     assert not list(pruner.parameters()) and list(whole.parameters())
     assert pruner.transfer_batch_to_device({"x": 1}, torch.device("meta"), 0) == {"x": 1}
     for one in (pruner, whole):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from efficientllava.models.anatomy import decoder_of
-from efficientllava.models.forward import FeatureCache, Offload, supervised_positions
+from efficientllava.models.forward import FeatureCache, supervised_positions
+from efficientllava.models.offload import Offload
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.teacher import FINAL, Teacher
 
@@ -27,7 +28,7 @@ def storages(*models) -> set[int]:
 @pytest.fixture
 def copying(monkeypatch):
     """A device whose memory is not the host's."""
-    monkeypatch.setattr(Offload, "take", lambda _, tensor: tensor.clone())
+    monkeypatch.setattr(Offload, "take", lambda _, tensor: tensor.data.clone())
 
 
 def places(model) -> list[list[int]]:

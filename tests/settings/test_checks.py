@@ -187,12 +187,36 @@ def test_a_search_takes_its_target_in_place_of_the_ratio():
 
 def test_offload_needs_a_gpu_and_no_search(monkeypatch):
     assert problems("prune.offload=true") == [
-        "prune.offload: has no effect here; without a GPU all weights are in host memory anyway, or leave it out"
+        "prune.offload: has no effect here; without a GPU all weights are in host memory anyway, or in files with "
+        "prune.offload=disk, or leave it out"
     ]
     monkeypatch.setattr("efficientllava.runtime.processes.on_gpu", lambda trainer, planned=False: True)
     assert problems("prune.offload=true") == []
     (line,) = problems("prune=auto", "prune.offload=true")
-    assert line.startswith("prune.offload=true: a search runs whole candidates on the GPU")
+    assert line.startswith("prune.offload=True: a search runs whole candidates")
+    assert problems("prune.offload=none") == ["prune.offload=none: must be one of false, true, disk"]
+
+
+ONLY = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "deploy=none")
+
+
+@pytest.mark.parametrize("left_out", [None, *ONLY])
+def test_pruning_from_files_is_all_that_its_run_does(left_out):
+    options = [option for option in ONLY if option not in (left_out, "deploy=none")]
+    options += ["deploy=gguf", "deploy.check=false", "deploy.measure=false"] if left_out == "deploy=none" else []
+    found = problems("prune.offload=disk", "trainer=cpu", *options)
+    assert [line[:31] for line in found] == ["prune.offload=disk: recovery, b"] * (left_out is not None)
+
+
+def test_pruning_from_files_needs_a_cpu_and_old_weights(monkeypatch):
+    assert problems("prune.offload=disk", *ONLY[:3], "prune.reinitialise=true")[0].startswith(
+        "prune.offload=disk: prune.re"
+    )
+    assert problems("prune.offload=disk", *ONLY[:3], "prune=auto")[0].startswith("prune.offload=disk: a search")
+    monkeypatch.setattr("efficientllava.runtime.processes.on_gpu", lambda trainer, planned=False: True)
+    assert problems("prune.offload=disk", *ONLY[:3]) == [
+        "prune.offload=disk: is for a CPU; set trainer=cpu, or prune.offload=true"
+    ]
 
 
 @pytest.mark.parametrize("key", ["nonsense", "prune.nonsense", "recover.lora.nonsense"])
