@@ -57,7 +57,7 @@ class Offload:
         self.resident += size
         self.peak = max(self.peak, self.resident)
         try:
-            for tensor, host, _ in brought:
+            for tensor, *_ in brought:
                 tensor.data = self.take(tensor)
             yield
         finally:

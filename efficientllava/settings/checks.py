@@ -61,8 +61,7 @@ CONFLICTS: dict[type, tuple[tuple[Callable[[Any], bool], str], ...]] = {
         ),
         (
             lambda n: n.prune.method == "auto" and n.prune.offload,
-            "prune.offload={n.prune.offload}: a search runs whole candidates; leave it out, or choose "
-            "prune=widthwise or prune=layerwise",
+            "prune.offload: a search runs whole candidates; leave it out, or choose prune=widthwise or prune=layerwise",
         ),
         (
             lambda n: n.prune.offload == "disk" and n.on_gpu,
@@ -77,7 +76,7 @@ CONFLICTS: dict[type, tuple[tuple[Callable[[Any], bool], str], ...]] = {
                 n.prune.offload == "disk"
                 and (n.recover.name != "none" or MEASURES.holds(n) or ANSWERS.holds(n) or n.deploy.name != "none")
             ),
-            "prune.offload=disk: recovery, benchmarks, speeds and export hold a whole model in memory; set recover=none "
+            "prune.offload=disk: recovery, benchmarks, speeds and deploy hold a whole model; set recover=none "
             "evaluate=none evaluate.efficiency=false deploy=none, and do them in a run from this one's pruned folder",
         ),
         (

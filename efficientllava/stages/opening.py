@@ -61,7 +61,7 @@ def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
     run = Run(*opened, _recovery(settings, base), expected)
     if run.disk and settings.prune.solves and sequences(settings.calibration, calibration, base.processor):
         raise UserError(
-            "prune.offload=disk: the dense model writes no text for the statistics, which takes all of it in memory; set "
+            "prune.offload=disk: the dense model writes no text for the statistics, it is never whole in memory; set "
             "calibration.generate=0"
         )
     if "pixel_values" in run.probe:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from efficientllava.models.anatomy import projector_of
 from efficientllava.models.forward import (
@@ -18,7 +17,6 @@ from efficientllava.models.forward import (
 from ..conftest import (
     logits_of,
     make_batch,
-    make_batches,
     make_model,
     make_packed,
 )

@@ -193,7 +193,7 @@ def test_offload_needs_a_gpu_and_no_search(monkeypatch):
     monkeypatch.setattr("efficientllava.runtime.processes.on_gpu", lambda trainer, planned=False: True)
     assert problems("prune.offload=true") == []
     (line,) = problems("prune=auto", "prune.offload=true")
-    assert line.startswith("prune.offload=True: a search runs whole candidates")
+    assert line.startswith("prune.offload: a search runs whole candidates")
     assert problems("prune.offload=none") == ["prune.offload=none: must be one of false, true, disk"]
 
 
@@ -212,7 +212,7 @@ def test_pruning_from_files_needs_a_cpu_and_old_weights(monkeypatch):
     assert problems("prune.offload=disk", *ONLY[:3], "prune.reinitialise=true")[0].startswith(
         "prune.offload=disk: prune.re"
     )
-    assert problems("prune.offload=disk", *ONLY[:3], "prune=auto")[0].startswith("prune.offload=disk: a search")
+    assert problems("prune.offload=disk", *ONLY[:3], "prune=auto")[0].startswith("prune.offload: a search")
     monkeypatch.setattr("efficientllava.runtime.processes.on_gpu", lambda trainer, planned=False: True)
     assert problems("prune.offload=disk", *ONLY[:3]) == [
         "prune.offload=disk: is for a CPU; set trainer=cpu, or prune.offload=true"
