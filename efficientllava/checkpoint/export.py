@@ -48,7 +48,7 @@ if wrong:
 if not package and "efficientllava" in sys.modules:
     sys.exit("a uniform checkpoint must load without efficientllava")
 if stored != dtype:  # the weights stay in their file, but for those at work
-    layers, held = model.model.language_model.layers, {}
+    layers, held = model.get_decoder().layers, {}
     inside = {p for layer in layers for p in layer.parameters()}
     def enter(layer, _):
         for p in layer.parameters():
