@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    source = commit()  # before this command changes what is shipped
     training = Training(args.state, args.minutes, args.seed)
     training.run()
     args.to.mkdir(parents=True, exist_ok=True)
@@ -337,7 +338,7 @@ def main() -> None:
     save_file(weights, args.to / ADAPTER, {"format": "pt"})
     provenance = {
         "command": "python -m experiments.smol_llava.train --state <folder> --minutes <minutes> --to <folder>",
-        "commit": commit(),
+        "commit": source,
         "recipe": {
             **{"name": "smol_llava", "seed": args.seed, "rank": RANK, "images": ROWS, "questions": QUESTIONS, "lr": LR},
             **{"decay": DECAY, "prose": PROSE, "prose_tokens": LENGTH, "fitted_images": FITTED, "ridge": RIDGE},
