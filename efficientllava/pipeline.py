@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from .launch.local import relaunch
 from .record import lookup, read, read_curve
-from .runtime import UserError, keeping, processes, say, sweeping
+from .runtime import UserError, keeping, processes, quiet_libraries, say, sweeping
 from .settings.compose import instantiate, typed
 from .settings.schema import RunConfig
 from .stages.request import check, finished, nothing_to_do, run_key, settings_key
@@ -71,6 +71,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     from .stages import evaluate, opening, prune, record, recover
     from .stages.run import Made
 
+    quiet_libraries()
     plan, device = forecast(settings), opening.device_of(settings)
     require_memory(plan, device)
     run = opening.open_run(settings, folder, expected(plan))

@@ -231,6 +231,14 @@ def test_a_pipe_that_closes_early_is_no_error():
     assert done.stdout.startswith("efficientllava")
 
 
+def test_no_warning_of_a_library_reaches_the_shell(tmp_path):
+    model, trained = save_tiny(tmp_path / "model"), ("prune=none", "recover=sft", "recover.train=lora")
+    args = small(model, tmp_path / "out", *trained, "recover.steps=1", "evaluate=none", "evaluate.efficiency=false")
+    done = subprocess.run([*RUN, *args], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr + done.stdout
+
+
 def test_a_run_from_the_shell_ends_with_0_and_a_bad_one_with_2(tmp_path):
     model = save_tiny(tmp_path / "model")
     args = small(

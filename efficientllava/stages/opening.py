@@ -20,7 +20,7 @@ from ..pruning.self_text import sequences
 from ..recovery.recover import accumulation
 from ..recovery.student import require_trainable
 from ..recovery.teacher import require_teacher
-from ..runtime import ConfigError, Store, UserError, processes, quiet_libraries, say
+from ..runtime import ConfigError, Store, UserError, processes, say
 from ..runtime.keeping import require_space
 from ..settings.schema import RunConfig
 from .run import Expected, Run, load_checkpoint
@@ -42,7 +42,6 @@ def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
     Raises:
         UserError: Something that a stage will need is not there.
     """
-    quiet_libraries()
     if settings.threads:
         torch.set_num_threads(settings.threads)
     store, device = Store(Path(settings.paths.cache_dir), settings.reuse), device_of(settings)
