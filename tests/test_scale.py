@@ -89,6 +89,7 @@ def test_records_of_a_mixture_are_streamed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_all_stages_are_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "config_of", small_config)
     place = full.Place(tmp_path, "llava_1_5_7b", 4, ratio=0.05, round_to=8)
