@@ -110,6 +110,7 @@ def test_a_part_is_killed_at_its_limit_and_a_fault_is_told(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @ON_CPU
 def test_the_rehearsal_runs_all_parts(tmp_path):
     gpu.main([str(tmp_path), "--rehearse"])

@@ -76,7 +76,8 @@ def test_flops_are_those_of_the_counter(family: str) -> None:
     dense = prefill_flops(model, prompt)["prefill_language"]
     pruned = prefill_flops(table.cut(make_model(family), policy), prompt)["prefill_language"]
     predicted = sum(costs[gene][level] for gene, level in enumerate(policy))
-    assert predicted == pytest.approx((dense - pruned) / dense, rel=1e-6)
+    # Earlier versions of transformers have the angles of the rotary embedding in a matrix product, which stays.
+    assert predicted == pytest.approx((dense - pruned) / dense, rel=1e-4)
     assert predicted > 0.1
 
 
