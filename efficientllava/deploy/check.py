@@ -128,9 +128,13 @@ def expected(model: Any, processor: Any, asked: Sequence[Question], images: bool
     return found
 
 
+def rendered(prompts: Prompts, question: str, images: int) -> str:
+    """The prompt of a question as the runtime is given it, with placeholders of its images."""
+    return lead(prompts.tokenizer) + prompts.render([Turn(question, "")], images, True)
+
+
 def _ask(model: Any, processor: Any, question: str, image: Image.Image | None) -> Probe:
     inputs = stock_inputs(model, prompt(processor, question, image))
-    rendered = lead(processor.tokenizer) + Prompts(processor).render([Turn(question, "")], int(image is not None), True)
     ids = inputs["input_ids"][0].tolist()
     output = model(**inputs, use_cache=True, logits_to_keep=1)
     first, greedy = output.logits[0, -1].float().log_softmax(-1), []
@@ -141,7 +145,8 @@ def _ask(model: Any, processor: Any, question: str, image: Image.Image | None) -
         if token in stop:
             break
         output = model(input_ids=torch.tensor([[token]]), **going_on(output), use_cache=True)
-    return Probe(question, ids if image is None else rendered, image, len(ids), first, greedy)
+    text = ids if image is None else rendered(Prompts(processor), question, 1)
+    return Probe(question, text, image, len(ids), first, greedy)
 
 
 def end_tokens(model: Any) -> list[int]:

@@ -47,12 +47,15 @@ class Stopwatch:
         Raises:
             UserError: The runtime does not hold the decoder, or is not installed.
         """
+        words = vocabulary(self._processor, decoder_of(model).embed_tokens.num_embeddings, end_tokens(model))
         found: list[float] = []
         first = self._folder / "first.gguf"
         for variant in variants:
             file = self._folder / "other.gguf" if found else first
             with variant:
-                self._write(file, model, layers)
+                decoder = decoders.describe(model, layers)
+                keys = decoder.metadata() | words
+                decoders.write(file, decoder.architecture, keys, decoder.tensors(), self._kind)
             measured = rates({"first": first, **({"other": file} if found else {})}, CONTEXT, REPEATS)
             spent = {name: tokens[0] / each["prefill"] + tokens[1] / each["decode"] for name, each in measured.items()}
             found.append(found[0] * spent["other"] / spent["first"] if found else spent["first"])
@@ -60,8 +63,3 @@ class Stopwatch:
                 file.unlink()
         first.unlink()
         return found
-
-    def _write(self, file: Path, model: Any, layers: Sequence[int]) -> None:
-        decoder = decoders.describe(model, layers)
-        words = vocabulary(self._processor, decoder_of(model).embed_tokens.num_embeddings, end_tokens(model))
-        decoders.write(file, decoder.architecture, decoder.metadata() | words, decoder.tensors(), self._kind)

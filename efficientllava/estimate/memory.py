@@ -143,9 +143,10 @@ def _pruning(plan: Forecast, record: _Record, base: int, measured: bool) -> Stag
     memory = pruning_memory(plan.base, config, size, stored)
     weights = 0 if config.offload else base
     parts = {"base": weights, "working set": memory.peak - weights}
+    whole = not config.offload and plan.settings.prune.method != "auto"
     ways = {
-        "prune.offload=disk": plan.device == "cpu" and not config.offload and plan.settings.prune.method != "auto",
-        "prune.offload=true": plan.device == "cuda" and not config.offload and plan.settings.prune.method != "auto",
+        "prune.offload=disk": whole and plan.device == "cpu",
+        "prune.offload=true": whole and plan.device == "cuda",
         "model.dtype=bfloat16": plan.dtype.itemsize > 2,
     }
     smaller = "lower calibration.samples, calibration.batch_size or data.max_length"

@@ -21,6 +21,8 @@ from . import Rule, rule, settings_of
 from .compose import key_of
 from .schema import ANSWERS, MEASURES, DeployConfig, JudgeConfig, PruneConfig, RecoverConfig, RunConfig, SearchConfig
 
+RUNTIME = ("gguf", "xllamacpp")  # what writes files for llama.cpp, and what runs them
+
 
 def _is_devices(value: Any) -> bool:
     listed = isinstance(value, list | tuple) and value
@@ -276,10 +278,11 @@ def _trainer(trainer: Mapping[str, Any], planned: bool) -> Iterator[str]:
 
 
 def _installed(deploy: DeployConfig) -> Iterator[str]:
-    yield from _absences("deploy=gguf", "deploy=none", ("gguf", "xllamacpp")[: 1 + (deploy.check or deploy.measure)])
+    wanted = RUNTIME if deploy.check or deploy.measure else RUNTIME[:1]
+    yield from _absences("deploy=gguf", "deploy=none", wanted)
 
 
-def _absences(setting: str, otherwise: str, wanted: Sequence[str] = ("gguf", "xllamacpp")) -> Iterator[str]:
+def _absences(setting: str, otherwise: str, wanted: Sequence[str] = RUNTIME) -> Iterator[str]:
     if absent := [*filter(_absent, wanted)]:
         yield (
             f"{setting}: {' and '.join(absent)} not installed; pip install -c constraints.txt -e '.[gguf]', or set "

@@ -25,10 +25,9 @@ from efficientllava.checkpoint.folder import load
 from efficientllava.data.collator import Collator, prompt
 from efficientllava.data.embedded.prose import TEXTS, shipped
 from efficientllava.data.prompts import IGNORE, Prompts
-from efficientllava.data.records import Record, Turn, open_image
-from efficientllava.deploy.check import BOUNDS
+from efficientllava.data.records import Record, open_image
+from efficientllava.deploy.check import BOUNDS, rendered
 from efficientllava.deploy.export import write
-from efficientllava.deploy.inputs import lead
 from efficientllava.deploy.runtime import Runtime, serve, speeds
 from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.runtime.console import quiet_libraries
@@ -67,23 +66,34 @@ class Reference:
             yield record.turns[0].kind, ids, places - 1, targets, output.log_softmax(-1)
 
 
-def work_of(file: Path) -> tuple[Tensor, int, int]:
-    """The head of a file, and what one token costs: bytes that are read and operations of its layers."""
+def _tensors(file: Path) -> tuple[Any, list[Any]]:
+    """The head of a file and what lies in its layers, as they are stored."""
     import gguf
 
-    tensors = gguf.GGUFReader(file).tensors
-    named = {tensor.name: tensor for tensor in tensors}
-    head = named.get("output.weight", named["token_embd.weight"])
-    table = gguf.dequantize(head.data, head.tensor_type)
-    layers = [tensor for tensor in tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
-    read = int(head.n_bytes) + sum(int(tensor.n_bytes) for tensor in tensors if tensor.name.startswith("blk."))
-    return torch.from_numpy(np.array(table, np.float32)), read, sum(2 * int(tensor.n_elements) for tensor in layers)
+    named = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    layers = [tensor for name, tensor in named.items() if name.startswith("blk.")]
+    return named.get("output.weight", named["token_embd.weight"]), layers
 
 
-def prose(file: Path, exact: bool, head: Tensor, reference: Reference) -> dict[str, float]:
+def head_of(file: Path) -> Tensor:
+    """The head as the file holds it, ``(vocabulary, width)`` in float32."""
+    import gguf
+
+    head, _ = _tensors(file)
+    return torch.from_numpy(np.array(gguf.dequantize(head.data, head.tensor_type), np.float32))
+
+
+def work_of(file: Path) -> tuple[int, int]:
+    """What one token costs: bytes that are read, and operations of the layers."""
+    head, layers = _tensors(file)
+    read = sum(int(tensor.n_bytes) for tensor in (head, *layers))
+    return read, sum(2 * int(tensor.n_elements) for tensor in layers if len(tensor.shape) == 2)
+
+
+def prose(file: Path, exact: bool, reference: Reference) -> dict[str, float]:
     """Perplexity of all texts and of each, and the divergence from the dense model in nats per token."""
     losses: dict[str, list[Tensor]] = {name: [] for name in TEXTS}
-    divergences = []
+    divergences, head = [], head_of(file)
     with serve(file, context=CONTEXT, embeddings=True, exact=exact) as runtime:
         for text, ids, places, targets, truth in reference:
             states = torch.tensor(runtime.ask("embedding", content=ids)[0]["embedding"])
@@ -115,11 +125,12 @@ def digits(file: Path, mmproj: Path, processor: Any) -> float:
 
 def answer(runtime: Runtime, processor: Any, record: Record) -> str:
     """What the runtime answers to the one question of a record."""
-    prompts, (turn,), image = Prompts(processor), record.turns, open_image(record)
+    (turn,), image = record.turns, open_image(record)
     if image is None:
         asked: Any = prompt(processor, turn.question, None)["input_ids"][0].tolist()
     else:
-        text = lead(processor.tokenizer) + prompts.render([Turn(turn.question, "")], 1, True)
+        prompts = Prompts(processor)
+        text = rendered(prompts, turn.question, 1)
         asked = runtime.prompt(text.replace(prompts.image_token, runtime.marker), [image])
     return runtime.complete(asked, tokens=ANSWER)["content"]
 
@@ -133,8 +144,7 @@ def exported(checkpoint: Any, folder: Path, types: list[str]) -> tuple[dict[str,
 
 def row(kind: str, file: Path, mmproj: Path, dense: Path, reference: Reference, processor: Any) -> dict[str, Any]:
     """All numbers of one file."""
-    head, read, flops = work_of(file)
-    _, dense_read, dense_flops = work_of(dense)
+    (read, flops), (dense_read, dense_flops) = work_of(file), work_of(dense)
     ideal = {"prefill": dense_flops / flops, "decode": dense_read / read}
     timed = speeds({"dense": dense, "own": file}, CONTEXT, REPEATS)
     found: dict[str, Any] = {"bytes": file.stat().st_size, "bytes_per_token": read, "flops_per_token": flops}
@@ -143,7 +153,7 @@ def row(kind: str, file: Path, mmproj: Path, dense: Path, reference: Reference, 
         plain, own = timed["dense"][name], timed["own"][name]
         found |= {f"dense_{name}": plain, f"own_{name}": own, f"ideal_{name}": ideal[name]}
         found[f"share_{name}"] = own / plain / ideal[name]
-    quality = {"digits": digits(file, mmproj, processor), **prose(file, kind in BOUNDS, head, reference)}
+    quality = {"digits": digits(file, mmproj, processor), **prose(file, kind in BOUNDS, reference)}
     return found | quality
 
 
@@ -161,13 +171,14 @@ def main() -> None:
         done = {(each["model"], each["type"]) for each in csv.DictReader(file)}
     plain = load(given.models[0].partition("=")[2], "float32")
     reference = Reference(plain)
-    dense, _ = exported(plain, given.work / DENSE, DENSE_TYPES)
+    dense = exported(plain, given.work / DENSE, DENSE_TYPES)
     for name, _, path in (model.partition("=") for model in given.models):
-        checkpoint, types = (plain, DENSE_TYPES) if name == DENSE else (load(path, "float32"), TYPES)
+        types = DENSE_TYPES if name == DENSE else TYPES
         if missing := [kind for kind in types if (name, kind) not in done]:
-            files, mmproj = exported(checkpoint, given.work / name, missing)
+            checkpoint = plain if name == DENSE else load(path, "float32")
+            files, mmproj = dense if name == DENSE else exported(checkpoint, given.work / name, missing)
             for kind in missing:
-                made = row(kind, files[kind], mmproj, dense[kind], reference, checkpoint.processor)
+                made = row(kind, files[kind], mmproj, dense[0][kind], reference, checkpoint.processor)
                 shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in made.items()}
                 with given.rows.open("a", newline="", encoding="utf-8") as file:
                     csv.DictWriter(file, FIELDS).writerow({"model": name, "type": kind, **shown})
