@@ -131,9 +131,12 @@ def requeued(folder):
 
 
 def _at_once(folder):
-    """Slurm waits some minutes before it starts a requeued job again."""
+    """Slurm waits some minutes before it starts a requeued job again.
+
+    A few seconds it must wait: of the second in which it ended a job, it has revoked the credentials.
+    """
     for _ in range(60):
-        if shell("scontrol", "update", f"JobId={key_of(folder)}", "StartTime=now").returncode == 0:
+        if shell("scontrol", "update", f"JobId={key_of(folder)}", "StartTime=now+5seconds").returncode == 0:
             return
         time.sleep(1)
 
