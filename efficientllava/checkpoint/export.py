@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -237,7 +238,7 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor], disk: Di
         disk: Brings the layers of a model that stays in files, in both processes.
 
     Raises:
-        RuntimeError: The reloaded model differs; the message says how.
+        RuntimeError: The reloaded model differs, or its process was killed; the message says how.
     """
     device = next(model.parameters()).device
     stored = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -260,6 +261,9 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor], disk: Di
         if device.type == "cuda":
             torch.cuda.empty_cache()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode < 0:
+        how = f"ended by {signal.Signals(-done.returncode).name}, out of memory if nobody has ended it"
+        raise RuntimeError(f"{folder}: not shown to be as in memory: the process that loads it was {how}")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RuntimeError(f"{folder}: the reloaded checkpoint differs from the model in memory: {reason}")

@@ -2,10 +2,10 @@
 
     python -m experiments.edge <rows.csv> --work <folder> dense=builtin:smol_llava uniform_20=<checkpoint> ...
 
-A row per model and type, written at once; rows that are there are not made again. Every model is timed in turn with the
-dense one of its type. Questions are those of ``digits_vqa``. The texts are those of ``prose``: their loss and the
-divergence from the dense model in float32 come from the final states of all positions, which the runtime gives, and the
-head as the file holds it.
+A row per model and type, written at once; rows that are there are not made again (``--time``: their speeds are, once
+the machine is quiet). Every model is timed in turn with the dense one of its type. Questions are those of
+``digits_vqa``, texts those of ``prose``: their loss and the divergence from the dense model in float32 come from the
+final states of all positions, which the runtime gives, and the head as the file holds it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from efficientllava.deploy.export import write
 from efficientllava.deploy.runtime import Runtime, serve, speeds
 from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.runtime.console import quiet_libraries
+from efficientllava.runtime.files import whole_file
 from efficientllava.settings.schema import DeployConfig
 
 DENSE, DENSE_TYPES, TYPES = "dense", ["f16", "q8_0", "q4_1", "q4_0"], ["f16", "q8_0", "q4_0"]
@@ -142,8 +143,8 @@ def exported(checkpoint: Any, folder: Path, types: list[str]) -> tuple[dict[str,
     return {kind: folder / entry["file"] for kind, entry in made["files"].items()}, folder / made["mmproj"]["file"]
 
 
-def row(kind: str, file: Path, mmproj: Path, dense: Path, reference: Reference, processor: Any) -> dict[str, Any]:
-    """All numbers of one file."""
+def cost(file: Path, dense: Path) -> dict[str, Any]:
+    """Size and speed of a file, beside the dense one of its type."""
     (read, flops), (dense_read, dense_flops) = work_of(file), work_of(dense)
     ideal = {"prefill": dense_flops / flops, "decode": dense_read / read}
     timed = speeds({"dense": dense, "own": file}, CONTEXT, REPEATS)
@@ -153,8 +154,26 @@ def row(kind: str, file: Path, mmproj: Path, dense: Path, reference: Reference, 
         plain, own = timed["dense"][name], timed["own"][name]
         found |= {f"dense_{name}": plain, f"own_{name}": own, f"ideal_{name}": ideal[name]}
         found[f"share_{name}"] = own / plain / ideal[name]
-    quality = {"digits": digits(file, mmproj, processor), **prose(file, kind in BOUNDS, reference)}
-    return found | quality
+    return found
+
+
+def quality(kind: str, file: Path, mmproj: Path, reference: Reference, processor: Any) -> dict[str, float]:
+    """What a file of a type answers."""
+    return {"digits": digits(file, mmproj, processor), **prose(file, kind in BOUNDS, reference)}
+
+
+def _read(rows: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    if not rows.exists():
+        return {}
+    with rows.open(newline="", encoding="utf-8") as file:
+        return {(each["model"], each["type"]): each for each in csv.DictReader(file)}
+
+
+def _write(rows: Path, found: Iterable[dict[str, Any]]) -> None:
+    with whole_file(rows) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(found)
 
 
 def main() -> None:
@@ -163,26 +182,27 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("models", nargs="+", metavar="name=checkpoint", help="the dense one first")
     parser.add_argument("--work", type=Path, required=True, help="folder of the files")
+    parser.add_argument("--time", action="store_true", help="only measure the speeds of rows that are there, again")
     given = parser.parse_args()
     quiet_libraries()
-    if not given.rows.exists():
-        given.rows.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
-    with given.rows.open(newline="", encoding="utf-8") as file:
-        done = {(each["model"], each["type"]) for each in csv.DictReader(file)}
+    rows = _read(given.rows)
     plain = load(given.models[0].partition("=")[2], "float32")
     reference = Reference(plain)
     dense = exported(plain, given.work / DENSE, DENSE_TYPES)
     for name, _, path in (model.partition("=") for model in given.models):
         types = DENSE_TYPES if name == DENSE else TYPES
-        if missing := [kind for kind in types if (name, kind) not in done]:
-            checkpoint = plain if name == DENSE else load(path, "float32")
-            files, mmproj = dense if name == DENSE else exported(checkpoint, given.work / name, missing)
-            for kind in missing:
-                made = row(kind, files[kind], mmproj, dense[0][kind], reference, checkpoint.processor)
-                shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in made.items()}
-                with given.rows.open("a", newline="", encoding="utf-8") as file:
-                    csv.DictWriter(file, FIELDS).writerow({"model": name, "type": kind, **shown})
-                print(name, kind, shown, flush=True)
+        if not (asked := [kind for kind in types if given.time == ((name, kind) in rows)]):
+            continue
+        checkpoint = plain if name == DENSE else load(path, "float32")
+        files, mmproj = dense if name == DENSE else exported(checkpoint, given.work / name, asked)
+        for kind in asked:
+            made = cost(files[kind], dense[0][kind])
+            if not given.time:
+                made |= quality(kind, files[kind], mmproj, reference, checkpoint.processor)
+            shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in made.items()}
+            rows[name, kind] = {**rows.get((name, kind), {}), "model": name, "type": kind, **shown}
+            _write(given.rows, rows.values())
+            print(name, kind, shown, flush=True)
 
 
 if __name__ == "__main__":

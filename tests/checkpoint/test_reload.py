@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from efficientllava.checkpoint import export
 from efficientllava.checkpoint import folder as store
 from efficientllava.checkpoint.export import CHECK, reload_gate, save
 from efficientllava.data.collator import prompt
@@ -67,6 +68,12 @@ def test_weights_of_another_type_than_config_says_are_no_files_to_prune_from(fol
 def test_a_folder_that_does_not_load_is_refused(loaded, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RuntimeError, match="differs from the model in memory"):
+        reload_gate(tmp_path, loaded.model, probe(loaded))
+
+
+def test_a_process_that_is_killed_has_not_shown_a_difference(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "CHECK", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(RuntimeError, match=r"not shown to be as in memory: .* was ended by SIGKILL, out of memory"):
         reload_gate(tmp_path, loaded.model, probe(loaded))
 
 

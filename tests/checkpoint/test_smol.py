@@ -123,7 +123,8 @@ def test_the_edge_study_sees_in_llama_cpp_what_the_model_says(monkeypatch, tmp_p
     reference = edge.Reference(checkpoint)
     files, mmproj = edge.exported(checkpoint, tmp_path, ["f16", "q4_0"])
     exact, coarse = (
-        edge.row(kind, file, mmproj, files["f16"], reference, checkpoint.processor) for kind, file in files.items()
+        edge.cost(file, files["f16"]) | edge.quality(kind, file, mmproj, reference, checkpoint.processor)
+        for kind, file in files.items()
     )
     losses = torch.cat([-truth.gather(1, targets[:, None]) for _, _, _, targets, truth in reference])
     assert exact["perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-2)
