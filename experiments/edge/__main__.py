@@ -2,10 +2,10 @@
 
     python -m experiments.edge <rows.csv> --work <folder> dense=builtin:smol_llava uniform_20=<checkpoint> ...
 
-A row per model and type, written at once; rows that are there are not made again (``--time``: their speeds are, once
-the machine is quiet). Every model is timed in turn with the dense one of its type. Questions are those of
-``digits_vqa``, texts those of ``prose``: their loss and the divergence from the dense model in float32 come from the
-final states of all positions, which the runtime gives, and the head as the file holds it.
+A row per model and type, written at once; what a row has is not made again, so that ``--only quality`` can run beside
+other programs, and ``--only cost`` once the machine is quiet. Every model is timed in turn with the dense one of its
+type. Questions are those of ``digits_vqa``, texts those of ``prose``: loss and divergence from the dense model
+in float32 come from the final states of all positions, which the runtime gives, and the head as the file holds it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ from efficientllava.settings.schema import DeployConfig
 DENSE, DENSE_TYPES, TYPES = "dense", ["f16", "q8_0", "q4_1", "q4_0"], ["f16", "q8_0", "q4_0"]
 QUESTIONS, ANSWER, PIECES, CONTEXT, REPEATS = 300, 8, 30, 1024, 5
 SPEEDS = ("prefill", "decode")  # tokens per second of CPU
-FIELDS = [
-    *("model", "type", "bytes", "bytes_per_token", "flops_per_token", "load_seconds"),
-    *(f"{side}_{name}" for name in SPEEDS for side in ("dense", "own", "ideal", "share")),
-    *("digits", "kl", "perplexity", *(f"perplexity_{name}" for name in TEXTS)),
-]
+PARTS = {
+    "cost": [
+        *("bytes", "bytes_per_token", "flops_per_token", "load_seconds"),
+        *(f"{side}_{name}" for name in SPEEDS for side in ("dense", "own", "ideal", "share")),
+    ],
+    "quality": ["digits", "kl", "perplexity", *(f"perplexity_{name}" for name in TEXTS)],
+}
 
 
 class Reference:
@@ -171,9 +174,14 @@ def _read(rows: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def _write(rows: Path, found: Iterable[dict[str, Any]]) -> None:
     with whole_file(rows) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, ["model", "type", *chain(*PARTS.values())], lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
+
+
+def _lacks(row: dict[str, Any], only: str | None) -> list[str]:
+    """Parts that a row is to get."""
+    return [part for part in ([only] if only else PARTS) if not row.get(PARTS[part][0])]
 
 
 def main() -> None:
@@ -182,7 +190,7 @@ def main() -> None:
     parser.add_argument("rows", type=Path)
     parser.add_argument("models", nargs="+", metavar="name=checkpoint", help="the dense one first")
     parser.add_argument("--work", type=Path, required=True, help="folder of the files")
-    parser.add_argument("--time", action="store_true", help="only measure the speeds of rows that are there, again")
+    parser.add_argument("--only", choices=PARTS, help="make this part of the rows; all of it without")
     given = parser.parse_args()
     quiet_libraries()
     rows = _read(given.rows)
@@ -190,14 +198,18 @@ def main() -> None:
     reference = Reference(plain)
     dense = exported(plain, given.work / DENSE, DENSE_TYPES)
     for name, _, path in (model.partition("=") for model in given.models):
-        types = DENSE_TYPES if name == DENSE else TYPES
-        if not (asked := [kind for kind in types if given.time == ((name, kind) in rows)]):
+        wanted = {
+            kind: _lacks(rows.get((name, kind), {}), given.only) for kind in (DENSE_TYPES if name == DENSE else TYPES)
+        }
+        if not any(wanted.values()):
             continue
         checkpoint = plain if name == DENSE else load(path, "float32")
-        files, mmproj = dense if name == DENSE else exported(checkpoint, given.work / name, asked)
-        for kind in asked:
-            made = cost(files[kind], dense[0][kind])
-            if not given.time:
+        files, mmproj = dense if name == DENSE else exported(checkpoint, given.work / name, [*wanted])
+        for kind, parts in wanted.items():
+            made: dict[str, Any] = {}
+            if "cost" in parts:
+                made |= cost(files[kind], dense[0][kind])
+            if "quality" in parts:
                 made |= quality(kind, files[kind], mmproj, reference, checkpoint.processor)
             shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in made.items()}
             rows[name, kind] = {**rows.get((name, kind), {}), "model": name, "type": kind, **shown}
