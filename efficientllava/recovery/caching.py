@@ -27,13 +27,14 @@ from torch.utils.data import DataLoader
 
 from ..data.records import column, image_stamps
 from ..models.forward import FeatureCache, supervised_positions, to_device
+from ..models.outcomes import TopK, top_k
 from ..runtime.console import progress, say
 from ..runtime.errors import UserError
 from ..runtime.files import whole_file
 from ..runtime.keeping import require_space
 from ..runtime.processes import barrier, from_first, rank, world_size
 from ..runtime.store import growing
-from .losses import TeacherLogits, TopK, top_k
+from .losses import TeacherLogits
 from .teacher import FINAL, Answer, TargetCache, Teacher, record_keys
 
 SUFFIX = ".safetensors"

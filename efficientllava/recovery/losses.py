@@ -17,38 +17,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.forward import supervised_positions
+from ..models.outcomes import TopK, outcomes
 from ..settings.schema import RecoverConfig
 
 Head = Callable[[Tensor], Tensor]
 # A range of rows to the teacher's logits of them, or to what is known of these.
 TeacherLogits = Callable[[slice], "Tensor | TopK"]
-
-
-class TopK(NamedTuple):
-    """The k most likely tokens of a teacher, and all others as one.
-
-    Attributes:
-        log_probs: Log-probabilities of the k tokens at the temperature of the loss, ``(rows, k)``, fp32.
-        tokens: Their ids, ``(rows, k)``.
-        tail: Log-probability of all other tokens together, ``(rows,)``; means nothing when there are none.
-    """
-
-    log_probs: Tensor
-    tokens: Tensor
-    tail: Tensor
-
-
-def top_k(logits: Tensor, k: int, temperature: float) -> TopK:
-    """Reduce a teacher's logits to what `LogitKDLoss` needs of them.
-
-    Args:
-        logits: ``(rows, vocab)``, fp32.
-        k: Tokens to keep, >= 1; from the size of the vocabulary on, nothing is lost.
-        temperature: T > 0 of the loss.
-    """
-    log_probs = nn.functional.log_softmax(logits / temperature, dim=-1)
-    values, tokens = log_probs.topk(min(k, logits.shape[-1]), dim=-1)
-    return TopK(values, tokens, log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1))
 
 
 class Loss:
@@ -83,9 +57,7 @@ class LogitKDLoss(Loss):
     T² · Σ_v p_v (log p_v - log q_v) per row at temperature T, p the teacher and q the student (``forward``), or the
     two exchanged (``reverse``). Source: arXiv 1503.02531, section 2 (the factor T²); arXiv 2604.24380 (both ways).
 
-    Of a cached teacher only its k most likely tokens K are known. Then v runs over K and one more outcome "any other
-    token", with p_rest = 1 - Σ_{v in K} p_v and q_rest = 1 - Σ_{v in K} q_v. Merging outcomes never raises a divergence
-    (log sum inequality), so this is a lower bound of the full one, equal to it when K is the whole vocabulary.
+    Of a cached teacher only its k most likely tokens are known; see `efficientllava.models.outcomes`.
 
     Args:
         direction: ``forward`` or ``reverse``.
@@ -99,7 +71,7 @@ class LogitKDLoss(Loss):
         """Sum over rows, in nats times T²; the teacher may be what `top_k` makes of it at this temperature."""
         student = nn.functional.log_softmax(logits / self.temperature, dim=-1)
         if isinstance(teacher, TopK):
-            student, reference = _outcomes(student, teacher)
+            student, reference = outcomes(student, teacher)
         else:
             reference = nn.functional.log_softmax(teacher / self.temperature, dim=-1)
         p, q = (reference, student) if self.direction == "forward" else (student, reference)
@@ -107,15 +79,6 @@ class LogitKDLoss(Loss):
 
     def __str__(self) -> str:
         return f"{'KL' if self.direction == 'forward' else 'RKL'}(T={self.temperature:g})"
-
-
-def _outcomes(log_probs: Tensor, teacher: TopK) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the teacher's k tokens and of the rest, of student and teacher."""
-    student = log_probs.gather(-1, teacher.tokens)
-    if student.shape == log_probs.shape:
-        return student, teacher.log_probs
-    rest = log_probs.scatter(-1, teacher.tokens, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([student, rest], -1), torch.cat([teacher.log_probs, teacher.tail.unsqueeze(-1)], -1)
 
 
 @dataclass(frozen=True)

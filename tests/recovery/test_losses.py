@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from efficientllava.models.outcomes import top_k
 from efficientllava.recovery.losses import (
     HiddenStateKDLoss,
     LogitKDLoss,
     SFTLoss,
-    top_k,
 )
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "kd_losses.json").read_text())
