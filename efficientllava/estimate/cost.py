@@ -24,8 +24,10 @@ from ..models.anatomy import (
 )
 from ..pruning.importance import GRADIENTS, INPUTS, WEIGHTS, importance_of
 from ..pruning.memory import patches_of
+from ..pruning.outline import prune_space
 from ..pruning.pruner import search_length
 from ..pruning.solution import TRIED
+from ..pruning.two_stage import SAMPLE, stages
 from ..record import STAGES
 from ..recovery.recover import accumulation, optimiser_steps
 from ..runtime import digest
@@ -195,6 +197,9 @@ def _pruning(plan: Forecast) -> float:
         cuts += search.finalists + 1 if search.finalists > 1 and search.granularity == "structured" else 0
     elif sees == GRADIENTS:
         passes += 3  # the forward pass again, layer by layer, and the gradients of inputs and weights
+    if config.method == "widthwise" and config.selection == "two_stage":
+        off, _ = stages(prune_space(plan.base, config), config.ratio or 0.0)
+        passes += off * len(layers) * min(1.0, SAMPLE / tokens)
     if config.method == "widthwise" and len(plan.plan.options) > 1:
         cuts += search_length(len(plan.plan.options))
     flops = settings.calibration.samples * _image(plan.base) + (tokens * passes + written) * base

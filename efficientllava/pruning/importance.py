@@ -56,6 +56,21 @@ def wanda_scores(component: Component, gram: Tensor) -> Tensor:
     return component.reduce_columns(columns * gram.diagonal().clamp(min=0).sqrt())
 
 
+def norm_scores(component: Component, squares: Tensor) -> Tensor:
+    """Mean over records of the L2 norm of a unit's input to the writer, over positions; all records count as long.
+
+    Source: arXiv 2501.17771, section 3.1.
+
+    Args:
+        component: Attention or MLP.
+        squares: Mean squares of the writer's input by record, ``(records, units * width)``.
+
+    Returns:
+        ``(units,)``.
+    """
+    return component.reduce_columns(squares.sqrt().mean(0))
+
+
 def magnitude_scores(component: Component) -> Tensor:
     """L2 norm of all weights of a unit, readers and writer.
 
@@ -69,23 +84,35 @@ def magnitude_scores(component: Component) -> Tensor:
     return component.reduce({w: w.detach().double().square().sum(1 - axis) for w, axis in axes}).sqrt()
 
 
-def flap_ranking(component: Component, fluctuations: Tensor, biased: bool) -> Ranking:
-    """Rank units by their score, standardised within the component, so that all layers can be ranked together.
+def weighted_variance(component: Component, fluctuations: Tensor) -> Tensor:
+    """WIFV of FLAP: fluctuation of a column times its squared norm, ``(units * width,)``."""
+    return fluctuations * _column_sums(component, 2)
 
-    The score of a column is its fluctuation times its squared norm, squared again in the attention; a unit's is the
-    mean of its columns. With grouped queries the published head becomes a KV group with all its query heads.
+
+def weighted_norm(component: Component, squares: Tensor) -> Tensor:
+    """WIFN of FLAP: mean absolute weight of a column times the norm of what it reads, ``(units * width,)``."""
+    return squares.mean(0).sqrt() * _column_sums(component, 1) / component.writer.out_features
+
+
+def _column_sums(component: Component, power: int) -> Tensor:
+    rows = component.writer.weight.detach().split(STRIP)
+    return torch.stack([part.double().abs().pow(power).sum(0) for part in rows]).sum(0).cpu()
+
+
+def flap_ranking(component: Component, scores: Tensor, biased: bool) -> Ranking:
+    """Rank units by scores that are standardised within the component, so that all layers can be ranked together.
+
+    Scores of columns are squared in the attention; a unit's is the mean of its columns. With grouped queries the
+    published head becomes a KV group with all its query heads. Source: arXiv 2312.11983.
 
     Args:
         component: Attention or MLP.
-        fluctuations: Of the writer's inputs, ``(units * width,)``.
+        scores: Of the writer's columns, ``(units * width,)``.
         biased: Whether the cut model has biases: costs are scores times the parameters that a unit then takes with it.
 
     Returns:
         Removal order; costs may be negative.
     """
-    rows = component.writer.weight.detach().split(STRIP)
-    norms = torch.stack([part.double().square().sum(0) for part in rows]).sum(0).cpu()
-    scores = fluctuations * norms  # WIFV
     if component.kind == "attention":
         scores = scores.square()
     spread = scores.std().clamp(min=torch.finfo(torch.float64).tiny)
@@ -157,7 +184,14 @@ IMPORTANCES = {
     **dict.fromkeys(TAYLOR, Importance(GRADIENTS, lambda unit, scores, _: Ranking.from_scores(scores, unit.groups))),
     "activation": Importance(INPUTS, lambda unit, gram, _: _levelled(unit, activation_scores(unit, gram))),
     "wanda": Importance(INPUTS, lambda unit, gram, _: _levelled(unit, wanda_scores(unit, gram))),
-    "flap": Importance(RECORDS, lambda unit, seen, how: flap_ranking(unit, fluctuation(*seen), how.config.biased)),
+    "flap": Importance(
+        RECORDS,
+        lambda unit, seen, how: flap_ranking(unit, weighted_variance(unit, fluctuation(*seen)), how.config.biased),
+    ),
+    "flap_wifn": Importance(
+        RECORDS, lambda unit, seen, how: flap_ranking(unit, weighted_norm(unit, seen[1]), how.config.biased)
+    ),
+    "norm": Importance(RECORDS, lambda unit, seen, _: _levelled(unit, norm_scores(unit, seen[1]))),
     "magnitude": Importance(WEIGHTS, lambda unit, _seen, _how: _levelled(unit, magnitude_scores(unit))),
     "random": Importance(
         WEIGHTS,

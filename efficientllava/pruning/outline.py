@@ -32,6 +32,7 @@ from .selection import (
     uniform_candidates,
 )
 
+FREE = ("global", "two_stage")  # selections in which the data decide the shape of every layer
 Counts = tuple[tuple[int, int], ...]  # kept KV groups, or query heads of each, and channels, layer by layer
 
 
@@ -88,7 +89,7 @@ def outline(model: nn.Module, config: PruneConfig) -> Outline:
     largest = space.ratio(space.smallest)
     if config.ratio == 0 and config.share is None:
         return Outline((whole,), total, (0, 0), largest)
-    free = config.selection == "global" and config.share is None
+    free = config.selection in FREE and config.share is None
     ragged = free or config.protect or config.protect_mlp or config.protect_scaled
     if ragged and names_of(model).stock_only:
         raise UserError(
@@ -120,7 +121,7 @@ def candidate_shapes(space: Space, first: Layer, config: PruneConfig) -> list[tu
 
     Returns:
         One shape where the configuration alone decides, several where the calibration loss does, none where each layer
-        gets its own (selection ``global``).
+        gets its own (see `FREE`).
 
     Raises:
         UserError: No shape meets the ratio.
@@ -149,7 +150,7 @@ def prune_space(model: nn.Module, config: PruneConfig) -> Space:
             f"prune.bias=true: the {writer} of a {decoder_of(model).config.model_type} decoder can have no bias; set "
             "prune.bias=false"
         )
-    off = config.selection == "global" and config.importance == "obs"
+    off = config.selection == "two_stage" or (config.selection == "global" and config.importance == "obs")
     return Space.of(model, attention, mlp, config.round_to, config.biased, config.heads, off)
 
 

@@ -34,6 +34,7 @@ from .solution import LayerError
 from .statistics import BlockInfluence
 from .stream import Calibration, CalibrationStream
 from .surgery import check_plan, cut, rebuild
+from .two_stage import two_stage_plan
 
 log = logging.getLogger(__name__)
 
@@ -193,6 +194,8 @@ def _widthwise(
     rankings, dense = rank_units(stream, config, seed, outside, counts)
     dense = dense or stream.end()
     report.loss_dense = stream.answer_loss(dense)
+    if config.selection == "two_stage" and not shapes:
+        return two_stage_plan(stream, space, config, rankings)
     if not shapes:
         costs = [(attention.costs, mlp.costs) for attention, mlp in rankings]
         return ranked_plan(global_counts(space, config.ratio or 0.0, costs), rankings)

@@ -126,20 +126,21 @@ def all_moments(batches: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> tuple[Ten
 
     Args:
         batches: Output of `record_moments`, by batch of this process.
-
-    Raises:
-        UserError: There is one record only.
     """
     rounds = itertools.zip_longest(*gather(batches), fillvalue=[])  # batches went round the processes
     records = [record for turn in rounds for batch in turn for record in batch]
-    if len(records) < 2:
-        raise UserError("prune.importance=flap: one calibration record has no fluctuation; give at least two")
     means, squares = zip(*records, strict=True)
     return torch.stack(means), torch.stack(squares)
 
 
 def fluctuation(means: Tensor, squares: Tensor) -> Tensor:
-    """Fluctuation of every channel from the moments of records, ``(width,)``; see the module for the formula."""
+    """Fluctuation of every channel from the moments of records, ``(width,)``; see the module for the formula.
+
+    Raises:
+        UserError: There is one record only.
+    """
+    if len(means) < 2:
+        raise UserError("prune.importance=flap: one calibration record has no fluctuation; give at least two")
     order = torch.arange(1, len(means) + 1, dtype=means.dtype).unsqueeze(1)
     centre = means.cumsum(0) / order
     spread = (squares - 2 * centre * means + centre.square()).clamp(min=0)

@@ -117,8 +117,8 @@ CONFLICTS: dict[type, tuple[tuple[Callable[[Any], bool], str], ...]] = {
             "decides by scores; set prune.selection=local or floor",
         ),
         (
-            lambda n: n.importance == "flap" and n.prefix == "pruned",
-            "prune.prefix=pruned: prune.importance=flap looks at the dense model; leave prune.prefix out",
+            lambda n: n.importance in ("flap", "flap_wifn", "norm") and n.prefix == "pruned",
+            "prune.prefix=pruned: prune.importance={n.importance} looks at the dense model; leave prune.prefix out",
         ),
     ),
     SearchConfig: (

@@ -18,6 +18,8 @@ IMPORTANCES = {
     "activation": "inputs",
     "wanda": "inputs",
     "flap": "records",
+    "flap_wifn": "records",
+    "norm": "records",
     "magnitude": "weights",
     "random": "weights",
 }
@@ -57,8 +59,8 @@ class PruneConfig:
     selection: str = setting(
         "shape",
         "shape: one shape for all layers; local: the same share of each; floor: one shape, rounded as in released "
-        "code; global: ranked over all layers",
-        "shape | local | floor | global",
+        "code; global: ranked over all layers; two_stage: one width, then whole attentions off one by one",
+        "shape | local | floor | global | two_stage",
         When(
             lambda c: c.prune.method == "widthwise" and c.prune.share is None,
             "it belongs to prune=widthwise without prune.share",

@@ -1,8 +1,9 @@
-"""FLAP and Wanda-sp against the numbers of the released code in tests/vectors/peers_tiny_llama.json."""
+"""FLAP, Wanda-sp and 2SSP against the numbers of the released code in tests/vectors/peers_tiny_llama.json."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from efficientllava.models.anatomy import (
     layers_of,
     writer_without_bias,
 )
+from efficientllava.models.forward import answer_loss
 from efficientllava.pruning.plan import LayerPlan, PruningPlan, plan_for, plan_ratio
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.statistics import all_moments, fluctuation, layer_moments, record_moments
@@ -41,11 +43,16 @@ SEQUENCE = 16
 
 
 def flap(ratio: float, **options: Any) -> PruneConfig:
-    return PruneConfig("flap", "widthwise", ratio, "flap", **{"selection": "global", "bias": True, **options})
+    given = {"importance": "flap", "selection": "global", "bias": True, **options}
+    return PruneConfig("flap", "widthwise", ratio, **given)
 
 
 def wanda_sp(ratio: float, **options: Any) -> PruneConfig:
     return PruneConfig("wanda_sp", "widthwise", ratio, "wanda", **{"selection": "floor", "prefix": "pruned", **options})
+
+
+def two_stage(ratio: float, **options: Any) -> PruneConfig:
+    return PruneConfig("2ssp", "widthwise", ratio, "norm", "two_stage", **options)
 
 
 def calibration(rows_per_batch: int = 3) -> Calibration:
@@ -126,6 +133,50 @@ def test_flap_with_one_shape_is_the_released_uniform_structure(ratio):
     kept, model = shapes_of(VECTORS[f"flap UL-UM {ratio}"]), published_model()
     plan, _ = make_plan(model, calibration(), flap(removed(model, kept, biased=True), selection="floor"))
     assert [(list(layer.groups), list(layer.channels)) for layer in plan.layers] == kept
+
+
+@pytest.mark.parametrize(("structure", "ratio"), [("AL-AM", 0.2), ("AL-AM", 0.4), ("UL-UM", 0.4)])
+def test_the_other_score_of_flap_is_the_released_code(structure, ratio):
+    expected = VECTORS[f"flap_wifn {structure} {ratio}"]
+    kept, model = shapes_of(expected), published_model()
+    selection = "global" if structure == "AL-AM" else "floor"
+    config = flap(removed(model, kept, biased=True), importance="flap_wifn", selection=selection)
+    plan, _ = make_plan(model, calibration(), config)
+    assert [(list(layer.groups), list(layer.channels)) for layer in plan.layers] == kept
+    smaller, _ = apply_plan(model, plan, calibration(), config)
+    assert float(logits(smaller).double().sum()) == pytest.approx(expected["logits_sum"], abs=2e-2)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
+def test_2ssp_is_the_released_code(ratio):
+    expected, model = VECTORS[f"2ssp {ratio}"], published_model()
+    heads = [[] if i in expected["attentions_off"] else [0, 1, 2, 3] for i in range(6)]
+    kept = [*zip(heads, expected["kept"], strict=True)]
+    config = two_stage(removed(model, kept))
+    plan, _ = make_plan(model, calibration(), config)
+    assert [(list(layer.groups), list(layer.channels)) for layer in plan.layers] == kept
+    smaller, _ = apply_plan(model, plan, calibration(), config)
+    assert float(logits(smaller).double().sum()) == pytest.approx(expected["logits_sum"], abs=2e-2)
+
+
+def test_2ssp_takes_the_attention_whose_absence_is_felt_least():
+    """Of a sample of one batch, whatever the others say; protected ones stay."""
+    model = published_model()
+    config = two_stage(0.2, protect_attention=[5])
+    plan, _ = make_plan(model, calibration(), config)
+    [off] = [layer.index for layer in plan.layers if not layer.groups]
+    losses = {}
+    for index in range(5):
+        layers = [replace(p, groups=() if p.index == index else tuple(range(4))) for p in plan.layers]
+        other = plan_for(model, "widthwise", layers, None)
+        smaller, _ = apply_plan(published_model(), other, calibration(), replace(config, refit=False))
+        losses[index] = float(answer_loss(smaller, calibration(8).batches[0]))
+    assert off == min(losses, key=losses.__getitem__)
+
+
+def test_a_ratio_that_2ssp_does_not_reach_is_refused():
+    with pytest.raises(UserError, match=r"^prune\.ratio=0\.99: not met by 6 attentions off"):
+        make_plan(published_model(), calibration(), two_stage(0.99))
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
