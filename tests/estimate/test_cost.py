@@ -100,6 +100,18 @@ def test_passes_of_a_widthwise_pruning_in_closed_form():
     assert every == pytest.approx(both + 32 * (TRIED - 1) * tried, rel=1e-12)
 
 
+def test_each_attention_that_2ssp_takes_costs_a_pass_of_the_sample_per_layer():
+    common = ("model=llava_1_5_7b", "trainer=gpu", "evaluate=none", "recover=none", "prune.ratio=0.3")
+    other, found = (
+        planned(*common, *more)["prune"].flops for more in (("prune=flap", "prune.bias=false"), ("prune=2ssp",))
+    )
+    attention, mlp = 4 * 4096**2, 3 * 4096 * 11008
+    total = 32 * (attention + mlp + 2 * 4096) + 4096 + 2 * 32064 * 4096
+    off = round(32 * (0.3 * total / 32 / (attention + mlp)) ** (mlp / attention / 1.5))
+    trials = off * 32 * 2048 * 2 * (total - 32064 * 4096)
+    assert found - other == pytest.approx(trials, rel=1e-2)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
