@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -362,8 +363,9 @@ def draw(records: Sequence[Record], fraction: float, seed: int) -> Sequence[Reco
 
 
 def record_count(data: DataConfig, fraction: float) -> int | None:
-    """Number of records that `draw` takes of the training records, where it is known without reading them."""
-    return max(1, round(fraction * data.images)) if data.embedded else None
+    """Number of records that `draw` takes of the training records; None where the file is not on this machine."""
+    here = data.embedded or (data.path and Path(data.path).expanduser().is_file())
+    return max(1, round(fraction * len(load_split(data, "train")))) if here else None
 
 
 def _shares(sizes: dict[str, int], fraction: float) -> dict[str, int]:

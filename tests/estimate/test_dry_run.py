@@ -200,6 +200,12 @@ def test_images_that_a_run_would_miss_are_missed(folder, tmp_path, records):
         dry(tmp_path, with_data(folder, tmp_path, torn))
 
 
+def test_records_of_a_file_here_are_counted(folder, tmp_path, records):
+    """Of 20 a tenth each is set aside for pruning and for the loss that is reported."""
+    found = dry(tmp_path, with_data(folder, tmp_path, records("good.json", "there.png"), "data_frac=0.5"))
+    assert found["recovery"]["samples"] == 8 and found["cost"]["hours"] > 0
+
+
 def test_data_that_are_not_set_are_asked_for(folder, tmp_path):
     overrides = small(folder, tmp_path / "out", "data=conversations", "evaluate=none")
     with pytest.raises(UserError, match=r"^data\.path: not set"):
