@@ -24,6 +24,7 @@ from ..runtime.content import Memo
 from ..runtime.errors import UserError, require_finite
 from ..runtime.files import as_umask, whole_folder
 from ..runtime.places import PROVENANCE, is_id
+from ..runtime.processes import release_memory
 from .folder import Checkpoint
 from .hub import LICENCE_KEYS, named
 
@@ -253,13 +254,12 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor], disk: Di
     finally:
         torch.set_num_threads(threads)
     model.to("meta")
+    release_memory()
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         probe = str(Path(scratch) / "probe.safetensors")
         save_file({name: value.cpu().contiguous() for name, value in {**inputs, "logits": logits}.items()}, probe)
         command = [sys.executable, "-I", "-c", CHECK, str(folder), probe, dtype, stored, device.type, package]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode < 0:
         how = f"ended by {signal.Signals(-done.returncode).name}, out of memory if nobody has ended it"

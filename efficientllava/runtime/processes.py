@@ -5,6 +5,8 @@ torch is imported by those who need it: the process of a sweep, which computes n
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -224,3 +226,17 @@ def finish() -> None:
     """Leave the process group."""
     if dist := _group():
         dist.destroy_process_group()
+
+
+def release_memory() -> None:
+    """Give the system what was freed: allocators keep it for this process, and another one that needs it goes without.
+
+    After a 7B model in bf16 was pruned, C's own allocator held 3 GB of weights that were gone.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of the GNU C library
+        trim(0)

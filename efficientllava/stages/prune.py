@@ -37,6 +37,7 @@ def prune(run: Run, _before: Made) -> Made:
             run.mark(module.table)
         plan, pruned, report = module.plan, module.pruned, module.report
         assert plan is not None and pruned is not None and report is not None
+        base.model = base.model.to("meta")  # its tower and embeddings, too, are the pruned model's now
         run.export(folder / "pruned", base.after(pruned, plan.step, plan.kept_layers))
         if processes.rank() == 0:
             (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")

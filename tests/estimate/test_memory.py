@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from efficientllava import pipeline
+from efficientllava.checkpoint import export
 from efficientllava.checkpoint.folder import load
 from efficientllava.estimate import forecast, memory
 from efficientllava.estimate.memory import require_memory, stage_memory, weight_bytes
@@ -145,13 +147,29 @@ def test_what_is_measured_side_by_side_is_held_side_by_side(folder):
     assert "measure speed" not in stage_memory(planned(folder, "evaluate.efficiency=false"))
 
 
+def alive():
+    """Models that have weights."""
+    gc.collect()
+    names = ("LlavaForConditionalGeneration",)
+    models = [o for o in gc.get_objects() if type(o).__name__ in names]
+    return [model for model in models if not all(p.is_meta for p in model.parameters())]
+
+
+def test_a_process_that_loads_the_export_has_the_memory_of_all_models(folder, tmp_path, monkeypatch):
+    kept, held = alive(), []
+
+    def look(*_args, **_options):
+        held.append([model for model in alive() if not any(model is other for other in kept)])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(export, "subprocess", SimpleNamespace(run=look))
+    options = ["recover=sft", "prune.selection=local", "evaluate.efficiency=false", "evaluate=none"]
+    run(tmp_path / "run", small(folder, tmp_path / "out", *options))
+    assert held == [[], []]  # of the pruned, and of the recovered one
+
+
 def test_the_base_makes_room_for_the_pruned_model(folder, tmp_path, monkeypatch):
     from efficientllava.stages import recover as stage
-
-    def alive():
-        gc.collect()
-        names = ("LlavaForConditionalGeneration",)
-        return [o for o in gc.get_objects() if type(o).__name__ in names and not next(o.parameters()).is_meta]
 
     kept = alive()
     held, recover, others = [], stage.train, {id(model) for model in kept}
