@@ -126,16 +126,17 @@ class Runtime:
         message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
         return self.ask("apply-template", messages=[message])["prompt"]
 
-    def complete(self, prompt: Any, tokens: int = 1, ignore_eos: bool = False) -> dict[str, Any]:
+    def complete(self, prompt: Any, tokens: int = 1, ignore_eos: bool = False, cached: bool = False) -> dict[str, Any]:
         """Greedy continuation of a prompt.
 
         Args:
             prompt: Text, token ids, or output of `prompt`.
             tokens: Of the continuation at most, >= 1.
             ignore_eos: Go on behind an end.
+            cached: Do not read again what the last prompt begins with.
         """
         return self.ask(
-            "completion", prompt=prompt, n_predict=tokens, ignore_eos=ignore_eos, cache_prompt=False, **GREEDY
+            "completion", prompt=prompt, n_predict=tokens, ignore_eos=ignore_eos, cache_prompt=cached, **GREEDY
         )
 
     def next_token(self, prompt: Any, vocabulary: int, cached: bool = False) -> tuple[Tensor, int]:
@@ -144,7 +145,7 @@ class Runtime:
         Args:
             prompt: As for `complete`.
             vocabulary: Number of tokens.
-            cached: Do not read again what the last prompt begins with.
+            cached: As for `complete`.
         """
         # What is drawn does not matter, as long as it is neither an end nor a part of a letter: of such the server says
         # nothing. The bias is of the drawing alone.
@@ -233,8 +234,10 @@ def rates(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, di
         servers = {name: stack.enter_context(serve(file, context=context)) for name, file in files.items()}
         for number in range(1 + repeats):
             for name in [*servers][:: 1 if number % 2 else -1]:
-                first, whole = (_cpu_seconds(servers[name], ids, count) for count in (1, 1 + answer))
-                rounds[name].append((first, max(whole - first, 1e-6)))
+                # Of a prompt that is known the last token alone is read again: a step for every token of the answer.
+                read = ((1, False, prompt), (answer, True, 1))
+                first, later = (_cpu_seconds(servers[name], ids, *each) for each in read)
+                rounds[name].append((first, later))
     found = {}
     for name, times in rounds.items():
         first, later = (statistics.median(each) for each in zip(*times[1:], strict=True))  # after a warm-up
@@ -247,12 +250,14 @@ def _load_seconds(file: Path, context: int) -> float:
         return runtime.seconds
 
 
-def _cpu_seconds(runtime: Runtime, ids: list[int], count: int) -> float:
+def _cpu_seconds(runtime: Runtime, ids: list[int], count: int, cached: bool, read: int) -> float:
     started = runtime.cpu()
-    told: Any = runtime.complete(ids, tokens=count, ignore_eos=True)
-    if told["tokens_predicted"] != count:
-        raise RuntimeError(f"the runtime wrote {told['tokens_predicted']} tokens, asked for were {count}")
-    return runtime.cpu() - started
+    told: Any = runtime.complete(ids, tokens=count, ignore_eos=True, cached=cached)
+    seconds = max(runtime.cpu() - started, 1e-6)
+    done = told["timings"]["prompt_n"], told["tokens_predicted"]
+    if done != (read, count):
+        raise RuntimeError(f"the runtime read and wrote {done} tokens, meant were {(read, count)}")
+    return seconds
 
 
 def probe_decoder(width: int, distance: int) -> tuple[dict[str, Any], Tensors]:

@@ -36,7 +36,7 @@ from efficientllava.runtime.files import whole_file
 from efficientllava.settings.schema import DeployConfig
 
 DENSE, DENSE_TYPES, TYPES = "dense", ["f16", "q8_0", "q4_1", "q4_0"], ["f16", "q8_0", "q4_0"]
-QUESTIONS, ANSWER, PIECES, CONTEXT, REPEATS = 300, 8, 30, 1024, 5
+QUESTIONS, ANSWER, PIECES, CONTEXT, REPEATS = 300, 8, 30, 1024, 9
 SPEEDS = ("prefill", "decode")  # tokens per second of CPU
 PARTS = {
     "cost": [
