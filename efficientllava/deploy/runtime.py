@@ -235,9 +235,8 @@ def rates(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, di
         for number in range(1 + repeats):
             for name in [*servers][:: 1 if number % 2 else -1]:
                 # Of a prompt that is known the last token alone is read again: a step for every token of the answer.
-                read = ((1, False, prompt), (answer, True, 1))
-                first, later = (_cpu_seconds(servers[name], ids, *each) for each in read)
-                rounds[name].append((first, later))
+                first = _cpu_seconds(servers[name], ids, 1)
+                rounds[name].append((first, _cpu_seconds(servers[name], ids, answer, cached=True)))
     found = {}
     for name, times in rounds.items():
         first, later = (statistics.median(each) for each in zip(*times[1:], strict=True))  # after a warm-up
@@ -250,13 +249,13 @@ def _load_seconds(file: Path, context: int) -> float:
         return runtime.seconds
 
 
-def _cpu_seconds(runtime: Runtime, ids: list[int], count: int, cached: bool, read: int) -> float:
+def _cpu_seconds(runtime: Runtime, ids: list[int], count: int, cached: bool = False) -> float:
     started = runtime.cpu()
     told: Any = runtime.complete(ids, tokens=count, ignore_eos=True, cached=cached)
     seconds = max(runtime.cpu() - started, 1e-6)
-    done = told["timings"]["prompt_n"], told["tokens_predicted"]
-    if done != (read, count):
-        raise RuntimeError(f"the runtime read and wrote {done} tokens, meant were {(read, count)}")
+    done, meant = (told["timings"]["prompt_n"], told["tokens_predicted"]), (1 if cached else len(ids), count)
+    if done != meant:
+        raise RuntimeError(f"the runtime read and wrote {done} tokens, meant were {meant}")
     return seconds
 
 

@@ -231,7 +231,7 @@ def finish() -> None:
 def release_memory() -> None:
     """Give the system what was freed: allocators keep it for this process, and another one that needs it goes without.
 
-    After a 7B model in bf16 was pruned, C's own allocator held 3 GB of weights that were gone.
+    After four layers of a 7B model in bf16 were pruned, C's own allocator held 1.2 GB that were free.
     """
     import torch
 

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ..runtime import ConfigError, UserError, processes
 from . import Rule, rule, settings_of
 from .compose import key_of
+from .methods import IMPORTANCES
 from .schema import ANSWERS, MEASURES, DeployConfig, JudgeConfig, PruneConfig, RecoverConfig, RunConfig, SearchConfig
 
 RUNTIME = ("gguf", "xllamacpp")  # what writes files for llama.cpp, and what runs them
@@ -117,7 +118,7 @@ CONFLICTS: dict[type, tuple[tuple[Callable[[Any], bool], str], ...]] = {
             "decides by scores; set prune.selection=local or floor",
         ),
         (
-            lambda n: n.importance in ("flap", "flap_wifn", "norm") and n.prefix == "pruned",
+            lambda n: IMPORTANCES.get(n.importance) == "records" and n.prefix == "pruned",
             "prune.prefix=pruned: prune.importance={n.importance} looks at the dense model; leave prune.prefix out",
         ),
     ),

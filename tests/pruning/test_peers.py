@@ -85,6 +85,15 @@ def shapes_of(vectors: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
     return [(layer["heads"], layer["channels"]) for layer in vectors["kept"]]
 
 
+def pruned_as_released(model: Any, config: PruneConfig, kept: Any, expected: dict[str, Any]) -> Any:
+    """The smaller model, which keeps the units that the released code keeps, and computes what its does."""
+    plan, _ = make_plan(model, calibration(), config)
+    assert [(list(layer.groups), list(layer.channels)) for layer in plan.layers] == kept
+    smaller, _ = apply_plan(model, plan, calibration(), config)
+    assert float(logits(smaller).double().sum()) == pytest.approx(expected["logits_sum"], abs=2e-2)
+    return smaller
+
+
 def removed(model: Any, kept: list[tuple[list[int], list[int]]], biased: bool = False) -> float:
     plans = [LayerPlan(i, tuple(heads), tuple(channels)) for i, (heads, channels) in enumerate(kept)]
     return plan_ratio(model, plans, biased)
@@ -112,9 +121,7 @@ def test_flap_is_the_released_code(ratio):
     expected = VECTORS[f"flap AL-AM {ratio}"]
     kept, model = shapes_of(expected), published_model()
     config = flap(removed(model, kept, biased=True))
-    plan, _ = make_plan(model, calibration(), config)
-    assert [(list(layer.groups), list(layer.channels)) for layer in plan.layers] == kept
-    smaller, _ = apply_plan(model, plan, calibration(), config)
+    smaller = pruned_as_released(model, config, kept, expected)
     layers = layers_of(smaller)
     assert [c.writer.bias[:4].tolist() for c in (layer.attention for layer in layers)] == [
         close(values) for values in expected["o_proj_bias"]
@@ -122,7 +129,6 @@ def test_flap_is_the_released_code(ratio):
     assert [c.writer.bias[:4].tolist() for c in (layer.mlp for layer in layers)] == [
         close(values) for values in expected["down_proj_bias"]
     ]
-    assert float(logits(smaller).double().sum()) == pytest.approx(expected["logits_sum"], abs=2e-2)
     # The released class has no biases on readers; here they are zeros.
     zeros = sum(r.linear.out_features for layer in layers for c in layer.components for r in c.readers)
     assert language_parameters(smaller) == expected["language_parameters"] + zeros
@@ -141,10 +147,7 @@ def test_the_other_score_of_flap_is_the_released_code(structure, ratio):
     kept, model = shapes_of(expected), published_model()
     selection = "global" if structure == "AL-AM" else "floor"
     config = flap(removed(model, kept, biased=True), importance="flap_wifn", selection=selection)
-    plan, _ = make_plan(model, calibration(), config)
-    assert [(list(layer.groups), list(layer.channels)) for layer in plan.layers] == kept
-    smaller, _ = apply_plan(model, plan, calibration(), config)
-    assert float(logits(smaller).double().sum()) == pytest.approx(expected["logits_sum"], abs=2e-2)
+    pruned_as_released(model, config, kept, expected)
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4, 0.6])
@@ -153,10 +156,7 @@ def test_2ssp_is_the_released_code(ratio):
     heads = [[] if i in expected["attentions_off"] else [0, 1, 2, 3] for i in range(6)]
     kept = [*zip(heads, expected["kept"], strict=True)]
     config = two_stage(removed(model, kept))
-    plan, _ = make_plan(model, calibration(), config)
-    assert [(list(layer.groups), list(layer.channels)) for layer in plan.layers] == kept
-    smaller, _ = apply_plan(model, plan, calibration(), config)
-    assert float(logits(smaller).double().sum()) == pytest.approx(expected["logits_sum"], abs=2e-2)
+    pruned_as_released(model, config, kept, expected)
 
 
 def test_2ssp_takes_the_attention_whose_absence_is_felt_least():
@@ -169,7 +169,7 @@ def test_2ssp_takes_the_attention_whose_absence_is_felt_least():
     for index in range(5):
         layers = [replace(p, groups=() if p.index == index else tuple(range(4))) for p in plan.layers]
         other = plan_for(model, "widthwise", layers, None)
-        smaller, _ = apply_plan(published_model(), other, calibration(), replace(config, refit=False))
+        smaller, _ = apply_plan(published_model(), other, calibration(), config)
         losses[index] = float(answer_loss(smaller, calibration(8).batches[0]))
     assert off == min(losses, key=losses.__getitem__)
 
@@ -184,10 +184,7 @@ def test_wanda_sp_is_the_released_code(ratio):
     expected = VECTORS[f"wanda_sp {ratio}"]
     kept, model = shapes_of(expected), published_model()
     config = wanda_sp(removed(model, kept))
-    plan, _ = make_plan(model, calibration(), config)
-    assert [(list(layer.groups), list(layer.channels)) for layer in plan.layers] == kept
-    smaller, _ = apply_plan(model, plan, calibration(), config)
-    assert float(logits(smaller).double().sum()) == pytest.approx(expected["logits_sum"], abs=2e-2)
+    pruned_as_released(model, config, kept, expected)
 
 
 def test_wanda_on_the_dense_model_is_another_method():
