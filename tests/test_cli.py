@@ -205,7 +205,7 @@ def test_help_is_grouped_and_takes_less_than_two_seconds():
     for part in (
         "== Use ==",
         "== Groups",
-        "prune: auto, flap",
+        "prune: 2ssp, auto, flap",
         "evaluate: ai2d, digits_and_prose, digits_vqa, docvqa",
         "vlmcompression_llava_w15",
         "# in (0, 1]: fraction of the",

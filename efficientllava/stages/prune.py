@@ -37,7 +37,8 @@ def prune(run: Run, _before: Made) -> Made:
             run.mark(module.table)
         plan, pruned, report = module.plan, module.pruned, module.report
         assert plan is not None and pruned is not None and report is not None
-        base.model = base.model.to("meta")  # its tower and embeddings, too, are the pruned model's now
+        if pruned is not base.model:  # as masks are; else its tower and embeddings, too, are the pruned model's now
+            base.model = base.model.to("meta")
         run.export(folder / "pruned", base.after(pruned, plan.step, plan.kept_layers))
         if processes.rank() == 0:
             (folder / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
