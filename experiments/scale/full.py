@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import filecmp
 import json
 import os
 import shutil
@@ -43,10 +44,12 @@ FIELDS: tuple[str, ...] = (
     "promised",
     "weights",
     "limit",
+    "same",
 )
 # Side of an image, and tokens of a record: Bunny's image alone has 729.
 SIZES = {"llava_1_5_7b": (336, 640), "bunny_3b": (384, 800), "mini_internvl_4b": (448, 640)}
 RECORDS = 665_298  # of LLaVA's mixture
+FILES, FILES_LIMIT = "widthwise, from files", 6.0  # GB that this stage may hold
 OFF = ("evaluate=none", "evaluate.efficiency=false", "trainer=cpu", "logger=none", "callbacks=none", "threads=1")
 ONE = ("recover.steps=1", "recover.epochs=null", "data.batch_size=1", "data.global_batch_size=1")
 ASKED = (f"evaluate={write.QUESTIONS}", "evaluate.limit=2", "evaluate.batch_size=1", "evaluate.max_new_tokens=8")
@@ -110,10 +113,26 @@ def stages(place: Place) -> dict[str, list[str]]:
         "load": [*model, "prune=none", "recover=none", *OFF],
         "layerwise": [*model, *few, "prune=layerwise", "recover=none", *OFF, f"paths.cache_dir={home}/layerwise"],
         "widthwise": [*width, "recover=none", *OFF],
+        FILES: [*width, "prune.offload=disk", "recover=none", *OFF, f"paths.cache_dir={home}/files"],
         "recover, taught": [*width, *taught, *ONE, *OFF],
         "recover": [*width, "recover=sft", *ONE, *OFF],
         "two questions": [*width, "recover=none", *asked],
     }
+
+
+def folder_of(place: Place, stage: str) -> Path:
+    """Where a stage leaves its run and its numbers."""
+    return place.home / f"run-{stage.replace(', ', '-').replace(' ', '-')}"
+
+
+def same_weights(place: Place) -> str:
+    """Whether what was pruned from files is what was pruned in memory, byte by byte; empty where one is not there."""
+    mine, other = (folder_of(place, stage) / "run/pruned" for stage in (FILES, "widthwise"))
+    names = sorted(file.name for file in mine.glob("*.safetensors"))
+    if not names or not other.exists():
+        return ""
+    same, *_ = filecmp.cmpfiles(mine, other, names, shallow=False)
+    return "yes" if same == names else "no"
 
 
 def measure(place: Place, stage: str, typed: Sequence[str], limit: float) -> tuple[list[dict[str, Any]], str]:
@@ -122,7 +141,7 @@ def measure(place: Place, stage: str, typed: Sequence[str], limit: float) -> tup
     Returns:
         Its rows, of the whole and of its phases; or why there are none.
     """
-    folder = place.home / f"run-{stage.replace(', ', '-').replace(' ', '-')}"
+    folder = folder_of(place, stage)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     typed, environment = [*typed, f"paths.output_dir={place.home}/out"], {"HF_HOME": str(place.home / "home")}
@@ -139,7 +158,10 @@ def measure(place: Place, stage: str, typed: Sequence[str], limit: float) -> tup
     if watched.code:
         last = [line for line in told[1].read_text(errors="replace").splitlines() if line.strip()][-1:]
         return [], f"exit status {watched.code}: {''.join(last)}"
-    return [_told({**common, **row}) for row in _rows(folder, watched, promised, limit)], ""
+    rows = _rows(folder, watched, promised, limit)
+    if stage == FILES:
+        rows[0]["same"] = same_weights(place)
+    return [_told({**common, **row}) for row in rows], ""
 
 
 def _promised(typed: Sequence[str], folder: Path, environment: dict[str, str]) -> dict[str, Any]:
@@ -197,13 +219,13 @@ def run(place: Place, file: Path, limit: float, records: int, say: Callable[[str
     if todo:
         prepare(place, records)
     for stage, typed in todo.items():
-        rows, reason = measure(place, stage, typed, limit)
+        rows, reason = measure(place, stage, typed, min(limit, FILES_LIMIT) if stage == FILES else limit)
         add(file, rows)
         failed |= bool(reason)
         say(f"{place.model}, {stage}: {reason or _line(rows[0])}")
-        if stage == "layerwise":
-            shutil.rmtree(place.home / "layerwise", ignore_errors=True)
-            shutil.rmtree(place.home / "run-layerwise" / "run", ignore_errors=True)
+        if stage in ("layerwise", FILES):  # nothing goes on from them
+            shutil.rmtree(place.home / {FILES: "files"}.get(stage, stage), ignore_errors=True)
+            shutil.rmtree(folder_of(place, stage) / "run", ignore_errors=True)
     if not failed:
         shutil.rmtree(place.home, ignore_errors=True)
     return not failed

@@ -64,11 +64,13 @@ def limited(size: int) -> Iterator[Path | None]:
     Yields:
         Its folder; None where none can be made.
     """
-    place, name = _own_group()
+    place, name, swapped = _own_group()
     group = place / f"scale-{os.getpid()}"
     try:
         group.mkdir()
         (group / name).write_text(str(size))
+        if (group / swapped).exists():
+            (group / swapped).write_text("0")  # what is swapped out would not count
     except OSError:
         with contextlib.suppress(OSError):
             group.rmdir()
@@ -80,13 +82,13 @@ def limited(size: int) -> Iterator[Path | None]:
         group.rmdir()
 
 
-def _own_group() -> tuple[Path, str]:
-    """The folder of this process's cgroup for memory, and the name of the file with the limit."""
+def _own_group() -> tuple[Path, str, str]:
+    """The folder of this process's cgroup for memory, and the files with the limit and with how much it may swap."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, kinds, path = line.split(":", 2)
         if "memory" in kinds.split(","):
-            return GROUPS / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
-    return GROUPS / path.lstrip("/"), "memory.max"
+            return GROUPS / "memory" / path.lstrip("/"), "memory.limit_in_bytes", "memory.swappiness"
+    return GROUPS / path.lstrip("/"), "memory.max", "memory.swap.max"
 
 
 def watch(command: Sequence[str], environment: Mapping[str, str], limit: int, told: Path, log: Path) -> Watched:

@@ -98,6 +98,7 @@ def test_all_stages_are_measured_once(tmp_path, monkeypatch):
     rows = full.read(file)
     assert {row["stage"] for row in rows} == {*full.stages(place)}
     parts = {(row["stage"], row["phase"]): row for row in rows}
+    assert parts[full.FILES, ""]["same"] == "yes"
     for phase in ("load", "decoder layers", "Gram matrices", "OBS", "solve", "write", "reload gate"):
         assert float(parts["widthwise", phase]["cpu"]) > 0
     assert float(parts["recover, taught", "ask the teacher"]["seconds"]) > 0

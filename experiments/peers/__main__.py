@@ -1,0 +1,119 @@
+"""A row per arm of ``experiment=peers``, ratio and draw of calibration records: what it costs, and what is left.
+
+python -m experiments.peers <rows.csv> --work <folder> --draws <draw0.json> <draw1.json> ... [--minutes 100]
+
+A row is written at once, and what has one is not made again. `draws` makes the records; images lie beside the JSON. The
+loss ``compare`` is that on the records of the next draw, of other documents: a peer's variant is chosen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from efficientllava.data.embedded.prose import TEXTS
+from efficientllava.record import read
+from experiments.real_weights.measure import nats
+from experiments.scale.watch import watch
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENT: Any = OmegaConf.load(ROOT / "conf/experiment/peers.yaml")
+RATIOS: list[str] = EXPERIMENT.hydra.sweeper.params["prune.ratio"].split(",")
+KEYS = ["arm", "ratio", "draw"]
+FIELDS = [*KEYS, "achieved", "cpu_seconds", "peak_gb", "compare", "digits", "kl", "perplexity", *TEXTS]
+MOST = 20 * 10**9  # bytes of a run
+
+
+def run(typed: list[str], work: Path) -> tuple[Path, float, float]:
+    """Run one arm.
+
+    Returns:
+        The run's folder, CPU seconds, and peak memory in GB.
+
+    Raises:
+        RuntimeError: It failed; says where its log is.
+    """
+    folder, log = work / "run", work / "log"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "run.py", "experiment=peers", "hydra.mode=RUN", f"hydra.run.dir={folder}", *typed]
+    watched = watch(command, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, MOST, work / "phase", log)
+    if watched.code:
+        raise RuntimeError(f"exit status {watched.code}, see {log}")
+    return folder, watched.cpu, watched.peak / 1e9
+
+
+def row(arm: list[str], ratio: str, draw: Path, other: Path, work: Path) -> dict[str, Any]:
+    """What is known of an arm.
+
+    Args:
+        arm: What is typed for it.
+        ratio: Share that it removes.
+        draw: Its calibration records.
+        other: Records of other documents.
+        work: Folder that takes the run, and keeps the base's numbers for the next one.
+    """
+    shutil.rmtree(work / "cache" / "prune", ignore_errors=True)
+    typed = [
+        *arm,
+        f"prune.ratio={ratio}",
+        f"calibration.path={draw}",
+        "threads=1",
+        "logger=none",
+        f"paths.cache_dir={work}/cache",
+    ]
+    folder, seconds, peak = run([*typed, "evaluate=none"], work)
+    achieved, compare = read(folder)["ratio"]["achieved"], nats(str(folder / "pruned"), other)
+    folder, _, _ = run(typed, work)
+    found = json.loads((folder / "results.json").read_text())["stages"]["pruned"]["metrics"]
+    digits, prose = found["digits_vqa"]["accuracy"], found["prose"]
+    named = {name: prose[f"perplexity/{name}"] for name in TEXTS}
+    measured = {"digits": digits, "kl": prose["kl"], "perplexity": prose["perplexity"], **named}
+    return {"achieved": achieved, "cpu_seconds": seconds, "peak_gb": peak, "compare": compare, **measured}
+
+
+def missing(rows: Path, draws: list[Path]) -> list[tuple[str, str, int]]:
+    """Arm, ratio and number of the draw of what the file lacks: all of one draw before the next."""
+    done: set[tuple[str, ...]] = set()
+    if rows.exists():
+        with rows.open(newline="", encoding="utf-8") as file:
+            done = {tuple(known[key] for key in KEYS) for known in csv.DictReader(file)}
+    every = itertools.product(range(len(draws)), RATIOS, EXPERIMENT.sweep.arms)
+    return [(arm, ratio, number) for number, ratio, arm in every if (arm, ratio, draws[number].stem) not in done]
+
+
+def main() -> None:
+    """Make the missing rows, as far as the minutes go."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="takes runs and a cache")
+    parser.add_argument("--draws", type=Path, nargs="+", required=True)
+    parser.add_argument("--minutes", type=float, default=100, help="no row is begun after them")
+    given = parser.parse_args()
+    draws, end = [draw.resolve() for draw in given.draws], time.monotonic() + 60 * given.minutes
+    given.work.mkdir(parents=True, exist_ok=True)
+    for arm, ratio, number in missing(given.rows, draws):
+        if time.monotonic() > end:
+            break
+        other, typed = draws[(number + 1) % len(draws)], list(EXPERIMENT.sweep.arms[arm])
+        measured = row(typed, ratio, draws[number], other, given.work.resolve())
+        new = not given.rows.exists()
+        with given.rows.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            told = {key: f"{value:.4f}" for key, value in measured.items()}
+            writer.writerow({**dict(zip(KEYS, (arm, ratio, draws[number].stem), strict=True)), **told})
+        print(arm, ratio, draws[number].stem, told, flush=True)
+
+
+if __name__ == "__main__":
+    main()

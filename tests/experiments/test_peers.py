@@ -1,0 +1,57 @@
+"""Draws of calibration records, and which rows are made."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from efficientllava.data.table import read_conversations
+from experiments.peers.__main__ import EXPERIMENT, RATIOS, missing
+from experiments.peers.draws import DRAWS, EACH, prose, questions
+
+
+def written(folder, documents, pieces):
+    records = [
+        {
+            "id": f"book/{document}/{piece}",
+            "conversations": [{"from": "human", "value": "Go on."}, {"from": "gpt", "value": f"{document} {piece}"}],
+        }
+        for document in range(documents)
+        for piece in range(pieces)
+    ]
+    file = folder / "prose.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def test_no_document_is_in_two_draws(tmp_path):
+    parts = prose([written(tmp_path, documents=12, pieces=9)])
+    seen = [{record["id"].rpartition("/")[0] for record in part} for part in parts]
+    assert [len(part) for part in parts] == [EACH] * DRAWS
+    assert sum(map(len, seen)) == len(set.union(*seen))
+
+
+def test_too_few_documents_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="give more documents"):
+        prose([written(tmp_path, documents=2, pieces=60)])
+
+
+def test_questions_of_two_draws_show_other_images_and_are_read_as_records(tmp_path):
+    shown = []
+    for number in range(2):
+        file = tmp_path / f"{number}.json"
+        file.write_text(json.dumps(questions(number, tmp_path)))
+        records = read_conversations(str(file))
+        assert len(records) == EACH and all(record.images for record in records)
+        shown.append({record.images[0].read_bytes() for record in records})
+    assert not shown[0] & shown[1]
+
+
+def test_rows_that_are_there_are_not_made_again_and_a_draw_is_finished_before_the_next(tmp_path):
+    draws, rows = [tmp_path / "draw0.json", tmp_path / "draw1.json"], tmp_path / "rows.csv"
+    every = missing(rows, draws)
+    assert len(every) == len(EXPERIMENT.sweep.arms) * len(RATIOS) * 2
+    assert [number for *_, number in every] == sorted(number for *_, number in every)
+    rows.write_text(f"arm,ratio,draw\n{every[0][0]},{every[0][1]},draw0\n")
+    assert missing(rows, draws) == every[1:]
