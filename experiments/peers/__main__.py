@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import shutil
 import sys
@@ -86,8 +85,8 @@ def missing(rows: Path, draws: list[Path]) -> list[tuple[str, str, int]]:
     if rows.exists():
         with rows.open(newline="", encoding="utf-8") as file:
             done = {tuple(known[key] for key in KEYS) for known in csv.DictReader(file)}
-    every = itertools.product(range(len(draws)), RATIOS, EXPERIMENT.sweep.arms)
-    return [(arm, ratio, number) for number, ratio, arm in every if (arm, ratio, draws[number].stem) not in done]
+    every = [(arm, ratio, number) for number in range(len(draws)) for ratio in RATIOS for arm in EXPERIMENT.sweep.arms]
+    return [each for each in every if (*each[:2], draws[each[2]].stem) not in done]
 
 
 def main() -> None:
