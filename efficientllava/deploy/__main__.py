@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runtime.console import exit_code, quiet_libraries, say
+from ..runtime import exit_code, quiet_libraries, say
 from ..settings.schema import DeployConfig
 
 

@@ -18,7 +18,7 @@ from ..data.prompts import Prompts
 from ..data.records import Turn
 from ..models.anatomy import decoder_of
 from ..models.forward import going_on, stock_inputs
-from ..runtime.errors import UserError
+from ..runtime import UserError
 from .inputs import MARKER, lead, side
 from .runtime import Runtime, cosines, serve
 

@@ -27,7 +27,7 @@ from ..models.anatomy import (
     host_type,
     layers_of,
 )
-from ..runtime.errors import UserError
+from ..runtime import UserError
 from ..settings.schema import BLOCKS, GGUF_TYPES
 
 PARTS = {"attention": ("attn_q", "attn_k", "attn_v"), "mlp": ("ffn_gate", "ffn_up"), "plain": ("ffn_up",)}

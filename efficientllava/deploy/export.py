@@ -12,8 +12,7 @@ import jinja2
 
 from ..checkpoint.hub import named
 from ..models.anatomy import decoder_of
-from ..runtime.errors import UserError, disk_full
-from ..runtime.files import whole_file
+from ..runtime import UserError, disk_full, whole_file
 from ..runtime.keeping import require_space
 from ..settings.checks import require_valid
 from ..settings.schema import DeployConfig

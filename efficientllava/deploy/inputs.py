@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..models.anatomy import projector_of
-from ..runtime.errors import UserError
+from ..runtime import UserError
 from .decoders import Tensors, affine
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..runtime.errors import UserError
+from ..runtime import UserError
 from . import decoders
 from .decoders import Tensors
 from .inputs import CONTROL, NORMAL, SPACE, UNKNOWN

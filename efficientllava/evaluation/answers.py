@@ -23,9 +23,7 @@ from torch.utils.data import DataLoader
 from ..data.collator import Collator, GenerationCollator
 from ..data.records import Record
 from ..models.forward import ANSWERS, Batch, FeatureCache, forward_hidden, supervised_positions, to_device
-from ..runtime import processes
-from ..runtime.errors import require_finite
-from ..runtime.files import Lines
+from ..runtime import Lines, processes, require_finite
 from ..settings.schema import EvaluateConfig
 from .divergence import Divergence
 from .generation import generate

@@ -31,7 +31,7 @@ from ..models.forward import (
     stock_inputs,
     to_device,
 )
-from ..runtime.errors import UserError
+from ..runtime import UserError
 from ..settings.checks import require_valid
 from ..settings.schema import EvaluateConfig
 

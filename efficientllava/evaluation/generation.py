@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ..models.forward import Batch, decoder_inputs
-from ..runtime.errors import NotFiniteError
+from ..runtime import NotFiniteError
 
 # Fields of a generation configuration that change no greedy answer, and special tokens, which are obeyed.
 MEANINGLESS = {

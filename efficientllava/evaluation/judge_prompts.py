@@ -13,9 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.content import digest
-from ..runtime.errors import UserError
-from ..runtime.files import whole_file
+from ..runtime import UserError, digest, whole_file
 from ..settings.schema import JudgeConfig
 from .scorers.text import FAILED, llava_bench_pair, mathvista_extract, mmvet_grade
 from .tasks import Record, predicted, value

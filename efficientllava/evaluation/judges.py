@@ -22,10 +22,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from ..runtime.console import exit_code, say
-from ..runtime.content import digest
-from ..runtime.errors import UserError
-from ..runtime.files import Lines
+from ..runtime import Lines, UserError, digest, exit_code, say
 from ..settings.checks import require_valid
 from ..settings.schema import JudgeConfig
 from . import judge_prompts

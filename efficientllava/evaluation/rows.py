@@ -24,8 +24,7 @@ import datasets
 
 from ..data.records import Record, StoredImage, Turn
 from ..data.table import table_store
-from ..runtime.errors import UserError, first_line
-from ..runtime.store import library_versions
+from ..runtime import UserError, first_line, library_versions
 from ..settings.schema import EvaluateConfig
 from .tasks import Benchmark, Join, Row, Scores, Task, lettered
 from .tasks import Record as Answered

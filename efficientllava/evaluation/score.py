@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..data.sources import DECODER, BadRecordError
-from ..runtime.console import exit_code
-from ..runtime.errors import UserError
+from ..runtime import UserError, exit_code
 from ..settings.schema import JUDGED, DataConfig, EvaluateConfig, JudgeConfig
 from . import tasks
 from .judge_prompts import requests, write_requests

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ...models.forward import FeatureCache
-from ...runtime.errors import UserError, one_line
+from ...runtime import UserError, one_line
 from ...settings.schema import EvaluateConfig
 
 Results = tuple[dict[str, dict[str, float]], dict[str, list[Any]]]

@@ -19,7 +19,7 @@ from ...data.collator import GenerationCollator
 from ...data.records import Record, Turn, rgb
 from ...data.table import in_place
 from ...models.forward import FeatureCache, to_device
-from ...runtime.errors import UserError
+from ...runtime import UserError
 from ..generation import generate
 
 LONGEST = 1024  # tokens of an answer where a task sets no limit, as in lmms-eval's wrappers

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from ...runtime.errors import UserError
+from ...runtime import UserError
 from ..tasks import Outcome, Record, Scores, mean, means, per_record, predicted, sequence, value
 
 LETTERS = string.ascii_uppercase

@@ -16,7 +16,7 @@ import statistics
 import string
 from collections.abc import Callable, Mapping, Sequence
 
-from ...runtime.errors import UserError
+from ...runtime import UserError
 from ..tasks import Outcome, Record, Scores, mean, per_record, predicted, sequence, value
 
 ANLS_THRESHOLD = 0.5

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hydra.core.config_store import ConfigStore
 
-from ...runtime.errors import UserError
+from ...runtime import UserError
 from ...settings.schema import DataConfig, EvaluateConfig
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 from ...data.embedded.prose import GIVEN, of_text, shipped
 from ...data.records import Record
 from ...data.table import read_conversations
-from ...runtime.errors import NotFiniteError, UserError
+from ...runtime import NotFiniteError, UserError
 from ...settings.schema import DataConfig, EvaluateConfig
 from . import Outcome, Scores, Task, value
 from . import Record as Answered

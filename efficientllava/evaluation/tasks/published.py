@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ...runtime.errors import UserError
+from ...runtime import UserError
 from ..scorers.choice import ai2d, mme, mmmu, pope, scienceqa
 from ..scorers.text import docvqa, gqa, llava_bench, mathvista, mmvet, vizwiz
 from . import LETTER, SHORT, Benchmark, Join, Row, lettered, mean, sequence
