@@ -8,7 +8,6 @@ a killed evaluation goes on where it was; `efficientllava.evaluation.score` read
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -305,9 +304,3 @@ def in_order(lines: Sequence[Line], records: Sequence[Record], partial: bool = F
         )
     by_id = {item["answer_id"]: item for item in lines}
     return [by_id[record.id] for record in records if record.id in by_id]
-
-
-def write(lines: Sequence[Line], path: Path) -> None:
-    """Write lines."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write("".join(json.dumps(item) + "\n" for item in lines))

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime import UserError, digest, whole_file
+from ..runtime import UserError, digest, json_lines, write_whole
 from ..settings.schema import JudgeConfig
 from .scorers.text import FAILED, llava_bench_pair, mathvista_extract, mmvet_grade
 from .tasks import Record, predicted, value
@@ -232,9 +232,8 @@ def again(task: str, body: Mapping[str, Any], attempt: int) -> dict[str, Any]:
 def write_requests(asked: Sequence[Request], task: str, protocol: str, path: Path) -> None:
     """Write requests for later, one line of JSON each; `read_requests` reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as handle:
-        for request in asked:
-            handle.write(json.dumps({"task": task, "protocol": protocol, **asdict(request)}) + "\n")
+    about = {"task": task, "protocol": protocol}
+    write_whole(path, json_lines({**about, **asdict(request)} for request in asked))
 
 
 def read_requests(path: Path) -> tuple[list[Request], str, str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..data.sources import DECODER, BadRecordError
-from ..runtime import UserError, exit_code
+from ..runtime import UserError, exit_code, json_lines
 from ..settings.schema import JUDGED, DataConfig, EvaluateConfig, JudgeConfig
 from . import tasks
 from .judge_prompts import requests, write_requests
@@ -205,8 +205,7 @@ def main(arguments: Sequence[str]) -> None:
         return write_requests(asked, options.task, options.protocol, options.requests)
     scores = scorer(options.task)(records, options.protocol)
     if options.outcomes:
-        lines = (json.dumps(asdict(outcome)) + "\n" for outcome in scores.outcomes)
-        options.outcomes.write_text("".join(lines), encoding="utf-8")
+        options.outcomes.write_text(json_lines(map(asdict, scores.outcomes)), encoding="utf-8")
     head = {"task": options.task, "protocol": options.protocol, **unanswered}
     print(json.dumps({**head, "metrics": scores.metrics}, indent=2))
 

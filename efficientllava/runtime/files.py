@@ -64,6 +64,11 @@ def write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def json_lines(values: Iterable[Any], **options: Any) -> str:
+    """Values as lines of JSON; ``options`` are those of ``json.dumps``."""
+    return "".join(json.dumps(value, **options) + "\n" for value in values)
+
+
 @contextmanager
 def whole_folder(folder: Path, fix: str = "set paths.output_dir elsewhere") -> Iterator[Path]:
     """Write a folder under a temporary name and rename it when the block ends well.

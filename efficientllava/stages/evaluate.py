@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field, replace
 from importlib import metadata
@@ -12,12 +11,12 @@ from typing import Any
 from ..checkpoint.folder import Checkpoint
 from ..data.records import image_contents, image_stamps
 from ..evaluation import judges, lmms
-from ..evaluation.answers import answer, mean_loss, write
+from ..evaluation.answers import answer, mean_loss
 from ..evaluation.divergence import collect
 from ..evaluation.efficiency import quantized
 from ..evaluation.score import read
 from ..evaluation.tasks.published import study
-from ..runtime import Entry, UserError, digest, processes, say, source_digest
+from ..runtime import Entry, UserError, digest, json_lines, processes, say, source_digest
 from ..settings.schema import JUDGED
 from .run import Made, Run
 
@@ -119,7 +118,7 @@ def _answer(run: Run, stage: str, checkpoint: Checkpoint, task: Any, base: Score
         lines = answer(*asked, compared)
         model.to(run.home)
         if processes.rank() == 0:
-            write(lines, folder / "predictions.jsonl")
+            (folder / "predictions.jsonl").write_text(json_lines(lines), encoding="utf-8")
             collect(work, folder)
         return {"n": len(lines)}
 
@@ -169,8 +168,7 @@ def _lmms_eval(run: Run, scored: Scored, checkpoint: Checkpoint) -> None:
     def compute(folder: Path, _work: Path) -> dict[str, Any]:
         metrics, samples = lmms.evaluate(checkpoint.model, checkpoint.processor, config, run.features)
         for task, rows in samples.items():
-            lines = (json.dumps(row, default=str) + "\n" for row in rows)
-            (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+            (folder / f"{task}.jsonl").write_text(json_lines(rows, default=str), encoding="utf-8")
         return {"metrics": processes.from_first(metrics)}
 
     source = source_digest("evaluation.lmms.adapter")

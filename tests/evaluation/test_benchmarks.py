@@ -12,12 +12,12 @@ from PIL import Image
 
 from efficientllava.data.records import open_image
 from efficientllava.evaluation import tasks
-from efficientllava.evaluation.answers import line, write
+from efficientllava.evaluation.answers import line
 from efficientllava.evaluation.rows import Source
 from efficientllava.evaluation.score import as_record, main
 from efficientllava.evaluation.tasks import PROTOCOLS
 from efficientllava.evaluation.tasks.published import BENCHMARKS, COLUMNS
-from efficientllava.runtime.errors import UserError
+from efficientllava.runtime import UserError, json_lines
 from efficientllava.settings.schema import DataConfig, EvaluateConfig
 
 from ..runs import composed
@@ -169,7 +169,7 @@ def test_from_files_to_scores_and_the_command_finds_the_same(root, name, tiny, t
     outcome = evaluate(*tiny, task, trainer(), config)
     one_by_one = evaluate(*tiny, task, trainer(), replace(config, batch_size=1))
     assert [row["text"] for row in one_by_one.lines] == [row["text"] for row in outcome.lines]
-    write(outcome.lines, tmp_path / "file.jsonl")
+    (tmp_path / "file.jsonl").write_text(json_lines(outcome.lines))
     main([str(tmp_path / "file.jsonl"), "--task", name])
     assert json.loads(capsys.readouterr().out)["metrics"] == outcome.scores.metrics
     assert set(outcome.lines[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
@@ -187,7 +187,8 @@ def test_a_new_benchmark_is_one_file(root, monkeypatch, tmp_path, capsys):
     task = load("toy", root)
     assert task.questions is None and all(load(name, root).questions > 0 for name in NAMES)
     assert "toy" in tasks.available() and len(task.records()) == 6 and task.max_new_tokens == 4
-    write([line(record, record.turns[0].answer, "m") for record in task.records()], tmp_path / "toy.jsonl")
+    lines = [line(record, record.turns[0].answer, "m") for record in task.records()]
+    (tmp_path / "toy.jsonl").write_text(json_lines(lines))
     main([str(tmp_path / "toy.jsonl"), "--task", "toy"])
     assert json.loads(capsys.readouterr().out)["metrics"] == {"accuracy": 1, "n": 6}
 
