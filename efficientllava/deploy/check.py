@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..data.collator import prompt
 from ..data.prompts import Prompts
 from ..data.records import Turn
+from ..evaluation.generation import unadvised
 from ..models.anatomy import decoder_of
-from ..models.forward import going_on, stock_inputs
+from ..models.forward import stock_inputs
 from ..runtime import UserError
 from .inputs import MARKER, lead, side
 from .runtime import Runtime, cosines, serve
@@ -98,8 +100,8 @@ def require_tokens(runtime: Runtime, tokenizer: Any) -> None:
     for text in texts(tokenizer):
         ours, theirs = list(tokenizer(text).input_ids), runtime.tokens(lead(tokenizer) + text)
         if ours != theirs:
-            at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
-            at = min(len(ours), len(theirs)) if at is None else at
+            pairs = enumerate(zip(ours, theirs, strict=False))
+            at = next((place for place, (our, their) in pairs if our != their), min(len(ours), len(theirs)))
             shown = [tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (ours, theirs)]
             raise UserError(
                 f"deploy=gguf: the runtime splits text into other tokens: token {at} is {shown[0]}, there {shown[1]} "
@@ -122,10 +124,7 @@ def expected(model: Any, processor: Any, asked: Sequence[Question], images: bool
     logprobs = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu()
     ends = sorted({max(1, round(len(ids) * step / POSITIONS)) for step in range(1, POSITIONS + 1)})
     found = [Probe("", ids[:end], None, end, logprobs[end - 1], None) for end in ends]
-    for text, image in asked:
-        if image is None or images:
-            found.append(_ask(model, processor, text, image))
-    return found
+    return found + [_ask(model, processor, text, image) for text, image in asked if image is None or images]
 
 
 def rendered(prompts: Prompts, question: str, images: int) -> str:
@@ -136,16 +135,14 @@ def rendered(prompts: Prompts, question: str, images: int) -> str:
 def _ask(model: Any, processor: Any, question: str, image: Image.Image | None) -> Probe:
     inputs = stock_inputs(model, prompt(processor, question, image))
     ids = inputs["input_ids"][0].tolist()
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
-    first, greedy = output.logits[0, -1].float().log_softmax(-1), []
-    stop = end_tokens(model)
-    while len(greedy) < ANSWER:
-        token = int(output.logits[0, -1].argmax())
-        greedy.append(token)
-        if token in stop:
-            break
-        output = model(input_ids=torch.tensor([[token]]), **going_on(output), use_cache=True)
+    end = end_tokens(model)
+    config = GenerationConfig(
+        max_new_tokens=ANSWER, eos_token_id=end, pad_token_id=end[0], output_logits=True, return_dict_in_generate=True
+    )
+    with unadvised(model):
+        answer = model.generate(**inputs, generation_config=config)
     text = ids if image is None else rendered(Prompts(processor), question, 1)
+    first, greedy = answer.logits[0][0].float().log_softmax(-1), answer.sequences[0, len(ids) :].tolist()
     return Probe(question, text, image, len(ids), first, greedy)
 
 
@@ -202,14 +199,14 @@ def _agreement(runtime: Runtime, probes: Sequence[Probe], placeholder: str) -> d
 def _same_chat(runtime: Runtime, each: Probe, placeholder: str) -> bool:
     """Whether the server's chat writes the prompt that the model's own template writes."""
     assert isinstance(each.text, str) and each.image is not None
-    theirs = runtime.chat(each.question, [each.image])
+    theirs = runtime.chat(each.question, each.image)
     return theirs.partition(MARKER)[2].partition(">")[2] == each.text.partition(placeholder)[2]
 
 
 def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, float, bool, bool]:
     asked: Any = each.text
     if each.image is not None and isinstance(each.text, str):
-        asked = runtime.prompt(each.text.replace(placeholder, runtime.marker), [each.image])
+        asked = runtime.prompt(each.text.replace(placeholder, runtime.marker), each.image)
     # The positions of one text follow each other: what the runtime has read of it stays.
     theirs, length = runtime.next_token(asked, len(each.logprobs), cached=each.greedy is None)
     best = each.logprobs.topk(min(TOP, len(theirs))).indices

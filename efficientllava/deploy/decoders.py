@@ -28,7 +28,7 @@ from ..models.anatomy import (
     layers_of,
 )
 from ..runtime import UserError
-from ..settings.schema import BLOCKS, GGUF_TYPES
+from ..settings.schema import BLOCKS
 
 PARTS = {"attention": ("attn_q", "attn_k", "attn_v"), "mlp": ("ffn_gate", "ffn_up"), "plain": ("ffn_up",)}
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "phi3")
@@ -37,17 +37,14 @@ REFUSED = {
     "qwen2_5_vl_text": "its image positions in two dimensions are not exported",
     "qwen3_vl_text": "its image positions in two dimensions and its DeepStack features are not exported",
 }
-OTHERS = {"phi": "phi2", "qwen3": "qwen3"}  # one shape for all layers
-FIXES = {
-    "phi": "drop layers with prune=layerwise, or protect all heads with prune.protect_attention",
-    "qwen3": "choose prune=layerwise, or prune=widthwise with prune.selection=shape",
+OTHERS = {  # one shape for all layers: the runtime's name, and what helps where they have several
+    "phi": ("phi2", "drop layers with prune=layerwise, or protect all heads with prune.protect_attention"),
+    "qwen3": ("qwen3", "choose prune=layerwise, or prune=widthwise with prune.selection=shape"),
 }
 ACTIVATIONS = {"phi": ("gelu_new",)}  # of the others: silu
 EMPTY = 32  # channels of zeros that stand for an MLP that is gone: a layer without any would lose its attention
 
-PLAIN = ("f32", "f16", "bf16")
-QUANTIZED = tuple(kind for kind in GGUF_TYPES if kind in BLOCKS)
-BLOCK = 32  # weights of a row that share a scale, of all in QUANTIZED
+BLOCK = 32  # weights of a row that share a scale, of all types of files in BLOCKS
 FALLBACK = "f16"  # of a tensor whose rows are no whole number of blocks
 HEAD = "q8_0"  # of the embedding and the head where the others have fewer bits, as llama-quantize keeps them wider
 
@@ -229,7 +226,7 @@ def architecture(model: Any, shapes: Sequence[tuple[int, int]]) -> str:
     host = host_type(config)
     uniform, whole = len({*shapes}) == 1, all(groups and channels for groups, channels in shapes)
     llama = "llama" if uniform and whole else "deci"
-    name, fix = llama if host in LLAMA_LIKE else OTHERS.get(host, ""), FIXES.get(host)
+    name, fix = (llama, "") if host in LLAMA_LIKE else OTHERS.get(host, ("", ""))
     heads = name == "phi2" and shapes[0][0] * first.attention.width != config.hidden_size
     problems = {
         REFUSED.get(host, "no architecture of the runtime is known to hold it"): not name,
@@ -267,7 +264,7 @@ def storage(name: str, shape: tuple[int, ...], kind: str) -> str:
     """
     if len(shape) < 2 or name.startswith("rope_") or "position_embd" in name:
         return "f32"  # norms, biases, positions and rotary factors: the runtime adds and multiplies nothing else
-    if kind in PLAIN:
+    if kind not in BLOCKS:
         return kind
     if len(shape) > 2 or shape[-1] % BLOCK:
         return FALLBACK
@@ -319,4 +316,4 @@ def write(
         array = make().detach().cpu().float().numpy()
         writer.write_tensor_data(gguf.quants.quantize(array, gguf.GGMLQuantizationType[stored.upper()]))
     writer.close()
-    return [name for name, make, stored in made if kind in QUANTIZED and stored == FALLBACK and make().ndim == 2]
+    return [name for name, make, stored in made if kind in BLOCKS and stored == FALLBACK and make().ndim == 2]

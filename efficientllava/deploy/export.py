@@ -12,7 +12,7 @@ import jinja2
 
 from ..checkpoint.hub import named
 from ..models.anatomy import decoder_of
-from ..runtime import UserError, disk_full, whole_file
+from ..runtime import UserError, disk_full, write_whole
 from ..runtime.keeping import require_space
 from ..settings.checks import require_valid
 from ..settings.schema import DeployConfig
@@ -20,7 +20,6 @@ from . import check, decoders
 from .inputs import ImageSide, image_side, side, vocabulary
 from .runtime import speeds, version
 
-README, MODELFILE = "README.md", "Modelfile"
 TEMPLATE = Path(__file__).with_name("README.md.jinja")
 
 
@@ -200,6 +199,5 @@ def tell(folder: Path, name: str, made: dict[str, Any]) -> None:
     told = page.render(name=name, made=made, files=made["files"], model=files[0], image=image, remarks=remarks(made))
     modelfile = "".join(f"FROM ./{file}\n" for file in [files[0], *mmproj])
     modelfile += f"PARAMETER temperature 0\nPARAMETER num_ctx {made['context']}\n"
-    for file, text in ((README, told), (MODELFILE, modelfile)):
-        with whole_file(folder / file) as path:
-            path.write_text(text, encoding="utf-8")
+    write_whole(folder / "README.md", told)
+    write_whole(folder / "Modelfile", modelfile)

@@ -115,15 +115,14 @@ class Runtime:
         """Token ids of a text; ``special`` adds what the file says stands at a text's beginning and end."""
         return self.ask("tokenize", content=text, add_special=special, parse_special=True)["tokens"]
 
-    def prompt(self, text: str, images: Sequence[Image.Image]) -> Any:
-        """A prompt; the marker stands in ``text`` where an image does."""
-        return {"prompt_string": text, "multimodal_data": [_png(image) for image in images]} if images else text
+    def prompt(self, text: str, image: Image.Image) -> dict[str, Any]:
+        """A prompt with an image, for which the marker stands in ``text``."""
+        return {"prompt_string": text, "multimodal_data": [_png(image)]}
 
-    def chat(self, question: str, images: Sequence[Image.Image] = ()) -> str:
-        """The prompt that the server makes of a message, by the chat template in the file."""
-        urls = [{"url": f"data:image/png;base64,{_png(image)}"} for image in images]
-        content: list[Any] = [{"type": "image_url", "image_url": url} for url in urls]
-        message = {"role": "user", "content": [*content, {"type": "text", "text": question}]}
+    def chat(self, question: str, image: Image.Image) -> str:
+        """The prompt that the server makes of a message with an image, by the chat template in the file."""
+        shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_png(image)}"}}
+        message = {"role": "user", "content": [shown, {"type": "text", "text": question}]}
         return self.ask("apply-template", messages=[message])["prompt"]
 
     def complete(self, prompt: Any, tokens: int = 1, ignore_eos: bool = False, cached: bool = False) -> dict[str, Any]:
@@ -188,8 +187,13 @@ def serve(
     Raises:
         UserError: The runtime does not take the files; says its first line about it.
     """
-    files = {"model": str(model), "mmproj": mmproj and str(mmproj)}
-    asked = {**files, "context": context, "embeddings": embeddings, "exact": exact}
+    asked = {
+        "model": str(model),
+        "mmproj": mmproj and str(mmproj),
+        "context": context,
+        "embeddings": embeddings,
+        "exact": exact,
+    }
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile() as log:
         command = [sys.executable, "-I", str(SERVER), json.dumps(asked)]
@@ -339,5 +343,5 @@ def cosines(
 
 def _last_state(runtime: Runtime, image: Image.Image, words: int) -> Tensor:
     """The final state of a text of some words behind an image."""
-    answer = runtime.ask("embedding", content=runtime.prompt(runtime.marker + " a" * words, [image]))
+    answer = runtime.ask("embedding", content=runtime.prompt(runtime.marker + " a" * words, image))
     return torch.tensor(answer[0]["embedding"][-1])

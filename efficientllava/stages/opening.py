@@ -12,7 +12,7 @@ from ..data.collator import Collator
 from ..data.datamodule import RecoveryData
 from ..data.splits import calibration_records, keep_back, open_data
 from ..deploy import decoders, export
-from ..deploy.decoders import BLOCK, FALLBACK, QUANTIZED
+from ..deploy.decoders import BLOCK, FALLBACK
 from ..evaluation import judges, lmms, tasks
 from ..models.anatomy import layers_of
 from ..models.forward import FeatureCache, require_images
@@ -22,7 +22,7 @@ from ..recovery.student import require_trainable
 from ..recovery.teacher import require_teacher
 from ..runtime import ConfigError, Store, UserError, processes, say
 from ..runtime.keeping import require_space
-from ..settings.schema import RunConfig
+from ..settings.schema import BLOCKS, RunConfig
 from .run import Expected, Run, load_checkpoint
 
 
@@ -112,7 +112,7 @@ def prepare(run: Run) -> None:
     width = layers_of(model)[0].attention.width
     sizes = (size for groups, channels in shapes[0] for size in (groups * width, channels))
     odd = [size for size in sizes if size % BLOCK]
-    quantized = [kind for kind in config.types if kind in QUANTIZED]
+    quantized = [kind for kind in config.types if kind in BLOCKS]
     if odd and quantized:
         say(
             f"deploy.types: {quantized[0]} takes rows in multiples of {BLOCK}; of widths such as {min(odd)} tensors "

@@ -135,7 +135,7 @@ def answer(runtime: Runtime, processor: Any, record: Record) -> str:
     else:
         prompts = Prompts(processor)
         text = rendered(prompts, turn.question, 1)
-        asked = runtime.prompt(text.replace(prompts.image_token, runtime.marker), [image])
+        asked = runtime.prompt(text.replace(prompts.image_token, runtime.marker), image)
     return runtime.complete(asked, tokens=ANSWER)["content"]
 
 
