@@ -116,7 +116,6 @@ def deploy(
         UserError: It cannot be exported, the runtime does not take it, or it computes something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    describe(checkpoint, config)
     both = dense is not None and config.measure
     require_space(folder, needed_bytes(checkpoint.model, config, both), "deploy=gguf", "export fewer deploy.types")
     made = write(checkpoint, folder, config)

@@ -17,49 +17,41 @@ CONTEXT = 256  # tokens that there is room for
 REPEATS = 7
 
 
-class Stopwatch:
-    """Seconds of CPU, on one thread.
+def seconds(
+    processor: Any,
+    kind: str,
+    folder: Path,
+    model: Any,
+    layers: Sequence[int],
+    tokens: tuple[int, int],
+    variants: Iterable[AbstractContextManager[Any]],
+) -> list[float]:
+    """Seconds of CPU, on one thread, of some layers with embedding and head, as they are in every variant.
 
     Args:
-        processor: Of the models, which have one vocabulary.
+        processor: Of the model.
         kind: Type of the files, one of `efficientllava.settings.schema.GGUF_TYPES`.
         folder: Of the files, which are removed again.
+        model: An image-text-to-text model.
+        layers: Those that count.
+        tokens: Of the prompt, and of the answer.
+        variants: In which the model is another one; every one is timed in turn with the first.
+
+    Raises:
+        UserError: The runtime does not hold the decoder, or is not installed.
     """
-
-    def __init__(self, processor: Any, kind: str, folder: Path) -> None:
-        self._processor, self._kind, self._folder = processor, kind, folder
-
-    def __call__(
-        self,
-        model: Any,
-        layers: Sequence[int],
-        tokens: tuple[int, int],
-        variants: Iterable[AbstractContextManager[Any]],
-    ) -> list[float]:
-        """Time some layers, with embedding and head, as they are in every variant.
-
-        Args:
-            model: An image-text-to-text model.
-            layers: Those that count.
-            tokens: Of the prompt, and of the answer.
-            variants: In which the model is another one; every one is timed in turn with the first.
-
-        Raises:
-            UserError: The runtime does not hold the decoder, or is not installed.
-        """
-        words = vocabulary(self._processor, decoder_of(model).embed_tokens.num_embeddings, end_tokens(model))
-        found: list[float] = []
-        first = self._folder / "first.gguf"
-        for variant in variants:
-            file = self._folder / "other.gguf" if found else first
-            with variant:
-                decoder = decoders.describe(model, layers)
-                keys = decoder.metadata() | words
-                decoders.write(file, decoder.architecture, keys, decoder.tensors(), self._kind)
-            measured = rates({"first": first, **({"other": file} if found else {})}, CONTEXT, REPEATS)
-            spent = {name: tokens[0] / each["prefill"] + tokens[1] / each["decode"] for name, each in measured.items()}
-            found.append(found[0] * spent["other"] / spent["first"] if found else spent["first"])
-            if file != first:
-                file.unlink()
-        first.unlink()
-        return found
+    words = vocabulary(processor, decoder_of(model).embed_tokens.num_embeddings, end_tokens(model))
+    files: dict[str, Path] = {}
+    found: list[float] = []
+    for variant in variants:
+        name = "other" if files else "first"
+        files[name] = folder / f"{name}.gguf"
+        with variant:
+            decoder = decoders.describe(model, layers)
+            decoders.write(files[name], decoder.architecture, decoder.metadata() | words, decoder.tensors(), kind)
+        measured = rates(files, CONTEXT, REPEATS)
+        spent = {file: tokens[0] / each["prefill"] + tokens[1] / each["decode"] for file, each in measured.items()}
+        found.append(found[0] * spent["other"] / spent["first"] if found else spent["first"])
+    for file in files.values():
+        file.unlink()
+    return found

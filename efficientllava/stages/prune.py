@@ -6,12 +6,13 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..data.records import image_contents
 from ..data.splits import load_split
-from ..deploy.latency import Stopwatch
+from ..deploy import latency
 from ..deploy.runtime import version
 from ..pruning.module import PruningModule
 from ..pruning.self_text import sequences, write_text
@@ -114,6 +115,6 @@ def _searcher(run: Run, work: Path, tick: Tick) -> Any:
         work,
         _writer(run, tick),
         settings.calibration.generate_share,
-        Stopwatch(run.base.processor, settings.deploy.types[0], work) if _runtime(settings) else None,
+        partial(latency.seconds, run.base.processor, settings.deploy.types[0], work) if _runtime(settings) else None,
     )
     return SearchModule(run.base.model, inputs, settings.prune, settings.search, settings.seed, run.features, tick)
