@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -24,7 +25,7 @@ from ..data.records import Record
 from ..models.forward import ANSWERS, Batch, FeatureCache, forward_hidden, supervised_positions, to_device
 from ..runtime import Lines, processes, require_finite
 from ..settings.schema import EvaluateConfig
-from .divergence import Divergence
+from .divergence import FILE, Divergence
 from .generation import generate
 from .tasks import Task
 
@@ -118,12 +119,12 @@ class EvaluationModule(LightningModule):
         super().__init__()
         # A rank may have no batch when there are fewer questions than processes.
         self.allow_zero_length_dataloader_with_multiple_devices = True
-        self.model, self._cache = model, cache
+        self.model, self._cache, self._work = model, cache, work
         self._task, self._records, self._cfg, self._model_id = task, records, cfg, model_id
         self._file = Lines(work / f"answers-{processes.rank()}.jsonl", shared=False) if work else None
         self._tokenizer, self._prompts = processor.tokenizer, GenerationCollator(processor)
         self._answers = Collator(processor, pack=False) if task.answer_loss else None
-        self._divergence = Divergence(base, work) if task.divergence else None
+        self._base = safe_open(base / FILE, "pt") if base and task.divergence else None
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         """This rank's batches, longest questions first."""
@@ -166,10 +167,10 @@ class EvaluationModule(LightningModule):
     def _known(self, answers: Batch, features: Tensor | None) -> list[dict[str, Any]]:
         """Of every reference answer its loss, its tokens and, where asked for, its divergence."""
         counts = supervised_positions(answers["labels"])[0].sum(1).tolist()
-        look = self._divergence and self._divergence.of(answers["ids"], counts)
+        look = Divergence(self._base, answers["ids"], counts) if self._task.divergence else None
         losses = zip(*reference_losses(self.model, answers, features, look), strict=True)
         known = [{"loss": loss, "tokens": tokens} for loss, tokens in losses]
-        if look and (found := self._divergence.done(look)):  # pyright: ignore[reportOptionalMemberAccess]
+        if look and (found := look.done(self._work)):
             known = [{**each, "kl": kl} for each, kl in zip(known, found, strict=True)]
         return known
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,65 +21,48 @@ FILE = "distributions.safetensors"
 
 
 class Divergence:
-    """Keeps what the base says, or tells how far another model is from it.
+    """Sees the tokens of a batch, some at a time: keeps what the base says, or tells how far a model is from it.
 
     Args:
-        base: Folder with the base's distributions, see `collect`; None: this is the base.
-        work: Folder that keeps those of every batch; None: they are lost.
-    """
-
-    def __init__(self, base: Path | None, work: Path | None) -> None:
-        self._base, self._work = base and safe_open(base / FILE, "pt"), work
-
-    def of(self, names: Sequence[str], counts: Sequence[int]) -> Batch:
-        """A batch, whose rows have names and numbers of tokens."""
-        if self._base is None:
-            return Batch(names, counts, None)
-        keys = TopK._fields
-        known = [torch.cat([self._base.get_tensor(f"{name}/{key}") for name in names]) for key in keys]
-        return Batch(names, counts, TopK(*known))
-
-    def done(self, batch: Batch) -> list[float] | None:
-        """Sums over the tokens of each row, in nats; None of the base, whose distributions are kept."""
-        if self._base is not None:
-            return [float(row.sum()) for row in torch.cat([kl for (kl,) in batch.found]).split(batch.counts)]
-        if self._work:
-            kept = {
-                key: torch.cat(part) for key, part in zip(TopK._fields, zip(*batch.found, strict=True), strict=True)
-            }
-            rows = {
-                f"{name}/{key}": part.contiguous()
-                for key, every in kept.items()
-                for name, part in zip(batch.names, every.split(batch.counts), strict=True)
-            }
-            with whole_file(self._work / f"{digest(batch.names)}.{FILE}") as file:
-                save_file(rows, file)
-
-
-class Batch:
-    """The tokens of a batch, of which some are seen at a time.
-
-    Args:
-        names: Of its rows.
+        base: The base's distributions, the opened file of `collect`; None: this is the base.
+        names: Of the batch's rows.
         counts: Tokens of each.
-        known: Of the base, for all tokens.
     """
 
-    def __init__(self, names: Sequence[str], counts: Sequence[int], known: TopK | None) -> None:
-        self.names, self.counts, self.known = list(names), list(counts), known
-        self.found: list[tuple[Tensor, ...]] = []
-        self._seen = 0
+    def __init__(self, base: Any, names: Sequence[str], counts: Sequence[int]) -> None:
+        self._names, self._counts, self._seen = list(names), list(counts), 0
+        self._found: list[tuple[Tensor, ...]] = []
+        kept = ([base.get_tensor(f"{name}/{key}") for name in names] for key in TopK._fields)
+        self._known = TopK(*map(torch.cat, kept)) if base else None
 
     def __call__(self, logits: Tensor) -> None:
         """See the next tokens, ``(some tokens, vocabulary)``."""
         start, self._seen = self._seen, self._seen + len(logits)
-        if self.known is None:
+        if self._known is None:
             log_probs, tokens, tail = top_k(logits, TOP)
-            self.found.append((log_probs.cpu(), tokens.int().cpu(), tail.cpu()))
+            self._found.append((log_probs.cpu(), tokens.int().cpu(), tail.cpu()))
             return
-        log_probs, tokens, tail = (part[start : self._seen].to(logits.device) for part in self.known)
+        log_probs, tokens, tail = (part[start : self._seen].to(logits.device) for part in self._known)
         q, p = (part.double() for part in outcomes(logits.log_softmax(-1), TopK(log_probs, tokens.long(), tail)))
-        self.found.append(((p.exp() * (p - q)).sum(1).cpu(),))
+        self._found.append(((p.exp() * (p - q)).sum(1).cpu(),))
+
+    def done(self, work: Path | None) -> list[float] | None:
+        """Sums over the tokens of each row, in nats; None of the base.
+
+        Args:
+            work: Folder that keeps the distributions of the base, for `collect`; None: they are lost.
+        """
+        parts = [torch.cat(some).split(self._counts) for some in zip(*self._found, strict=True)]
+        if self._known is not None:
+            return [float(row.sum()) for row in parts[0]]
+        if work:
+            rows = {
+                f"{name}/{key}": row.contiguous()
+                for key, part in zip(TopK._fields, parts, strict=True)
+                for name, row in zip(self._names, part, strict=True)
+            }
+            with whole_file(work / f"{digest(self._names)}.{FILE}") as file:
+                save_file(rows, file)
 
 
 def collect(work: Path, folder: Path) -> None:

@@ -7,16 +7,16 @@ from hashlib import sha256
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from efficientllava.data.collator import Collator
 from efficientllava.data.embedded.prose import CALIBRATES, FOLDER, GIVEN, TEXTS, calibrating, pieces
 from efficientllava.evaluation import answers
 from efficientllava.evaluation.answers import answer
-from efficientllava.evaluation.divergence import FILE, TOP, Batch, collect
+from efficientllava.evaluation.divergence import FILE, TOP, Divergence, collect
 from efficientllava.evaluation.score import as_record
 from efficientllava.evaluation.tasks import prose
-from efficientllava.models.outcomes import TopK
 from efficientllava.runtime.errors import NotFiniteError, UserError
 from efficientllava.settings.schema import DataConfig, EvaluateConfig, ProseConfig
 from experiments.speed.rows import quiet_trainer
@@ -67,23 +67,23 @@ def test_losses_are_those_of_the_stock_forward_and_nothing_is_generated(tiny, mo
     assert metrics["n"] == 6 and [metrics[f"n/{name}"] for name in TEXTS] == [2, 2, 2]
 
 
-def moved(base, other):
-    """The divergence of tokens, from all their log-probabilities."""
-    [kept] = _seen(base, None).found
-    return _seen(other, TopK(*kept)).found[0][0]
+def moved(base, other, folder):
+    """The divergence of tokens, a row each, from all their log-probabilities."""
+    rows = [f"row {row}" for row in range(len(base))], [1] * len(base)
+    kept = Divergence(None, *rows)
+    kept(base)
+    assert kept.done(folder) is None
+    collect(folder, folder)
+    look = Divergence(safe_open(folder / FILE, "pt"), *rows)
+    look(other)
+    return torch.tensor(look.done(None), dtype=torch.double)
 
 
-def _seen(log_probs, known):
-    batch = Batch(["a"], [len(log_probs)], known)
-    batch(log_probs)
-    return batch
-
-
-def test_the_divergence_is_that_of_the_likeliest_tokens_and_the_rest():
+def test_the_divergence_is_that_of_the_likeliest_tokens_and_the_rest(tmp_path):
     torch.manual_seed(0)
     p, q = torch.randn(2, 5, 50, dtype=torch.double).log_softmax(-1)
     top = p.topk(TOP).indices
-    found = moved(p, q)
+    found = moved(p, q, tmp_path)
     for row in range(5):
         likely = {*top[row].tolist()}
         sides = [
@@ -93,7 +93,7 @@ def test_the_divergence_is_that_of_the_likeliest_tokens_and_the_rest():
         assert float(found[row]) == pytest.approx(sum(a * math.log(a / b) for a, b in zip(*sides, strict=True)))
     whole = (p.exp() * (p - q)).sum(1)
     assert (found > 0).all() and (found <= whole).all()
-    assert moved(p, p).abs().max() == 0
+    assert moved(p, p, tmp_path).abs().max() == 0
 
 
 def test_the_divergence_from_itself_is_zero_and_outlives_an_interrupted_base(tiny, tmp_path):
