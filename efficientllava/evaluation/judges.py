@@ -70,8 +70,8 @@ def score(
     task: str,
     config: JudgeConfig,
     cache: Path,
-    protocol: str = "llava",
-    export: Path | None = None,
+    protocol: str,
+    export: Path,
 ) -> Judgement:
     """Have predictions judged, score them, and say who judged. Call it on one process only.
 
@@ -91,12 +91,10 @@ def score(
     asked = requests(records, task, config, protocol)
     result = score_requests(asked, task, config, cache, protocol)
     if result.missing:
-        later = ""
-        if export:
-            judge_prompts.write_requests(asked, task, protocol, export)
-            later = f"; later: python -m efficientllava.evaluation.judges {export} --base-url … --model …"
+        judge_prompts.write_requests(asked, task, protocol, export)
         what = "counts as wrong what no rule reads" if task == "mathvista" else "no score yet"
-        tell(f"{what}, {len(result.missing)} requests wait for a judge (evaluate.judge.base_url){later}")
+        later = f"python -m efficientllava.evaluation.judges {export} --base-url … --model …"
+        tell(f"{what}, {len(result.missing)} requests wait for a judge (evaluate.judge.base_url); later: {later}")
         return result
     info = result.info
     names = ", ".join(info["answered_as"]) or "nobody"

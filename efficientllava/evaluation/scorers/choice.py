@@ -57,12 +57,8 @@ def scienceqa_letter(text: str, protocol: str) -> str | None:
         if len(text) == 1:
             return text.upper()
         return text[0] if text[:1].isupper() and text[1:2] == "." else None
-    if text in tuple("ABCDE"):
-        return text
-    if len(text) >= 3 and text[0] in "ABCDE" and text[1:3] == ". ":
-        return text[0]
-    sentences = re.findall(r"The answer is ([A-Z]).", text)
-    return sentences[0] if len(sentences) == 1 else None
+    named = re.findall(r"\A([A-E])(?:\Z|\. )", text) or re.findall(r"The answer is ([A-Z]).", text)
+    return named[0] if len(named) == 1 else None
 
 
 def _scienceqa_groups(record: Record) -> list[str]:

@@ -15,6 +15,7 @@ import re
 import statistics
 import string
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from ...runtime import UserError
 from ..tasks import Outcome, Record, Scores, mean, per_record, predicted, sequence, value
@@ -122,11 +123,9 @@ def mathvista_extract(text: str, record: Record) -> str | None:
     multiple = value(record, "question_type") == "multi_choice"
     if not text or (multiple and text in choices):
         return text
-    try:
+    with suppress(ValueError):
         if kind in ("integer", "float"):
             return str(int(text) if kind == "integer" else float(text))
-    except ValueError:
-        pass
     if quoted := re.search(r'The answer is "(.*)"\.', text):
         return quoted.group(1)
     if multiple:

@@ -137,13 +137,13 @@ def test_a_garbage_verdict_is_asked_for_again_warmer(server, config, tmp_path):
 def test_a_verdict_that_stays_garbage_is_named_and_counted(server, config, tmp_path, capsys):
     config.runs = 2
     server.reply = lambda body: "[/no]" if _number(body) == 3 else "1.0"
-    result = score(_records(), "mmvet", config, tmp_path)
+    result = score(_records(), "mmvet", config, tmp_path, "llava", tmp_path / "requests.jsonl")
     assert result.metrics["n_failed"] == 1 and result.metrics["score"] == pytest.approx(5 / 6)
     assert result.info["unreadable"] == ["v1_3"]
     assert "no score could be read from the judge's replies to v1_3" in capsys.readouterr().out
     assert sum(_number(body) == 3 for body in server.bodies) == 2 * config.attempts
     sent = len(server.bodies)
-    assert score(_records(), "mmvet", config, tmp_path).metrics == result.metrics and len(server.bodies) == sent
+    assert _score(config, tmp_path).metrics == result.metrics and len(server.bodies) == sent
 
 
 def test_requests_without_an_answer_fail_by_id_and_the_rest_is_kept(server, config, tmp_path):
@@ -220,7 +220,7 @@ def test_mathvista_asks_only_where_no_rule_decides(server, config, tmp_path):
 def test_without_a_judge_the_requests_are_written_and_sent_later(server, config, tmp_path, capsys):
     expected = _score(config, tmp_path / "direct").metrics
     file = tmp_path / "run" / "requests.jsonl"
-    result = score(_records(), "mmvet", JudgeConfig(), tmp_path / "none", export=file)
+    result = score(_records(), "mmvet", JudgeConfig(), tmp_path / "none", "llava", file)
     assert result.metrics == {} and len(result.missing) == 30 and "30 requests wait" in capsys.readouterr().out
     options = [
         "--base-url",
@@ -236,7 +236,7 @@ def test_without_a_judge_the_requests_are_written_and_sent_later(server, config,
     printed = json.loads(capsys.readouterr().out)
     assert printed["metrics"] == expected and printed["task"] == "mmvet" and printed["judge"]["sent"] == 30
     # What the later judge said serves the run that had none.
-    replay = score(_records(), "mmvet", JudgeConfig(model="judge"), tmp_path / "later")
+    replay = score(_records(), "mmvet", JudgeConfig(model="judge"), tmp_path / "later", "llava", file)
     assert replay.metrics == expected and replay.missing == []
 
 
