@@ -18,9 +18,9 @@ from ..data.collator import prompt
 from ..data.prompts import Prompts
 from ..data.records import Turn
 from ..evaluation.generation import unadvised
-from ..models.anatomy import decoder_of
 from ..models.forward import stock_inputs
 from ..runtime import UserError
+from .decoders import end_tokens
 from .inputs import MARKER, lead, side
 from .runtime import Runtime, cosines, serve
 
@@ -96,7 +96,6 @@ def require_tokens(runtime: Runtime, tokenizer: Any) -> None:
     Raises:
         UserError: They differ; shows where.
     """
-    end = tokenizer.eos_token_id
     for text in texts(tokenizer):
         ours, theirs = list(tokenizer(text).input_ids), runtime.tokens(lead(tokenizer) + text)
         if ours != theirs:
@@ -105,7 +104,7 @@ def require_tokens(runtime: Runtime, tokenizer: Any) -> None:
             shown = [tokenizer.convert_ids_to_tokens(ids[at : at + 3]) for ids in (ours, theirs)]
             raise UserError(
                 f"deploy=gguf: the runtime splits text into other tokens: token {at} is {shown[0]}, there {shown[1]} "
-                f"(end token {end}); this tokenizer is not exported"
+                f"(end token {tokenizer.eos_token_id}); this tokenizer is not exported"
             )
 
 
@@ -144,17 +143,6 @@ def _ask(model: Any, processor: Any, question: str, image: Image.Image | None) -
     text = ids if image is None else rendered(Prompts(processor), question, 1)
     first, greedy = answer.logits[0][0].float().log_softmax(-1), answer.sequences[0, len(ids) :].tolist()
     return Probe(question, text, image, len(ids), first, greedy)
-
-
-def end_tokens(model: Any) -> list[int]:
-    """Tokens that end an answer, the first one first."""
-    found = model.generation_config.eos_token_id
-    found = decoder_of(model).config.eos_token_id if found is None else found
-    if found is None:
-        raise UserError(
-            "deploy=gguf: no eos_token_id in generation_config.json or config.json; name the end token there"
-        )
-    return list(found) if isinstance(found, list | tuple) else [found]
 
 
 def compare(runtime: Runtime, probes: Sequence[Probe], placeholder: str, size: int) -> dict[str, Any]:

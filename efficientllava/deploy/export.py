@@ -37,7 +37,7 @@ def describe(checkpoint: Any, config: DeployConfig) -> tuple[decoders.Decoder, d
     rows = decoder_of(model).embed_tokens.num_embeddings
     return (
         decoders.describe(model),
-        vocabulary(checkpoint.processor, rows, check.end_tokens(model)),
+        vocabulary(checkpoint.processor, rows, decoders.end_tokens(model)),
         image_side(model, checkpoint.processor) if config.mmproj else None,
     )
 

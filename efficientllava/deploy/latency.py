@@ -9,7 +9,6 @@ from typing import Any
 
 from ..models.anatomy import decoder_of
 from . import decoders
-from .check import end_tokens
 from .inputs import vocabulary
 from .runtime import rates
 
@@ -40,7 +39,7 @@ def seconds(
     Raises:
         UserError: The runtime does not hold the decoder, or is not installed.
     """
-    words = vocabulary(processor, decoder_of(model).embed_tokens.num_embeddings, end_tokens(model))
+    words = vocabulary(processor, decoder_of(model).embed_tokens.num_embeddings, decoders.end_tokens(model))
     files: dict[str, Path] = {}
     found: list[float] = []
     for variant in variants:

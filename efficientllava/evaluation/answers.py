@@ -60,7 +60,7 @@ def answer(
         One line per question in the task's order, the same on every rank.
     """
     records = list(task.records())[: cfg.limit]
-    lines: list[Line] = processes.from_first(resume(work) if work and processes.rank() == 0 else [])
+    lines: list[Line] = processes.on_first(lambda: resume(work) if work else [])
     done = {item["answer_id"] for item in lines}
     skipped = [record for record in records if record.details.get("skipped") and record.id not in done]
     lines += [line(record, "", model_id) for record in skipped]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +30,6 @@ from ..models.forward import (
     stock_inputs,
     to_device,
 )
-from ..runtime import UserError
 from ..settings.checks import require_valid
 from ..settings.schema import EvaluateConfig
 
@@ -104,22 +102,9 @@ CPU_ATTENTION = {
 }
 
 
-def checkpoint_bytes(folder: str | os.PathLike[str]) -> int:
-    """Size on disk of a checkpoint's weights (its safetensors files), in bytes.
-
-    Args:
-        folder: A checkpoint folder.
-
-    Returns:
-        Bytes; links are followed.
-
-    Raises:
-        UserError: If the folder holds no safetensors file.
-    """
-    sizes = [file.stat().st_size for file in Path(folder).glob("*.safetensors")]
-    if not sizes:
-        raise UserError(f"checkpoint {folder}: has no *.safetensors file; give a complete checkpoint folder")
-    return sum(sizes)
+def checkpoint_bytes(folder: Path) -> int:
+    """Size on disk of a checkpoint's weights (its safetensors files), in bytes; links are followed."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

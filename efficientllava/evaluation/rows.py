@@ -65,8 +65,7 @@ def _open(name: str, benchmark: Benchmark, cfg: EvaluateConfig) -> tuple[list[Re
         UserError: If the data are not there, or not as they should be; see `Source.load`.
     """
     join, official = benchmark.join, benchmark.id
-    columns = list(dict.fromkeys((*benchmark.columns, *((official,) if official else ()))))
-    own = [*columns, join.key] if join else columns
+    own = list(dict.fromkeys(filter(None, (*benchmark.columns, official, join and join.key))))
     shown = () if join else (benchmark.image, *_under(cfg.protocol, benchmark.more_images))
     rows, folder = Source(name, benchmark, cfg, benchmark.config).load([*own, *shown])
     images: Any = zip(*(images_of(rows, column, folder) for column in shown), strict=True)
@@ -83,7 +82,7 @@ def _open(name: str, benchmark: Benchmark, cfg: EvaluateConfig) -> tuple[list[Re
         details |= {"skipped": True} if benchmark.skip(row, cfg.protocol) else {}
         image, *more = [cell for cell in cells if cell] or [None]
         turn = Turn(benchmark.prompt(row, cfg.protocol), _shown(row), sees_image=image is not None)
-        records.append(Record(unique, image, (turn,), True, name, tuple(filter(None, more)), details))
+        records.append(Record(unique, image, (turn,), True, name, tuple(more), details))
     return records, rows._fingerprint
 
 

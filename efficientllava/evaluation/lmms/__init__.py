@@ -22,8 +22,6 @@ from ...settings.schema import EvaluateConfig
 
 Results = tuple[dict[str, dict[str, float]], dict[str, list[Any]]]
 
-INSTALL = "pip install -c constraints.txt -e '.[lmms]'"
-
 
 def manifest() -> Any:
     """What lmms-eval has to know about ``--model efficientllava``."""
@@ -43,8 +41,8 @@ def _task_manager(include_path: str | None) -> Any:
         from lmms_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"evaluate=lmms_eval: lmms-eval cannot be imported ({one_line(error)}); {INSTALL}, with a torchvision "
-            "built for this torch, or with none"
+            f"evaluate=lmms_eval: lmms-eval cannot be imported ({one_line(error)}); pip install -c constraints.txt "
+            "-e '.[lmms]', with a torchvision built for this torch, or with none"
         ) from error
     return TaskManager("WARNING", include_path=include_path)
 
