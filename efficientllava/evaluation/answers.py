@@ -166,11 +166,10 @@ class EvaluationModule(LightningModule):
 
     def _known(self, answers: Batch, features: Tensor | None) -> list[dict[str, Any]]:
         """Of every reference answer its loss, its tokens and, where asked for, its divergence."""
-        counts = supervised_positions(answers["labels"])[0].sum(1).tolist()
-        look = Divergence(self._base, answers["ids"], counts) if self._task.divergence else None
-        losses = zip(*reference_losses(self.model, answers, features, look), strict=True)
-        known = [{"loss": loss, "tokens": tokens} for loss, tokens in losses]
-        if look and (found := look.done(self._work)):
+        look = Divergence(self._base, answers["ids"]) if self._task.divergence else None
+        losses, counts = reference_losses(self.model, answers, features, look)
+        known = [{"loss": loss, "tokens": tokens} for loss, tokens in zip(losses, counts, strict=True)]
+        if look and (found := look.done(counts, self._work)):
             known = [{**each, "kl": kl} for each, kl in zip(known, found, strict=True)]
         return known
 

@@ -26,11 +26,10 @@ class Divergence:
     Args:
         base: The base's distributions, the opened file of `collect`; None: this is the base.
         names: Of the batch's rows.
-        counts: Tokens of each.
     """
 
-    def __init__(self, base: Any, names: Sequence[str], counts: Sequence[int]) -> None:
-        self._names, self._counts, self._seen = list(names), list(counts), 0
+    def __init__(self, base: Any, names: Sequence[str]) -> None:
+        self._names, self._seen = list(names), 0
         self._found: list[tuple[Tensor, ...]] = []
         kept = ([base.get_tensor(f"{name}/{key}") for name in names] for key in TopK._fields)
         self._known = TopK(*map(torch.cat, kept)) if base else None
@@ -46,13 +45,14 @@ class Divergence:
         q, p = (part.double() for part in outcomes(logits.log_softmax(-1), TopK(log_probs, tokens.long(), tail)))
         self._found.append(((p.exp() * (p - q)).sum(1).cpu(),))
 
-    def done(self, work: Path | None) -> list[float] | None:
+    def done(self, counts: Sequence[int], work: Path | None) -> list[float] | None:
         """Sums over the tokens of each row, in nats; None of the base.
 
         Args:
+            counts: Tokens of each row.
             work: Folder that keeps the distributions of the base, for `collect`; None: they are lost.
         """
-        parts = [torch.cat(some).split(self._counts) for some in zip(*self._found, strict=True)]
+        parts = [torch.cat(some).split(list(counts)) for some in zip(*self._found, strict=True)]
         if self._known is not None:
             return [float(row.sum()) for row in parts[0]]
         if work:

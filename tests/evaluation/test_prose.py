@@ -69,14 +69,14 @@ def test_losses_are_those_of_the_stock_forward_and_nothing_is_generated(tiny, mo
 
 def moved(base, other, folder):
     """The divergence of tokens, a row each, from all their log-probabilities."""
-    rows = [f"row {row}" for row in range(len(base))], [1] * len(base)
-    kept = Divergence(None, *rows)
+    rows, counts = [f"row {row}" for row in range(len(base))], [1] * len(base)
+    kept = Divergence(None, rows)
     kept(base)
-    assert kept.done(folder) is None
+    assert kept.done(counts, folder) is None
     collect(folder, folder)
-    look = Divergence(safe_open(folder / FILE, "pt"), *rows)
+    look = Divergence(safe_open(folder / FILE, "pt"), rows)
     look(other)
-    return torch.tensor(look.done(None), dtype=torch.double)
+    return torch.tensor(look.done(counts, None), dtype=torch.double)
 
 
 def test_the_divergence_is_that_of_the_likeliest_tokens_and_the_rest(tmp_path):
