@@ -192,9 +192,7 @@ def _same_chat(runtime: Runtime, each: Probe, placeholder: str) -> bool:
 
 
 def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, float, bool, bool]:
-    asked: Any = each.text
-    if each.image is not None and isinstance(each.text, str):
-        asked = runtime.prompt(each.text.replace(placeholder, runtime.marker), each.image)
+    asked = runtime.prompt(each.text, each.image, placeholder)
     # The positions of one text follow each other: what the runtime has read of it stays.
     theirs, length = runtime.next_token(asked, len(each.logprobs), cached=each.greedy is None)
     best = each.logprobs.topk(min(TOP, len(theirs))).indices

@@ -115,9 +115,11 @@ class Runtime:
         """Token ids of a text; ``special`` adds what the file says stands at a text's beginning and end."""
         return self.ask("tokenize", content=text, add_special=special, parse_special=True)["tokens"]
 
-    def prompt(self, text: str, image: Image.Image) -> dict[str, Any]:
-        """A prompt with an image, for which the marker stands in ``text``."""
-        return {"prompt_string": text, "multimodal_data": [_png(image)]}
+    def prompt(self, text: Any, image: Image.Image | None, placeholder: str) -> Any:
+        """A prompt: a text in which a placeholder stands for the image; without one a text, or token ids."""
+        if image is None:
+            return text
+        return {"prompt_string": text.replace(placeholder, self.marker), "multimodal_data": [_png(image)]}
 
     def chat(self, question: str, image: Image.Image) -> str:
         """The prompt that the server makes of a message with an image, by the chat template in the file."""
@@ -343,5 +345,5 @@ def cosines(
 
 def _last_state(runtime: Runtime, image: Image.Image, words: int) -> Tensor:
     """The final state of a text of some words behind an image."""
-    answer = runtime.ask("embedding", content=runtime.prompt(runtime.marker + " a" * words, image))
+    answer = runtime.ask("embedding", content=runtime.prompt("<image>" + " a" * words, image, "<image>"))
     return torch.tensor(answer[0]["embedding"][-1])

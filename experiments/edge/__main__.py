@@ -130,12 +130,10 @@ def digits(file: Path, mmproj: Path, processor: Any) -> float:
 def answer(runtime: Runtime, processor: Any, record: Record) -> str:
     """What the runtime answers to the one question of a record."""
     (turn,), image = record.turns, open_image(record)
-    if image is None:
-        asked: Any = prompt(processor, turn.question, None)["input_ids"][0].tolist()
-    else:
-        prompts = Prompts(processor)
-        text = rendered(prompts, turn.question, 1)
-        asked = runtime.prompt(text.replace(prompts.image_token, runtime.marker), image)
+    prompts = Prompts(processor)
+    ids = prompt(processor, turn.question)["input_ids"][0].tolist()
+    text = ids if image is None else rendered(prompts, turn.question, 1)
+    asked = runtime.prompt(text, image, prompts.image_token)
     return runtime.complete(asked, tokens=ANSWER)["content"]
 
 
