@@ -66,8 +66,7 @@ class Runtime:
         self.seconds = float(told["seconds"])
         self._address = told["address"]
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
-        with self._open(f"{self._address}/props", timeout=TIMEOUT) as reply:
-            self.marker: str = json.load(reply)["media_marker"]
+        self.marker: str = self.ask("props")["media_marker"]
 
     def _read(self) -> Any:
         line = self._process.stdout.readline()
@@ -95,13 +94,15 @@ class Runtime:
 
         Args:
             place: Such as ``tokenize`` or ``completion``.
-            **body: Fields of the request.
+            **body: Fields of the request; none for what is only read.
 
         Raises:
             UserError: The runtime refused the request, or it has ended.
         """
         request = urllib.request.Request(
-            f"{self._address}/{place}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            f"{self._address}/{place}",
+            json.dumps(body).encode() if body else None,
+            {"Content-Type": "application/json"},
         )
         try:
             with self._open(request, timeout=TIMEOUT) as reply:

@@ -66,12 +66,7 @@ def prepare(task: str, config: JudgeConfig) -> None:
 
 
 def score(
-    records: Sequence[Record],
-    task: str,
-    config: JudgeConfig,
-    cache: Path,
-    protocol: str,
-    export: Path,
+    records: Sequence[Record], task: str, config: JudgeConfig, cache: Path, protocol: str, export: Path
 ) -> Judgement:
     """Have predictions judged, score them, and say who judged. Call it on one process only.
 
