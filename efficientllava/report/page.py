@@ -131,7 +131,7 @@ def _markdown_of(without: Sequence[Standing]) -> str:
     for run in without:
         name, _, how = told(run).replace("|", "\\|").replace("\n", " ").partition(": ")
         rows.append([name, f"`{' '.join(run.overrides)}`", how])
-    return study.table(["run without results", "typed", "how it stands"], rows, "---")
+    return study.table(["run without results", "typed", "how it stands"], rows, 3)
 
 
 def _page(folder: Path, arms: Sequence[Arm], metric: str, without: Sequence[Standing], **parts: Any) -> str:

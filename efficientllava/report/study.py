@@ -141,9 +141,9 @@ def published(model: str, spec: Mapping[str, Any]) -> dict[str, dict[Any, Value]
     return columns
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "---:") -> str:
-    """A table in Markdown; columns behind the first one are aligned."""
-    rule = "|---|" + f"{align}|" * (len(head) - 1)
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
+    """A table in Markdown; columns behind the first ones, which are left, hold numbers and are aligned on the right."""
+    rule = "|" + "---|" * left + "---:|" * (len(head) - left)
     first, *rest = ("| " + " | ".join(map(str, row)) + " |" for row in (head, *rows))
     return "\n".join([first, rule, *rest]) + "\n"
 

@@ -11,9 +11,8 @@ in float32 come from the final states of all positions, which the runtime gives,
 from __future__ import annotations
 
 import argparse
-import csv
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.runtime.console import quiet_libraries
 from efficientllava.runtime.files import whole_file
 from efficientllava.settings.schema import DeployConfig
+from experiments.rows import add, read
 
 DENSE, DENSE_TYPES, TYPES = "dense", ["f16", "q8_0", "q4_1", "q4_0"], ["f16", "q8_0", "q4_0"]
 QUESTIONS, ANSWER, PIECES, CONTEXT, REPEATS = 300, 8, 30, 1024, 9
@@ -47,27 +47,20 @@ PARTS = {
 }
 
 
-class Reference:
+@torch.no_grad()
+def reference(dense: Any) -> Iterator[tuple[str, list[int], Tensor, Tensor, Tensor]]:
     """Pieces of prose with what the dense model says of them, in float32.
 
-    Args:
-        checkpoint: The dense model.
+    Yields:
+        Text, token ids, places whose next token counts, these tokens, and log-probabilities of all.
     """
-
-    def __init__(self, checkpoint: Any) -> None:
-        self._model = checkpoint.model
-        collate = Collator(checkpoint.processor)
-        self.records: Sequence[Record] = shipped()[:PIECES]
-        self._batches = [collate([record]) for record in self.records]
-
-    @torch.no_grad()
-    def __iter__(self) -> Iterator[tuple[str, list[int], Tensor, Tensor, Tensor]]:
-        """Text, token ids, places whose next token counts, these tokens, and log-probabilities of all."""
-        for record, batch in zip(self.records, self._batches, strict=True):
-            (places,) = (batch["labels"][0] != IGNORE).nonzero(as_tuple=True)
-            output = self._model(input_ids=batch["input_ids"]).logits[0, places - 1]
-            ids, targets = batch["input_ids"][0].tolist(), batch["labels"][0, places]
-            yield record.turns[0].kind, ids, places - 1, targets, output.log_softmax(-1)
+    collate = Collator(dense.processor)
+    for record in shipped()[:PIECES]:
+        batch = collate([record])
+        (places,) = (batch["labels"][0] != IGNORE).nonzero(as_tuple=True)
+        output = dense.model(input_ids=batch["input_ids"]).logits[0, places - 1]
+        ids, targets = batch["input_ids"][0].tolist(), batch["labels"][0, places]
+        yield record.turns[0].kind, ids, places - 1, targets, output.log_softmax(-1)
 
 
 def _tensors(file: Path) -> tuple[Any, list[Any]]:
@@ -94,12 +87,12 @@ def work_of(file: Path) -> tuple[int, int]:
     return read, sum(2 * int(tensor.n_elements) for tensor in layers if len(tensor.shape) == 2)
 
 
-def prose(file: Path, exact: bool, reference: Reference) -> dict[str, float]:
+def prose(file: Path, exact: bool, dense: Any) -> dict[str, float]:
     """Perplexity of all texts and of each, and the divergence from the dense model in nats per token."""
     losses: dict[str, list[Tensor]] = {name: [] for name in TEXTS}
     divergences, head = [], head_of(file)
     with serve(file, context=CONTEXT, embeddings=True, exact=exact) as runtime:
-        for text, ids, places, targets, truth in reference:
+        for text, ids, places, targets, truth in reference(dense):
             states = torch.tensor(runtime.ask("embedding", content=ids)[0]["embedding"])
             found = (states[places] @ head.T).log_softmax(-1)
             losses[text].append(-found.gather(1, targets.unsqueeze(1)).squeeze(1))
@@ -158,23 +151,9 @@ def cost(file: Path, dense: Path) -> dict[str, Any]:
     return found
 
 
-def quality(kind: str, file: Path, mmproj: Path, reference: Reference, processor: Any) -> dict[str, float]:
+def quality(kind: str, file: Path, mmproj: Path, dense: Any, processor: Any) -> dict[str, float]:
     """What a file of a type answers."""
-    return {"digits": digits(file, mmproj, processor), **prose(file, kind in BOUNDS, reference)}
-
-
-def _read(rows: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    if not rows.exists():
-        return {}
-    with rows.open(newline="", encoding="utf-8") as file:
-        return {(each["model"], each["type"]): each for each in csv.DictReader(file)}
-
-
-def _write(rows: Path, found: Iterable[dict[str, Any]]) -> None:
-    with whole_file(rows) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["model", "type", *chain(*PARTS.values())], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
+    return {"digits": digits(file, mmproj, processor), **prose(file, kind in BOUNDS, dense)}
 
 
 def _lacks(row: dict[str, Any], only: str | None) -> list[str]:
@@ -191,9 +170,8 @@ def main() -> None:
     parser.add_argument("--only", choices=PARTS, help="make this part of the rows; all of it without")
     given = parser.parse_args()
     quiet_libraries()
-    rows = _read(given.rows)
+    rows: dict[tuple[str, str], dict[str, Any]] = {(row["model"], row["type"]): row for row in read(given.rows)}
     plain = load(given.models[0].partition("=")[2], "float32")
-    reference = Reference(plain)
     dense = exported(plain, given.work / DENSE, DENSE_TYPES)
     for name, _, path in (model.partition("=") for model in given.models):
         wanted = {
@@ -208,10 +186,11 @@ def main() -> None:
             if "cost" in parts:
                 made |= cost(files[kind], dense[0][kind])
             if "quality" in parts:
-                made |= quality(kind, files[kind], mmproj, reference, checkpoint.processor)
+                made |= quality(kind, files[kind], mmproj, plain, checkpoint.processor)
             shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in made.items()}
             rows[name, kind] = {**rows.get((name, kind), {}), "model": name, "type": kind, **shown}
-            _write(given.rows, rows.values())
+            with whole_file(given.rows) as file:
+                add(file, [*rows.values()], ["model", "type", *chain(*PARTS.values())])
             print(name, kind, shown, flush=True)
 
 

@@ -9,7 +9,6 @@ from its start to the pruned folder.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import resource
 import subprocess
@@ -18,7 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from efficientllava import record
 from experiments.real_weights.measure import nats
+from experiments.rows import add, read
 
 ROOT = Path(__file__).parents[2]
 METHODS = {
@@ -72,26 +73,26 @@ def pruned(decoder: str, work: Path, draw: Path, overrides: list[str]) -> tuple[
     command = [sys.executable, "run.py", *fixed, *given, f"paths.cache_dir={work / 'cache'}", *overrides]
     subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    (folder,) = work.glob("runs/*/*/pruned")
-    from efficientllava.record import read
-
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return folder, read(folder.parent)["ratio"]["achieved"], seconds
+    (folder,) = work.glob("runs/*/*/pruned")
+    return folder, record.read(folder.parent)["ratio"]["achieved"], seconds
 
 
 def missing(rows: Path, parts: list[str], draws: list[Path]) -> Iterator[tuple[str, float, int, Path]]:
     """What the file lacks: all methods of one draw before those of the next."""
-    done = set()
-    if rows.exists():
-        with rows.open(newline="", encoding="utf-8") as file:
-            done = {tuple(row[name] for name in FIELDS[:4]) for row in csv.DictReader(file)}
+    done = {tuple(row[name] for name in FIELDS[:4]) for row in read(rows)}
     for draw, part in itertools.product(draws, parts):
         for method, ratio, samples in PARTS[part]:
             if (method, str(ratio), str(samples), draw.stem) not in done:
                 yield method, ratio, samples, draw
 
 
-def main(arguments: list[str] | None = None) -> None:
+def losses(folder: Path | str, texts: list[Path]) -> list[str]:
+    """Answer loss of a checkpoint on each text."""
+    return [f"{nats(str(folder), text):.4f}" for text in texts]
+
+
+def main() -> None:
     """Make the missing rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("decoder")
@@ -99,21 +100,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draws", type=Path, nargs="+", required=True)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--rows", dest="parts", nargs="+", default=["main"], choices=PARTS)
-    given = parser.parse_args(arguments)
-    texts = {text.stem: text for text in given.texts}
+    given = parser.parse_args()
+    names = [*FIELDS, *(text.stem for text in given.texts)]
     if not given.rows.exists():
-        given.rows.write_text(",".join([*FIELDS, *texts]) + "\n", encoding="utf-8")
-        dense = [f"{nats(given.decoder, text):.4f}" for text in texts.values()]
-        with given.rows.open("a", encoding="utf-8") as file:
-            file.write(",".join(["dense", "0", "0", "", "0", "0", *dense]) + "\n")
+        row = ["dense", "0", "0", "", "0", "0", *losses(given.decoder, given.texts)]
+        add(given.rows, [row], names)
     for method, ratio, samples, draw in missing(given.rows, given.parts, given.draws):
         with tempfile.TemporaryDirectory() as work:
             overrides = [*METHODS[method], f"prune.ratio={ratio}", f"calibration.samples={samples}"]
             folder, achieved, seconds = pruned(given.decoder, Path(work), draw.resolve(), overrides)
-            losses = [f"{nats(str(folder), text):.4f}" for text in texts.values()]
-        row = [method, str(ratio), str(samples), draw.stem, f"{achieved:.4f}", f"{seconds:.0f}", *losses]
-        with given.rows.open("a", encoding="utf-8") as file:
-            file.write(",".join(row) + "\n")
+            row = [method, ratio, samples, draw.stem, f"{achieved:.4f}", f"{seconds:.0f}", *losses(folder, given.texts)]
+        add(given.rows, [row], names)
         print(*row, flush=True)
 
 

@@ -13,7 +13,6 @@ Weights are random: they say what a run costs, and nothing of quality. They are 
 from __future__ import annotations
 
 import argparse
-import csv
 import filecmp
 import json
 import os
@@ -26,9 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from efficientllava.report.study import table as markdown
+from experiments.rows import add, read
+
 from . import write
 from .stopwatch import ROOT
-from .watch import Watched, watch
+from .watch import Watched, last_line, watch
 
 ROWS = Path(__file__).with_name("rows.csv")
 FIELDS: tuple[str, ...] = (
@@ -156,8 +158,7 @@ def measure(place: Place, stage: str, typed: Sequence[str], limit: float) -> tup
     told = folder / "phase", folder / "log"
     watched = watch([*program, f"hydra.run.dir={folder}/run"], here, int(limit * 1e9), *told)
     if watched.code:
-        last = [line for line in told[1].read_text(errors="replace").splitlines() if line.strip()][-1:]
-        return [], f"exit status {watched.code}: {''.join(last)}"
+        return [], f"exit status {watched.code}: {last_line(told[1])}"
     rows = _rows(folder, watched, promised, limit)
     if stage == FILES:
         rows[0]["same"] = same_weights(place)
@@ -193,24 +194,6 @@ def _told(row: dict[str, Any]) -> dict[str, Any]:
     return {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in row.items()}
 
 
-def read(file: Path) -> list[dict[str, str]]:
-    """The rows of a file; none where there is no file."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as handle:
-        return list(csv.DictReader(handle))
-
-
-def add(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Put rows behind those of a file."""
-    new = not file.exists()
-    with file.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
 def run(place: Place, file: Path, limit: float, records: int, say: Callable[[str], None] = print) -> bool:
     """Measure what is not in the file yet; returns whether everything then is."""
     known = {(row["model"], row["layers"], row["stage"]) for row in read(file)}
@@ -220,7 +203,7 @@ def run(place: Place, file: Path, limit: float, records: int, say: Callable[[str
         prepare(place, records)
     for stage, typed in todo.items():
         rows, reason = measure(place, stage, typed, min(limit, FILES_LIMIT) if stage == FILES else limit)
-        add(file, rows)
+        add(file, rows, FIELDS)
         failed |= bool(reason)
         say(f"{place.model}, {stage}: {reason or _line(rows[0])}")
         if stage in ("layerwise", FILES):  # nothing goes on from them
@@ -239,29 +222,25 @@ def _line(row: dict[str, Any]) -> str:
 
 def table(rows: Sequence[dict[str, str]]) -> str:
     """Rows as two tables: stages, and phases that take a second or more."""
-    head = "| model | layers | stage | seconds | CPU seconds | floor | peak, GB | promised | x weights | limit |"
-    lines = [head, "|---|---|---|---:|---:|---:|---:|---:|---:|---:|"]
+    stages, phases = [], []
     for row in rows:
-        if not (row["phase"] or row["peak"]):
-            lines.append(
-                f"| `{row['model']}` | {row['layers']} | {row['stage']} | does not fit |||| {row['promised']} |||"
-            )
-        elif not row["phase"]:
-            start = f"| `{row['model']}` | {row['layers']} | {row['stage']} | {_whole(row, 'seconds', 'cpu', 'floor')} "
-            ratio = float(row["peak"]) / float(row["weights"])
-            lines.append(f"{start}| {row['peak']} | {row['promised']} | {ratio:.2f} | {row['limit']} |")
-    head = "| model | layers | stage | phase | seconds | CPU seconds | floor | x floor | peak, GB |"
-    lines += ["", head, "|---|---|---|---|---:|---:|---:|---:|---:|"]
-    for row in rows:
-        if row["phase"] and float(row["cpu"]) >= 1:
-            start = f"| `{row['model']}` | {row['layers']} | {row['stage']} | {row['phase']} "
+        start = [f"`{row['model']}`", row["layers"], row["stage"]]
+        if row["phase"]:
             over = f"{float(row['cpu']) / float(row['floor']):.1f}" if float(row["floor"]) else ""
-            lines.append(f"{start}| {_whole(row, 'seconds', 'cpu', 'floor')} | {over} | {row['peak']} |")
-    return "\n".join(lines)
+            if float(row["cpu"]) >= 1:
+                phases.append([*start, row["phase"], *_times(row), over, row["peak"]])
+        elif row["peak"]:
+            ratio = f"{float(row['peak']) / float(row['weights']):.2f}"
+            stages.append([*start, *_times(row), row["peak"], row["promised"], ratio, row["limit"]])
+        else:
+            stages.append([*start, "does not fit", "", "", "", row["promised"], "", ""])
+    place, times = ["model", "layers", "stage"], ["seconds", "CPU seconds", "floor"]
+    whole = markdown([*place, *times, "peak, GB", "promised", "x weights", "limit"], stages, 3)
+    return whole + "\n" + markdown([*place, "phase", *times, "x floor", "peak, GB"], phases, 4)
 
 
-def _whole(row: dict[str, str], *names: str) -> str:
-    return " | ".join(f"{float(row[name]):.0f}" for name in names)
+def _times(row: dict[str, str]) -> list[str]:
+    return [f"{float(row[name]):.0f}" for name in ("seconds", "cpu", "floor")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -276,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print the rows as tables")
     asked = parser.parse_args(arguments)
     if asked.table:
-        print(table(read(asked.rows)))
+        print(table(read(asked.rows)), end="")
         return 0
     if asked.folder is None:
         parser.error("give a folder")

@@ -10,7 +10,6 @@ a kill loses what was under way. ``table.md`` comes last. No hub is asked; a par
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import shutil
 import signal
@@ -23,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -46,7 +46,9 @@ from efficientllava.recovery.teacher import TargetCache
 from efficientllava.runtime.content import Memo
 from efficientllava.settings.schema import DataConfig, PruneConfig, WeightsConfig
 from efficientllava.stages.request import composed
+from experiments.rows import add, read
 from experiments.scale.decode import decode_ms
+from experiments.scale.watch import last_line
 from experiments.speed import __main__ as bench
 from experiments.speed.rows import quiet_trainer
 from experiments.tiny_models.tiny import tiny_llava
@@ -114,8 +116,7 @@ class Row:
 
     def write(self, folder: Path) -> None:
         """Add the row to the folder's ``rows.csv``, whole and at once."""
-        with (folder / "rows.csv").open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow(asdict(self).values())
+        add(folder / "rows.csv", [asdict(self)], [field.name for field in fields(self)])
         print(self, flush=True)
 
 
@@ -319,16 +320,11 @@ def search(part: Bench) -> None:
     setting.evaluator.evaluate(parents, keep=parents)
     setting.evaluator.evaluate(children)  # makes all modules
     some = children[:: bench.SINGLE]
-    together = per_second(part, len(children), lambda: setting.evaluator.evaluate(children, keep=parents))
-    single = per_second(part, len(some), lambda: [bench.assembled_loss(setting, child) for child in some])
-    part.row("candidates", together, "1/s", single, "> beside", "beside it: assembled one by one")
-
-
-def per_second(part: Bench, count: int, function: Callable[[], Any]) -> float:
-    """How many of the things that a function does it does in a second."""
-    start = now(part.device)
-    function()
-    return count / (now(part.device) - start)
+    clock = partial(now, part.device)
+    together = timeit(lambda: setting.evaluator.evaluate(children, keep=parents), timer=clock, number=1)
+    single = timeit(lambda: [bench.assembled_loss(setting, child) for child in some], timer=clock, number=1)
+    rates = len(children) / together, "1/s", len(some) / single
+    part.row("candidates", *rates, "> beside", "beside it: assembled one by one")
 
 
 # Seconds that a part may take, imports included: 8 minutes together.
@@ -356,21 +352,15 @@ def run_part(name: str, folder: Path, limit: float, command: Sequence[str]) -> N
     shutil.rmtree(folder / "scratch", ignore_errors=True)
 
 
-def last_line(log: Path) -> str:
-    """What a program said last."""
-    return (log.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
-
-
 def table(folder: Path, options: Sequence[str]) -> str:
     """The rows as a table, below what they were measured on and how."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     on = f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}"
     lines = [f"`{' '.join(['python -m experiments.scale.gpu', *options])}` on {on}:", ""]
     lines += ["| part | what | measured | beside it | goal | |", "|---|---|---:|---:|---|---|"]
-    with (folder / "rows.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            numbers = [f"{float(row[key]):.3g} {row['unit']}" if row[key] else "" for key in ("measured", "beside")]
-            lines.append(f"| {' | '.join([row['part'], row['what'], *numbers, row['goal'], row['note']])} |")
+    for row in read(folder / "rows.csv"):
+        numbers = [f"{float(row[key]):.3g} {row['unit']}" if row[key] else "" for key in ("measured", "beside")]
+        lines.append(f"| {' | '.join([row['part'], row['what'], *numbers, row['goal'], row['note']])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -386,7 +376,7 @@ def main(arguments: Sequence[str]) -> None:
         PARTS[given.part][0](Bench(given.part, folder, REHEARSED if given.rehearse else Sizes()))
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.csv").write_text(",".join(field.name for field in fields(Row)) + "\n", encoding="utf-8")
+    (folder / "rows.csv").unlink(missing_ok=True)
     command = [sys.executable, "-m", "experiments.scale.gpu", str(folder), *options]
     slower = 4 if given.rehearse else 1  # a processor that others use, too
     for name, (_, limit) in PARTS.items():

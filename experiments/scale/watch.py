@@ -91,6 +91,11 @@ def _own_group() -> tuple[Path, str, str]:
     return GROUPS / path.lstrip("/"), "memory.max", "memory.swap.max"
 
 
+def last_line(log: Path) -> str:
+    """What a program said last."""
+    return (log.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
+
+
 def watch(command: Sequence[str], environment: Mapping[str, str], limit: int, told: Path, log: Path) -> Watched:
     """Run a program.
 

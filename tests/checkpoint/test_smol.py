@@ -120,13 +120,12 @@ def test_the_edge_study_sees_in_llama_cpp_what_the_model_says(monkeypatch, tmp_p
     for name, small_one in {"QUESTIONS": 6, "PIECES": 3, "REPEATS": 1}.items():
         monkeypatch.setattr(edge, name, small_one)
     checkpoint = load(PATH, "float32")
-    reference = edge.Reference(checkpoint)
     files, mmproj = edge.exported(checkpoint, tmp_path, ["f16", "q4_0"])
     exact, coarse = (
-        edge.cost(file, files["f16"]) | edge.quality(kind, file, mmproj, reference, checkpoint.processor)
+        edge.cost(file, files["f16"]) | edge.quality(kind, file, mmproj, checkpoint, checkpoint.processor)
         for kind, file in files.items()
     )
-    losses = torch.cat([-truth.gather(1, targets[:, None]) for _, _, _, targets, truth in reference])
+    losses = torch.cat([-truth.gather(1, targets[:, None]) for _, _, _, targets, truth in edge.reference(checkpoint)])
     assert exact["perplexity"] == pytest.approx(float(losses.mean().exp()), rel=1e-2)
     assert exact["kl"] < 1e-3 < coarse["kl"] and exact["digits"] >= 0.5
     assert exact["ideal_decode"] == 1.0 < 2.0 < coarse["ideal_decode"] and coarse["ideal_prefill"] == 1.0
