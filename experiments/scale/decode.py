@@ -6,6 +6,7 @@ program: each is given its own part of the cache, and none its number.
 
 from __future__ import annotations
 
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -115,13 +116,9 @@ def decode_ms(model: Any, prompt: dict[str, Any], new_tokens: int, repeats: int)
         new_tokens: Tokens that are timed in one go.
         repeats: How often.
     """
-    times, device = [], model.device
+    device = model.device
     with decoding(model, prompt, WARM_UP + 1 + new_tokens * repeats) as (step, _):
         step()
         run = replayed(step) if device.type == "cuda" else step
-        for _ in range(repeats):
-            start = now(device)
-            for _ in range(new_tokens):
-                run()
-            times.append(now(device) - start)
+        times = timeit.repeat(run, timer=partial(now, device), repeat=repeats, number=new_tokens)
     return 1e3 * min(times) / new_tokens

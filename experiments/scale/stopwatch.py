@@ -6,7 +6,6 @@ and type and a plain copy would have taken of the CPU, as measured just before. 
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import os
@@ -14,9 +13,11 @@ import runpy
 import shutil
 import sys
 import time
+import timeit
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,12 @@ FILES = {"load": 0, "convert": 0, "folder_digest": 0, "write": 1, "reload_gate":
 aten: Any = torch.ops.aten
 # Operations of what torch has no formula for, from the shapes of arguments and result.
 OPERATIONS: dict[Any, Callable[..., float]] = {
-    aten.linalg_cholesky_ex: lambda a, *_, **__: a.shape[-1] ** 3 / 3 * _many(a),
+    aten.linalg_cholesky_ex: lambda a, *_, **__: a.shape[-1] ** 3 / 3 * a[..., 0, 0].numel(),  # of each matrix
     aten.cholesky_inverse: lambda a, *_, **__: a.shape[-1] ** 3 * 2 / 3,
     aten.linalg_solve_triangular: lambda a, b, **_: a.shape[-1] * b.numel(),
     aten.linear: lambda inputs, weight, *_: 2 * inputs.numel() * len(weight),  # whole in inference mode, else in parts
     aten.addmm_: lambda total, a, b, **_: 2 * a.shape[0] * a.shape[1] * b.shape[1],
 }
-
-
-def _many(matrices: torch.Tensor) -> int:
-    return matrices[..., 0, 0].numel()
 
 
 def eliminated(weight: torch.Tensor, gram: torch.Tensor, width: int) -> float:
@@ -103,17 +100,11 @@ class Rates:
 
 
 def _product(dtype: torch.dtype, a: int, b: int, c: int) -> Callable[[], Any]:
-    left, right = torch.ones(a, b, dtype=dtype), torch.ones(b, c, dtype=dtype)
-    return lambda: left @ right
+    return partial(torch.matmul, torch.ones(a, b, dtype=dtype), torch.ones(b, c, dtype=dtype))
 
 
 def _shortest(function: Callable[[], Any]) -> float:
-    times = []
-    for _ in range(4):
-        began = cpu_seconds()
-        function()
-        times.append(cpu_seconds() - began)
-    return max(min(times), 1e-9)
+    return max(min(timeit.repeat(function, timer=cpu_seconds, repeat=4, number=1)), 1e-9)
 
 
 class Stopwatch(TorchDispatchMode):
@@ -161,7 +152,7 @@ class Stopwatch(TorchDispatchMode):
             owner = getattr(owner, each)
         function, files = getattr(owner, name), FILES.get(name)
 
-        @functools.wraps(function)
+        @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             # In the gate both sides must take the same kernels; long lists of numbers take long under this mode.
             with self.phase(phase), _disable_current_modes() if phase in (GATE, OBS) else nullcontext():
