@@ -24,12 +24,13 @@ from torch import Tensor
 from efficientllava.checkpoint.folder import load
 from efficientllava.data.collator import Collator, prompt
 from efficientllava.data.embedded.prose import TEXTS, shipped
-from efficientllava.data.prompts import IGNORE, Prompts
+from efficientllava.data.prompts import Prompts
 from efficientllava.data.records import Record, open_image
 from efficientllava.deploy.check import BOUNDS, rendered
 from efficientllava.deploy.export import write
 from efficientllava.deploy.runtime import Runtime, serve, speeds
 from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
+from efficientllava.models.forward import supervised_positions
 from efficientllava.runtime.console import quiet_libraries
 from efficientllava.runtime.files import whole_file
 from efficientllava.settings.schema import DeployConfig
@@ -52,15 +53,14 @@ def reference(dense: Any) -> Iterator[tuple[str, list[int], Tensor, Tensor, Tens
     """Pieces of prose with what the dense model says of them, in float32.
 
     Yields:
-        Text, token ids, places whose next token counts, these tokens, and log-probabilities of all.
+        Text, token ids, at which of them the next token counts, these tokens, and log-probabilities of all.
     """
     collate = Collator(dense.processor)
     for record in shipped()[:PIECES]:
         batch = collate([record])
-        (places,) = (batch["labels"][0] != IGNORE).nonzero(as_tuple=True)
-        output = dense.model(input_ids=batch["input_ids"]).logits[0, places - 1]
-        ids, targets = batch["input_ids"][0].tolist(), batch["labels"][0, places]
-        yield record.turns[0].kind, ids, places - 1, targets, output.log_softmax(-1)
+        places, targets = supervised_positions(batch["labels"])
+        truth = dense.model(input_ids=batch["input_ids"]).logits[places].log_softmax(-1)
+        yield record.turns[0].kind, batch["input_ids"][0].tolist(), places[0], targets, truth
 
 
 def _tensors(file: Path) -> tuple[Any, list[Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from scipy.stats import spearmanr
+from torch.utils.data import DataLoader
 
 import efficientllava as ev
 from efficientllava.data.collator import Collator
@@ -37,24 +37,20 @@ QUESTIONS = 1  # per held-out image; search samples have 10
 HERE = Path(__file__).parent
 
 
-def batches(records: Any, collate: Collator, size: int = 16) -> list[Any]:
-    """Collated batches of a sequence of records."""
-    return [collate([records[i] for i in range(s, min(s + size, len(records)))]) for s in range(0, len(records), size)]
-
-
 def spearman(left: list[float], right: list[float]) -> float:
     """Rank correlation."""
-    return float(spearmanr(left, right).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+    return pd.Series(left).corr(pd.Series(right), method="spearman")
 
 
 def rows(model: str, policies: int, unseen: int, scratch: Path) -> list[dict[str, Any]]:
     """One row per budget, number of samples, risk, gap and weight."""
     checkpoint = ev.load(f"builtin:{model}")
     collate, result = Collator(checkpoint.processor), []
-    unseen_batches = batches(Digits("minival", unseen, questions=QUESTIONS), collate, 100)
+    unseen_records: Any = Digits("minival", unseen, questions=QUESTIONS)
+    unseen_batches = [*DataLoader(unseen_records, 100, collate_fn=collate)]
     for count in SAMPLES:
-        records = calibration_records(CalibrationConfig(samples=count), DataConfig("digits_vqa"), 0)
-        seen = Calibration(batches(records, collate))
+        records: Any = calibration_records(CalibrationConfig(samples=count), DataConfig("digits_vqa"), 0)
+        seen = Calibration([*DataLoader(records, 16, collate_fn=collate)])
         table = open_table(checkpoint.model, Structured(), seen, scratch, {"model": model, "samples": str(count)})
         stream = CalibrationStream(checkpoint.model, seen)
         risk_of, truth_of = (Evaluator(checkpoint.model, table, each) for each in (stream, stream.over(unseen_batches)))

@@ -24,6 +24,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from efficientllava.checkpoint.smol import ADAPTER, linears, smol
 from efficientllava.data.collator import Collator
@@ -32,10 +33,11 @@ from efficientllava.data.embedded.scenes import COLOURS, PLACES, WORDS, strokes
 from efficientllava.data.prompts import IGNORE
 from efficientllava.data.records import Record
 from efficientllava.models.anatomy import decoder_of, projector_of
-from efficientllava.models.forward import vision_features
+from efficientllava.models.forward import supervised_positions, vision_features
 from efficientllava.pruning.self_text import write_text
 from efficientllava.record import commit
 from efficientllava.runtime.files import sha256, whole_file
+from experiments.tiny_models.pretraining import by_kind
 from experiments.tiny_models.tiny import augmented, painted, quadrants
 
 TOWER = Path(__file__).parents[2] / "efficientllava" / "assets" / "tiny_bunny"
@@ -232,14 +234,13 @@ class Training:
         found = self.decoder(inputs_embeds=inputs, attention_mask=batch["mask"], position_ids=batch["positions"])
         return found.last_hidden_state
 
-    def answers(self, records: Sequence[Record]) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits and targets of supervised tokens, and the place ``(row, token)`` of each."""
+    def answers(self, records: Sequence[Record]) -> tuple[Tensor, Tensor]:
+        """Logits and targets of supervised tokens."""
         batch = batch_of([packed(self.collate, record) for record in records])
         images: list[Any] = [record.image for record in records]
         states = self.hidden(batch, self.collate.prompts.pixels(images)[0]["pixel_values"])
-        places = (batch["labels"] != IGNORE).nonzero()
-        targets = batch["labels"][places[:, 0], places[:, 1]]
-        return self.head(states[places[:, 0], places[:, 1] - 1]).float(), targets, places
+        places, targets = supervised_positions(batch["labels"])
+        return self.head(states[places]).float(), targets
 
     def kept(self) -> Tensor:
         """Divergence from the untrained model on a sequence that it wrote, in nats per token."""
@@ -269,7 +270,7 @@ class Training:
                 break
             for group in self.optimizer.param_groups:
                 group["lr"] = LR * rate
-            logits, targets, _ = self.answers(records)
+            logits, targets = self.answers(records)
             loss = nn.functional.cross_entropy(logits, targets)
             drift = self.kept()
             (loss + drift).backward()
@@ -295,20 +296,16 @@ class Training:
     @torch.no_grad()
     def check(self) -> dict[str, Any]:
         """Questions about held-out strokes answered exactly, by kind."""
-        right: dict[str, list[bool]] = {}
-        data = Digits("minival", 48)
-        for start in range(0, len(data), 8):
-            records = [data[index] for index in range(start, min(start + 8, len(data)))]
-            logits, targets, _ = self.answers(records)
-            hits = logits.argmax(-1) == targets
-            ends = (targets == self.collate.prompts.tokenizer.eos_token_id).nonzero()[:, 0].tolist()
-            kinds = [turn.kind for record in records for turn in record.turns]
-            starts = [0, *(end + 1 for end in ends[:-1])]
-            for kind, low, high in zip(kinds, starts, ends, strict=True):
-                right.setdefault(kind, []).append(bool(hits[low : high + 1].all()))
-        every = [hit for each in right.values() for hit in each]
-        scores = {kind: round(sum(each) / len(each), 3) for kind, each in sorted(right.items())}
-        return {"step": self.step, "seconds": round(self.elapsed()), "all": round(sum(every) / len(every), 4), **scores}
+        data: Any = Digits("minival", 48)
+        right: list[bool] = []
+        for records in DataLoader(data, 8, collate_fn=list):
+            logits, targets = self.answers(records)
+            ends = (targets == self.collate.prompts.tokenizer.eos_token_id).nonzero()[:, 0]
+            right += [bool(hits.all()) for hits in (logits.argmax(-1) == targets).tensor_split(ends[:-1] + 1)]
+        scores = by_kind([turn.kind for record in data for turn in record.turns], right)
+        shares = {kind: round(score["accuracy"], 3) for kind, score in scores.items()}
+        whole = round(scores["all"]["accuracy"], 4)
+        return {"step": self.step, "seconds": round(self.elapsed()), **shares, "all": whole}
 
     def save(self) -> None:
         """Check, and write the state, whole or not at all."""

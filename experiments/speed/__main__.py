@@ -16,10 +16,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from efficientllava.checkpoint.folder import load
 from efficientllava.data.collator import Collator, GenerationCollator
@@ -40,6 +42,7 @@ from efficientllava.recovery.teacher import open_teacher
 from efficientllava.runtime.console import exit_code, quiet_libraries
 from efficientllava.runtime.content import Memo
 from efficientllava.runtime.errors import UserError
+from efficientllava.search.budget import removed_costs
 from efficientllava.search.change import assembled
 from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.evolution import Risk, Search
@@ -184,9 +187,9 @@ def make_setting(folder: Path, depth: int = DEPTH, samples: int = SAMPLES) -> Se
     shallow.config.text_config.num_hidden_layers = depth
     model = type(shallow)(shallow.config).eval()
     initialise(model, seed=0)
-    records, collate = Digits("calibration", samples), Collator(processor)
-    batches = [collate([records[i] for i in range(at, min(at + BATCH, samples))]) for at in range(0, samples, BATCH)]
-    return setting_of(model, Calibration(batches, FeatureCache(model)), folder, ROUND_TO)
+    records: Any = Digits("calibration", samples)
+    calibration = Calibration([*DataLoader(records, BATCH, collate_fn=Collator(processor))], FeatureCache(model))
+    return setting_of(model, calibration, folder, ROUND_TO)
 
 
 def setting_of(model: Any, calibration: Calibration, folder: Path, round_to: int) -> Setting:
@@ -202,9 +205,8 @@ def setting_of(model: Any, calibration: Calibration, folder: Path, round_to: int
     folder.mkdir()
     fill_table(model, recipe, calibration, folder)
     table = LevelTable(model, recipe, folder)
-    whole = language_parameters(model)
-    costs = [[table.removed(i, level) / whole for level in range(gene.levels)] for i, gene in enumerate(table.genes)]
-    space = SearchSpace(table.genes, Budget("params", RATIO, tuple(map(tuple, costs))))
+    costs = removed_costs(table, language_parameters(model))
+    space = SearchSpace(table.genes, Budget("params", RATIO, costs))
     evaluator = Evaluator(model, table, CalibrationStream(model, calibration, PRUNE.tokens))
     return Setting(model, calibration, table, space, evaluator)
 
@@ -254,9 +256,7 @@ def naive_loss(setting: Setting, policy: Policy) -> float:
 
 def per_policy(function: Callable[[], Any], count: int) -> float:
     """CPU seconds of one call per policy; other programs change them less than wall time."""
-    started = time.process_time()
-    function()
-    return (time.process_time() - started) / count
+    return timeit(function, timer=time.process_time, number=1) / count
 
 
 def generation_seconds(setting: Setting, parents: Sequence[Policy], children: Sequence[Policy]) -> tuple[float, float]:

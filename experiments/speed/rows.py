@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -85,9 +86,7 @@ def seconds(measured: Callable[[], Any], reference: Callable[[], Any], repeats: 
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(1 + repeats):
         for function, known in zip((measured, reference), times, strict=True):
-            started = time.perf_counter()
-            function()
-            known.append(time.perf_counter() - started)
+            known.append(timeit(function, number=1))
     return min(times[0][1:]), min(times[1][1:])
 
 

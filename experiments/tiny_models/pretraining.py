@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from pandas import Series
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -111,22 +112,25 @@ def forced_match(model: nn.Module, processor: Any, records: Sequence[Record]) ->
     Returns:
         ``{"all": {"accuracy", "n"}, kind: ...}``.
     """
-    collate = Collator(processor, pack=False)
-    kinds: list[str] = []
     right: list[bool] = []
-    for start in range(0, len(records), CHUNK):
-        chunk = [records[index] for index in range(start, min(start + CHUNK, len(records)))]
-        batch = collate(chunk)
+    for batch in DataLoader(records, CHUNK, collate_fn=Collator(processor, pack=False)):  # pyright: ignore[reportArgumentType]
         mask, targets = supervised_positions(batch["labels"])
         hits = torch.ones_like(mask)
         hits[mask] = model.lm_head(forward_hidden(model, batch)[mask]).argmax(-1) == targets  # pyright: ignore[reportCallIssue]
-        kinds += [turn.kind for record in chunk for turn in record.turns]
         right += hits.all(1).tolist()
-    scores: Scores = {}
-    for kind in ("all", *sorted(set(kinds))):
-        counted = [hit for name, hit in zip(kinds, right, strict=True) if kind in ("all", name)]
-        scores[kind] = {"accuracy": sum(counted) / len(counted), "n": len(counted)}
-    return scores
+    return by_kind([turn.kind for record in records for turn in record.turns], right)
+
+
+def by_kind(kinds: Sequence[str], right: Sequence[bool]) -> Scores:
+    """Accuracy and number of all questions, and of those of each kind.
+
+    Args:
+        kinds: Kind of every question.
+        right: Whether it was answered exactly.
+    """
+    hits = Series(right)
+    groups = {"all": hits, **dict(iter(hits.groupby([*kinds])))}
+    return {str(kind): {"accuracy": float(own.mean()), "n": len(own)} for kind, own in groups.items()}
 
 
 def fused_parts(layers: nn.Module) -> list[tuple[nn.Parameter, slice, nn.Parameter]]:
