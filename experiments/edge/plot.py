@@ -9,6 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from efficientllava.report.study import table
+
 TOLD = {
     "bytes": "MiB",
     "own_prefill": "prefill, tokens/s",
@@ -28,9 +30,8 @@ def main(rows: Path, picture: Path) -> None:
     found = pd.read_csv(rows)
     found["bytes"] /= 2**20
     found["digits"] *= 100
-    table = found.loc[:, ["model", "type", *TOLD]].round(2)
-    lines = [["model", "type", *TOLD.values()], ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    print(*(f"| {' | '.join(map(str, row))} |" for row in lines), sep="\n")
+    numbers = found[["model", "type", *TOLD]].round(2)
+    print(table(["model", "type", *TOLD.values()], numbers.to_numpy(), 2), end="")
     figure = Figure((11, 8), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(m.removesuffix(RECOVERED) for m in found.model))}

@@ -9,17 +9,14 @@ The projector is random (seed 0), since the studies' records are text.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from efficientllava.checkpoint.smol import smol
-from efficientllava.runtime.console import exit_code
-
-TOWER = Path(__file__).parents[2] / "efficientllava" / "assets" / "tiny_llava"
+from efficientllava.runtime import exit_code, local
 
 
 def main() -> None:
     """Write the folder that the command line names."""
-    model, processor = smol(TOWER)
+    model, processor = smol(local("builtin:tiny_llava"))
     model.save_pretrained(sys.argv[1])
     processor.save_pretrained(sys.argv[1])
 

@@ -24,6 +24,7 @@ from efficientllava.pruning.plan import LayerPlan, PruningPlan, plan_ratio
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.statistics import layer_statistics
 from efficientllava.pruning.stream import Calibration, CalibrationStream
+from efficientllava.report.study import table
 from efficientllava.settings.schema import PruneConfig
 from efficientllava.stages.request import composed
 from experiments.speed import rows as bench
@@ -33,25 +34,24 @@ WIDTHWISE = PruneConfig("widthwise", "widthwise", 0.3, refit=True)
 PAPER = PruneConfig("widthwise_paper", "widthwise", 0.3, "param_first", "local", taylor_mean="batch")
 
 
-def llava_7b() -> Any:
-    """LLaVA-1.5-7B on the meta device, of the sizes in ``conf/model``."""
-    return forecast(composed("model=llava_1_5_7b", "dry_run=true")).base
-
-
 def closed_form() -> None:
-    """Print peaks of all methods."""
-    model = llava_7b()
-    print("| records x tokens, micro-batch | method | one GPU, GB | x weights | offload: card, GB | host, GB |")
-    print("|---|---|---:|---:|---:|---:|")
-    rows = {}
+    """Print peaks of all methods for LLaVA-1.5-7B, of the sizes in ``conf/model``."""
+    model: Any = forecast(composed("model=llava_1_5_7b", "dry_run=true")).base
+    head = ("records x tokens, micro-batch", "method", "one GPU, GB", "x weights", "offload: card, GB", "host, GB")
+    rows = []
     for records, tokens, batch in ((64, 700, 2), (64, 2048, 2), (64, 2048, 8)):
         for config in (LAYERWISE, WIDTHWISE, PAPER):
             size = CalibrationSize(records, tokens, micro_batch(config, batch))
             memory = pruning_memory(model, config, size)
             small = pruning_memory(model, replace(config, offload=True), size)
-            shown = f"{memory.peak / 1e9:.1f} | {memory.ratio:.2f} | {small.peak / 1e9:.1f} | {small.host / 1e9:.1f}"
-            rows[f"| {records} x {tokens}, {size.batch_size} | `{config.name}` | {shown} |"] = None
-    print(*rows, sep="\n")
+            peaks = (
+                f"{memory.peak / 1e9:.1f}",
+                f"{memory.ratio:.2f}",
+                f"{small.peak / 1e9:.1f}",
+                f"{small.host / 1e9:.1f}",
+            )
+            rows.append((f"{records} x {tokens}, {size.batch_size}", f"`{config.name}`", *peaks))
+    print(table(head, dict.fromkeys(rows), 2), end="")
 
 
 def one_layer(device: str = "cpu") -> Any:
@@ -116,13 +116,8 @@ def measure_layer() -> None:
     report(f"OBS, one of {OBS_ROUNDS} rounds, beside its Gram matrix", WIDTHWISE, "scores", round_of_obs, gram)
 
 
-def main(arguments: list[str]) -> None:
-    """What the command line asks for."""
-    if arguments == ["--measure"]:
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--measure"]:
         measure_layer()
     else:
         closed_form()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

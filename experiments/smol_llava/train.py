@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from efficientllava.checkpoint.smol import ADAPTER, linears, smol
+from efficientllava.checkpoint.smol import ADAPTER, TOWER, linears, smol
 from efficientllava.data.collator import Collator
 from efficientllava.data.embedded.digits import NOTHING, Digits
 from efficientllava.data.embedded.scenes import COLOURS, PLACES, WORDS, strokes
@@ -36,11 +36,10 @@ from efficientllava.models.anatomy import decoder_of, projector_of
 from efficientllava.models.forward import supervised_positions, vision_features
 from efficientllava.pruning.self_text import write_text
 from efficientllava.record import commit
-from efficientllava.runtime.files import sha256, whole_file
+from efficientllava.runtime import local, sha256, whole_file
 from experiments.tiny_models.pretraining import by_kind
 from experiments.tiny_models.tiny import augmented, painted, quadrants
 
-TOWER = Path(__file__).parents[2] / "efficientllava" / "assets" / "tiny_bunny"
 RANK, ROWS, QUESTIONS = 8, 4, 16  # of an adapter; images per step; questions per image
 LR, WARMUP, DECAY = 2e-3, 20, 0.3  # peak; steps; share of a part's time in which the rate falls to zero
 PROSE, LENGTH, PROSE_ROWS = 24, 128, 1  # sequences that the model writes itself; their tokens; rows per step
@@ -179,7 +178,7 @@ class Training:
     def __init__(self, state: Path, minutes: float, seed: int) -> None:
         self.folder, self.minutes, self.seed = state, minutes, seed
         state.mkdir(parents=True, exist_ok=True)
-        self.model, processor = smol(TOWER)
+        self.model, processor = smol(local(f"builtin:{TOWER}"))
         self.collate, self.step, self.seconds = Collator(processor), 0, 0.0
         self.history: list[dict[str, Any]] = []
         self.explained = fit_projector(self.model, self.collate, seed)

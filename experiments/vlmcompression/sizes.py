@@ -10,6 +10,7 @@ from torch import nn
 from efficientllava.checkpoint.folder import stock_config
 from efficientllava.estimate import meta_model, plan_outline
 from efficientllava.models.anatomy import parameters
+from efficientllava.report.study import table
 from efficientllava.settings.compose import FAMILIES, SHARES
 from efficientllava.settings.schema import RunConfig
 from efficientllava.stages.request import composed
@@ -20,7 +21,7 @@ PRINTED = {
     "internvl": {"w": {15: 3.5, 30: 3.0, 45: 2.5, 60: 1.6}, "l": {15: 3.5, 30: 3.0, 45: 2.5, 60: 1.6}},
     "bunny": {"w": {15: 2.8, 30: 2.4, 45: 2.0, 60: 1.5}, "l": {15: 2.8, 30: 2.4, 45: 2.0, 60: 1.5}},
 }
-HEAD = "| preset | nominal | language model removed | left | printed | deviation |\n|---|---|---:|---:|---:|---:|"
+HEAD = ("preset", "nominal", "language model removed", "left", "printed", "deviation")
 
 
 @cache
@@ -42,7 +43,7 @@ def sizes(name: str) -> tuple[float, float]:
     return plan.achieved[0], (parameters(base) - plan.removed[0]) / 1e9
 
 
-def rows() -> Iterator[str]:
+def rows() -> Iterator[tuple[str, ...]]:
     """One row per preset."""
     for family, printed in PRINTED.items():
         for method, labels in printed.items():
@@ -53,9 +54,8 @@ def rows() -> Iterator[str]:
                 )
                 removed, left = sizes(name)
                 deviation = f"{100 * (left / billions - 1):+.1f} %" if abs(left - billions) > 0.0505 else ""
-                cells = (f"`{name}`", nominal, f"{100 * removed:.1f} %", f"{left:.2f} B", f"{billions} B", deviation)
-                yield f"| {' | '.join(cells)} |"
+                yield f"`{name}`", nominal, f"{100 * removed:.1f} %", f"{left:.2f} B", f"{billions} B", deviation
 
 
 if __name__ == "__main__":
-    print(HEAD, *rows(), sep="\n")
+    print(table(HEAD, rows(), 2), end="")
