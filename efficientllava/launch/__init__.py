@@ -80,8 +80,8 @@ class Runner(Protocol):
         """End jobs, wherever they are."""
 
     def how_to_cancel(self, ids: Sequence[str], folder: Path) -> str:
-        """The line that does so later, for jobs that stay."""
-        ...
+        """The line that does so later; nothing where the jobs do not stay."""
+        return ""
 
 
 def supervise(
@@ -133,8 +133,7 @@ def _submitted(jobs: Sequence[Job], runner: Runner) -> dict[str, Job]:
     known = {str(state.read(job.folder, state.CLUSTER).get(runner.name, "")): job for job in jobs}
     seen = runner.look([key for key in known if key]) or {}
     pending = {key: job for key, job in known.items() if seen.get(key, (False, ""))[0]}
-    there = {job.number for job in pending.values()}
-    fresh = [job for job in jobs if job.number not in there]
+    fresh = [job for job in jobs if job not in pending.values()]
     for job in fresh:  # before they can have begun
         state.write(job.folder, state=state.WAITING, reason="", seconds=None, overrides=job.overrides)
     for key, job in zip(runner.submit(fresh) if fresh else (), fresh, strict=True):

@@ -12,13 +12,11 @@ import math
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -174,10 +172,6 @@ class Pool(Runner):
         """End all jobs."""
         stop([work.process for work, _, _ in self._running.values()])
 
-    def how_to_cancel(self, ids: Sequence[str], folder: Path) -> str:
-        """Never said: the jobs do not stay."""
-        raise NotImplementedError
-
 
 def gpu_slots(gpus: Sequence[str], per_job: int) -> list[dict[str, str]]:
     """Environments that give each job its own GPUs.
@@ -256,16 +250,14 @@ def relaunch(processes: int, overrides: Sequence[str], output_dir: str) -> int:
 def _world(processes: int) -> dict[str, str]:
     """What all processes of a run on this machine are told."""
     import torch
+    from torch.distributed.elastic.utils.distributed import get_free_port
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     return {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(get_free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, torch.get_num_threads() // processes)),
         # Set for Hydra by our own wrapper; each process has that wrapper too.
         DEBUG: os.environ.get(TRACEBACKS, "0"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from ..record import STAGES, Results, find, is_score, last_stage
+from ..runtime import state
 
 ABSENT = "-"
 LABELS = {
@@ -73,10 +73,9 @@ def kept_shares(folder: Path, kind: str) -> list[float] | None:
     Returns:
         None where nothing was pruned, or an earlier version wrote the plan: it does not say how many units there were.
     """
-    file = folder / "plan.json"
-    plan = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    plan = state.read(folder, "plan.json")
     if "sparsity" in (plan.get("details") or {}):
-        record, masked = (json.loads((folder / "search.json").read_text("utf-8")), KINDS[kind])
+        record, masked = (state.read(folder, "search.json"), KINDS[kind])
         genes = zip(record["genes"], record["best"], strict=True)
         return [100 * (1 - gene["amounts"][level]) for gene, level in genes if gene["kind"] == masked]
     if not plan.get("source_units"):

@@ -10,7 +10,6 @@ stands in ``dashboard.yaml`` beside this file. Needs the extra ``[dashboard]``.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import sys
@@ -23,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from ..record import STAGES, read, scores
-from ..runtime import UserError, exit_code, processes, say, write_whole
+from ..runtime import UserError, exit_code, processes, say, state, write_whole
 from ..settings.schema import RunConfig, WandbConfig
 from . import kept_shares, numbers, numbers_of
 
@@ -60,9 +59,7 @@ class Tracking:
         """
         if not self.run:
             return
-        searched = folder / "search.json"
-        history = json.loads(searched.read_text("utf-8"))["history"] if searched.exists() else []
-        for generation, entry in enumerate(history):
+        for generation, entry in enumerate(state.read(folder, "search.json").get("history", [])):
             found = {name: entry[name] for name in ("best", "mean") if entry[name] is not None}
             log(self.run, "search", generation, found)
         kept = [kept_shares(folder, kind) or [] for kind in ("groups", "channels")]

@@ -38,6 +38,7 @@ from .runs import (
     sweep_command,
     told,
     unfinished,
+    written,
 )
 
 METRIC = "digits_vqa/accuracy"
@@ -154,6 +155,8 @@ def _page(folder: Path, arms: Sequence[Arm], metric: str, without: Sequence[Stan
         heads=list(table),
         rows=list(zip(*table.values(), strict=True)),
         arms=arms,
+        line_of=command,
+        written=written,
         **parts,
     )
 
@@ -197,6 +200,7 @@ def advise(arms: Sequence[Arm], metric: str) -> dict[str, Sequence[str]]:
     if lower_is_better(metric):  # no share of questions: one seed tells nothing of its noise
         known["questions"] = math.inf
     known = known.assign(seconds=known.prune + known.recover, name=[arm.label(*BUDGET) for arm in known.arm])
+    known.label = known.label.map(html.escape)
     known = known[known.retained.notna() & known.zeros.isna()].sort_values("removed", kind="stable")
     budgets: dict[tuple[str, ...], list[float]] = {}
     least = -math.inf
@@ -226,18 +230,18 @@ def _budget(within: Any) -> Iterator[str]:
 def _winner(group: Sequence[Any]) -> str:
     """Who keeps most, who cannot be told apart from it, and who of these is quickest."""
     best, *others = group
-    line = f"<b>{_name(best)}</b> retains {_kept(best)}"
+    line = f"<b>{best.label}</b> retains {_kept(best)}"
     if not others:
         return line + "."
     level = [arm for arm in others if best.retained - arm.retained <= _noise(best, arm)]
-    line += f", next {_name(others[0])} with {_kept(others[0])}"
+    line += f", next {others[0].label} with {_kept(others[0])}"
     if level:
         whom = "it" if level == others[:1] else counted(len(level), "other configuration")
         line += f"; the difference to {whom} is within the noise"
     line += "."
     quick = min([best, *level], key=lambda arm: arm.seconds)
     if quick.seconds < 0.8 * best.seconds:
-        line += f" {_name(quick)} is as good as far as these runs can tell, and takes {quick.seconds:.0f} s to "
+        line += f" {quick.label} is as good as far as these runs can tell, and takes {quick.seconds:.0f} s to "
         line += f"prune and recover instead of {best.seconds:.0f} s."
     return line
 
@@ -258,7 +262,7 @@ def _studied(within: Any) -> Iterator[str]:
             wanted = ENOUGH if removed < HALF else 1.0
             row = min(found, key=lambda row: (abs(row.data - wanted), -row.retained))
             choice = method if recovery == "none" else f"{method} and {recovery}"
-            yield f"The study's choice {when}, {choice}: {_name(row)} retains {_kept(row)}."
+            yield f"The study's choice {when}, {choice}: {row.label} retains {_kept(row)}."
 
 
 def _noise(one: Any, other: Any) -> float:
@@ -272,10 +276,6 @@ def _noise(one: Any, other: Any) -> float:
         return STUDENT.get(one.retained_count + other.retained_count - 2, NORMAL) * error
     shares = [min(max(row.retained, 0.0), 1.0) for row in (one, other)]
     return NORMAL * math.sqrt(sum(share * (1 - share) for share in shares) / one.questions)
-
-
-def _name(row: Any) -> str:
-    return html.escape(row.label)
 
 
 def _kept(row: Any) -> str:

@@ -16,6 +16,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
 from ..data.records import Record, open_image
 from ..runtime import whole_file
+from . import KINDS
 
 Answer = tuple[str, float | None]
 SHOWN = 8
@@ -134,7 +135,7 @@ def _history(axes: Any, entries: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _strip(axes: Any, record: Mapping[str, Any]) -> None:
-    genes, kinds = ([*zip(record["genes"], record["best"], strict=True)], ("attention", "mlp"))
+    genes, kinds = ([*zip(record["genes"], record["best"], strict=True)], KINDS.values())
     removed = [[100 * gene["amounts"][level] for gene, level in genes if gene["kind"] == kind] for kind in kinds]
     image = axes.imshow(removed, cmap="YlGnBu", vmin=0, vmax=100, aspect="auto")
     axes.set_box_aspect(0.4)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 from pandas import DataFrame
 
-from ..record import STAGES, Results, metric_keys, read, scores
+from ..record import STAGES, Results, find, metric_keys, read, scores
 from ..runtime import COMMAND, Standing, UserError, state
 from ..settings.compose import SWEEP_NAME, key_of
 from ..settings.schema import GGUF_TYPES
@@ -51,16 +51,6 @@ class Run:
     def numbers(self) -> dict[str, float]:
         """Its numbers by name, see `efficientllava.report.numbers`."""
         return numbers(self.results)
-
-    @property
-    def command(self) -> str:
-        """The line that makes this run."""
-        return command(self.results["overrides"])
-
-    def written_config(self) -> str:
-        """Its configuration as YAML, as Hydra has written it."""
-        file = self.folder / ".hydra" / "config.yaml"
-        return file.read_text("utf-8") if file.exists() else ""
 
 
 @dataclass(frozen=True)
@@ -188,20 +178,20 @@ def load_runs(folder: Path) -> list[Run]:
         failed = [told(run) for run in unfinished(folder)]
         why = f" ({counted(len(failed), 'run')} without results, the first: {failed[0]})" if failed else ""
         raise UserError(f"{folder}: no results.json below this folder{why}; give a folder of finished runs")
-    return [Run(file.parent, read(file), _config(file.parent)) for file in files]
+    return [Run(file.parent, read(file), dict(flat(_read(file.parent), "."))) for file in files]
 
 
 def _in_order(path: Path) -> list[tuple[int, str]]:
     return [(len(part), part) for part in path.parts]
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / ".hydra" / "config.yaml"
-    return dict(flat(_yaml(file), ".")) if file.exists() else {}
+def written(folder: Path, name: str = ".hydra/config.yaml") -> str:
+    """What Hydra has written into a run's folder; empty where it has not."""
+    return (folder / name).read_text("utf-8") if (folder / name).exists() else ""
 
 
-def _yaml(file: Path) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(file))
+def _read(folder: Path, name: str = ".hydra/config.yaml") -> Any:
+    return OmegaConf.to_container(OmegaConf.create(written(folder, name)))
 
 
 def unfinished(folder: Path) -> list[Standing]:
@@ -212,7 +202,7 @@ def unfinished(folder: Path) -> list[Standing]:
     for run in sorted({*known, *begun}, key=_in_order):
         entry = known.get(run) or _unnoted(run)
         if entry.state == state.FAILED or not (run / "results.json").exists():
-            typed = _yaml(run / ".hydra" / "overrides.yaml") if run in begun else entry.overrides
+            typed = _read(run, ".hydra/overrides.yaml") if run in begun else entry.overrides
             found.append(entry._replace(overrides=tuple(typed)))
     return found
 
@@ -238,10 +228,9 @@ def told(run: Standing) -> str:
 
 def sweep_command(folder: Path) -> str | None:
     """What was typed to make a sweep; None for other folders."""
-    file = folder / "multirun.yaml"
-    if not file.exists():
+    overrides = find(_read(folder, "multirun.yaml"), "hydra", "overrides")
+    if not overrides:
         return None
-    overrides = _yaml(file)["hydra"]["overrides"]
     typed = overrides["hydra"]
     typed = typed[:-2] if typed and SWEEP_NAME in typed[-1] else typed  # what the sweep itself adds for its jobs
     launcher = [item for item in typed if not item.startswith("hydra.mode=")]
