@@ -18,8 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..runtime import UserError, state
-from ..runtime.keeping import require_shared_locks
+from ..runtime import UserError, keeping, state
 from . import Job, asked, cancelled
 from .local import Work, of_this_process
 
@@ -122,7 +121,7 @@ class Ray:
     def submit(self, jobs: Sequence[Job]) -> list[str]:
         """Make an actor per job; each waits for its resources."""
         if self.stays:
-            require_shared_locks(jobs[0].folder)
+            keeping.require_shared_locks(jobs[0].folder)
         actor, environment = ray.remote(Host), ray.put(dict(os.environ))
         life = {"lifetime": "detached"} if self.stays else {}
         ids = []

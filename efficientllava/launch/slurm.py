@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..runtime import UserError, state
-from ..runtime.keeping import require_shared_locks
+from ..runtime import UserError, keeping, state
 from . import Job, asked
 from .local import STOPPED, Work, of_this_process
 
@@ -79,7 +78,7 @@ class Slurm:
         """Hand jobs over as one array."""
         cluster, options = self._options["cluster"], self._options
         if cluster == "slurm":
-            require_shared_locks(jobs[0].folder)
+            keeping.require_shared_locks(jobs[0].folder)
         limit = {f"{cluster}_max_num_timeout": options["max_num_timeout"]} if cluster == "slurm" else {}
         executor = submitit.AutoExecutor(folder=options["submitit_folder"], cluster=cluster, **limit)
         given = {key: value for key, value in options.items() if key not in OURS and value not in (None, {})}

@@ -24,8 +24,19 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from ..runtime import DEBUG, TRACEBACKS, SweepRefused, UserError, at_end, hand_over, job_failed, lines_of, state
-from ..runtime.processes import program
+from ..runtime import (
+    DEBUG,
+    TRACEBACKS,
+    SweepRefused,
+    UserError,
+    at_end,
+    hand_over,
+    job_failed,
+    keeping,
+    lines_of,
+    processes,
+    state,
+)
 from ..settings.checks import check_sweep
 from ..settings.compose import SWEEP_NAME, key_of, quoted, typed
 from . import Job, Runner, jobs_table, supervise
@@ -40,15 +51,13 @@ class ReportSweep(Callback):
 
         Hydra does not say that a sweep has ended where a job has failed.
         """
-        from ..runtime.keeping import at_work
-
         try:
             check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job]), job))
         except UserError as error:
             raise SweepRefused from error
         held, folder = ExitStack(), _settle(config)
         if not config.dry_run:
-            held.enter_context(at_work(Path(config.paths.cache_dir).expanduser(), clean=config.keep != "all"))
+            held.enter_context(keeping.at_work(Path(config.paths.cache_dir).expanduser(), clean=config.keep != "all"))
             trials = config.hydra.sweeper.get("n_trials")  # of a sweeper that makes up its jobs as it goes
             state.write(folder, state.SWEEP, jobs=[[]] * trials if trials else jobs(config))
         at_end(partial(_close, folder, held))
@@ -65,13 +74,11 @@ class ReportSweep(Callback):
         lines = [*lines_of(job_return._return_value)] if failed and (in_sweep or sweeping) else []
         if in_sweep:
             state.end(Path(config.hydra.runtime.output_dir), "; ".join(lines) or None)
-        if not failed:
-            return
-        if sweeping:
+        if failed and sweeping:
             job_failed(int(config.hydra.job.num), lines)
-            return
-        hand_over(job_return._return_value)
-        job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+        elif failed:
+            hand_over(job_return._return_value)
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
 
 def _settle(config: DictConfig) -> Path:
@@ -97,9 +104,8 @@ def _close(folder: Path, held: ExitStack, complete: bool) -> None:
         held.close()
     if any(entry.state in state.ENDS for entry in state.standings(folder)):
         from ..report.page import report
-        from ..runtime.keeping import alone_in
 
-        with alone_in(folder, print):
+        with keeping.alone_in(folder, print):
             report(folder)
         print(f"table, plots and page of the sweep: {folder / 'report.html'}")
 
@@ -108,10 +114,7 @@ class ProcessLauncher(BasicLauncher):
     """Runs the jobs of a sweep as processes; a dry run, which needs no slots, as Hydra's own launcher does.
 
     Args:
-        **options: The keys of ``hydra.launcher``.
-
-    Attributes:
-        poll: Seconds between two looks at the jobs.
+        **options: The keys of ``hydra.launcher``; ``poll_s`` are the seconds between two looks at the jobs.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -120,7 +123,6 @@ class ProcessLauncher(BasicLauncher):
             key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
             for key, value in options.items()
         }
-        self.poll = self.options.get("poll_s", POLL)
 
     def check(self) -> None:
         """Refuse keys of ``hydra.launcher`` that cannot work.
@@ -158,7 +160,7 @@ class ProcessLauncher(BasicLauncher):
         waiting = [config.trainer for config in configs if config.hydra.job.num not in finished]
         trainers = [OmegaConf.to_container(trainer) for trainer in waiting]
         with jobs_table() as show, self.runner(trainers) as runner:
-            ended = supervise(jobs, runner, show, finished, self.poll)
+            ended = supervise(jobs, runner, show, finished, self.options.get("poll_s", POLL))
         reasons = [job.reason if job.state == state.FAILED else None for job in ended]
         return [_result(*each) for each in zip(configs, jobs, reasons, strict=True)]
 
@@ -174,7 +176,7 @@ def _job(config: DictConfig, overrides: Sequence[str]) -> Job:
     hydra = config.hydra
     folder = Path(str(hydra.sweep.dir), str(hydra.sweep.subdir)).absolute()
     own = ["hydra.mode=RUN", "hydra/launcher=basic", "hydra/sweeper=basic", f"hydra.run.dir={quoted(folder)}"]
-    command = [*program(hydra), *overrides, *own, f"hydra.job.num={hydra.job.num}"]
+    command = [*processes.program(hydra), *overrides, *own, f"hydra.job.num={hydra.job.num}"]
     # Tracebacks are for those who ask for them; the sweep's own process has them on for itself.
     environment = {**hydra.job.env_set, DEBUG: os.environ.get(TRACEBACKS, "0")}
     return Job(hydra.job.num, tuple(filter_overrides(overrides)), tuple(command), folder, environment)

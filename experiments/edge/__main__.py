@@ -31,8 +31,7 @@ from efficientllava.deploy.export import write
 from efficientllava.deploy.runtime import Runtime, serve, speeds
 from efficientllava.evaluation.tasks.digits_vqa import digits_vqa
 from efficientllava.models.forward import supervised_positions
-from efficientllava.runtime.console import quiet_libraries
-from efficientllava.runtime.files import whole_file
+from efficientllava.runtime import quiet_libraries, whole_file
 from efficientllava.settings.schema import DeployConfig
 from experiments.rows import add, read
 

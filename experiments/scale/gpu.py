@@ -43,7 +43,7 @@ from efficientllava.pruning.surgery import pruned_config
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.student import Sharding
 from efficientllava.recovery.teacher import TargetCache
-from efficientllava.runtime.content import Memo
+from efficientllava.runtime import Memo
 from efficientllava.settings.schema import DataConfig, PruneConfig, WeightsConfig
 from efficientllava.stages.request import composed
 from experiments.rows import add, read

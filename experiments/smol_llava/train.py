@@ -109,10 +109,9 @@ def packed(collate: Collator, record: Record) -> Row:
 
 def batch_of(rows: Sequence[Row]) -> dict[str, Tensor]:
     """``ids``, ``labels``, ``positions`` ``(rows, seq)`` and an additive ``mask`` ``(rows, 1, seq, seq)``."""
-    width = max(len(row.ids) for row in rows)
     fills = {"ids": 0, "labels": IGNORE, "positions": 0, "branch": 1 << 20}
     made = {
-        name: torch.tensor([getattr(row, name) + [fill] * (width - len(row.ids)) for row in rows])
+        name: nn.utils.rnn.pad_sequence([torch.tensor(getattr(row, name)) for row in rows], True, fill)
         for name, fill in fills.items()
     }
     branch = made.pop("branch")

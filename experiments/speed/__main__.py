@@ -39,9 +39,7 @@ from efficientllava.pruning.stream import Calibration, CalibrationStream
 from efficientllava.recovery.recover import recover
 from efficientllava.recovery.student import prepare, trainable
 from efficientllava.recovery.teacher import open_teacher
-from efficientllava.runtime.console import exit_code, quiet_libraries
-from efficientllava.runtime.content import Memo
-from efficientllava.runtime.errors import UserError
+from efficientllava.runtime import Memo, UserError, exit_code, quiet_libraries
 from efficientllava.search.budget import removed_costs
 from efficientllava.search.change import assembled
 from efficientllava.search.evaluator import Evaluator

@@ -29,10 +29,7 @@ from efficientllava.data.records import Record
 from efficientllava.models.anatomy import decoder_of, projector_of
 from efficientllava.models.forward import answer_loss, forward_hidden, supervised_positions
 from efficientllava.record import commit
-from efficientllava.runtime.console import say
-from efficientllava.runtime.errors import UserError
-from efficientllava.runtime.files import sha256, whole_file
-from efficientllava.runtime.store import Entry, Store
+from efficientllava.runtime import Entry, Store, UserError, say, sha256, whole_file
 from experiments.tiny_models.tiny import BUILDERS, augmented, initialise, painted, quadrants
 
 Scores = dict[str, dict[str, float]]
