@@ -96,9 +96,8 @@ def prose(file: Path, exact: bool, dense: Any) -> dict[str, float]:
             found = (states[places] @ head.T).log_softmax(-1)
             losses[text].append(-found.gather(1, targets.unsqueeze(1)).squeeze(1))
             divergences.append((truth.exp() * (truth - found)).sum(-1))
-    means = {name: math.exp(torch.cat(each).mean()) for name, each in losses.items()}
     every = torch.cat([loss for each in losses.values() for loss in each])
-    named = {f"perplexity_{name}": value for name, value in means.items()}
+    named = {f"perplexity_{name}": math.exp(torch.cat(each).mean()) for name, each in losses.items()}
     return {"kl": float(torch.cat(divergences).mean()), "perplexity": math.exp(every.mean()), **named}
 
 
@@ -141,12 +140,16 @@ def cost(file: Path, dense: Path) -> dict[str, Any]:
     (read, flops), (dense_read, dense_flops) = work_of(file), work_of(dense)
     ideal = {"prefill": dense_flops / flops, "decode": dense_read / read}
     timed = speeds({"dense": dense, "own": file}, CONTEXT, REPEATS)
-    found: dict[str, Any] = {"bytes": file.stat().st_size, "bytes_per_token": read, "flops_per_token": flops}
-    found["load_seconds"] = timed["own"]["load_seconds"]
+    found: dict[str, Any] = {
+        "bytes": file.stat().st_size,
+        "bytes_per_token": read,
+        "flops_per_token": flops,
+        "load_seconds": timed["own"]["load_seconds"],
+    }
     for name in SPEEDS:
         plain, own = timed["dense"][name], timed["own"][name]
-        found |= {f"dense_{name}": plain, f"own_{name}": own, f"ideal_{name}": ideal[name]}
-        found[f"share_{name}"] = own / plain / ideal[name]
+        sides = {"dense": plain, "own": own, "ideal": ideal[name], "share": own / plain / ideal[name]}
+        found |= {f"{side}_{name}": value for side, value in sides.items()}
     return found
 
 

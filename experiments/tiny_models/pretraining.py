@@ -80,8 +80,6 @@ class Scenes(Dataset[Any]):
         return self.config.align_steps + self.config.steps - self.start
 
     def __getitem__(self, index: int) -> Any:
-        if index >= len(self):
-            raise IndexError(index)
         config, step = self.config, index + self.start
         align = step < config.align_steps
         easy = not align and step < config.align_steps + config.easy_steps
