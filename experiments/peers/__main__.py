@@ -9,7 +9,6 @@ loss ``compare`` is that on the records of the next draw, of other documents: a 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import sys
@@ -19,9 +18,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from efficientllava import record
 from efficientllava.data.embedded.prose import TEXTS
-from efficientllava.record import read
 from experiments.real_weights.measure import nats
+from experiments.rows import add, read
 from experiments.scale.watch import watch
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def row(arm: list[str], ratio: str, draw: Path, other: Path, work: Path) -> dict
         f"paths.cache_dir={work}/cache",
     ]
     folder, seconds, peak = run([*typed, "evaluate=none"], work)
-    achieved, compare = read(folder)["ratio"]["achieved"], nats(str(folder / "pruned"), other)
+    achieved, compare = record.read(folder)["ratio"]["achieved"], nats(str(folder / "pruned"), other)
     folder, _, _ = run(typed, work)
     found = json.loads((folder / "results.json").read_text())["stages"]["pruned"]["metrics"]
     digits, prose = found["digits_vqa"]["accuracy"], found["prose"]
@@ -81,10 +81,7 @@ def row(arm: list[str], ratio: str, draw: Path, other: Path, work: Path) -> dict
 
 def missing(rows: Path, draws: list[Path]) -> list[tuple[str, str, int]]:
     """Arm, ratio and number of the draw of what the file lacks: all of one draw before the next."""
-    done: set[tuple[str, ...]] = set()
-    if rows.exists():
-        with rows.open(newline="", encoding="utf-8") as file:
-            done = {tuple(known[key] for key in KEYS) for known in csv.DictReader(file)}
+    done = {tuple(row[key] for key in KEYS) for row in read(rows)}
     every = [(arm, ratio, number) for number in range(len(draws)) for ratio in RATIOS for arm in EXPERIMENT.sweep.arms]
     return [each for each in every if (*each[:2], draws[each[2]].stem) not in done]
 
@@ -104,13 +101,8 @@ def main() -> None:
             break
         other, typed = draws[(number + 1) % len(draws)], list(EXPERIMENT.sweep.arms[arm])
         measured = row(typed, ratio, draws[number], other, given.work.resolve())
-        new = not given.rows.exists()
-        with given.rows.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            told = {key: f"{value:.4f}" for key, value in measured.items()}
-            writer.writerow({**dict(zip(KEYS, (arm, ratio, draws[number].stem), strict=True)), **told})
+        told = {key: f"{value:.4f}" for key, value in measured.items()}
+        add(given.rows, [{"arm": arm, "ratio": ratio, "draw": draws[number].stem, **told}], FIELDS)
         print(arm, ratio, draws[number].stem, told, flush=True)
 
 
