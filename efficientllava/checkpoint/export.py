@@ -20,11 +20,7 @@ from torch import Tensor, nn
 
 from ..models.offload import Disk
 from ..models.pruned import is_per_layer
-from ..runtime.content import Memo
-from ..runtime.errors import UserError, require_finite
-from ..runtime.files import as_umask, whole_folder
-from ..runtime.places import PROVENANCE, is_id
-from ..runtime.processes import release_memory
+from ..runtime import PROVENANCE, Memo, UserError, as_umask, is_id, processes, require_finite, whole_folder
 from .folder import Checkpoint
 from .hub import LICENCE_KEYS, named
 
@@ -254,7 +250,7 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor], disk: Di
     finally:
         torch.set_num_threads(threads)
     model.to("meta")
-    release_memory()
+    processes.release_memory()
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
         probe = str(Path(scratch) / "probe.safetensors")
         save_file({name: value.cpu().contiguous() for name, value in {**inputs, "logits": logits}.items()}, probe)

@@ -15,14 +15,16 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..models.anatomy import decoder_of
 from ..models.pruned import require_supported
-from ..runtime.content import Memo
-from ..runtime.errors import UserError, first_line, require_finite
-from ..runtime.places import (
+from ..runtime import (
     PROVENANCE,
     UNQUANTIZED,
+    Memo,
+    UserError,
     anchored,
+    first_line,
     local_folder,
     read_json,
+    require_finite,
     with_config,
 )
 from ..settings.schema import ModelConfig

@@ -11,15 +11,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..runtime.content import MEMO, Memo
-from ..runtime.errors import UserError, disk_full, first_line
-from ..runtime.places import (
+from ..runtime import (
     ADAPTERS,
     BUILTIN,
+    MEMO,
     PROVENANCE,
     QUANTIZED,
+    Memo,
+    UserError,
     anchored,
     content_files,
+    disk_full,
+    first_line,
     is_id,
     local_folder,
     with_config,

@@ -17,10 +17,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from ..models.anatomy import decoder_of, projector_of
-from ..runtime.content import Memo, source_digest
-from ..runtime.errors import UserError
-from ..runtime.keeping import require_space
-from ..runtime.store import Store, library_versions
+from ..runtime import Memo, Store, UserError, keeping, library_versions, source_digest
 from .hub import folder_digest, own_root
 from .processors import chat_template
 
@@ -159,7 +156,7 @@ def stored(folder: Path) -> Path:
     }
 
     def compute(partial: Path, _work: Path) -> dict[str, Any]:
-        require_space(partial, STORED, "the assembled model", "free some space or set HF_HOME elsewhere")
+        keeping.require_space(partial, STORED, "the assembled model", "free some space or set HF_HOME elsewhere")
         model, processor = smol(folder.parent / TOWER)
         merge(model, load_file(folder / ADAPTER))
         for part in (model.config, model.config.text_config, model.config.vision_config):

@@ -18,8 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageCms
 
-from ..runtime.content import Memo, digest, stamp
-from ..runtime.errors import UserError, memory_full, one_line
+from ..runtime import Memo, UserError, digest, memory_full, one_line, stamp
 from ..settings.schema import DataConfig
 from .sources import report_bad
 

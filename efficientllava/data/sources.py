@@ -15,8 +15,7 @@ from os.path import isfile
 from pathlib import Path
 from typing import IO, Any
 
-from ..runtime.errors import UserError, first_line
-from ..runtime.places import HUB, is_remote, local
+from ..runtime import HUB, UserError, first_line, is_remote, local
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..runtime.content import stamp
-from ..runtime.errors import UserError
+from ..runtime import UserError, stamp
 from ..settings.schema import CalibrationConfig, DataConfig, RunConfig
 from .embedded.digits import Digits
 from .embedded.prose import calibrating

@@ -20,9 +20,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from ..runtime.content import digest, source_digest
-from ..runtime.errors import UserError, one_line
-from ..runtime.store import Store
+from ..runtime import Store, UserError, digest, one_line, source_digest
 from .records import AnyImage, Record, Turn
 from .sources import BadRecordError, Part, locate, parts_of, raw_records, report_bad
 

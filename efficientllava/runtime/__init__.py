@@ -29,6 +29,7 @@ from .places import (
     COMMAND,
     CONF,
     HUB,
+    PACKAGE,
     PROVENANCE,
     QUANTIZED,
     UNQUANTIZED,

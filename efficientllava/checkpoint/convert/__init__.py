@@ -20,10 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ...runtime.content import source_digest
-from ...runtime.errors import UserError, one_line
-from ...runtime.keeping import require_space
-from ...runtime.store import Store, library_versions
+from ...runtime import Store, UserError, keeping, library_versions, one_line, source_digest
 from ..hub import folder_digest, own_root
 from ..processors import published_system, with_system
 from .layouts import LAYOUTS, WEIGHTS, Layout, stored_tensors
@@ -85,7 +82,7 @@ def stock_folder(folder: Path) -> Path:
         target = store.place("converted", inputs)
         log.warning("%s is in its original layout; converting it once into %s", folder, target)
         needed = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        require_space(target, needed, "the converted copy", "free some space or set HF_HOME elsewhere")
+        keeping.require_space(target, needed, "the converted copy", "free some space or set HF_HOME elsewhere")
         convert(folder, partial, layout, raw)
         return {"of": str(folder)}
 

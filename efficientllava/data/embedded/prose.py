@@ -11,8 +11,7 @@ from functools import cache
 from itertools import chain
 from pathlib import Path
 
-from ...runtime.errors import UserError
-from ...runtime.places import PACKAGE
+from ...runtime import PACKAGE, UserError
 from ..records import Record, Turn
 
 FOLDER = PACKAGE / "assets" / "prose"
