@@ -81,12 +81,10 @@ def drop(entry: Path) -> None:
     """Remove an entry of the cache that nobody is at work on, no run's folder has too, and none has marked."""
     if not entry.is_dir() or (entry / KEPT).exists():
         return
-    try:
-        with FileLock(entry.with_name(f"{entry.name}.lock"), timeout=0):
-            if not _in_use(entry):
-                discard(entry)
-    except Timeout:
-        return  # somebody waits for it
+    # Where the lock is held, somebody waits for it.
+    with contextlib.suppress(Timeout), FileLock(entry.with_name(f"{entry.name}.lock"), timeout=0):
+        if not _in_use(entry):
+            discard(entry)
 
 
 def _in_use(entry: Path) -> bool:
@@ -121,27 +119,22 @@ def alone_in(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
         lock.release()
 
 
-def require_shared_locks(folder: Path, mounts: Path = Path("/proc/mounts")) -> None:
+def require_shared_locks(folder: Path) -> None:
     """Refuse a folder for several machines where each would see its own locks only.
-
-    Args:
-        folder: Where they are to work.
-        mounts: What is mounted here.
 
     Raises:
         UserError: Says how it is mounted.
     """
-    place, found = folder.absolute(), (Path("/"), "", "")
-    for line in mounts.read_text("utf-8").splitlines() if mounts.is_file() else ():
-        _, where, kind, options = line.split(" ")[:4]
-        point = Path(where.replace("\\040", " "))
-        if place.is_relative_to(point) and len(point.parts) >= len(found[0].parts):
-            found = (point, kind, options)
-    told = LOCAL_LOCKS & {*found[2].split(",")}
-    if told:
+    import psutil  # takes its time at every start
+
+    around = [mount for mount in psutil.disk_partitions(all=True) if folder.absolute().is_relative_to(mount.mountpoint)]
+    # Of several at one place the last one counts.
+    mount = max(reversed(around), key=lambda mount: len(mount.mountpoint), default=None)
+    if mount and (told := LOCAL_LOCKS & {*mount.opts.split(",")}):
         raise UserError(
-            f"paths.output_dir={folder}: {found[0]} ({found[1]}) is mounted with {', '.join(sorted(told))}, so that "
-            "machines do not see each other's locks; mount it without, or choose another file system"
+            f"paths.output_dir={folder}: {mount.mountpoint} ({mount.fstype}) is mounted with "
+            f"{', '.join(sorted(told))}, so that machines do not see each other's locks; mount it without, or choose "
+            "another file system"
         )
 
 

@@ -47,14 +47,15 @@ def test_what_ray_decides_wins_over_what_was_sent():
     ("options", "refused"),
     [("rw,vers=4.2", False), ("rw,nolock", True), ("rw,local_lock=all", True), ("rw,local_lock=none", False)],
 )
-def test_a_folder_whose_locks_other_machines_do_not_see_is_refused(tmp_path, options, refused):
-    mounts = tmp_path / "mounts"
-    mounts.write_text(f"/dev/x / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 {options} 0 0\n")
+def test_a_folder_whose_locks_other_machines_do_not_see_is_refused(tmp_path, monkeypatch, options, refused):
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "mounts").write_text(f"/dev/x / ext4 rw 0 0\nserver:/home {tmp_path} nfs4 {options} 0 0\n")
+    monkeypatch.setattr("psutil.PROCFS_PATH", str(tmp_path))
     if not refused:
-        keeping.require_shared_locks(tmp_path / "outputs", mounts)
+        keeping.require_shared_locks(tmp_path / "outputs")
         return
     with pytest.raises(UserError, match="do not see each other's locks"):
-        keeping.require_shared_locks(tmp_path / "outputs", mounts)
+        keeping.require_shared_locks(tmp_path / "outputs")
 
 
 def test_srun_is_torchrun_by_another_name(monkeypatch):
