@@ -84,7 +84,7 @@ def resume(work: Path) -> list[Line]:
     A line that was being written is not among them.
     """
     work.mkdir(parents=True, exist_ok=True)
-    return [line for path in sorted(work.glob("answers-*.jsonl")) for line in Lines(path, shared=False).new()]
+    return [line for path in sorted(work.glob("answers-*.jsonl")) for line in Lines(path).new()]
 
 
 class EvaluationModule(LightningModule):
@@ -121,7 +121,7 @@ class EvaluationModule(LightningModule):
         self.allow_zero_length_dataloader_with_multiple_devices = True
         self.model, self._cache, self._work = model, cache, work
         self._task, self._records, self._cfg, self._model_id = task, records, cfg, model_id
-        self._file = Lines(work / f"answers-{processes.rank()}.jsonl", shared=False) if work else None
+        self._file = Lines(work / f"answers-{processes.rank()}.jsonl") if work else None
         self._tokenizer, self._prompts = processor.tokenizer, GenerationCollator(processor)
         self._answers = Collator(processor, pack=False) if task.answer_loss else None
         self._base = safe_open(base / FILE, "pt") if base and task.divergence else None

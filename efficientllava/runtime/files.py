@@ -213,29 +213,26 @@ class Lines:
 
     Args:
         path: The file; it and its folder are made with the first line.
-        shared: Whether other processes may add to it too.
     """
 
-    def __init__(self, path: Path, shared: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._inode, self._offset = 0, 0
         self._mutex = threading.RLock()
-        self._lock = FileLock(path.with_name(f".{path.name}.lock")) if shared else None
+        self._lock = FileLock(path.with_name(f".{path.name}.lock"))
 
     def __enter__(self) -> None:
         """Hold the file: nobody else adds a line until the block ends."""
         self._mutex.acquire()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self._lock:
-                self._lock.acquire()
+            self._lock.acquire()
         except OSError as error:
             self._mutex.release()
             raise self._refused(error) from error
 
     def __exit__(self, *_: object) -> None:
-        if self._lock:
-            self._lock.release()
+        self._lock.release()
         self._mutex.release()
 
     def new(self) -> list[dict[str, Any]]:
@@ -284,12 +281,12 @@ class Lines:
         """Keep what is whole; somebody else may have done so already."""
         lines = self.path.read_bytes().split(b"\n")[:-1]
         good = [line + b"\n" for line in lines if _value(line) is not None]
-        if len(good) == len(lines) and lines:
+        bad = [line + b"\n" for line in lines if _value(line) is None]
+        if lines and not bad:
             return
-        bad = len(lines) - len(good)
         there = aside(self.path)
-        there.write_bytes(b"".join(line + b"\n" for line in lines if _value(line) is None))
-        what = f"{bad} of {len(lines)} lines are damaged" if lines else "is empty"
+        there.write_bytes(b"".join(bad))
+        what = f"{len(bad)} of {len(lines)} lines are damaged" if lines else "is empty"
         log.warning("%s: %s; set aside (%s), what they held is found out again", self.path, what, there.name)
         if not good:
             self.path.unlink()
@@ -299,8 +296,7 @@ class Lines:
 
 
 def _line(value: Mapping[str, Any]) -> bytes:
-    text = json.dumps(dict(value))
-    return json.dumps({**json.loads(text), SUM: _sum(json.loads(text))}).encode() + b"\n"
+    return json.dumps({**value, SUM: _sum({**value})}).encode() + b"\n"
 
 
 def _sum(value: Mapping[str, Any]) -> str:

@@ -121,7 +121,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny, questions, tmp_path, mon
     monkeypatch.setattr(model, "generate", dies)
     with pytest.raises(Killed):
         answer(model, processor, TASK, quiet_trainer(), CFG, work=tmp_path / "work", model_id="m")
-    (file,) = (tmp_path / "work").iterdir()
+    (file,) = (tmp_path / "work").glob("answers-*.jsonl")
     assert file.read_bytes().count(b"\n") == 14, "two batches of seven were written as they came"
     with file.open("ab") as handle:
         handle.write(b'{"question_id": "half of a li')
@@ -137,7 +137,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(tiny, questions, tmp_path, mon
 
 
 def keep(lines, folder, rank):
-    Lines(folder / f"answers-{rank}.jsonl", shared=False).append(lines)
+    Lines(folder / f"answers-{rank}.jsonl").append(lines)
 
 
 def test_what_every_process_has_written_is_found_and_half_a_line_cut_off(tmp_path):
