@@ -179,11 +179,10 @@ def exit_code(main: Callable[[], object]) -> int:
         if debug:
             raise
         error = raised.__cause__ or raised if isinstance(raised, SweepRefused) else raised
+        _close_sweeps(complete=False)
         if _failed_jobs:
-            _close_sweeps()
             print(f"error: {len(_failed_jobs)} jobs of the sweep failed: {_failed_jobs}", file=sys.stderr)
             return 1
-        _close_sweeps(complete=False)
         if any("torchvision::" in str(cause) for cause in _causes(error)):
             error = UserError("torchvision: is not built for this torch; install the one that is, or pip uninstall it")
         elif isinstance(error, OSError) and not (_failure or of_hydra(error) or disk_full(error)):

@@ -131,6 +131,8 @@ class Store:
             hit = self._first(self._ready(folder, work) if self._leads else None)
             if not hit:
                 self._compute(folder, work, compute)
+                if self._together:
+                    barrier()
             if self._leads:
                 take(folder)
             return Entry(folder, json.loads((folder / RECORD).read_text(encoding="utf-8")), hit)
@@ -177,8 +179,6 @@ class Store:
 
     def _fault(self, folder: Path) -> str | None:
         """A file of a finished entry that is not there, or not what was written."""
-        if not folder.is_dir():
-            return "its folder"
         names = [RECORD, *sealed(folder)]
         lost = [name for name in names if not (folder / name).is_file()]
         if lost or RECORD not in names[1:]:
@@ -188,7 +188,6 @@ class Store:
     def _compute(self, folder: Path, work: Path, compute: Callable[[Path, Path], dict[str, Any]]) -> None:
         if not self._leads:
             compute(folder, work)
-            barrier()
             return
         try:
             with whole_folder(folder, self._fix) as partial:
@@ -206,8 +205,6 @@ class Store:
             raise
         self.memo.remember({folder / name: known for name, known in sums.items()})
         shutil.rmtree(work, ignore_errors=True)
-        if self._together:
-            barrier()
 
     def share(self, source: Path, target: Path) -> None:
         """Put a file or folder of an entry into a run, whole or not at all.
