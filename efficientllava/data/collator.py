@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..runtime.errors import UserError
 from .prompts import IGNORE, Prompts, images_of
@@ -39,9 +40,7 @@ class _Row:
 
 
 def _stack(rows: Sequence[list[int]], fill: int, left: bool = False) -> Tensor:
-    width = max(len(row) for row in rows)
-    fills = [[fill] * (width - len(row)) for row in rows]
-    return torch.tensor([more + row if left else row + more for row, more in zip(rows, fills, strict=True)])
+    return pad_sequence([torch.tensor(row) for row in rows], True, fill, "left" if left else "right")
 
 
 def _batch(prompts: Prompts, rows: Sequence[_Row], left: bool = False) -> dict[str, Any]:

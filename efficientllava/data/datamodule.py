@@ -127,16 +127,12 @@ class RecoveryData(lightning.LightningDataModule):
 
     @cached_property
     def records(self) -> Sequence[Record]:
-        """The drawn records, checked; drawn on first use."""
+        """The drawn records, checked; drawn on first use, on every process alike."""
         drawn = draw(load_split(self._data, "train"), self._frac, self._seed)
         if not self._data.embedded:
             drawn = usable(drawn, self._collate, self._data)
         log.info("recovery data: %d records, ids %s", len(drawn), ids_digest(drawn))
         return drawn
-
-    def setup(self, stage: str) -> None:
-        """Draw and check the records, on every process alike."""
-        _ = self.records
 
     def train_dataloader(self) -> DataLoader:
         """This process's batches, in the order of `ShardedBatches` or `GroupedBatches`."""
@@ -157,7 +153,5 @@ class RecoveryData(lightning.LightningDataModule):
 
 def ids_digest(records: Sequence[Record]) -> str:
     """Hash of the ids in their order, 16 hexadecimal digits: which records a run has used."""
-    hasher = hashlib.sha256()
-    for name in column(records, "id").tolist():
-        hasher.update(name.encode() + b"\n")
-    return hasher.hexdigest()[:16]
+    listed = "".join(f"{name}\n" for name in column(records, "id").tolist())
+    return hashlib.sha256(listed.encode()).hexdigest()[:16]

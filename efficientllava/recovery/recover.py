@@ -206,7 +206,6 @@ def recover(
     finish = prepare(student, cfg, seed)
     count = sum(p.numel() for p in trainable(student))
     datamodule.trainer = trainer
-    datamodule.setup("fit")
     loader = datamodule.train_dataloader()
     accumulate = accumulation(batch_size, global_batch_size, trainer.world_size)
     trainer.accumulate_grad_batches = accumulate
