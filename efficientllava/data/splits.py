@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PURPOSES = ("train", "calibration", "minival", "test")
 # A file of conversations lends a tenth of its records, but no more than this, to calibration and to minival each.
 HELD_OUT = 1000
 LEAST = 10  # records, images or documents that can be divided so
@@ -50,11 +49,12 @@ def _read(path: str, image_root: str | None, max_bad_fraction: float, key: str, 
 
 def _source(data: DataConfig, calibration: CalibrationConfig | None = None) -> Conversations | None:
     """The file behind a configuration, or None for the embedded data."""
-    place, key = data, "data.path"
     if calibration is not None and calibration.path is not None:
-        place, key = calibration, "calibration.path"
-    elif data.embedded:
-        return None
+        return _opened(data, calibration, "calibration.path")
+    return None if data.embedded else _opened(data, data, "data.path")
+
+
+def _opened(data: DataConfig, place: DataConfig | CalibrationConfig, key: str) -> Conversations:
     if not place.path:
         raise UserError(f"data.path: not set, but data={data.name} needs a LLaVA-style JSON or JSONL file")
     # Read once per process, as long as its files stay: several stages ask for splits of the same one.
@@ -96,8 +96,6 @@ def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:
     Raises:
         UserError: If there is no such data or split, or the file is at fault.
     """
-    if split not in PURPOSES:
-        raise UserError(f"data split: {split!r} is not one of {', '.join(PURPOSES)}")
     sizes = {"train": data.images, "test": data.test_questions}
     records = Digits(split, sizes.get(split)) if data.embedded else _part(data, split)
     return records if split in sizes else Subset(records, _rng(seed, split).permutation(len(records)))
@@ -106,8 +104,7 @@ def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:
 def _part(data: DataConfig, split: str) -> Sequence[Record]:
     if split == "test":
         raise UserError(f"data={data.name}: has no test split; choose a benchmark with evaluate=")
-    records = _source(data)
-    assert records is not None
+    records = _opened(data, data, "data.path")
     if len(records) < LEAST:
         raise UserError(f"data.path: {data.path!r} holds {len(records)} records; at least {LEAST} are needed")
     parts = _division(records)
@@ -243,8 +240,7 @@ def usable_first(
 
 def _own(calibration: CalibrationConfig, data: DataConfig, seed: int) -> Subset:
     """The user's own records in the order in which they are drawn."""
-    source = _source(data, calibration)
-    assert source is not None
+    source = _opened(data, calibration, "calibration.path")
     return Subset(source, _rng(seed, "calibration").permutation(len(source)))
 
 
