@@ -41,6 +41,7 @@ from .places import (
     is_remote,
     local,
     local_folder,
+    peek_json,
     read_json,
     with_config,
 )

@@ -151,6 +151,15 @@ def read_json(file: Path, path: str) -> dict[str, Any]:
     return found
 
 
+def peek_json(file: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing where it is missing or damaged, or holds no object."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def content_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that decide how it computes."""
     known = (p for p in folder.iterdir() if p.suffix in CONTENT or p.name in WORDS)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import write_whole
+from .places import peek_json
 
 JOB, SWEEP, RESULTS = "job.json", "jobs.json", "results.json"
 CLUSTER = "cluster.json"  # what a cluster calls a job; written once, by who has submitted it
@@ -55,11 +56,7 @@ def write(folder: Path, file: str = JOB, /, **facts: Any) -> None:
 
 def read(folder: Path, file: str = JOB) -> dict[str, Any]:
     """What a small file in a folder says; nothing where it is missing or damaged."""
-    try:
-        known = json.loads((folder / file).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+    return peek_json(folder / file)
 
 
 def begin(folder: Path, overrides: Sequence[str], pid: int | None = None) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ...runtime import Store, UserError, keeping, library_versions, one_line, source_digest
+from ...runtime import Store, UserError, keeping, library_versions, one_line, peek_json, source_digest
 from ..hub import folder_digest, own_root
 from ..processors import published_system, with_system
 from .layouts import LAYOUTS, WEIGHTS, Layout, stored_tensors
@@ -44,13 +44,10 @@ def layout_of(folder: Path) -> tuple[Layout, dict[str, Any]] | None:
     Raises:
         UserError: The layout is neither stock transformers' nor in `LAYOUTS`.
     """
-    try:
-        raw = json.loads((folder / "config.json").read_text("utf-8"))
-    except (ValueError, OSError, RecursionError):
-        return None  # whoever loads it says what is wrong with it
-    kind = raw.get("model_type") if isinstance(raw, dict) else None
+    raw = peek_json(folder / "config.json")
+    kind = raw.get("model_type")
     if not isinstance(kind, str):
-        return None
+        return None  # whoever loads it says what is wrong with it
     # LLaVA's original layout has the stock model_type, and names a tower that it does not hold.
     if kind not in LAYOUTS and (kind not in CONFIG_MAPPING or "mm_vision_tower" in raw):
         raise UserError(
