@@ -131,7 +131,7 @@ def _fetched(path: str, revision: str | None) -> Path:
     """Fetch a hub id, whose weights may be many GB; whether they are of any use, config.json says."""
     folder = described(path, revision)
     with _of(path, folder):
-        original = layout_of(folder)
+        original, _ = layout_of(folder)
     if original is None:
         read_config(folder, path)
     return download(path, revision)
@@ -174,7 +174,7 @@ def stock_config(model: ModelConfig, complete: bool = True) -> Any:
             raise UserError(f"model.architecture: is no configuration ({first_line(error)}); mend it") from error
     folder = here or described(model.path, model.revision)
     with _of(model.path, folder):
-        if here is None and layout_of(folder):
+        if here is None and layout_of(folder)[0]:
             if not complete:
                 raise UserError("is in its original layout; give a local copy as model.path=…")
             folder = resolve(model.path, model.revision)

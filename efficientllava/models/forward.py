@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..runtime.errors import UserError, memory_full, one_line
@@ -218,13 +219,7 @@ def to_device(batch: Batch, device: torch.device | str, dtype: torch.dtype | Non
     Returns:
         A new dictionary; values that are no tensors are passed on.
     """
-
-    def move(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device, dtype) if dtype and value.is_floating_point() else value.to(device)
-
-    return {key: move(value) for key, value in batch.items()}
+    return dict(BatchFeature({**batch}).to(device, dtype=dtype))
 
 
 class HostMemory:

@@ -329,12 +329,6 @@ def test_a_broken_tokenizer(bunny):
     refuses(bunny, "the tokenizer cannot be loaded")
 
 
-def test_a_sentencepiece_tokenizer_names_its_package(internvl, monkeypatch):
-    (internvl / "tokenizer.json").rename(internvl / "tokenizer.model")
-    monkeypatch.setattr(convert, "find_spec", lambda _: None)
-    refuses(internvl, "pip install sentencepiece")
-
-
 def test_a_tokenizer_without_image_tokens(internvl):
     file = internvl / "tokenizer.json"
     file.write_text(file.read_text().replace("<IMG_CONTEXT>", "<OTHER>"))

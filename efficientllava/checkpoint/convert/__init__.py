@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +34,11 @@ VOCABULARY = ("model.language_model.embed_tokens.weight", "lm_head.weight")
 log = logging.getLogger(__name__)
 
 
-def layout_of(folder: Path) -> tuple[Layout, dict[str, Any]] | None:
+def layout_of(folder: Path) -> tuple[Layout | None, dict[str, Any]]:
     """Tell an original layout by a folder's ``config.json``; no weights are needed.
 
     Returns:
-        The layout, and what config.json says; None where it is stock transformers', or the file says nothing of use.
+        The layout, None where it is stock transformers', or the file says nothing of use; and what config.json says.
 
     Raises:
         UserError: The layout is neither stock transformers' nor in `LAYOUTS`.
@@ -47,7 +46,7 @@ def layout_of(folder: Path) -> tuple[Layout, dict[str, Any]] | None:
     raw = peek_json(folder / "config.json")
     kind = raw.get("model_type")
     if not isinstance(kind, str):
-        return None  # whoever loads it says what is wrong with it
+        return None, raw  # whoever loads it says what is wrong with it
     # LLaVA's original layout has the stock model_type, and names a tower that it does not hold.
     if kind not in LAYOUTS and (kind not in CONFIG_MAPPING or "mm_vision_tower" in raw):
         raise UserError(
@@ -55,7 +54,7 @@ def layout_of(folder: Path) -> tuple[Layout, dict[str, Any]] | None:
             "stock transformers (on the hub its name often ends with -hf), or add an entry to LAYOUTS in "
             "efficientllava/checkpoint/convert/layouts.py"
         )
-    return (LAYOUTS[kind], raw) if kind in LAYOUTS else None
+    return LAYOUTS.get(kind), raw
 
 
 def stock_folder(folder: Path) -> Path:
@@ -64,10 +63,9 @@ def stock_folder(folder: Path) -> Path:
     Raises:
         UserError: The checkpoint cannot be converted; see `convert`.
     """
-    found = layout_of(folder)
-    if found is None:
+    layout, raw = layout_of(folder)
+    if layout is None:
         return folder
-    layout, raw = found
     store = Store(own_root(), together=False, fix="set HF_HOME to a folder of yours")
     inputs = {
         "checkpoint": folder_digest(folder, store.memo),
@@ -129,10 +127,9 @@ def layout_config(folder: Path) -> Any:
     Raises:
         UserError: As `convert`.
     """
-    found = layout_of(folder)
-    if found is None:
+    layout, raw = layout_of(folder)
+    if layout is None:
         return None
-    layout, raw = found
     config, _, _ = _described(folder, layout, raw)
     config.dtype = layout.text_part(raw).get("torch_dtype")
     return config
@@ -167,14 +164,10 @@ def _tokenizer(layout: Layout, source: Path) -> Any:
     """The folder's tokenizer with the stock processor's special tokens."""
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-    if (source / "tokenizer.json").is_file():
-        cls: Any = PreTrainedTokenizerFast
-    elif not (source / "tokenizer.model").is_file():
+    fast = (source / "tokenizer.json").is_file()
+    if not fast and not (source / "tokenizer.model").is_file():
         raise UserError(f"{source}: has neither tokenizer.json nor tokenizer.model; get the complete folder")
-    elif find_spec("sentencepiece") is None:
-        raise UserError(f"{source}: reading tokenizer.model needs another package: pip install sentencepiece")
-    else:
-        cls = LlamaTokenizer
+    cls: Any = PreTrainedTokenizerFast if fast else LlamaTokenizer
     try:
         known = cls.from_pretrained(source).get_vocab()
         tokenizer = cls.from_pretrained(source, extra_special_tokens=dict(layout.image_tokens))
