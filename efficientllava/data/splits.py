@@ -86,9 +86,9 @@ def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:
 
     Args:
         data: The data node of the configuration.
-        split: ``train``, ``calibration``, ``minival`` or ``test``.
+        split: ``train``, ``calibration`` or ``minival``; what is tested on, benchmarks know.
         seed: Order of ``calibration`` and ``minival``, so that their first N records are a seeded draw. What belongs to
-            which split does not depend on it; ``train`` and ``test`` keep their own order.
+            which split does not depend on it; ``train`` keeps its own order.
 
     Returns:
         Records, made or opened when asked for.
@@ -96,14 +96,12 @@ def load_split(data: DataConfig, split: str, seed: int = 0) -> Sequence[Record]:
     Raises:
         UserError: If there is no such data or split, or the file is at fault.
     """
-    sizes = {"train": data.images, "test": data.test_questions}
-    records = Digits(split, sizes.get(split)) if data.embedded else _part(data, split)
-    return records if split in sizes else Subset(records, _rng(seed, split).permutation(len(records)))
+    images = data.images if split == "train" else None
+    records = Digits(split, images) if data.embedded else _part(data, split)
+    return records if split == "train" else Subset(records, _rng(seed, split).permutation(len(records)))
 
 
 def _part(data: DataConfig, split: str) -> Sequence[Record]:
-    if split == "test":
-        raise UserError(f"data={data.name}: has no test split; choose a benchmark with evaluate=")
     records = _opened(data, data, "data.path")
     if len(records) < LEAST:
         raise UserError(f"data.path: {data.path!r} holds {len(records)} records; at least {LEAST} are needed")
