@@ -224,9 +224,8 @@ class Prompts:
         limits = [self._tiles(share) for share in shares or [1] * len(images)]
         made: list[tuple[dict[str, Tensor], list[int]]] = []
         # Neighbours with the same limit are prepared together: mostly all of a batch.
-        for _, group in groupby(zip(images, limits, strict=True), lambda pair: list(pair[1].values())):
-            pairs = list(group)
-            made.append(self._pixels([image for image, _ in pairs], pairs[0][1]))
+        for limit, pairs in groupby(zip(images, limits, strict=True), lambda pair: pair[1]):
+            made.append(self._pixels([image for image, _ in pairs], limit))
         inputs = {key: torch.cat([part[key] for part, _ in made]) for key in made[0][0]} if made[1:] else made[0][0]
         return inputs, [count for _, rows in made for count in rows]
 

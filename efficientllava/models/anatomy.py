@@ -250,14 +250,13 @@ def host_type(text_config: Any) -> str:
 
 
 def parameters(model: nn.Module) -> int:
-    """All parameters of a model: vision tower, projector and language model; tied weights once."""
+    """All parameters: of a model its vision tower, projector and language model; tied weights once."""
     return sum(p.numel() for p in model.parameters())
 
 
 def language_parameters(model: nn.Module) -> int:
     """Count the language model: embeddings, decoder layers, final norm and head; tied weights once."""
-    modules = (decoder_of(model), model.lm_head)
-    return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())  # pyright: ignore[reportAttributeAccessIssue]
+    return parameters(nn.ModuleList([decoder_of(model), model.lm_head]))  # pyright: ignore[reportArgumentType]
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
