@@ -1,6 +1,4 @@
-"""The curve of a training, from the CSV files that its processes have left.
-
-`results.json`: what a run measured. Build, write, read, look up, and show as a table.
+"""`results.json`: what a run measured. Build, write, read, look up, and show as a table; and a training's curve.
 
 Other tools rely on the keys that `build` writes; more may stand beside them.
 """
