@@ -25,6 +25,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
+from efficientllava.models.anatomy import decoder_of, parameters
 from efficientllava.pruning.obs import OBS_ROUNDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +99,10 @@ class Rates:
         one.unlink()
         two.unlink()
 
+    def of(self, dtype: torch.dtype) -> float:
+        """Operations per second in a type; in float32 where it was not measured."""
+        return self.flops.get(dtype, self.flops[torch.float32])
+
 
 def _product(dtype: torch.dtype, a: int, b: int, c: int) -> Callable[[], Any]:
     return partial(torch.matmul, torch.ones(a, b, dtype=dtype), torch.ones(b, c, dtype=dtype))
@@ -159,6 +164,10 @@ class Stopwatch(TorchDispatchMode):
                 result = function(*args, **kwargs)
             if phase == OBS:
                 self.floor[phase] += eliminated(*args[:3]) / self.rates.flops[args[1].dtype]
+            if phase == GATE:  # a prompt here and one in the process that loads: its products with every weight
+                model, inputs = args[1:3]
+                count = 2 * parameters(decoder_of(model).layers) * inputs["input_ids"].numel()
+                self.floor[phase] += 2 * count / self.rates.of(next(model.parameters()).dtype)
             if files is not None:
                 read = sum(file.stat().st_size for file in Path(args[files]).glob("*.safetensors"))
                 self.floor[phase] += read / self.rates.file
@@ -175,8 +184,7 @@ class Stopwatch(TorchDispatchMode):
             made = result[0] if isinstance(result, tuple) else result
             count = formula(*args, **kwargs) if formula else flop_registry[packet](*args, **kwargs, out_val=result)
             moved = sum(tensor.nbytes for tensor in (*args, made) if isinstance(tensor, torch.Tensor))
-            rate = self.rates.flops.get(made.dtype, self.rates.flops[torch.float32])
-            self.floor[self._stack[-1]] += max(count / rate, moved / self.rates.copy)
+            self.floor[self._stack[-1]] += max(count / self.rates.of(made.dtype), moved / self.rates.copy)
         return result
 
     def report(self) -> dict[str, Any]:
