@@ -226,6 +226,7 @@ def recover(
     trainer.fit(module, stream, ckpt_path=resume if resume.exists() else None, weights_only=True)
     finish()
     student.zero_grad()  # of trained parameters, in the type that they trained in
+    datamodule.trainer = None  # it would keep what the optimiser holds
     return RecoveryStats(
         loss=describe(cfg),
         train=cfg.train,

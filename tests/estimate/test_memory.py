@@ -155,11 +155,16 @@ def alive():
     return [model for model in models if not all(p.is_meta for p in model.parameters())]
 
 
+def optimisers():
+    """Those that hold something of what they train with."""
+    return [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer) and each.state]
+
+
 def test_a_process_that_loads_the_export_has_the_memory_of_all_models(folder, tmp_path, monkeypatch):
-    kept, held = alive(), []
+    kept, held = [*alive(), *optimisers()], []
 
     def look(*_args, **_options):
-        held.append([model for model in alive() if not any(model is other for other in kept)])
+        held.append([each for each in (*alive(), *optimisers()) if not any(each is other for other in kept)])
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(export, "subprocess", SimpleNamespace(run=look))
