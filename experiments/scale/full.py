@@ -173,7 +173,8 @@ def _promised(typed: Sequence[str], folder: Path, environment: dict[str, str]) -
         return {"error": done.stderr.strip()}
     found = json.loads((folder / "dry" / "dry_run.json").read_text())
     weights = found["stages"]["base"]["checkpoint_bytes"]
-    return {"weights": weights, "promise": max([weights, *(s["bytes"] for s in found["memory"]["stages"].values())])}
+    stages = found["memory"]["stages"].values()
+    return {"weights": weights, "promise": max((stage["bytes"] for stage in stages), default=weights)}
 
 
 def _rows(folder: Path, watched: Watched, promised: dict[str, Any], limit: float) -> list[dict[str, Any]]:
