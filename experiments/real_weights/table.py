@@ -31,23 +31,12 @@ METHODS = {
     "written": ["prune=widthwise", "calibration.generate=96"],
     "flap": ["prune=flap"],
     "wanda_sp": ["prune=wanda_sp"],
-    "flap_wifn": ["prune=flap", "prune.importance=flap_wifn"],
-    "flap_uniform": ["prune=flap", "prune.selection=floor"],
-    "2ssp": ["prune=2ssp"],
-    "llm_pruner": ["prune=widthwise_paper"],
-    "llm_pruner_mixed": ["prune=widthwise_paper", "prune.importance=param_mix", "prune.protect_scaled=false"],
-    "shortgpt": ["prune=layerwise_paper"],
     "no_refit": ["prune=widthwise", "prune.refit=false", "prune.selection=local"],
 }
 # Method, ratio and number of calibration records.
 PARTS = {
     "main": [(name, 0.2, 64) for name in ("widthwise", "flap", "wanda_sp", "global", "auto")],
     "ratios": [(name, ratio, 64) for ratio in (0.1, 0.3) for name in ("widthwise", "flap", "wanda_sp", "global")],
-    "peers": [
-        (name, ratio, 64)
-        for ratio in (0.2, 0.3)
-        for name in ("2ssp", "flap_wifn", "flap_uniform", "llm_pruner", "llm_pruner_mixed", "shortgpt")
-    ],
     "auto": [("auto", ratio, 64) for ratio in (0.1, 0.3)],
     "few": [(name, 0.2, samples) for samples in (8, 16, 64) for name in ("widthwise", "no_refit")],
     "written": [("written", 0.2, 64)],

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
+from efficientllava.data.embedded.prose import TEXTS
 from efficientllava.data.table import read_conversations
-from experiments.peers.__main__ import EXPERIMENT, RATIOS, missing
+from experiments.peers.__main__ import DENSE, EXPERIMENT, FIELDS, RATIOS, missing
 from experiments.peers.draws import DRAWS, EACH, prose, questions
+from experiments.peers.plot import draw, rises
+from experiments.rows import add
 
 
 def written(folder, documents, pieces):
@@ -55,3 +59,20 @@ def test_rows_that_are_there_are_not_made_again_and_a_draw_is_finished_before_th
     assert [number for *_, number in every] == sorted(number for *_, number in every)
     rows.write_text(f"arm,ratio,draw\n{every[0][0]},{every[0][1]},draw0\n")
     assert missing(rows, draws) == every[1:]
+
+
+def test_rises_are_logarithms_over_the_dense_model_and_means_over_draws(tmp_path):
+    rows, number = tmp_path / "rows.csv", dict.fromkeys(FIELDS[3:], "0.5")
+    made = [{"arm": DENSE, "ratio": "0", **number, **dict.fromkeys(TEXTS, "20")}]
+    made += [
+        {"arm": arm, "ratio": "0.2", "draw": f"draw{i}", **number, **dict.fromkeys(TEXTS, value)}
+        for arm, values in (("flap", ("40", "80")), ("widthwise", ("20", "20")))
+        for i, value in enumerate(values)
+    ]
+    add(rows, made, FIELDS)
+    means = rises(rows).set_index("arm")
+    assert list(means.draws) == [2, 2]
+    assert means.loc["flap", list(TEXTS)].tolist() == pytest.approx([1.5 * math.log(2)] * len(TEXTS))
+    assert means.loc["widthwise", list(TEXTS)].tolist() == [0.0] * len(TEXTS)
+    draw(means.reset_index(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
