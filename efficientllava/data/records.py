@@ -272,16 +272,17 @@ def missing_images(records: Sequence[Record]) -> dict[int, str]:
 
 def expected_folders(records: Sequence[Record]) -> str:
     """The folders that the images of some records are expected in."""
-    root = getattr(records.records if isinstance(records, Subset) else records, "image_root", None)
-    if root is None:
+    table: Any = records.records if isinstance(records, Subset) else records
+    if not hasattr(table, "image_root"):
         return ""
+    root, option = table.image_root, table.option
     files = image_files(records, range(min(len(records), 10 * CHECK_LIMIT)))
     parents = Counter(file.parent for each in files for file in each)
     common = [parent for parent, _ in parents.most_common(SHOWN_FOLDERS)]
     folders = [str(parent.relative_to(root) if parent.is_relative_to(root) else parent) for parent in common]
     if not folders or folders == ["."]:
-        return f"; the images are expected in data.image_root={root}"
-    return f"; data.image_root={root} is expected to hold {', '.join(folders)}"
+        return f"; the images are expected in {option}={root}"
+    return f"; {option}={root} is expected to hold {', '.join(folders)}"
 
 
 def image_stamps(records: Sequence[Record], indices: Sequence[int] | None = None) -> list[str]:

@@ -57,10 +57,11 @@ class Conversations(Sequence[Record]):
         rows: Rows of `COLUMNS`, corrupt ones included.
         image_root: Folder that image paths start from.
         key: Digest of all that the rows depend on.
+        option: Configuration key of that folder, for messages.
     """
 
-    def __init__(self, rows: datasets.Dataset, image_root: Path, key: str) -> None:
-        self._rows, self.image_root, self.key = rows, image_root, key
+    def __init__(self, rows: datasets.Dataset, image_root: Path, key: str, option: str) -> None:
+        self._rows, self.image_root, self.key, self.option = rows, image_root, key, option
         self._shown = rows.remove_columns("contents")
         problems = rows.data.column("problem")
         self._usable = np.flatnonzero(problems.is_null().to_numpy())
@@ -114,11 +115,10 @@ def read_conversations(
         UserError: The data or the image folder is missing or of another kind, or too many records are corrupt.
     """
     parts = parts_of(str(path), None if image_root is None else str(image_root), key)
+    option = key.replace("path", "image_root")
     root = Path(image_root).expanduser() if image_root is not None else locate(str(path), key).parent
     if not root.is_dir():
-        raise UserError(
-            f"{key.replace('path', 'image_root')}: {str(root)!r} is not a folder; give the folder that holds the images"
-        )
+        raise UserError(f"{option}: {str(root)!r} is not a folder; give the folder that holds the images")
     store, files = table_store(), [part.file for part in parts]
     try:
         contents = store.memo.digests(files)
@@ -132,7 +132,7 @@ def read_conversations(
         rows = datasets.Dataset(pa.Table.from_batches(_batches(parts, key), COLUMNS))
     else:
         rows = datasets.Dataset.from_file(str(_arrow(store, parts, key, inputs)))
-    records = Conversations(rows, root, digest(inputs))
+    records = Conversations(rows, root, digest(inputs), option)
     report_bad(str(path), records.problems, len(rows), max_bad_fraction)
     return records
 

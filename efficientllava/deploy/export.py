@@ -158,16 +158,19 @@ def remarks(made: dict[str, Any]) -> list[str]:
     lines = []
     for kind, entry in made["files"].items():
         if entry["fallback"]:
+            heads = [name for name in entry["fallback"] if "attn" in name]
+            fixes = [f"prune.round_to={kind} helps the MLPs"] if len(heads) < len(entry["fallback"]) else []
+            fixes += ["another number of heads would help the attentions"] if heads else []
             lines.append(
                 f"{kind}: {len(entry['fallback'])} tensors stay in {decoders.FALLBACK} and the file grows, since their "
-                f"rows are no multiple of {decoders.BLOCK}, such as {entry['fallback'][0]}; prune.round_to={kind} helps"
+                f"rows are no multiple of {decoders.BLOCK}, such as {entry['fallback'][0]}; {', '.join(fixes)}"
             )
     if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < check.SAME:
         equal = all(entry["agreement"]["text"]["greedy_equal"] for entry in _tight(made))
         lines.append(
-            f"image side differs in the installed runtime (cosine {made['mmproj']['cosine']:.3f}), text side "
-            f"{'equal' if equal else 'not equal in its greedy answers'}; the file follows the model, the runtime does "
-            "not"
+            f"the installed runtime sees images otherwise than the model (cosine {made['mmproj']['cosine']:.3f}), do "
+            f"not trust its answers about them; text side {'equal' if equal else 'not equal in its greedy answers'}; "
+            "the file follows the model, see docs/deployment.md"
         )
     for entry in _tight(made):
         resized = entry["agreement"].get("resized")

@@ -107,6 +107,7 @@ def _spreadsheet(runs: Sequence[Run], without: Sequence[Standing], metric: str) 
             names = dict.fromkeys((name, *PARTS, "answer_loss"))
             row |= {f"{stage}_{key}": run.numbers.get(f"{stage}/{task}/{key}") for key in names}
             row[f"{stage}_retained"] = run.numbers.get(f"{stage}/retained/{metric}")
+            row[f"{stage}_report_loss"] = run.numbers.get(f"{stage}/report_loss")
         row |= {f"samples_{key}": value for key, value in run.results["samples"].items()}
         row |= {f"seconds_{key}": round(value, 1) for key, value in run.results["seconds"].items()}
         rows.append({**row, "commit": run.results["commit"]})

@@ -114,13 +114,20 @@ def columns(arms: Sequence[Arm], metric: str) -> list[Column]:
     scale, sign = score_scale(arms, metric)
     count, giga = _unit(arms, "base/parameters", 1000, "")
     size, gibi = _unit(arms, "base/checkpoint_bytes", 1024, "iB")
+    unseen = [Column(f"{stage}, loss on unseen records", f"{stage}/report_loss", 1, 3) for stage in STAGES]
+    scored = [
+        *(Column(f"{stage}{sign}", f"{stage}/{metric}", scale) for stage in STAGES),
+        Column("retained, %", f"final/retained/{metric}"),
+        Column("answer loss", f"final/{metric_keys(metric)[1]}/answer_loss", 1, 3),
+    ]
+    # Where no benchmark was asked, the loss is what there is.
+    first, later = (scored, unseen) if any(arm.values(f"base/{metric}") for arm in arms) else (unseen, scored)
     others = [other for other in scores((run.results for arm in arms for run in arm.runs), True) if other != metric]
     return [
         Column("removed, %", "ratio/achieved"),
         Column("zeros, %", "ratio/sparsity"),
-        *(Column(f"{stage}{sign}", f"{stage}/{metric}", scale) for stage in STAGES),
-        Column("retained, %", f"final/retained/{metric}"),
-        Column("answer loss", f"final/{metric_keys(metric)[1]}/answer_loss", 1, 3),
+        *first,
+        *later,
         *(Column(f"{other.replace('/', ' ')}, retained %", f"final/retained/{other}") for other in others),
         Column(f"parameters, {giga}", "final/parameters", 1 / count, 3),
         Column(f"checkpoint, {gibi}", "final/checkpoint_bytes", 1 / size, 2),

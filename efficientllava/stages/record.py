@@ -80,7 +80,8 @@ def write_record(
     write(results, run.folder / "results.json")
     if shown := {each.stage: each.answers for each in scored if each.answers and each.stage in STAGES}:
         records = list(run.tasks[0].records())[: settings.evaluate.limit]
-        draw_samples(records, shown, run.folder / "samples.png")
+        if any(record.image is not None for record in records):
+            draw_samples(records, shown, run.folder / "samples.png")
     tables = (tabulate(results), *tabulate_quantized(results), *tabulate_deployed(results))
     say("", *tables, "", f"everything lies in [bold]{run.folder}[/bold]")
     if staying(settings):

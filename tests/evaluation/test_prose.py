@@ -142,6 +142,12 @@ def test_a_users_own_text_and_json(tmp_path):
         ("short.txt", b"a few words", "holds no 40 words"),
         ("latin.txt", b"\xe9" * 90, "cannot be read"),
         ("broken.json", b"[", "broken.json"),
+        (
+            "pictures.json",
+            b'[{"id": "7", "image": "a.png", "conversations": '
+            b'[{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]}]',
+            "1 of 1 records lack an image, .*'7'.*own folder",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line(tmp_path, name, content, message):

@@ -298,6 +298,19 @@ def test_points_are_no_percentages_and_a_run_without_a_score_still_has_a_page(tm
     assert "<th>checkpoint, MiB</th>" in (tmp_path / "report.html").read_text()
 
 
+def test_runs_that_asked_no_benchmark_are_compared_by_their_loss_on_unseen_records(sweep):
+    for number in range(8):
+        results = read(sweep / str(number))
+        for position, stage in enumerate(results["stages"].values()):
+            stage.update(metrics={}, report_loss=1.0 + position / 4)
+        write(results, sweep / str(number) / "results.json")
+    text = report(sweep)
+    assert "pruned, loss on unseen records" in text and "1.250" in text and "retained" not in text
+    assert "loss on unseen records" in (sweep / "report.html").read_text()
+    rows = list(csv.DictReader((sweep / "results.csv").open()))
+    assert {row["base_report_loss"] for row in rows} == {"1.0"}
+
+
 def test_runs_without_results_are_told_with_their_last_error(sweep):
     (sweep / "3" / "results.json").unlink()
     OmegaConf.save(["recover=sft", "x=a b"], sweep / "3" / ".hydra" / "overrides.yaml")

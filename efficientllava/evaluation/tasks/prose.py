@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.embedded.prose import GIVEN, of_text, shipped
-from ...data.records import Record
+from ...data.records import Record, missing_images
 from ...data.table import read_conversations
 from ...runtime import NotFiniteError, UserError
 from ...settings.schema import DataConfig, EvaluateConfig
@@ -38,11 +38,19 @@ def own(file: Path) -> Sequence[Record]:
     """The records of a user's file: a plain text, or LLaVA-style JSON.
 
     Raises:
-        UserError: It is not there, cannot be read, or holds no record.
+        UserError: It is not there, cannot be read, holds no record, or an image of one is missing.
     """
     if not file.is_file():
         raise UserError(f"{KEY}={file}: no such file; give a text (.txt) or LLaVA-style JSON")
-    return of_text(file, KEY) if file.suffix == ".txt" else list(read_conversations(file, key=KEY))
+    if file.suffix == ".txt":
+        return of_text(file, KEY)
+    found = read_conversations(file, key=KEY)
+    if lost := missing_images(found):
+        raise UserError(
+            f"{KEY}={file}: {len(lost)} of {len(found)} records lack an image, the first: {next(iter(lost.values()))}; "
+            "images are looked for from the file's own folder"
+        )
+    return list(found)
 
 
 def score(records: Sequence[Answered]) -> Scores:
