@@ -100,8 +100,8 @@ class Rates:
         two.unlink()
 
     def of(self, dtype: torch.dtype) -> float:
-        """Operations per second in a type; in float32 where it was not measured."""
-        return self.flops.get(dtype, self.flops[torch.float32])
+        """Operations per second in a type; one of two bytes is stored, and computes in bfloat16."""
+        return self.flops.get(dtype, self.flops[torch.bfloat16 if dtype.itemsize == 2 else torch.float32])
 
 
 def _product(dtype: torch.dtype, a: int, b: int, c: int) -> Callable[[], Any]:
