@@ -120,14 +120,13 @@ def columns(arms: Sequence[Arm], metric: str) -> list[Column]:
         Column("retained, %", f"final/retained/{metric}"),
         Column("answer loss", f"final/{metric_keys(metric)[1]}/answer_loss", 1, 3),
     ]
-    # Where no benchmark was asked, the loss is what there is.
-    first, later = (scored, unseen) if any(arm.values(f"base/{metric}") for arm in arms) else (unseen, scored)
+    asked = any(arm.values(f"{stage}/{metric}") for arm in arms for stage in STAGES)
     others = [other for other in scores((run.results for arm in arms for run in arm.runs), True) if other != metric]
     return [
         Column("removed, %", "ratio/achieved"),
         Column("zeros, %", "ratio/sparsity"),
-        *first,
-        *later,
+        *(scored if asked else []),
+        *unseen,
         *(Column(f"{other.replace('/', ' ')}, retained %", f"final/retained/{other}") for other in others),
         Column(f"parameters, {giga}", "final/parameters", 1 / count, 3),
         Column(f"checkpoint, {gibi}", "final/checkpoint_bytes", 1 / size, 2),

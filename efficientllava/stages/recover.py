@@ -42,6 +42,7 @@ def recover(run: Run, before: Made) -> Made:
             original_layers=student.original_layers,
             seed=settings.seed,
         )
+        processes.release_memory()  # what the training held, before the checkpoint is written
         run.export(folder / "recovered", student.after(student.model, {**stats.step, "samples": samples}))
         if processes.rank() == 0:
             write_curve(read_curve(run.folder), folder / CURVE)

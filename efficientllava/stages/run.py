@@ -171,7 +171,6 @@ class Run:
 
     def export(self, folder: Path, made: Checkpoint) -> None:
         """Round, save, and compare with what a fresh process loads."""
-        processes.release_memory()  # of a training
         if self.disk:
             self.disk.settle(made.model)
         round_weights(made.model.to(self.home), made.storage)

@@ -109,13 +109,17 @@ def stages(place: Place) -> dict[str, list[str]]:
     model = [f"model={place.model}", f"model.path={home}/model", *data]
     few = [f"data.max_length={tokens}", "calibration.samples=4", f"prune.ratio={place.ratio}"]
     width = [*model, *few, "prune=widthwise", "prune.selection=local", f"prune.round_to={place.round_to}"]
+
+    def own_cache(stage: str) -> str:
+        return f"paths.cache_dir={folder_of(place, stage)}/cache"
+
     taught = ["recover=kd_hidden", "recover.teacher.source=cached"]
     asked = [*ASKED, f"evaluate.root={home}/questions", *OFF[1:]]
     return {
         "load": [*model, "prune=none", "recover=none", *OFF],
-        "layerwise": [*model, *few, "prune=layerwise", "recover=none", *OFF, f"paths.cache_dir={home}/layerwise"],
+        "layerwise": [*model, *few, "prune=layerwise", "recover=none", *OFF, own_cache("layerwise")],
         "widthwise": [*width, "recover=none", *OFF],
-        FILES: [*width, "prune.offload=disk", "recover=none", *OFF, f"paths.cache_dir={home}/files"],
+        FILES: [*width, "prune.offload=disk", "recover=none", *OFF, own_cache(FILES)],
         "recover, taught": [*width, *taught, *ONE, *OFF],
         "recover": [*width, "recover=sft", *ONE, *OFF],
         "two questions": [*width, "recover=none", *asked],
@@ -208,8 +212,8 @@ def run(place: Place, file: Path, limit: float, records: int, say: Callable[[str
         failed |= bool(reason)
         say(f"{place.model}, {stage}: {reason or _line(rows[0])}")
         if stage in ("layerwise", FILES):  # nothing goes on from them
-            shutil.rmtree(place.home / {FILES: "files"}.get(stage, stage), ignore_errors=True)
-            shutil.rmtree(folder_of(place, stage) / "run", ignore_errors=True)
+            for name in ("cache", "run"):
+                shutil.rmtree(folder_of(place, stage) / name, ignore_errors=True)
     if not failed:
         shutil.rmtree(place.home, ignore_errors=True)
     return not failed
