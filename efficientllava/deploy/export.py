@@ -11,12 +11,13 @@ from typing import Any
 import jinja2
 
 from ..checkpoint.hub import named
-from ..models.anatomy import decoder_of
+from ..models.anatomy import decoder_of, layers_of
 from ..runtime import UserError, disk_full, write_whole
 from ..runtime.keeping import require_space
 from ..settings.checks import require_valid
-from ..settings.schema import DeployConfig
+from ..settings.schema import BLOCKS, DeployConfig
 from . import check, decoders
+from .decoders import BLOCK, FALLBACK
 from .inputs import ImageSide, image_side, side, vocabulary
 from .runtime import speeds, version
 
@@ -47,7 +48,34 @@ def name_of(checkpoint: Any) -> str:
     base = checkpoint.base
     called = str(base.get("name") or named(str(base["path"]))).rpartition("/")[2].partition(" (")[0]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", called)
-    return f"{name}-pruned" if checkpoint.provenance.get("history") else name
+    history = checkpoint.provenance.get("history")
+    if not history:
+        return name
+    return f"{name}-{'recovered' if history[-1].get('stage') == 'recover' else 'pruned'}"
+
+
+def foresee(model: Any, shapes: Sequence[Any], config: DeployConfig) -> list[str]:
+    """What shapes alone say of the files of a pruned model: which would grow.
+
+    Args:
+        model: What will be pruned; the meta device is enough.
+        shapes: KV groups and channels of every layer, for each plan that may come out.
+        config: ``types``.
+
+    Raises:
+        UserError: A model of such a shape cannot be exported.
+    """
+    for shape in shapes:
+        decoders.architecture(model, shape)
+    width = layers_of(model)[0].attention.width
+    odd = [size for groups, channels in shapes[0] for size in (groups * width, channels) if size % BLOCK]
+    quantized = [kind for kind in config.types if kind in BLOCKS]
+    if not odd or not quantized:
+        return []
+    return [
+        f"deploy.types: {quantized[0]} takes rows in multiples of {BLOCK}; of widths such as {min(odd)} tensors "
+        f"stay in {FALLBACK} and the file grows; prune.round_to={quantized[0]} keeps channels to multiples"
+    ]
 
 
 def needed_bytes(model: Any, config: DeployConfig, dense: bool) -> int:

@@ -20,6 +20,7 @@ from ..data.splits import (
     load_split,
     record_count,
 )
+from ..deploy import export
 from ..evaluation import tasks
 from ..models.anatomy import sizes
 from ..recovery.losses import describe as describe_loss
@@ -219,6 +220,7 @@ def report(plan: Forecast) -> dict[str, Any]:
             for name, model in stages.items()
         },
         "recovery": _recovery(plan) if settings.recover.name != "none" else None,
+        "deploy": _deployed(plan) if settings.deploy.name != "none" else None,
         "memory": _memory(plan, stage_memory(plan)),
     }
 
@@ -232,6 +234,16 @@ def _memory(plan: Forecast, stages: Mapping[str, StageMemory]) -> dict[str, Any]
             for name, stage in stages.items()
         },
         "assumptions": describe(plan),
+    }
+
+
+def _deployed(plan: Forecast) -> dict[str, Any]:
+    config = plan.settings.deploy
+    remarks = export.foresee(plan.base, plan.plan.options, config)
+    return {
+        "types": list(config.types),
+        "bytes": export.needed_bytes(plan.pruned, config, dense=False),
+        "remarks": remarks,
     }
 
 
@@ -281,6 +293,9 @@ def _lines(plan: Forecast, result: dict[str, Any]) -> list[str]:
             f"recovery: {recovery['loss']}, trains {recovery['train']} ({quantity(recovery['trainable_parameters'])} "
             f"parameters), {amount} in batches of {recovery['global_batch_size']} records{known}"
         )
+    if deployed := result["deploy"]:
+        most = f"deploy: {', '.join(deployed['types'])} and the image side, at most {deployed['bytes'] / 1e9:.2g} GB"
+        lines += [most, *deployed["remarks"]]
     return lines
 
 

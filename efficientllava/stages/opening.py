@@ -11,10 +11,8 @@ from ..checkpoint.folder import Checkpoint
 from ..data.collator import Collator
 from ..data.datamodule import RecoveryData
 from ..data.splits import calibration_records, keep_back, open_data
-from ..deploy import decoders, export
-from ..deploy.decoders import BLOCK, FALLBACK
+from ..deploy import export
 from ..evaluation import judges, lmms, tasks
-from ..models.anatomy import layers_of
 from ..models.forward import FeatureCache, require_images
 from ..pruning.self_text import sequences
 from ..recovery.recover import accumulation
@@ -22,7 +20,7 @@ from ..recovery.student import require_trainable
 from ..recovery.teacher import require_teacher
 from ..runtime import ConfigError, Store, UserError, processes, say
 from ..runtime.keeping import require_space
-from ..settings.schema import BLOCKS, RunConfig
+from ..settings.schema import RunConfig
 from .run import Expected, Run, load_checkpoint
 
 
@@ -103,18 +101,9 @@ def prepare(run: Run) -> None:
     Raises:
         UserError: Says why, and what would help.
     """
-    config, model, shapes = run.settings.deploy, run.base.model, run.expected.shapes
+    config, model = run.settings.deploy, run.base.model
     export.describe(run.base, config)
     needed = export.needed_bytes(model, config, run.settings.prune.method != "none")
     require_space(run.folder, needed, "deploy=gguf", "export fewer deploy.types")
-    for shape in shapes:
-        decoders.architecture(model, shape)
-    width = layers_of(model)[0].attention.width
-    sizes = (size for groups, channels in shapes[0] for size in (groups * width, channels))
-    odd = [size for size in sizes if size % BLOCK]
-    quantized = [kind for kind in config.types if kind in BLOCKS]
-    if odd and quantized:
-        say(
-            f"deploy.types: {quantized[0]} takes rows in multiples of {BLOCK}; of widths such as {min(odd)} tensors "
-            f"stay in {FALLBACK} and the file grows; prune.round_to={quantized[0]} keeps channels to multiples"
-        )
+    for remark in export.foresee(model, run.expected.shapes, config):
+        say(remark)

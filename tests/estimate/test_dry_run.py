@@ -230,3 +230,11 @@ def test_layers_of_one_size_are_told_together():
     shapes = [[32, 32, 110]] * 3 + [[20, 20, 110]] + [[20, 20, 60]] * 2 + [[32, 32, 110]]
     assert _kept(shapes) == ["heads 32 in 0-2, 6; 20 in 3-5", "channels 110 in 0-3, 6; 60 in 4-5"]
     assert _kept([[8, 4, 64]] * 2) == ["8 heads and 64 channels in each"]
+
+
+def test_files_for_a_runtime_are_foreseen(folder, tmp_path, capsys):
+    asked = ["prune.ratio=0.3", "recover=none", "deploy=gguf", "deploy.types=[f16,q8_0]"]
+    found = dry(tmp_path, small(folder, tmp_path / "out", *asked))
+    assert found["deploy"]["types"] == ["f16", "q8_0"] and found["deploy"]["bytes"] > 0
+    assert any("prune.round_to=q8_0" in remark for remark in found["deploy"]["remarks"])
+    assert "deploy: f16, q8_0" in capsys.readouterr().out
