@@ -72,6 +72,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     from .stages.run import Made
 
     quiet_libraries()
+    processes.return_large_blocks()
     plan, device = forecast(settings), opening.device_of(settings)
     require_memory(plan, device)
     run = opening.open_run(settings, folder, expected(plan))

@@ -256,6 +256,7 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor], disk: Di
         save_file({name: value.cpu().contiguous() for name, value in {**inputs, "logits": logits}.items()}, probe)
         command = [sys.executable, "-I", "-c", CHECK, str(folder), probe, dtype, stored, device.type, package]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        environment |= {name: str(value) for name, value in processes.ALLOCATOR.items()}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode < 0:
         how = f"ended by {signal.Signals(-done.returncode).name}, out of memory if nobody has ended it"

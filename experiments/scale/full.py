@@ -2,7 +2,7 @@
 
     python -m experiments.scale.full <folder>                       # all of it; again: what is not in rows.csv yet
     python -m experiments.scale.full <folder> --layers 2            # the same with two decoder layers
-    python -m experiments.scale.full <folder> --models llava_1_5_7b
+    python -m experiments.scale.full <folder> --models llava_1_5_7b --stages load widthwise
     python -m experiments.scale.full --table                        # rows.csv as tables
 
 Weights are random: they say what a run costs, and nothing of quality. They are written into the folder, which needs
@@ -48,7 +48,7 @@ FIELDS: tuple[str, ...] = (
     "limit",
     "same",
 )
-# Side of an image, and tokens of a record: of Bunny, whose image has 729, its prompt takes another 180 letter by letter.
+# Side of an image, and tokens of a record: of Bunny's, its image takes 729 and its prompt, letter by letter, 180.
 SIZES = {"llava_1_5_7b": (336, 640), "bunny_3b": (384, 1024), "mini_internvl_4b": (448, 640)}
 RECORDS = 665_298  # of LLaVA's mixture
 FILES, FILES_LIMIT = "widthwise, from files", 6.0  # GB that this stage may hold
@@ -199,14 +199,22 @@ def _told(row: dict[str, Any]) -> dict[str, Any]:
     return {key: f"{value:.3f}" if isinstance(value, float) else value for key, value in row.items()}
 
 
-def run(place: Place, file: Path, limit: float, records: int, say: Callable[[str], None] = print) -> bool:
-    """Measure what is not in the file yet; returns whether everything then is."""
+def run(
+    place: Place,
+    file: Path,
+    limit: float,
+    records: int,
+    say: Callable[[str], None] = print,
+    only: Sequence[str] | None = None,
+) -> bool:
+    """Measure what is not in the file yet, of all stages or of some; returns whether all are then there."""
     known = {(row["model"], row["layers"], row["stage"]) for row in read(file)}
     todo = {s: t for s, t in stages(place).items() if (place.model, str(place.layers or "all"), s) not in known}
-    failed = False
-    if todo:
+    chosen = {stage: typed for stage, typed in todo.items() if only is None or stage in only}
+    failed = len(chosen) < len(todo)
+    if chosen:
         prepare(place, records)
-    for stage, typed in todo.items():
+    for stage, typed in chosen.items():
         rows, reason = measure(place, stage, typed, min(limit, FILES_LIMIT) if stage == FILES else limit)
         add(file, rows, FIELDS)
         failed |= bool(reason)
@@ -253,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.scale.full")
     parser.add_argument("folder", type=Path, nargs="?", help="takes weights and results; outside of the repository")
     parser.add_argument("--models", nargs="+", default=[*SIZES, MANY], choices=[*SIZES, MANY])
+    every = [*stages(Place(Path(), next(iter(SIZES)), None))]
+    parser.add_argument("--stages", nargs="+", choices=every, help="all without it")
     parser.add_argument("--layers", type=int, help="decoder layers; all without it")
     parser.add_argument("--limit", type=float, default=22.0, help="GB that a run may hold")
     parser.add_argument("--records", type=int, default=RECORDS, help=f"of {MANY}")
@@ -265,7 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.folder is None:
         parser.error("give a folder")
     places = [Place(asked.folder.resolve(), model, asked.layers) for model in asked.models]
-    return 0 if all([run(place, asked.rows, asked.limit, asked.records) for place in places]) else 1
+    how = (asked.rows, asked.limit, asked.records, print, asked.stages)
+    return 0 if all([run(place, *how) for place in places]) else 1
 
 
 if __name__ == "__main__":

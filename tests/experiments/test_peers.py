@@ -7,10 +7,11 @@ import math
 
 import pytest
 
+from efficientllava.data.embedded.digits import Digits
 from efficientllava.data.embedded.prose import TEXTS
 from efficientllava.data.table import read_conversations
 from experiments.peers.__main__ import DENSE, EXPERIMENT, FIELDS, RATIOS, missing
-from experiments.peers.draws import DRAWS, EACH, prose, questions
+from experiments.peers.draws import DRAWS, EACH, QUESTIONS, others, prose, questions, read
 from experiments.peers.plot import draw, rises
 from experiments.rows import add
 
@@ -30,22 +31,30 @@ def written(folder, documents, pieces):
 
 
 def test_no_document_is_in_two_draws(tmp_path):
-    parts = prose([written(tmp_path, documents=12, pieces=9)])
+    parts = prose(read([written(tmp_path, documents=12, pieces=9)]))
     seen = [{record["id"].rpartition("/")[0] for record in part} for part in parts]
     assert [len(part) for part in parts] == [EACH] * DRAWS
     assert sum(map(len, seen)) == len(set.union(*seen))
 
 
+def test_what_is_trained_on_has_no_document_of_the_first_draw(tmp_path):
+    documents = read([written(tmp_path, documents=12, pieces=9)])
+    first = prose(documents)[0]
+    left = others(documents, first)
+    seen, other = ({record["id"].rpartition("/")[0] for record in part} for part in (first, left))
+    assert not seen & other and {*documents} == seen | other
+
+
 def test_too_few_documents_are_refused(tmp_path):
     with pytest.raises(ValueError, match="give more documents"):
-        prose([written(tmp_path, documents=2, pieces=60)])
+        prose(read([written(tmp_path, documents=2, pieces=60)]))
 
 
 def test_questions_of_two_draws_show_other_images_and_are_read_as_records(tmp_path):
     shown = []
     for number in range(2):
         file = tmp_path / f"{number}.json"
-        file.write_text(json.dumps(questions(number, tmp_path)))
+        file.write_text(json.dumps(questions(Digits("calibration", EACH, 1 + number, questions=QUESTIONS), tmp_path)))
         records = read_conversations(str(file))
         assert len(records) == EACH and all(record.images for record in records)
         shown.append({record.images[0].read_bytes() for record in records})

@@ -1,5 +1,6 @@
 """Several processes, one folder: the run of two equals the run of one."""
 
+import ctypes
 import json
 import os
 import subprocess
@@ -220,3 +221,25 @@ def test_a_fault_before_the_first_stage_is_told_once_and_ends_with_2(single):
     done = shell([*RUN, *bad, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={place}/bad"], place)
     assert done.returncode == 2
     assert done.stderr.count("no such folder") == 1
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="an allocator of the GNU C library")
+@pytest.mark.parametrize("asked", [True, False])
+def test_large_blocks_go_back_when_they_are_freed(asked):
+    """Every second one is freed, so that those that stay lie between them."""
+    program = (
+        "import re, sys, torch\n"
+        "from efficientllava.runtime import processes\n"
+        "def held():\n"
+        "    return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1e3\n"
+        "sys.argv[1] == 'True' and processes.return_large_blocks()\n"
+        "first = torch.ones(31 << 20, dtype=torch.uint8)\n"
+        "del first\n"  # by itself, the allocator takes this for the size of what it keeps from now on
+        "blocks = [torch.ones(13 << 20, dtype=torch.uint8) for _ in range(20)]\n"
+        "before = held()\n"
+        "del blocks[::2]\n"
+        "print(before - held())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(asked)], capture_output=True, text=True, check=True)
+    freed = 10 * (13 << 20) / 1e6
+    assert (float(done.stdout) > 0.95 * freed) == asked
