@@ -1,6 +1,7 @@
 """A row per arm of ``experiment=peers``, ratio and draw of calibration records: what it costs, and what is left.
 
-python -m experiments.peers <rows.csv> --work <folder> --draws <draw0.json> <draw1.json> ... [--minutes 100]
+    python -m experiments.peers <rows.csv> --work <folder> --draws <draw0.json> <draw1.json> ... [--minutes 100]
+    python -m experiments.peers <rows.csv> --experiment real_samples ...   # the arms of another one on smol_llava
 
 A row is written at once, and what has one is not made again. `draws` makes the records; images lie beside the JSON. The
 loss ``compare`` is that on the records of the next draw, of other documents: a peer's variant is chosen by it.
@@ -24,12 +25,16 @@ from experiments.rows import add, read
 from experiments.scale.watch import watch
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENT: Any = OmegaConf.load(ROOT / "conf/experiment/peers.yaml")
-RATIOS: list[str] = EXPERIMENT.hydra.sweeper.params["prune.ratio"].split(",")
-DENSE = "dense"
+PEERS, DENSE = "peers", "dense"
 KEYS = ["arm", "ratio", "draw"]
 FIELDS = [*KEYS, "achieved", "cpu_seconds", "peak_gb", "compare", "digits", "kl", "perplexity", *TEXTS]
 MOST = 20 * 10**9  # bytes of a run
+
+
+def read_arms(experiment: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Arms of an experiment, with what is typed for each, and its ratios."""
+    found: Any = OmegaConf.load(ROOT / f"conf/experiment/{experiment}.yaml")
+    return OmegaConf.to_container(found.sweep.arms), found.hydra.sweeper.params["prune.ratio"].split(",")  # pyright: ignore
 
 
 def run(typed: list[str], work: Path) -> tuple[Path, float, float]:
@@ -43,7 +48,7 @@ def run(typed: list[str], work: Path) -> tuple[Path, float, float]:
     """
     folder, log = work / "run", work / "log"
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "run.py", "experiment=peers", "hydra.mode=RUN", f"hydra.run.dir={folder}", *typed]
+    command = [sys.executable, "run.py", "hydra.mode=RUN", f"hydra.run.dir={folder}", *typed]
     watched = watch(command, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, MOST, work / "phase", log)
     if watched.code:
         raise RuntimeError(f"exit status {watched.code}, see {log}")
@@ -54,7 +59,7 @@ def row(arm: list[str], ratio: str, draw: Path, other: Path, work: Path) -> dict
     """What is known of an arm.
 
     Args:
-        arm: What is typed for it.
+        arm: What is typed for it, the experiment first.
         ratio: Share that it removes.
         draw: Its calibration records.
         other: Records of other documents.
@@ -84,10 +89,10 @@ def scores(folder: Path, stage: str) -> dict[str, float]:
     return {"digits": found["digits_vqa"]["accuracy"], **prose}
 
 
-def missing(rows: Path, draws: list[Path]) -> list[tuple[str, str, int]]:
+def missing(rows: Path, draws: list[Path], experiment: str = PEERS) -> list[tuple[str, str, int]]:
     """Arm, ratio and number of the draw of what the file lacks: all of one draw before the next."""
-    done = {tuple(row[key] for key in KEYS) for row in read(rows)}
-    every = [(arm, ratio, number) for number in range(len(draws)) for ratio in RATIOS for arm in EXPERIMENT.sweep.arms]
+    done, (arms, ratios) = {tuple(row[key] for key in KEYS) for row in read(rows)}, read_arms(experiment)
+    every = [(arm, ratio, number) for number in range(len(draws)) for ratio in ratios for arm in arms]
     return [each for each in every if (*each[:2], draws[each[2]].stem) not in done]
 
 
@@ -95,16 +100,18 @@ def main() -> None:
     """Make the missing rows, as far as the minutes go."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
+    parser.add_argument("--experiment", default=PEERS)
     parser.add_argument("--work", type=Path, required=True, help="takes runs and a cache")
     parser.add_argument("--draws", type=Path, nargs="+", required=True)
     parser.add_argument("--minutes", type=float, default=100, help="no row is begun after them")
     given = parser.parse_args()
     draws, end = [draw.resolve() for draw in given.draws], time.monotonic() + 60 * given.minutes
     given.work.mkdir(parents=True, exist_ok=True)
-    for arm, ratio, number in missing(given.rows, draws):
+    arms, _ = read_arms(given.experiment)
+    for arm, ratio, number in missing(given.rows, draws, given.experiment):
         if time.monotonic() > end:
             break
-        other, typed = draws[(number + 1) % len(draws)], list(EXPERIMENT.sweep.arms[arm])
+        other, typed = draws[(number + 1) % len(draws)], [f"experiment={given.experiment}", *arms[arm]]
         measured = row(typed, ratio, draws[number], other, given.work.resolve())
         made = [{"arm": arm, "ratio": ratio, "draw": draws[number].stem, **_told(measured)}]
         if not read(given.rows):

@@ -10,7 +10,7 @@ import pytest
 from efficientllava.data.embedded.digits import Digits
 from efficientllava.data.embedded.prose import TEXTS
 from efficientllava.data.table import read_conversations
-from experiments.peers.__main__ import DENSE, EXPERIMENT, FIELDS, RATIOS, missing
+from experiments.peers.__main__ import DENSE, FIELDS, PEERS, missing, read_arms
 from experiments.peers.draws import DRAWS, EACH, QUESTIONS, others, prose, questions, read
 from experiments.peers.plot import draw, rises
 from experiments.rows import add
@@ -64,7 +64,8 @@ def test_questions_of_two_draws_show_other_images_and_are_read_as_records(tmp_pa
 def test_rows_that_are_there_are_not_made_again_and_a_draw_is_finished_before_the_next(tmp_path):
     draws, rows = [tmp_path / "draw0.json", tmp_path / "draw1.json"], tmp_path / "rows.csv"
     every = missing(rows, draws)
-    assert len(every) == len(EXPERIMENT.sweep.arms) * len(RATIOS) * 2
+    arms, ratios = read_arms(PEERS)
+    assert len(every) == len(arms) * len(ratios) * 2
     assert [number for *_, number in every] == sorted(number for *_, number in every)
     rows.write_text(f"arm,ratio,draw\n{every[0][0]},{every[0][1]},draw0\n")
     assert missing(rows, draws) == every[1:]
