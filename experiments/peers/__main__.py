@@ -34,7 +34,8 @@ MOST = 20 * 10**9  # bytes of a run
 def read_arms(experiment: str) -> tuple[dict[str, list[str]], list[str]]:
     """Arms of an experiment, with what is typed for each, and its ratios."""
     found: Any = OmegaConf.load(ROOT / f"conf/experiment/{experiment}.yaml")
-    return OmegaConf.to_container(found.sweep.arms), found.hydra.sweeper.params["prune.ratio"].split(",")  # pyright: ignore
+    ratios = str(found.hydra.sweeper.params["prune.ratio"]).split(",")
+    return OmegaConf.to_container(found.sweep.arms), ratios  # pyright: ignore
 
 
 def run(typed: list[str], work: Path) -> tuple[Path, float, float]:

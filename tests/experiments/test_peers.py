@@ -71,6 +71,11 @@ def test_rows_that_are_there_are_not_made_again_and_a_draw_is_finished_before_th
     assert missing(rows, draws) == every[1:]
 
 
+def test_arms_of_another_experiment():
+    arms, ratios = read_arms("real_samples")
+    assert arms["8"] == ["calibration.samples=8"] and ratios == ["0.2"]
+
+
 def test_rises_are_logarithms_over_the_dense_model_and_means_over_draws(tmp_path):
     rows, number = tmp_path / "rows.csv", dict.fromkeys(FIELDS[3:], "0.5")
     made = [{"arm": DENSE, "ratio": "0", **number, **dict.fromkeys(TEXTS, "20")}]
