@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start, two of which run at a time
 
 VOCAB, IMAGE_TOKEN, IMAGE_TOKENS, PAD = 40, 39, 4, 0
 HIDDEN, LAYERS, CHANNELS, HEAD_DIM = 48, 4, 64, 4

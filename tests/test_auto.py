@@ -74,7 +74,7 @@ def started(typed, place, name):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
         [*RUN, *typed, f"hydra.run.dir={place / name}"],
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env=environment,
         cwd=place,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

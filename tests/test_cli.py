@@ -89,7 +89,7 @@ def test_a_path_that_needs_quotes_is_told_with_them(cli, path):
     assert (code, errors(text)) == (2, [told])
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
+@pytest.mark.parametrize("sweep", [[], pytest.param(["-m", "seed=0,1"], marks=pytest.mark.slow)], ids=["run", "sweep"])
 def test_a_tilde_in_the_paths_is_the_user_s_home(tmp_path, sweep):
     (home := tmp_path / "home").mkdir()
     typed = [*sweep, "dry_run=true", "paths.output_dir='~/my out'", "paths.cache_dir='~/my cache'"]
@@ -100,15 +100,22 @@ def test_a_tilde_in_the_paths_is_the_user_s_home(tmp_path, sweep):
     assert not list(tmp_path.rglob("~*"))
 
 
-def test_letters_that_the_terminal_does_not_know_cost_no_run(tmp_path):
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        pytest.param({"PYTHONIOENCODING": "ascii"}, marks=pytest.mark.slow),
+    ],
+    ids=["locale", "encoding"],
+)
+def test_letters_that_the_terminal_does_not_know_cost_no_run(tmp_path, own):
     folder = save_tiny(tmp_path / "mödel ≥ ½")
     plain = [*small(folder, tmp_path / "öut", "prune=none", "recover=none", "evaluate=none"), "dry_run=true"]
     pairs = [override.partition("=") for override in plain]
     typed = [f'{key}="{value}"' if not value.isascii() else f"{key}={value}" for key, _, value in pairs]
-    for own in ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}):
-        done = subprocess.run([*RUN, *typed], env={**os.environ, **own}, cwd=tmp_path, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr.decode(errors="replace")
-        assert b"tiny" in done.stdout and b"Error" not in done.stderr
+    done = subprocess.run([*RUN, *typed], env={**os.environ, **own}, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert b"tiny" in done.stdout and b"Error" not in done.stderr
 
 
 def test_all_problems_are_listed_at_once(cli):
@@ -231,26 +238,17 @@ def test_a_pipe_that_closes_early_is_no_error():
     assert done.stdout.startswith("efficientllava")
 
 
-def test_no_warning_of_a_library_reaches_the_shell(tmp_path):
+def test_a_run_from_the_shell_ends_with_0_and_without_a_warning_of_a_library_and_a_bad_one_with_2(tmp_path):
     model, trained = save_tiny(tmp_path / "model"), ("prune=none", "recover=sft", "recover.train=lora")
     args = small(model, tmp_path / "out", *trained, "recover.steps=1", "evaluate=none", "evaluate.efficiency=false")
+    args.append(f"hydra.run.dir={tmp_path}/run")
     done = subprocess.run([*RUN, *args], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr + done.stdout
-
-
-def test_a_run_from_the_shell_ends_with_0_and_a_bad_one_with_2(tmp_path):
-    model = save_tiny(tmp_path / "model")
-    args = small(
-        model, tmp_path / "out", "prune=none", "recover=none", "evaluate=none", f"hydra.run.dir={tmp_path}/run"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*RUN, *args], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
-    assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "results.json").is_file()
     assert (tmp_path / "run" / ".hydra" / "overrides.yaml").is_file()
     (model / "model.safetensors").write_bytes(b"no")
-    done = subprocess.run([*RUN, *args], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    done = subprocess.run([*RUN, *args], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert len(errors(done.stderr)) == 1
     assert "Traceback" not in done.stderr

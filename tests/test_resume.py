@@ -1,6 +1,5 @@
 """Kills at bad moments: the same command then ends as if nothing had happened, and nothing half-written is found."""
 
-import os
 import signal
 import subprocess
 import time
@@ -34,9 +33,8 @@ def command(model, output, *more):
 
 def kill_when(appears, typed, place):
     """Start a run in a process of its own and kill it as soon as a file or folder is there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*RUN, *typed, f"hydra.run.dir={place}/run"], env=environment, cwd=place, **quiet)
+    process = subprocess.Popen([*RUN, *typed, f"hydra.run.dir={place}/run"], cwd=place, **quiet)
     try:
         while process.poll() is None and not appears():
             time.sleep(0.01)

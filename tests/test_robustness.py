@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 def start(place, *typed):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*RUN, *typed], env={**environment, "OMP_NUM_THREADS": "1"}, cwd=place, **piped)
+    return subprocess.Popen([*RUN, *typed], env=environment, cwd=place, **piped)
 
 
 def end(process):

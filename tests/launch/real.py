@@ -74,7 +74,7 @@ class interrupts:
 
 
 def sweep(*typed, place):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [*RUN, "-m", *typed]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=place, check=False)
 

@@ -102,7 +102,7 @@ def test_a_finished_sweep_ends_at_once_and_starts_nothing(model, tmp_path, launc
 
 def environment():
     told = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**told, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**told, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.usefixtures("without_fresh_processes")
