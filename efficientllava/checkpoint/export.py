@@ -59,6 +59,7 @@ if stored != dtype:  # the weights stay in their file, but for those at work
         layer.register_forward_hook(leave)
     for p in model.parameters():
         p.data = p.data if p in inside else p.data.to(dtype)
+model.requires_grad_(False)  # on both sides: whether a weight asks for gradients has a say in the kernel of a product
 with torch.no_grad():
     logits = model.to(device).eval()(**{k: v.to(device) for k, v in inputs.items()}).logits.cpu()
 difference = (logits.float() - expected.float()).abs().max().item()
@@ -243,6 +244,7 @@ def reload_gate(folder: Path, model: Any, inputs: Mapping[str, Tensor], disk: Di
     threads = torch.get_num_threads()
     # The number of threads decides the order of sums; one on both sides makes the comparison exact.
     torch.set_num_threads(1)
+    model.requires_grad_(False)
     try:
         with disk.running(model) if disk else nullcontext():
             dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
