@@ -1,9 +1,11 @@
 import shutil
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from efficientllava.checkpoint import export
 from efficientllava.checkpoint import folder as store
@@ -53,6 +55,25 @@ def test_a_model_in_files_is_compared_in_the_type_that_it_computes_in(folder, tm
     filed.model.lm_head.weight.data[5, 0] += 1e-3  # private: the file stays as it is
     with pytest.raises(RuntimeError, match="differs from the model in memory: logits differ by"):
         reload_gate(folder, filed.model, probe(filed), disk)
+
+
+@torch.no_grad()
+def test_a_recovered_model_that_asks_for_no_gradients_passes(tmp_path):
+    """As wide as Bunny's projector: there, torch takes another kernel where a weight asks for none."""
+    tower = {"image_size": 56, "patch_size": 14, "hidden_size": 1152, "intermediate_size": 8, "num_attention_heads": 1}
+    text = {"hidden_size": 2560, "intermediate_size": 8, "num_attention_heads": 1, "head_dim": 8, "vocab_size": 40}
+    config = LlavaConfig(
+        vision_config=SiglipVisionConfig(**tower, num_hidden_layers=1),
+        text_config=LlamaConfig(**text, num_hidden_layers=1),
+        image_token_index=39,
+        vision_feature_select_strategy="full",
+    )
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ids = torch.tensor([[1, *[39] * 16, 2, 3]])
+    images = torch.randn(1, 3, 56, 56, dtype=torch.bfloat16)
+    reload_gate(tmp_path, model.eval().requires_grad_(False), {"input_ids": ids, "pixel_values": images})
 
 
 def test_weights_of_another_type_than_config_says_are_no_files_to_prune_from(folder, tmp_path):
