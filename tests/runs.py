@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,12 @@ def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
     chosen = [f"{group}=digits_vqa" for group in ("data", "evaluate") if group not in known]
     sets = ["model=checkpoint", f"model.path={model}", "model.name=tiny", "model.train=full", *chosen]
     return [*sets, f"paths.output_dir={output}", *base, *overrides]
+
+
+def environment() -> dict[str, str]:
+    """What a run of its own is started with, also by a test that is one of several processes."""
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**alone, "PYTHONPATH": str(ROOT)}
 
 
 def write_at_once(write: Callable[[Path, str], None], path: Path) -> None:

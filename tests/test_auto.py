@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from .runs import (
     RUN,
+    environment,
     run,
     save_tiny,
     small,
@@ -71,10 +71,9 @@ def weights(folder):
 
 
 def started(typed, place, name):
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.Popen(
         [*RUN, *typed, f"hydra.run.dir={place / name}"],
-        env=environment,
+        env=environment(),
         cwd=place,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from .runs import RUN, save_tiny, small
+from .runs import RUN, environment, save_tiny, small
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 BARE = ("evaluate.efficiency=false", "prune.selection=local", "sweep.name=mine", "hydra/launcher=gpu_pool")
@@ -24,9 +24,8 @@ def model(tmp_path_factory):
 
 
 def start(place, *typed):
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*RUN, *typed], env=environment, cwd=place, **piped)
+    return subprocess.Popen([*RUN, *typed], env=environment(), cwd=place, **piped)
 
 
 def end(process):

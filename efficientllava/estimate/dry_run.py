@@ -239,11 +239,10 @@ def _memory(plan: Forecast, stages: Mapping[str, StageMemory]) -> dict[str, Any]
 
 def _deployed(plan: Forecast) -> dict[str, Any]:
     config = plan.settings.deploy
-    remarks = export.foresee(plan.base, plan.plan.options, config)
     return {
         "types": list(config.types),
         "bytes": export.needed_bytes(plan.pruned, config, dense=False),
-        "remarks": remarks,
+        "remarks": export.foresee(plan.base, plan.plan.options, config),
     }
 
 
@@ -294,7 +293,8 @@ def _lines(plan: Forecast, result: dict[str, Any]) -> list[str]:
             f"parameters), {amount} in batches of {recovery['global_batch_size']} records{known}"
         )
     if deployed := result["deploy"]:
-        most = f"deploy: {', '.join(deployed['types'])} and the image side, at most {deployed['bytes'] / 1e9:.2g} GB"
+        side = " and the image side" if settings.deploy.mmproj else ""
+        most = f"deploy: {', '.join(deployed['types'])}{side}, at most {deployed['bytes'] / 1e9:.2g} GB"
         lines += [most, *deployed["remarks"]]
     return lines
 

@@ -24,10 +24,11 @@ from torch.utils.data import DataLoader
 import efficientllava as ev
 from efficientllava.data.collator import Collator
 from efficientllava.data.embedded.digits import Digits
-from efficientllava.data.embedded.prose import TEXTS, shipped
+from efficientllava.data.embedded.prose import FOLDER, TEXTS, of_text
 from efficientllava.data.table import read_conversations
 from efficientllava.models.anatomy import language_parameters
 from efficientllava.pruning.module import chunked
+from efficientllava.pruning.obs import DAMPING
 from efficientllava.pruning.stream import Calibration, CalibrationStream
 from efficientllava.report.study import table as markdown
 from efficientllava.search.budget import removed_costs
@@ -73,25 +74,27 @@ def measure(rows: Path, work: Path, draws: Sequence[Path]) -> None:
     settings = composed("model=smol_llava", "prune=auto", "search=quick", f"prune.ratio={RATIO}")
     checkpoint = ev.load("builtin:smol_llava")
     model, collate = checkpoint.model, Collator(checkpoint.processor)
-    recipe = Structured(settings.prune.damping or 0.3, settings.prune.tokens, settings.prune.round_to)
+    recipe = Structured(settings.prune.damping or DAMPING, settings.prune.tokens, settings.prune.round_to)
 
     def batches(records: Any) -> list[Any]:
         return [*DataLoader(records, ROWS, collate_fn=collate)]
 
-    seen, other = (list(read_conversations(str(draw), None, 0.0)) for draw in draws)
+    tables = [read_conversations(draw) for draw in draws]
+    seen, other = map(list, tables)
     chunks, folds = chunked(seen, ROWS)
     made = [collate(chunk) for chunk in chunks]
 
-    def levels(name: str, *of: int) -> tuple[LevelTable, CalibrationStream]:
+    def levels(*of: int) -> LevelTable:
         chosen = Calibration([batch for batch, fold in zip(made, folds, strict=True) if fold in of])
-        identity = {"model": "smol_llava", "draw": draws[0].stem, "part": name}
-        found = open_table(model, recipe, chosen, work / "levels", identity)
-        return found, CalibrationStream(model, chosen, settings.prune.tokens)
+        identity = {"model": "smol_llava", "records": tables[0].key, "folds": str(of)}
+        return open_table(model, recipe, chosen, work / "levels", identity)
 
-    whole, stream = levels("all", 0, 1, 2)
-    part, _ = levels("part", 0)
-    pieces = {name: [r for r in shipped() if r.id.startswith(f"{name}/")][:PIECES] for name in TEXTS}
-    texts = {"near": [r for name in NEAR for r in pieces[name]], "far": [r for name in FAR for r in pieces[name]]}
+    whole, part = levels(0, 1, 2), levels(0)
+    stream = CalibrationStream(model, Calibration(made), settings.prune.tokens)
+    texts: dict[str, Any] = {
+        kind: [record for name in names for record in of_text(FOLDER / f"{name}.txt")[:PIECES]]
+        for kind, names in (("near", NEAR), ("far", FAR))
+    }
     texts["digits"] = [*Digits("minival", QUESTIONS, questions=2)]
     judged = [batch for batch, fold in zip(made, folds, strict=True) if fold == 1]
     evaluators = {
@@ -128,7 +131,7 @@ def measure(rows: Path, work: Path, draws: Sequence[Path]) -> None:
 
 
 def scores(found: Any) -> dict[str, Any]:
-    """What might predict, by name: risks, and the fitted one with each gap term at its best weight and at 0.3."""
+    """What might predict, by name: risks, and the fitted one with each gap term at every weight."""
 
     def z(name: str) -> Any:
         return (found[name] - found[name].mean()) / found[name].std()

@@ -13,6 +13,7 @@ import argparse
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,9 @@ def scores(folder: Path, stage: str) -> dict[str, float]:
     return {"digits": found["digits_vqa"]["accuracy"], **prose}
 
 
-def missing(rows: Path, draws: list[Path], experiment: str = PEERS) -> list[tuple[str, str, int]]:
+def missing(rows: Path, draws: list[Path], arms: Iterable[str], ratios: list[str]) -> list[tuple[str, str, int]]:
     """Arm, ratio and number of the draw of what the file lacks: all of one draw before the next."""
-    done, (arms, ratios) = {tuple(row[key] for key in KEYS) for row in read(rows)}, read_arms(experiment)
+    done = {tuple(row[key] for key in KEYS) for row in read(rows)}
     every = [(arm, ratio, number) for number in range(len(draws)) for ratio in ratios for arm in arms]
     return [each for each in every if (*each[:2], draws[each[2]].stem) not in done]
 
@@ -108,8 +109,8 @@ def main() -> None:
     given = parser.parse_args()
     draws, end = [draw.resolve() for draw in given.draws], time.monotonic() + 60 * given.minutes
     given.work.mkdir(parents=True, exist_ok=True)
-    arms, _ = read_arms(given.experiment)
-    for arm, ratio, number in missing(given.rows, draws, given.experiment):
+    arms, ratios = read_arms(given.experiment)
+    for arm, ratio, number in missing(given.rows, draws, arms, ratios):
         if time.monotonic() > end:
             break
         other, typed = draws[(number + 1) % len(draws)], [f"experiment={given.experiment}", *arms[arm]]

@@ -275,8 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.folder is None:
         parser.error("give a folder")
     places = [Place(asked.folder.resolve(), model, asked.layers) for model in asked.models]
-    how = (asked.rows, asked.limit, asked.records, print, asked.stages)
-    return 0 if all([run(place, *how) for place in places]) else 1
+    done = [run(place, asked.rows, asked.limit, asked.records, only=asked.stages) for place in places]
+    return 0 if all(done) else 1
 
 
 if __name__ == "__main__":

@@ -63,12 +63,12 @@ def test_questions_of_two_draws_show_other_images_and_are_read_as_records(tmp_pa
 
 def test_rows_that_are_there_are_not_made_again_and_a_draw_is_finished_before_the_next(tmp_path):
     draws, rows = [tmp_path / "draw0.json", tmp_path / "draw1.json"], tmp_path / "rows.csv"
-    every = missing(rows, draws)
     arms, ratios = read_arms(PEERS)
+    every = missing(rows, draws, arms, ratios)
     assert len(every) == len(arms) * len(ratios) * 2
     assert [number for *_, number in every] == sorted(number for *_, number in every)
     rows.write_text(f"arm,ratio,draw\n{every[0][0]},{every[0][1]},draw0\n")
-    assert missing(rows, draws) == every[1:]
+    assert missing(rows, draws, arms, ratios) == every[1:]
 
 
 def test_arms_of_another_experiment():

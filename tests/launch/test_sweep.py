@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -16,9 +15,9 @@ from efficientllava.settings.compose import sweep_digest, typed
 from efficientllava.stages import request
 
 from ..runs import (
-    ROOT,
     RUN,
     composed,
+    environment,
     run,
     save_tiny,
     small,
@@ -98,11 +97,6 @@ def test_a_finished_sweep_ends_at_once_and_starts_nothing(model, tmp_path, launc
     told = {"gpu_pool": "job {} was finished", "basic": f"{folder}/{{}} is finished: nothing to do"}[launcher]
     assert all(told.format(job) in done.stdout for job in (0, 1)), done.stdout
     assert (folder / "report.html").is_file() and not list(folder.glob("*/job.log"))
-
-
-def environment():
-    told = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**told, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.usefixtures("without_fresh_processes")

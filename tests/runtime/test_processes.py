@@ -2,7 +2,6 @@
 
 import ctypes
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from ..runs import (
     ROOT,
     RUN,
     composed,
+    environment,
     save_tiny,
     small,
 )
@@ -119,10 +119,6 @@ def test_a_process_that_does_not_hear_is_killed(monkeypatch, tmp_path, capfd):
     assert (
         start(monkeypatch, tmp_path, f"if rank:\n    {deaf}\nprint('error: broken', file=sys.stderr); sys.exit(1)") == 1
     )
-
-
-def environment():
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
 def shell(command, place):
