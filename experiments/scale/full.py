@@ -52,6 +52,7 @@ FIELDS: tuple[str, ...] = (
 SIZES = {"llava_1_5_7b": (336, 640), "bunny_3b": (384, 1024), "mini_internvl_4b": (448, 640)}
 RECORDS = 665_298  # of LLaVA's mixture
 FILES, FILES_LIMIT = "widthwise, from files", 6.0  # GB that this stage may hold
+MORE = f"{FILES}, 16 records"
 OFF = ("evaluate=none", "evaluate.efficiency=false", "trainer=cpu", "logger=none", "callbacks=none", "threads=1")
 ONE = ("recover.steps=1", "recover.epochs=null", "data.batch_size=1", "data.global_batch_size=1")
 ASKED = (f"evaluate={write.QUESTIONS}", "evaluate.limit=2", "evaluate.batch_size=1", "evaluate.max_new_tokens=8")
@@ -109,6 +110,7 @@ def stages(place: Place) -> dict[str, list[str]]:
     model = [f"model={place.model}", f"model.path={home}/model", *data]
     few = [f"data.max_length={tokens}", "calibration.samples=4", f"prune.ratio={place.ratio}"]
     width = [*model, *few, "prune=widthwise", "prune.selection=local", f"prune.round_to={place.round_to}"]
+    files = [*width, "prune.offload=disk", "recover=none", *OFF]
 
     def own_cache(stage: str) -> str:
         return f"paths.cache_dir={folder_of(place, stage)}/cache"
@@ -119,7 +121,8 @@ def stages(place: Place) -> dict[str, list[str]]:
         "load": [*model, "prune=none", "recover=none", *OFF],
         "layerwise": [*model, *few, "prune=layerwise", "recover=none", *OFF, own_cache("layerwise")],
         "widthwise": [*width, "recover=none", *OFF],
-        FILES: [*width, "prune.offload=disk", "recover=none", *OFF, own_cache(FILES)],
+        FILES: [*files, own_cache(FILES)],
+        MORE: [*files, own_cache(MORE), "calibration.samples=16"],
         "recover, taught": [*width, *taught, *ONE, *OFF],
         "recover": [*width, "recover=sft", *ONE, *OFF],
         "two questions": [*width, "recover=none", *asked],
@@ -215,11 +218,11 @@ def run(
     if chosen:
         prepare(place, records)
     for stage, typed in chosen.items():
-        rows, reason = measure(place, stage, typed, min(limit, FILES_LIMIT) if stage == FILES else limit)
+        rows, reason = measure(place, stage, typed, min(limit, FILES_LIMIT) if stage in (FILES, MORE) else limit)
         add(file, rows, FIELDS)
         failed |= bool(reason)
         say(f"{place.model}, {stage}: {reason or _line(rows[0])}")
-        if stage in ("layerwise", FILES):  # nothing goes on from them
+        if stage in ("layerwise", FILES, MORE):  # nothing goes on from them
             for name in ("cache", "run"):
                 shutil.rmtree(folder_of(place, stage) / name, ignore_errors=True)
     if not failed:
