@@ -122,7 +122,7 @@ def stages(place: Place) -> dict[str, list[str]]:
         "layerwise": [*model, *few, "prune=layerwise", "recover=none", *OFF, own_cache("layerwise")],
         "widthwise": [*width, "recover=none", *OFF],
         FILES: [*files, own_cache(FILES)],
-        MORE: [*files, own_cache(MORE), "calibration.samples=16"],
+        MORE: [*files, own_cache(MORE), "calibration.samples=16", f"calibration.path={home}/records.json"],
         "recover, taught": [*width, *taught, *ONE, *OFF],
         "recover": [*width, "recover=sft", *ONE, *OFF],
         "two questions": [*width, "recover=none", *asked],
