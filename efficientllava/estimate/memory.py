@@ -165,7 +165,9 @@ def _recovering(plan: Forecast, record: _Record, student: int) -> dict[str, Stag
     if config.taught:
         teacher = _teacher_bytes(plan)
         if config.teacher.source == "cached":
-            asking = {"student": student, "teacher": teacher, "activations": _forward(plan, layers, rows, record)}
+            # The student's layers make room for it.
+            rest = student - sum(weight_bytes(layer.module) for layer in layers)
+            asking = {"student": rest, "teacher": teacher, "activations": _forward(plan, layers, rows, record)}
             # Answers that are there are not asked for again.
             stages["teacher targets"] = StageMemory(asking, ("student",), "set recover.teacher.dtype=bfloat16")
         else:

@@ -126,15 +126,7 @@ class Disk(Offload):
 
     def put(self, tensor: Tensor) -> Tensor:
         """A parameter in the type that is stored, mapped from the file."""
-        stored = tensor.data.to(self._storage).contiguous()
-        if not stored.numel():
-            return stored
-        start = -(-self._file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED
-        self._file.seek(start)
-        self._file.write(stored.view(-1).view(torch.uint8).numpy())
-        self._file.flush()
-        mapped = np.memmap(self._file, np.uint8, "c", start, (stored.nbytes,))  # private: nothing writes to the file
-        return torch.from_numpy(mapped).view(stored.dtype).view(stored.shape)
+        return _mapped(self._file, tensor.data.to(self._storage))
 
     def settle(self, model: nn.Module) -> None:
         """Give all parameters the precision of the type that computes, as if the model had been loaded in it."""
@@ -163,6 +155,46 @@ def offload_layers(model: nn.Module, device: torch.device | str) -> Offload:
             tensor.data = tensor.data.pin_memory()
     offload.visits(list(layers))
     return offload
+
+
+@contextlib.contextmanager
+def set_aside(layers: nn.Module, device: torch.device, folder: Path) -> Iterator[None]:
+    """Leave a device to something else for a while: what some layers have there goes to host memory and comes back.
+
+    Where the device is the host they go to a file, and stay mapped from it; what trains is copied as it changes.
+
+    Args:
+        layers: What nothing computes with meanwhile.
+        device: The device.
+        folder: Where the file is; it has no name, and ends with the process.
+    """
+    there = [tensor for tensor in _tensors([layers]) if tensor.device == device]
+    if device.type == "cpu":
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for tensor in there:
+                tensor.data = _mapped(file, tensor.data)
+        yield
+        return
+    for tensor in there:
+        tensor.data = tensor.data.cpu()
+    try:
+        yield
+    finally:
+        for tensor in there:
+            tensor.data = tensor.data.to(device)
+
+
+def _mapped(file: Any, tensor: Tensor) -> Tensor:
+    """A copy of a tensor at the end of a file, mapped from there."""
+    tensor = tensor.contiguous()
+    if not tensor.numel():
+        return tensor
+    start = -(-file.seek(0, os.SEEK_END) // ALIGNED) * ALIGNED
+    file.seek(start)
+    file.write(tensor.view(-1).view(torch.uint8).numpy())
+    file.flush()
+    mapped = np.memmap(file, np.uint8, "c", start, (tensor.nbytes,))  # private: nothing writes to the file
+    return torch.from_numpy(mapped).view(tensor.dtype).view(tensor.shape)
 
 
 def _tensors(modules: Sequence[nn.Module]) -> list[Tensor]:

@@ -26,13 +26,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data.records import column, image_stamps
+from ..models.anatomy import decoder_of
 from ..models.forward import FeatureCache, supervised_positions, to_device
+from ..models.offload import set_aside
 from ..models.outcomes import TopK, top_k
 from ..runtime.console import progress, say
 from ..runtime.errors import UserError
 from ..runtime.files import whole_file
 from ..runtime.keeping import require_space
-from ..runtime.processes import barrier, from_first, rank, world_size
+from ..runtime.processes import barrier, from_first, rank, release_memory, world_size
 from ..runtime.store import growing
 from .losses import TeacherLogits
 from .teacher import FINAL, Answer, TargetCache, Teacher, record_keys
@@ -213,7 +215,7 @@ def cached_teacher(
     Args:
         cache: Where the answers lie.
         wanted: What the recovery reads.
-        student: The pruned model; gives vision features where its tower is the teacher's.
+        student: The pruned model; gives vision features where its tower is the teacher's, and its layers make room.
         loader: The training loader.
         used: Indices of the records that the recovery will see.
         batch_size: Records per forward pass.
@@ -234,14 +236,15 @@ def cached_teacher(
         todo = sorted({names[name] for part in lacking.values() for name in part})
         if todo:
             _announce(cache, wanted, loader, todo)
-            teacher = Teacher(cache.load(), student).to(trainer.strategy.root_device)
             shards = {part: _Shard(folder, part, set(names), stamps) for part, names in lacking.items()}
             mine: Any = todo[rank() :: world_size()]
             batches = DataLoader(
                 records, batch_size, sampler=mine, collate_fn=loader.collate_fn, num_workers=loader.num_workers
             )
-            with trainer.precision_plugin.forward_context():
-                _ask(teacher, wanted, batches, features, shards, len(todo))
+            device = trainer.strategy.root_device
+            with set_aside(decoder_of(student).layers, device, folder), trainer.precision_plugin.forward_context():
+                _ask(Teacher(cache.load(), student).to(device), wanted, batches, features, shards, len(todo))
+                release_memory()
             barrier()
     source = CachedTeacher(folder, wanted, stamps)
     stats = TargetStats(len(names), len(todo), *source.size(), time.perf_counter() - started)

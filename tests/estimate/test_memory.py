@@ -76,6 +76,7 @@ def test_a_cached_teacher_is_not_there_while_the_student_trains(folder):
     stages = stage_memory(planned(folder, "recover=kd_hidden", "recover.teacher.source=cached"))
     assert "teacher" not in stages["recover"].parts
     assert stages["teacher targets"].parts["teacher"] > 0
+    assert stages["teacher targets"].parts["student"] < stages["recover"].parts["student"]  # its layers make room
     assert stages["teacher targets"].certain == ("student",)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from efficientllava.checkpoint.folder import load
 from efficientllava.models.anatomy import language_parameters, layers_of
-from efficientllava.models.offload import Disk, Offload
+from efficientllava.models.offload import Disk, Offload, set_aside
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.stream import Calibration
 from efficientllava.settings.schema import PruneConfig
@@ -223,3 +223,22 @@ def test_a_model_in_files_never_has_more_than_a_few_layers_in_memory(tmp_path, m
     allocator = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=allocator)
     assert int(done.stdout.splitlines()[-1]) < 3 * layer < weights / 3
+
+
+def test_layers_that_are_set_aside_are_not_held_in_memory_and_come_back_as_they_were(tmp_path):
+    def held() -> int:
+        [line] = [line for line in open("/proc/self/status") if line.startswith("RssAnon:")]
+        return int(line.split()[1]) * 1024
+
+    layers = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(4))
+    weights = [parameter.detach().clone() for parameter in layers.parameters()]
+    before = held()
+    with set_aside(layers, torch.device("cpu"), tmp_path):
+        assert before - held() > 0.9 * sum(weight.nbytes for weight in weights)
+        assert not list(tmp_path.iterdir())  # what is killed leaves nothing
+    for parameter, weight in zip(layers.parameters(), weights, strict=True):
+        assert torch.equal(parameter, weight)
+    with torch.no_grad():
+        layers[0].weight.add_(1)
+    assert torch.equal(layers[0].weight, weights[0] + 1)
+    assert torch.equal(layers[1].weight, weights[2])
