@@ -34,7 +34,7 @@ ASSUMPTIONS = (
     "assumed: records of {tokens} tokens with {images}",
     "all intermediate results of a layer are alive at once; in training without recover.gradient_checkpointing those "
     "of all layers",
-    "what the libraries themselves take, and fragmentation, are not counted",
+    "what the libraries themselves take, fragmentation, and weights that stay mapped from their files, are not counted",
 )
 LONGEST = 2048  # tokens of a record where neither data.max_length nor a shorter context says so
 
@@ -83,16 +83,17 @@ def stage_memory(plan: Forecast, tokens: int | None = None) -> dict[str, StageMe
         UserError: The recovery cannot be set up.
     """
     settings, record = plan.settings, _record(plan, tokens)
-    base, pruned = weight_bytes(plan.base), weight_bytes(plan.pruned)
+    read = 0 if _mapped(plan, settings.model.dtype) else 1
+    base, pruned = read * weight_bytes(plan.base), read * weight_bytes(plan.pruned)
     stages, held = {}, {"base": base}
     if settings.evaluate.tasks:
         parts = {"base": base, **_answering(plan, plan.base, record, settings.evaluate.batch_size)}
         stages["evaluate"] = StageMemory(parts, ("base",), "set model.dtype=bfloat16, or evaluate=none")
     if settings.prune.method != "none":
-        stages["prune"] = _pruning(plan, record, base, measured=tokens is not None)
+        stages["prune"] = _pruning(plan, record, measured=tokens is not None)
         held["pruned"] = pruned
     if settings.recover.name != "none":
-        stages |= _recovering(plan, record, pruned)
+        stages |= _recovering(plan, record)
         held["recovered"] = pruned
     if settings.evaluate.efficiency:
         # With offload one model at a time is on the device.
@@ -129,7 +130,7 @@ def _answering(plan: Forecast, model: nn.Module, record: _Record, rows: int) -> 
     return {"key-value cache": cache, "activations": _forward(plan, layers, rows, record)}
 
 
-def _pruning(plan: Forecast, record: _Record, base: int, measured: bool) -> StageMemory:
+def _pruning(plan: Forecast, record: _Record, measured: bool) -> StageMemory:
     """See `efficientllava.pruning.memory`; a search counts as scoring and refit, its table is on disk.
 
     Unless the records are measured, the weights alone are certain, which fewer or shorter records leave as they are.
@@ -141,8 +142,10 @@ def _pruning(plan: Forecast, record: _Record, base: int, measured: bool) -> Stag
     size = CalibrationSize(samples, record.tokens, rows, record.images)
     stored = config.offload is True or (plan.device == "cuda" and store_on_host(plan.base, config, size))
     memory = pruning_memory(plan.base, config, size, stored)
-    weights = 0 if config.offload else base
+    weights = 0 if config.offload else weight_bytes(plan.base)
     parts = {"base": weights, "working set": memory.peak - weights}
+    if weights and _mapped(plan, plan.settings.model.dtype):  # what is cut is not
+        parts |= {"base": 0, "pruned": weight_bytes(plan.pruned)}
     whole = not config.offload and plan.settings.prune.method != "auto"
     ways = {
         "prune.offload=disk": whole and plan.device == "cpu",
@@ -152,11 +155,17 @@ def _pruning(plan: Forecast, record: _Record, base: int, measured: bool) -> Stag
     smaller = "lower calibration.samples, calibration.batch_size or data.max_length"
     larger = _set(ways)
     fix = (f"{larger}, or {smaller}" if larger else smaller) if measured else larger or "choose another device"
-    return StageMemory(parts, ("base",), fix, memory.host)
+    return StageMemory(parts, tuple(name for name in parts if name != "working set"), fix, memory.host)
 
 
-def _recovering(plan: Forecast, record: _Record, student: int) -> dict[str, StageMemory]:
+def _mapped(plan: Forecast, dtype: str) -> bool:
+    """Whether weights are what the files have: the system drops them when it wants to, and reads them again."""
+    return plan.device == "cpu" and compute_dtype(dtype, plan.storage, plan.device) == plan.storage
+
+
+def _recovering(plan: Forecast, record: _Record) -> dict[str, StageMemory]:
     """Student, what training adds to it, teacher, and the activations of a micro-batch."""
+    student = weight_bytes(plan.pruned)  # counts also where it was mapped: adapters are merged into it
     config, size, layers = plan.settings.recover, plan.dtype.itemsize, layers_of(plan.pruned)
     rows, stages = plan.settings.data.batch_size, {}
     parts = {"student": student, "training state": plan.training[1]}
@@ -208,6 +217,8 @@ def _set(ways: Mapping[str, bool]) -> str:
 def _teacher_bytes(plan: Forecast) -> int:
     """Weights of the live teacher; a vision tower of the student's type is the student's."""
     config = plan.settings.recover.teacher
+    if _mapped(plan, config.dtype):
+        return 0
     dtype = compute_dtype(config.dtype, plan.storage, plan.device)
     decoder, weights = decoder_of(plan.base), weight_bytes(plan.base, dtype)
     if dtype == plan.dtype:

@@ -72,6 +72,16 @@ def test_weights_are_counted_in_the_type_that_computes(folder):
     assert all(0 < stage.least < stage.total for stage in stages.values())
 
 
+def test_weights_that_stay_mapped_do_not_count_until_they_are_changed(folder):
+    options = ["model.dtype=bfloat16", "recover=kd_hidden"]
+    plan = planned(folder, *options)
+    copied, mapped = stage_memory(plan), stage_memory(replace(plan, storage=torch.bfloat16))
+    assert mapped["evaluate"].parts["base"] == mapped["measure speed"].least == 0 < copied["evaluate"].least
+    assert mapped["prune"].least == mapped["prune"].parts["pruned"] == weight_bytes(plan.pruned)
+    assert mapped["recover"].parts["teacher"] == 0 < mapped["recover"].parts["student"]
+    assert stage_memory(replace(plan, storage=torch.bfloat16, device="cuda"))["evaluate"].least > 0
+
+
 def test_a_cached_teacher_is_not_there_while_the_student_trains(folder):
     stages = stage_memory(planned(folder, "recover=kd_hidden", "recover.teacher.source=cached"))
     assert "teacher" not in stages["recover"].parts
