@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,8 +228,8 @@ def test_a_model_in_files_never_has_more_than_a_few_layers_in_memory(tmp_path, m
 
 def test_layers_that_are_set_aside_are_not_held_in_memory_and_come_back_as_they_were(tmp_path):
     def held() -> int:
-        [line] = [line for line in open("/proc/self/status") if line.startswith("RssAnon:")]
-        return int(line.split()[1]) * 1024
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) * 1024
 
     layers = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(4))
     weights = [parameter.detach().clone() for parameter in layers.parameters()]
