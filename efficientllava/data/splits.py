@@ -300,17 +300,19 @@ def split_roles(records: Sequence[Record], share: float = COMPARED) -> tuple[lis
     Returns:
         Records to fit and records to compare, both in their order; the latter is empty where there are too few.
     """
-    groups: dict[str, list[Record]] = defaultdict(list)
-    for record, group in zip(records, groups_of(records), strict=True):
-        groups[group].append(record)
-    compared: list[Record] = []
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups_of(records)):
+        groups[group].append(index)
+    chosen: set[int] = set()
     for group in reversed(list(groups.values())[LEAST_FITTED:]):
-        if len(compared) + len(group) <= share * len(records):
-            compared += group
-    if len(compared) < LEAST_COMPARED:
+        if len(chosen) + len(group) <= share * len(records):
+            chosen.update(group)
+    if len(chosen) < LEAST_COMPARED:
         return list(records), []
-    chosen = {id(record) for record in compared}
-    return [r for r in records if id(r) not in chosen], [r for r in records if id(r) in chosen]
+    parts: tuple[list[Record], list[Record]] = [], []
+    for index, record in enumerate(records):
+        parts[index in chosen].append(record)
+    return parts
 
 
 def split_folds(records: Sequence[Record]) -> tuple[list[Record], list[Record], list[Record]]:

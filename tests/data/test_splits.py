@@ -127,6 +127,8 @@ def test_documents_and_images_are_in_one_split_and_have_one_role(tmp_path: Path)
     assert [len(part) for part in parts] == pytest.approx([160, 20, 20], abs=3)
     roles = [{group_of[record.id] for record in part} for part in split_folds(listed[0][:150])]
     assert all(roles) and sum(map(len, roles)) == len(set().union(*roles))
+    table = [[record.id for record in part] for part in split_folds(parts[0])]  # which makes its records anew
+    assert table == [[record.id for record in part] for part in split_folds(listed[0])] and all(table)
 
 
 def test_ids_that_name_one_document_are_cut_one_by_one() -> None:
