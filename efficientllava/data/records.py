@@ -9,7 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from io import BytesIO
 from os.path import isfile
 from pathlib import Path
@@ -298,6 +298,12 @@ def image_stamps(records: Sequence[Record], indices: Sequence[int] | None = None
     files = image_files(records, indices)
     known = _of_each(_stamp, (file for each in files for file in each))
     return [digest([known[file] for file in each]) if each else "" for each in files]
+
+
+def text_contents(records: Sequence[Record]) -> str:
+    """Digest of all that a few records say, and of what they say about it."""
+    turns = [[astuple(turn) for turn in record.turns] for record in records]
+    return digest([[r.id, r.independent, said, dict(r.details)] for r, said in zip(records, turns, strict=True)])
 
 
 def image_contents(records: Sequence[Record], memo: Memo) -> str:

@@ -1,7 +1,8 @@
 """``python -m efficientllava.deploy <checkpoint> [--types f16 q8_0] [--out folder]``: files for llama.cpp.
 
 Writes them into ``gguf/`` of the checkpoint's folder, with a README.md that says how to run them, compares them with
-transformers in the installed runtime, and measures them beside the checkpoint that this one was pruned from.
+transformers in the installed runtime, and measures them beside the checkpoint that this one was pruned from, if that is
+a folder here or ships with this package.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..runtime import exit_code, quiet_libraries, say
+from ..runtime import UserError, exit_code, quiet_libraries, say
 from ..settings.schema import DeployConfig
 
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("checkpoint", help="folder, hub id, or builtin:<name>")
     parser.add_argument("--types", nargs="+", default=plain.types, help="of the files: f32 f16 bf16 q8_0 q5_1 … q4_0")
     parser.add_argument("--out", type=Path, help="folder of the files; default: gguf/ in the checkpoint's folder")
-    parser.add_argument("--dense", help="checkpoint to measure beside it; default: the one that it was pruned from")
+    parser.add_argument("--dense", help="checkpoint to measure beside it; default: the folder that it was pruned from")
     parser.add_argument("--repeats", type=int, default=plain.repeats, help="rounds of measuring")
     for name in ("mmproj", "check", "measure"):
         parser.add_argument(f"--no-{name}", action="store_false", dest=name)
@@ -46,6 +47,10 @@ def main(arguments: Sequence[str]) -> None:
     require_valid(config, "deploy.")
     local = Path(path).expanduser()
     out = out or (local if local.is_dir() else Path()) / "gguf"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out={out}: {error.strerror}; give a folder of yours") from error
     if dense is None and config.measure and (origin := origin_of(local)):
         dense = origin[0]
     made = deploy(load(path, "float32"), out, config, dense and load(dense, "float32"))

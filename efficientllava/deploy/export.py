@@ -12,10 +12,10 @@ import jinja2
 
 from ..checkpoint.hub import named
 from ..models.anatomy import decoder_of, layers_of
-from ..runtime import UserError, disk_full, write_whole
+from ..runtime import UserError, disk_full, put, write_whole
 from ..runtime.keeping import require_space
 from ..settings.checks import require_valid
-from ..settings.schema import BLOCKS, DeployConfig
+from ..settings.schema import BLOCKS, DeployConfig, RunConfig
 from . import check, decoders
 from .decoders import BLOCK, FALLBACK
 from .inputs import ImageSide, image_side, side, vocabulary
@@ -76,6 +76,11 @@ def foresee(model: Any, shapes: Sequence[Any], config: DeployConfig) -> list[str
         f"deploy.types: {quantized[0]} takes rows in multiples of {BLOCK}; of widths such as {min(odd)} tensors "
         f"stay in {FALLBACK} and the file grows; prune.round_to={quantized[0]} keeps channels to multiples"
     ]
+
+
+def compared(settings: RunConfig) -> bool:
+    """Whether a run measures what it exports beside the model that it was made of."""
+    return settings.deploy.measure and (settings.prune.method, settings.recover.name) != ("none", "none")
 
 
 def needed_bytes(model: Any, config: DeployConfig, dense: bool) -> int:
@@ -146,15 +151,19 @@ def deploy(
     folder.mkdir(parents=True, exist_ok=True)
     both = dense is not None and config.measure
     require_space(folder, needed_bytes(checkpoint.model, config, both), "deploy=gguf", "export fewer deploy.types")
-    made = write(checkpoint, folder, config)
-    if config.check or config.measure:
-        made["runtime"] = version()
-    paths = {kind: folder / entry["file"] for kind, entry in made["files"].items()}
-    if config.check:
-        _check(checkpoint, folder, made, paths, questions)
-    if config.measure:
-        _measure(made, paths, config, dense, folder)
-    tell(folder, name_of(checkpoint), made)
+    with tempfile.TemporaryDirectory(prefix=".made-", dir=folder) as scratch:  # what is refused leaves nothing
+        place = Path(scratch)
+        made = write(checkpoint, place, config)
+        if config.check or config.measure:
+            made["runtime"] = version()
+        paths = {kind: place / entry["file"] for kind, entry in made["files"].items()}
+        if config.check:
+            _check(checkpoint, place, made, paths, questions)
+        if config.measure:
+            _measure(made, paths, config, dense, place)
+        tell(place, name_of(checkpoint), made)
+        for file in place.iterdir():
+            put(file, folder / file.name)
     return made
 
 

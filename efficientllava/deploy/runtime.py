@@ -19,7 +19,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from .inputs import CONTROL, NORMAL, SPACE, UNKNOWN
 SERVER = Path(__file__).with_name("server.py")
 GREEDY = {"temperature": 0.0, "top_k": 1, "samplers": ["top_k"], "return_tokens": True}
 TIMEOUT = 3600.0  # seconds for one answer
+PATIENCE = 20.0  # seconds for an end
 # Speed is measured on one thread, files in turn.
 PROMPT, DECODED = 128, 32  # tokens, as far as the context has room for them
 LOADS = 3
@@ -75,7 +76,7 @@ class Runtime:
         return json.loads(line)
 
     def _failed(self) -> UserError:
-        self._process.wait()
+        _end(self._process)
         self._log.seek(0)
         lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
         told = (
@@ -85,8 +86,11 @@ class Runtime:
 
     def cpu(self) -> float:
         """Seconds of CPU that the runtime has used."""
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise self._failed() from error
         return float(self._read())
 
     def ask(self, place: str, **body: Any) -> Any:
@@ -204,12 +208,18 @@ def serve(
         try:
             yield Runtime(process, log, model)
         finally:
-            process.stdin.close()  # pyright: ignore[reportOptionalMemberAccess]
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            _end(process)
+
+
+def _end(process: Any) -> None:
+    """End the server, which does so by itself once nobody can ask it any more."""
+    with suppress(OSError):  # what it was never told
+        process.stdin.close()
+    try:
+        process.wait(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def speeds(files: Mapping[str, Path], context: int, repeats: int) -> dict[str, dict[str, float]]:

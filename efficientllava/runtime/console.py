@@ -171,11 +171,11 @@ def exit_code(main: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader has seen enough (``| head``); Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (Exception, SweepRefused) as raised:
+        if isinstance(raised, BrokenPipeError) and _unread():
+            # The reader has seen enough (``| head``); Python would complain once more when it closes stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         if debug:
             raise
         error = raised.__cause__ or raised if isinstance(raised, SweepRefused) else raised
@@ -194,6 +194,15 @@ def exit_code(main: Callable[[], object]) -> int:
     finally:
         _sweeps.clear()  # one that has failed lets go of the cache as it is
     return 0
+
+
+def _unread() -> bool:
+    """Whether nobody reads what is printed any more: what could not be written is still there to be."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _close_sweeps(complete: bool = True) -> None:

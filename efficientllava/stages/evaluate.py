@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import Checkpoint
-from ..data.records import image_contents, image_stamps
+from ..data.records import image_contents, image_stamps, text_contents
 from ..evaluation import judges, lmms
 from ..evaluation.answers import answer, mean_loss
 from ..evaluation.divergence import collect
@@ -101,7 +101,7 @@ def _loss(run: Run, checkpoint: Checkpoint) -> float:
         compute,
         model=checkpoint.digest,
         task=["loss", size, run.settings.data.max_length],
-        questions=digest([[r.id, [[turn.question, turn.answer] for turn in r.turns]] for r in records]),
+        questions=text_contents(records),
         images=processes.on_first(lambda: image_contents(records, run.store.memo)),
     )
     return entry.record["loss"]
@@ -128,9 +128,7 @@ def _answer(run: Run, stage: str, checkpoint: Checkpoint, task: Any, base: Score
         compute,
         model=checkpoint.digest,
         task=[task.name, task.facts(), task.max_new_tokens, task.stop],
-        questions=digest(
-            [[r.id, [[turn.question, turn.answer] for turn in r.turns], dict(r.details)] for r in records]
-        ),
+        questions=text_contents(records),
         images=processes.on_first(lambda: digest(image_stamps(records))),
         base=compared and compared.name,
     )

@@ -103,7 +103,7 @@ def prepare(run: Run) -> None:
     """
     config, model = run.settings.deploy, run.base.model
     export.describe(run.base, config)
-    needed = export.needed_bytes(model, config, run.settings.prune.method != "none")
+    needed = export.needed_bytes(model, config, export.compared(run.settings))
     require_space(run.folder, needed, "deploy=gguf", "export fewer deploy.types")
     for remark in export.foresee(model, run.expected.shapes, config):
         say(remark)

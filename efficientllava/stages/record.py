@@ -6,12 +6,14 @@ It is done anew in every run, since it measures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint.export import usage
 from ..checkpoint.folder import Checkpoint, load, resolve
+from ..checkpoint.hub import origin_of
 from ..data.records import open_image
 from ..deploy import export
 from ..evaluation.efficiency import checkpoint_bytes, measure, quantized
@@ -157,11 +159,12 @@ def deploy(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
     """
     if processes.rank() > 0:
         return {}
-    config, model, dense = run.settings.deploy, run.settings.model, None
+    config, model = run.settings.deploy, run.settings.model
+    # What the run began with, or, where it changes nothing, what that was made of, if it is here.
+    beside = (model.path, model.revision) if export.compared(run.settings) else origin_of(Path(model.path).expanduser())
     if run.device != "cpu" or checkpoint.model.dtype != torch.float32:
         checkpoint = load(checkpoint.path, "float32", memo=run.store.memo)
-    if checkpoint.provenance.get("history") and config.measure:
-        dense = load(model.path, "float32", "cpu", model.revision, model.protocol, model.system)
+    dense = load(beside[0], "float32", "cpu", beside[1]) if beside and config.measure else None
     say("deploy: files for llama.cpp" + ", checked and measured there" * config.check)
     with whole_folder(run.folder / FOLDER) as folder:
         made = export.deploy(checkpoint, folder, config, dense, _questions(run))

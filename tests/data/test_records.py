@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from efficientllava.data.records import (
     Turn,
     open_image,
     open_images,
+    text_contents,
 )
 from efficientllava.data.table import read_conversations
 from efficientllava.runtime.errors import UserError
@@ -148,6 +150,22 @@ def test_faulty_files_are_named(folder: Path, text: str | None, says: str) -> No
 def test_missing_image_root_is_named(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.image_root: .*nowhere"):
         read_conversations(write(folder, GOOD), folder / "nowhere")
+
+
+def test_everything_that_a_record_says_is_content() -> None:
+    turn = Turn("what is it?", "a cat")
+    record = Record("x", None, (turn,), False, "")
+    turns = [
+        {"question": "where?"},
+        {"answer": "a dog"},
+        {"kind": "pet"},
+        {"sees_image": False},
+        {"images_at": (3,)},
+    ]
+    assert {name for change in turns for name in change} == {field.name for field in fields(Turn)}
+    others = [replace(record, turns=(replace(turn, **change),)) for change in turns]
+    others += [replace(record, id="y"), replace(record, independent=True), replace(record, details={"a": 1})]
+    assert len({text_contents([each]) for each in [record, *others]}) == 1 + len(others)
 
 
 def test_broken_image_is_named_when_it_is_opened(folder: Path) -> None:

@@ -103,6 +103,7 @@ def test_a_wrong_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(decoders, "write", spoilt)
     with pytest.raises(UserError, match="the exported decoder is not the model"):
         export.deploy(load("builtin:tiny_internvl"), tmp_path, F32)
+    assert not list(tmp_path.iterdir())
 
 
 @needs_runtime

@@ -40,6 +40,11 @@ def test_a_run_ends_with_files_for_llama_cpp(tmp_path: Path) -> None:
     assert finished(settings, folder)
     shutil.rmtree(folder / "gguf")
     assert not finished(settings, folder)
+    # A run that begins where this one ended measures beside what this one began with.
+    more = ("prune=none", "deploy.types=[f32]", "deploy.check=false")
+    later = run(tmp_path / "later", small(folder / "pruned", tmp_path / "out", *ALONE, *more))
+    speed = later["deploy"]["files"]["f32"]["speed"]
+    assert speed["dense"]["bytes"] == entry["speed"]["dense"]["bytes"] > speed["exported"]["bytes"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 from ...data.embedded.prose import GIVEN, of_text, shipped
 from ...data.records import Record, missing_images
 from ...data.table import read_conversations
-from ...runtime import NotFiniteError, UserError
+from ...runtime import NotFiniteError, UserError, sha256
 from ...settings.schema import DataConfig, EvaluateConfig
 from . import Outcome, Scores, Task, value
 from . import Record as Answered
@@ -27,11 +27,16 @@ LARGEST = 700.0  # nats whose exponential is a number
 
 def task(_data: DataConfig, evaluate: EvaluateConfig) -> Task:
     """The benchmark over the shipped texts, or over ``evaluate.prose.path``."""
-    path = evaluate.prose.path
-    read = shipped if path is None else partial(own, Path(path).expanduser())
-    facts: dict[str, Any] = {"dataset": "prose" if path is None else Path(path).name, "given_words": GIVEN}
+    path = evaluate.prose.path and Path(evaluate.prose.path).expanduser()
+    read = partial(own, path) if path else shipped
     count = None if path else len(shipped())
-    return Task("prose", ("perplexity", "kl"), 0, read, score, facts.copy, count, answer_loss=True, divergence=True)
+
+    def facts() -> dict[str, Any]:
+        # Of a file also the content: a table holds its images in itself.
+        text = {"dataset": path.name, "sha256": sha256(path)} if path else {"dataset": "prose"}
+        return {**text, "given_words": GIVEN}
+
+    return Task("prose", ("perplexity", "kl"), 0, read, score, facts, count, answer_loss=True, divergence=True)
 
 
 def own(file: Path) -> Sequence[Record]:
