@@ -21,7 +21,7 @@ from ..settings.schema import PruneConfig
 from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan
 from .pruner import PruneReport, apply_plan, make_plan
-from .self_text import position_share
+from .self_text import position_share, positions_of
 from .stream import Beginning, Calibration, silent
 from .surgery import reinitialise
 
@@ -64,7 +64,7 @@ class PruningModule(LightningModule):
         features: FeatureCache | None = None,
         tick: Tick = silent,
         offload: Offload | None = None,
-        write: Callable[[nn.Module], list[Batch]] | None = None,
+        write: Callable[[nn.Module, tuple[int, int]], list[Batch]] | None = None,
         written_share: float = 0.5,
     ) -> None:
         super().__init__()
@@ -138,9 +138,7 @@ class PruningModule(LightningModule):
         """This process's part of the text that the model writes, and what a position counts for, batch by batch."""
         if self._write is None:
             return [], [1.0] * len(batches)
-        text = self._write(model)
-        mine = float(sum(int(batch["attention_mask"].sum()) for batch in batches))
-        read = float(sum_over(torch.tensor([mine], dtype=torch.float64)))
-        share = position_share(self._written_share, read, text)
-        text = text[self.trainer.global_rank :: self.trainer.world_size]
+        text = self._write(model, (self.trainer.global_rank, self.trainer.world_size))
+        mine = torch.tensor([positions_of(batches), positions_of(text)], dtype=torch.float64)
+        share = position_share(self._written_share, *sum_over(mine).tolist())
         return text, [1.0] * len(batches) + [share] * len(text)

@@ -181,15 +181,20 @@ def sequences(config: CalibrationConfig, records: Sequence[Record], processor: A
     return WRITTEN if fits and not any(record.images for record in records) else 0
 
 
-def position_share(share: float, read: float, written: Sequence[Batch]) -> float:
+def position_share(share: float, read: float, written: float) -> float:
     """What a written position counts for beside one that was read, so that all written ones have a share.
 
     Args:
         share: Of the statistics, (0, 1).
         read: Number of read positions.
-        written: Output of `write_text`.
+        written: Number of written positions, > 0.
     """
-    return share / (1 - share) * read / sum(int(batch["attention_mask"].sum()) for batch in written)
+    return share / (1 - share) * read / written
+
+
+def positions_of(batches: Sequence[Batch]) -> int:
+    """Positions of batches without the padding."""
+    return sum(int(batch["attention_mask"].sum()) for batch in batches)
 
 
 def write_text(
@@ -200,6 +205,7 @@ def write_text(
     seed: int,
     batch_size: int = 8,
     tick: Tick = silent,
+    part: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
     """Have the dense model write conversations and, every other one, text without a template.
 
@@ -215,6 +221,7 @@ def write_text(
         seed: Seed.
         batch_size: Rows per returned batch.
         tick: Progress.
+        part: Which of how many processes this is: each writes every so many-th batch.
 
     Returns:
         Batches as of `efficientllava.data.collator.Collator`, without padding and images; what the model wrote as the
@@ -238,22 +245,25 @@ def write_text(
     bar[
         1, list(free.ends)
     ] = -torch.inf  # text goes on, else a model that was never asked to may write nothing but ends
+    (rank, processes), numbers = part, torch.arange(count).split(batch_size)
+    mine = [number for batch in numbers[rank::processes] for number in batch.tolist()]
     draws = torch.rand(count, length, generator=torch.Generator().manual_seed(seed)).to(weight.device)
     width = sum(2 * layer.attention.units * layer.head_dim for layer in layers_of(model))
     at_once = max(1, MEMORY // (width * length * weight.element_size() + 16 * len(weight)))
     rows: list[_Row] = []
-    for some in draws.split(at_once):
-        kind = [number % 2 for number in range(len(rows), len(rows) + len(some))]
+    for start in range(0, len(mine), at_once):
+        some = mine[start : start + at_once]
+        kind = [number % 2 for number in some]
         new = [_Row(kinds[i]) for i in kind]
-        _write(decoder, head, new, some, bar[kind])
+        _write(decoder, head, new, draws[some], bar[kind])
         rows += new
-        tick("write text", len(rows), count)
+        tick("write text", len(rows), len(mine))
     batches: list[Batch] = []
-    for start in range(0, count, batch_size):
-        part = rows[start : start + batch_size]
-        ids = torch.tensor([row.ids for row in part])
-        labels = torch.tensor([row.labels for row in part])
-        names = [f"self/{start + index}" for index in range(len(part))]
+    for start in range(0, len(mine), batch_size):
+        some = rows[start : start + batch_size]
+        ids = torch.tensor([row.ids for row in some])
+        labels = torch.tensor([row.labels for row in some])
+        names = [f"self/{number}" for number in mine[start : start + batch_size]]
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "ids": names})
     return batches
 

@@ -22,7 +22,7 @@ from ..pruning.obs import DAMPING
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, apply_plan, block_influences
 from ..pruning.selection import Space, uniform_candidates
-from ..pruning.self_text import position_share
+from ..pruning.self_text import position_share, positions_of
 from ..pruning.stream import Beginning, Calibration, CalibrationStream, silent
 from ..pruning.surgery import reinitialise
 from ..runtime import processes
@@ -66,7 +66,7 @@ class SearchInputs:
     identity: Mapping[str, str]
     tables: Path
     work: Path
-    write: Callable[[nn.Module], list[Batch]] | None = None
+    write: Callable[[nn.Module, tuple[int, int]], list[Batch]] | None = None
     written_share: float = 0.5
     clock: Clock | None = None
 
@@ -165,9 +165,9 @@ class SearchModule(LightningModule):
 
     def _with_written(self, batches: Sequence[Batch]) -> list[Batch]:
         """The samples and what the model writes itself, of which every fold gets its part."""
-        text = self._inputs.write(self.model) if self._inputs.write else []
-        read = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        share = position_share(self._inputs.written_share, read, text) if text else 0.0
+        text = self._inputs.write(self.model, (0, 1)) if self._inputs.write else []
+        counts = positions_of(batches), positions_of(text)
+        share = position_share(self._inputs.written_share, *counts) if text else 0.0
         self._shares = [1.0] * len(batches) + [share] * len(text)
         self._folds += [(0, 1, 2, 0)[i % 4] if max(self._folds) else 0 for i in range(len(text))]
         device = next(self.model.parameters()).device

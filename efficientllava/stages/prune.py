@@ -77,11 +77,11 @@ def _written(run: Run) -> int:
     return sequences(settings.calibration, run.calibration, run.base.processor) if settings.prune.solves else 0
 
 
-def _writer(run: Run, tick: Tick) -> Callable[[Any], list[Any]] | None:
+def _writer(run: Run, tick: Tick) -> Callable[[Any, tuple[int, int]], list[Any]] | None:
     """What has the dense model write text for the statistics, if it is to."""
     config, count = run.settings.calibration, _written(run)
     how = (count, config.generate_length, run.settings.seed, config.batch_size, tick)
-    return (lambda dense: write_text(dense, run.base.processor, *how)) if count else None
+    return (lambda dense, part: write_text(dense, run.base.processor, *how, part)) if count else None
 
 
 def _pruner(run: Run, tick: Tick) -> Any:

@@ -16,6 +16,7 @@ from efficientllava.pruning import self_text
 from efficientllava.pruning.self_text import (
     WRITTEN,
     position_share,
+    positions_of,
     sequences,
     write_text,
 )
@@ -191,6 +192,19 @@ def test_the_calibration_stream_reads_the_batches():
     assert 0 < stream.answer_loss(hidden) < 10
 
 
+def test_processes_share_the_writing():
+    loaded = checkpoint("tiny_llava")
+
+    def made(*part: int) -> dict[str, list[int]]:
+        batches = write_text(loaded.model, loaded.processor, 7, LENGTH, 0, batch_size=2, part=part)
+        return {name: ids for b in batches for name, ids in zip(b["ids"], b["input_ids"].tolist(), strict=True)}
+
+    parts = [made(rank, 3) for rank in range(3)]
+    assert [len(part) for part in parts] == [3, 2, 2]
+    assert made(0, 1) == {name: ids for part in parts for name, ids in part.items()}
+    assert made(8, 9) == {}
+
+
 def test_a_template_that_changes_the_question_lets_the_model_run_free(monkeypatch):
     processor = copy.copy(checkpoint("tiny_llava").processor)
     template = (
@@ -229,5 +243,5 @@ def test_text_joins_records_without_images_by_default():
     assert sequences(CalibrationConfig(generate_length=1 << 20), [text], processor) == 0
     assert [sequences(CalibrationConfig(generate=n), [shown], processor) for n in (0, 3)] == [0, 3]
     batches = write_text(checkpoint("tiny_llava").model, processor, 4, LENGTH, 0)
-    share = position_share(0.25, 900.0, batches)
+    share = position_share(0.25, 900.0, positions_of(batches))
     assert share * 4 * LENGTH / (share * 4 * LENGTH + 900) == pytest.approx(0.25)
