@@ -27,6 +27,7 @@ from ..pruning.memory import (
     store_on_host,
     vision_bytes,
 )
+from ..pruning.self_text import WRITTEN, writing_bytes
 from ..runtime import UserError
 from . import Forecast, context_of, weight_bytes
 
@@ -83,7 +84,7 @@ def stage_memory(plan: Forecast, tokens: int | None = None) -> dict[str, StageMe
         UserError: The recovery cannot be set up.
     """
     settings, record = plan.settings, _record(plan, tokens)
-    read = 0 if _mapped(plan, settings.model.dtype) else 1
+    read = 0 if _stays_mapped(plan, settings.model.dtype) else 1
     base, pruned = read * weight_bytes(plan.base), read * weight_bytes(plan.pruned)
     stages, held = {}, {"base": base}
     if settings.evaluate.tasks:
@@ -139,13 +140,18 @@ def _pruning(plan: Forecast, record: _Record, measured: bool) -> StageMemory:
     config = replace(config, method="widthwise") if config.method == "auto" else config
     samples = -(-calibration.samples // plan.processes)
     rows = micro_batch(config, calibration.batch_size)
-    size = CalibrationSize(samples, record.tokens, rows, record.images)
+    # Where nobody says how much text the model writes, the records, which are not opened here, may have no image.
+    written = WRITTEN if calibration.generate is None else calibration.generate
+    written = -(-written // plan.processes) if config.solves else 0
+    size = CalibrationSize(samples, record.tokens, rows, record.images).joined(written * calibration.generate_length)
     stored = config.offload is True or (plan.device == "cuda" and store_on_host(plan.base, config, size))
     memory = pruning_memory(plan.base, config, size, stored)
     weights = 0 if config.offload else weight_bytes(plan.base)
-    parts = {"base": weights, "working set": memory.peak - weights}
-    if weights and _mapped(plan, plan.settings.model.dtype):  # what is cut is not
-        parts |= {"base": 0, "pruned": weight_bytes(plan.pruned)}
+    writing = writing_bytes(plan.base, written, calibration.generate_length, plan.device) if written else 0
+    parts = {"base": weights, "working set": max(memory.peak - weights, writing)}
+    if weights and _stays_mapped(plan, plan.settings.model.dtype):
+        cut = layers_of(plan.pruned) if config.refit or config.method != "layerwise" else []
+        parts |= {"base": 0, "pruned": sum(weight_bytes(layer.module) for layer in cut)}
     whole = not config.offload and plan.settings.prune.method != "auto"
     ways = {
         "prune.offload=disk": whole and plan.device == "cpu",
@@ -158,7 +164,7 @@ def _pruning(plan: Forecast, record: _Record, measured: bool) -> StageMemory:
     return StageMemory(parts, tuple(name for name in parts if name != "working set"), fix, memory.host)
 
 
-def _mapped(plan: Forecast, dtype: str) -> bool:
+def _stays_mapped(plan: Forecast, dtype: str) -> bool:
     """Whether weights are what the files have: the system drops them when it wants to, and reads them again."""
     return plan.device == "cpu" and compute_dtype(dtype, plan.storage, plan.device) == plan.storage
 
@@ -177,8 +183,9 @@ def _recovering(plan: Forecast, record: _Record) -> dict[str, StageMemory]:
             # The student's layers make room for it.
             rest = student - sum(weight_bytes(layer.module) for layer in layers)
             asking = {"student": rest, "teacher": teacher, "activations": _forward(plan, layers, rows, record)}
+            host = student - rest if plan.device == "cuda" else 0
             # Answers that are there are not asked for again.
-            stages["teacher targets"] = StageMemory(asking, ("student",), "set recover.teacher.dtype=bfloat16")
+            stages["teacher targets"] = StageMemory(asking, ("student",), "set recover.teacher.dtype=bfloat16", host)
         else:
             parts["teacher"] = teacher
             certain.append("teacher")
@@ -217,7 +224,7 @@ def _set(ways: Mapping[str, bool]) -> str:
 def _teacher_bytes(plan: Forecast) -> int:
     """Weights of the live teacher; a vision tower of the student's type is the student's."""
     config = plan.settings.recover.teacher
-    if _mapped(plan, config.dtype):
+    if _stays_mapped(plan, config.dtype):
         return 0
     dtype = compute_dtype(config.dtype, plan.storage, plan.device)
     decoder, weights = decoder_of(plan.base), weight_bytes(plan.base, dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..runtime import UserError, disk_full
 from .anatomy import decoder_of
 
 ALIGNED = 64  # bytes that the weights of a file begin at multiples of
@@ -126,7 +127,7 @@ class Disk(Offload):
 
     def put(self, tensor: Tensor) -> Tensor:
         """A parameter in the type that is stored, mapped from the file."""
-        return _mapped(self._file, tensor.data.to(self._storage))
+        return mapped_copy(self._file, tensor.data.to(self._storage))
 
     def settle(self, model: nn.Module) -> None:
         """Give all parameters the precision of the type that computes, as if the model had been loaded in it."""
@@ -158,7 +159,7 @@ def offload_layers(model: nn.Module, device: torch.device | str) -> Offload:
 
 
 @contextlib.contextmanager
-def set_aside(layers: nn.Module, device: torch.device, folder: Path) -> Iterator[None]:
+def make_room(layers: nn.Module, device: torch.device, folder: Path) -> Iterator[None]:
     """Leave a device to something else for a while: what some layers have there goes to host memory and comes back.
 
     Where the device is the host they go to a file, and stay mapped from it; what trains is copied as it changes.
@@ -167,12 +168,22 @@ def set_aside(layers: nn.Module, device: torch.device, folder: Path) -> Iterator
         layers: What nothing computes with meanwhile.
         device: The device.
         folder: Where the file is; it has no name, and ends with the process.
+
+    Raises:
+        UserError: The disk is full.
     """
     there = [tensor for tensor in _tensors([layers]) if tensor.device == device]
     if device.type == "cpu":
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for tensor in there:
-                tensor.data = _mapped(file, tensor.data)
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                for tensor in there:
+                    tensor.data = mapped_copy(file, tensor.data)
+        except OSError as error:
+            if disk_full(error):
+                raise UserError(
+                    f"{folder}: the disk is full; free some space, or set paths.cache_dir elsewhere"
+                ) from error
+            raise
         yield
         return
     for tensor in there:
@@ -184,7 +195,7 @@ def set_aside(layers: nn.Module, device: torch.device, folder: Path) -> Iterator
             tensor.data = tensor.data.to(device)
 
 
-def _mapped(file: Any, tensor: Tensor) -> Tensor:
+def mapped_copy(file: Any, tensor: Tensor) -> Tensor:
     """A copy of a tensor at the end of a file, mapped from there."""
     tensor = tensor.contiguous()
     if not tensor.numel():

@@ -13,7 +13,7 @@ layers, and a working set of its own. The terms below are upper bounds of what t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -57,6 +57,10 @@ class CalibrationSize:
         tokens = [batch["input_ids"].shape[1] for batch in batches] or [0]
         tiles = [tiles for batch in batches for tiles in batch.get("image_tiles") or [1]] or [1]
         return cls(sum(rows), max(tokens), max(1, *rows), max(tiles))
+
+    def joined(self, positions: int) -> CalibrationSize:
+        """The size once so many positions of written text have joined."""
+        return replace(self, records=self.records + -(-positions // max(1, self.tokens)))
 
     @property
     def micro(self) -> int:

@@ -105,13 +105,15 @@ class PruningModule(LightningModule):
         batches, config = self._batches, self._config
         beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
         on_gpu = next(model.parameters()).device.type != "cpu"
-        # Host memory, where hidden states would take too much of a GPU's.
-        storage = "cpu" if on_gpu and store_on_host(model, config, CalibrationSize.of(batches)) else None
         written, shares = self._written(model, batches)
+        size = CalibrationSize.of(batches).joined(positions_of(written))
+        # Host memory, where hidden states would take too much of a GPU's.
+        storage = "cpu" if on_gpu and store_on_host(model, config, size) else None
         held, compared = ([i for i, fold in enumerate(self._folds) if fold == kind] for kind in (1, 2))
         batches = batches + written
         # Choices of the refit are made on both kinds of text, but only where there are records to make them on.
-        last = range(len(batches) - len(written) // 4, len(batches)) if self._compares else ()
+        own = range(len(batches) - len(written), len(batches))
+        last = own[len(own) - len(own) // 4 :] if self._compares else ()
         calibration = Calibration(
             batches,
             self._features,
@@ -124,6 +126,7 @@ class PruningModule(LightningModule):
             [*held, *last],
             [*compared, *last],
             shares,
+            own,
         )
         plan, scored = make_plan(model, calibration, config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +137,7 @@ class Calibration:
         held: Indices of the batches that a candidate's refit makes its own choices on; it is fitted to the remaining.
         validated: Indices of the batches that the last refit makes its own choices on, before it is fitted to all.
         shares: What a position of each batch counts for; None: 1.
+        written: Indices of the batches that the model has written itself; they are not in the loss of the records.
     """
 
     batches: Sequence[Batch]
@@ -150,6 +151,7 @@ class Calibration:
     held: Sequence[int] = ()
     validated: Sequence[int] = ()
     shares: Sequence[float] | None = None
+    written: Collection[int] = ()
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -395,10 +397,10 @@ class CalibrationStream:
 
     @torch.no_grad()
     def answer_loss(self, hidden: Sequence[Tensor]) -> float:
-        """Mean cross-entropy of the supervised tokens in nats, from the outputs of the last layer, by batch."""
+        """Mean cross-entropy of the records' supervised tokens in nats, from the outputs of the last layer, by batch."""
         total = torch.zeros(2, dtype=torch.float64)
-        for batch, state in enumerate(hidden):
-            rows, targets, _ = self.supervised(batch, state)
+        for batch in {*range(len(hidden))} - {*self.calibration.written}:
+            rows, targets, _ = self.supervised(batch, hidden[batch])
             for _, logits, wanted in self.logits(rows, targets):
                 loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
                 total += torch.tensor([float(loss), float(len(wanted))], dtype=torch.float64)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from ..data.records import column, image_stamps
 from ..models.anatomy import decoder_of
 from ..models.forward import FeatureCache, supervised_positions, to_device
-from ..models.offload import set_aside
+from ..models.offload import make_room
 from ..models.outcomes import TopK, top_k
 from ..runtime.console import progress, say
 from ..runtime.errors import UserError
@@ -235,14 +235,15 @@ def cached_teacher(
         lacking = from_first(CachedTeacher(folder, wanted, stamps).lacking() if rank() == 0 else None)
         todo = sorted({names[name] for part in lacking.values() for name in part})
         if todo:
-            _announce(cache, wanted, loader, todo)
+            layers, device = decoder_of(student).layers, trainer.strategy.root_device
+            beside = sum(p.nbytes for p in layers.parameters()) if device.type == "cpu" else 0
+            _announce(cache, wanted, loader, todo, beside * world_size())
             shards = {part: _Shard(folder, part, set(names), stamps) for part, names in lacking.items()}
             mine: Any = todo[rank() :: world_size()]
             batches = DataLoader(
                 records, batch_size, sampler=mine, collate_fn=loader.collate_fn, num_workers=loader.num_workers
             )
-            device = trainer.strategy.root_device
-            with set_aside(decoder_of(student).layers, device, folder), trainer.precision_plugin.forward_context():
+            with make_room(layers, device, folder), trainer.precision_plugin.forward_context():
                 _ask(Teacher(cache.load(), student).to(device), wanted, batches, features, shards, len(todo))
                 release_memory()
             barrier()
@@ -253,14 +254,14 @@ def cached_teacher(
     return source, stats
 
 
-def _announce(cache: TargetCache, wanted: Wanted, loader: DataLoader, todo: Sequence[int]) -> None:
-    """Say what the pass will need on disk, and refuse it where that is not there."""
+def _announce(cache: TargetCache, wanted: Wanted, loader: DataLoader, todo: Sequence[int], beside: int) -> None:
+    """Say what the pass will need on disk, some bytes beside the answers included, and refuse it where that is not."""
     sample = [todo[i * len(todo) // SAMPLED] for i in range(SAMPLED)] if len(todo) > SAMPLED else todo
     batch: Any = loader.collate_fn([loader.dataset[index] for index in sample])
     tokens = int(supervised_positions(batch["labels"])[0].sum()) * len(todo) / len(sample)
     need = int(tokens * wanted.bytes_per_token(cache.config.get_text_config().hidden_size, cache.dtype.itemsize))
     fix = "free the disk, set paths.cache_dir elsewhere, lower data_frac, or choose recover.teacher.source=live"
-    free = require_space(cache.folder, need, "recover.teacher.source=cached", fix)
+    free = require_space(cache.folder, need + beside, "recover.teacher.source=cached", fix)
     say(
         f"the teacher is asked about {len(todo)} records: about {need / 1e6:.1f} MB for {', '.join(wanted.parts)} "
         f"in {cache.folder}, {free / 1e9:.1f} GB are free"

@@ -14,6 +14,7 @@ from efficientllava.checkpoint import export
 from efficientllava.checkpoint.folder import load
 from efficientllava.estimate import forecast, memory
 from efficientllava.estimate.memory import require_memory, stage_memory, weight_bytes
+from efficientllava.models.anatomy import layers_of
 from efficientllava.models.forward import answer_loss
 from efficientllava.recovery.student import prepare, trainable
 from efficientllava.runtime.errors import UserError
@@ -77,7 +78,10 @@ def test_weights_that_stay_mapped_do_not_count_until_they_are_changed(folder):
     plan = planned(folder, *options)
     copied, mapped = stage_memory(plan), stage_memory(replace(plan, storage=torch.bfloat16))
     assert mapped["evaluate"].parts["base"] == mapped["measure speed"].least == 0 < copied["evaluate"].least
-    assert mapped["prune"].least == mapped["prune"].parts["pruned"] == weight_bytes(plan.pruned)
+    layers = sum(weight_bytes(layer.module) for layer in layers_of(plan.pruned))
+    assert mapped["prune"].least == mapped["prune"].parts["pruned"] == layers > 0
+    dropped = replace(planned(folder, *options, "prune=layerwise"), storage=torch.bfloat16)
+    assert stage_memory(dropped)["prune"].least == 0  # layers are left out, and none is changed
     assert mapped["recover"].parts["teacher"] == 0 < mapped["recover"].parts["student"]
     assert stage_memory(replace(plan, storage=torch.bfloat16, device="cuda"))["evaluate"].least > 0
 
@@ -88,6 +92,11 @@ def test_a_cached_teacher_is_not_there_while_the_student_trains(folder):
     assert stages["teacher targets"].parts["teacher"] > 0
     assert stages["teacher targets"].parts["student"] < stages["recover"].parts["student"]  # its layers make room
     assert stages["teacher targets"].certain == ("student",)
+
+
+def test_text_that_the_model_writes_counts(folder):
+    prunes = [stage_memory(planned(folder, f"calibration.generate={n}"))["prune"].total for n in (0, 64, 4096)]
+    assert prunes[0] < prunes[1] < prunes[2]
 
 
 def test_more_costs_more(folder):
@@ -120,7 +129,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(folder, tmp_
 
 
 def test_pruning_counts_whole_once_the_records_are_known(folder, monkeypatch):
-    plan = planned(folder, "evaluate.efficiency=false", "prune.offload=false")
+    plan = planned(folder, "evaluate.efficiency=false", "prune.offload=false", "calibration.generate=0")
     base, whole = weight_bytes(plan.base), stage_memory(plan, 20)["prune"].total
     assert base < whole < stage_memory(plan, 200)["prune"].total
     monkeypatch.setattr(memory, "available", lambda _: whole - base)  # beside the base, which is loaded

@@ -12,7 +12,7 @@ from torch import nn
 
 from efficientllava.checkpoint.folder import load
 from efficientllava.models.anatomy import language_parameters, layers_of
-from efficientllava.models.offload import Disk, Offload, set_aside
+from efficientllava.models.offload import Disk, Offload, make_room
 from efficientllava.pruning.pruner import apply_plan, make_plan
 from efficientllava.pruning.stream import Calibration
 from efficientllava.settings.schema import PruneConfig
@@ -234,7 +234,7 @@ def test_layers_that_are_set_aside_are_not_held_in_memory_and_come_back_as_they_
     layers = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(4))
     weights = [parameter.detach().clone() for parameter in layers.parameters()]
     before = held()
-    with set_aside(layers, torch.device("cpu"), tmp_path):
+    with make_room(layers, torch.device("cpu"), tmp_path):
         assert before - held() > 0.9 * sum(weight.nbytes for weight in weights)
         assert not list(tmp_path.iterdir())  # what is killed leaves nothing
     for parameter, weight in zip(layers.parameters(), weights, strict=True):

@@ -192,6 +192,16 @@ def test_the_calibration_stream_reads_the_batches():
     assert 0 < stream.answer_loss(hidden) < 10
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_one_position_is_torch_s(masked):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(5, heads, seq, 8, generator=generator) for heads, seq in ((6, 1), (2, 9), (2, 9)))
+    mask = torch.arange(9).ge(4).view(1, 1, 1, 9) if masked else None
+    mine, _ = self_text._attend(None, query, key, value, mask, scaling=0.3)
+    known = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(mine, known.transpose(1, 2))
+
+
 def test_processes_share_the_writing():
     loaded = checkpoint("tiny_llava")
 
