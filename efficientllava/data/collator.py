@@ -119,14 +119,14 @@ class Collator:
             batch["segment_ids"] = _stack([row.segments for row in rows], 0)
         return batch
 
-    def check(self, record: Record) -> int:
+    def check(self, record: Record) -> list[int]:
         """Open a record's images and measure its prompts.
 
         Args:
             record: Any record.
 
         Returns:
-            Tokens of its longest row.
+            Tokens of its rows.
 
         Raises:
             UserError: As for `__call__`, or if a first question leaves no room for its answer.
@@ -138,7 +138,7 @@ class Collator:
                     f"record {record.id!r}: its prompt leaves no room for the answer, the context holds "
                     f"{self.max_length} tokens; shorten or drop the record, or raise data.max_length"
                 )
-        return max(len(row.ids) for row in rows)
+        return [len(row.ids) for row in rows]
 
     def _rows(self, record: Record) -> Iterator[_Row]:
         images = open_images(record)

@@ -26,6 +26,7 @@ from ..pruning.importance import GRADIENTS, INPUTS, WEIGHTS, importance_of
 from ..pruning.memory import patches_of
 from ..pruning.outline import prune_space
 from ..pruning.pruner import search_length
+from ..pruning.self_text import sequences
 from ..pruning.solution import TRIED
 from ..pruning.two_stage import SAMPLE, stages
 from ..record import STAGES
@@ -179,8 +180,9 @@ def _answering(plan: Forecast, model: nn.Module) -> float | None:
 def _pruning(plan: Forecast) -> float:
     """Passes over the calibration records that score, that try shapes or policies, and the one that cuts."""
     settings, config, layers = plan.settings, plan.settings.prune, layers_of(plan.base)
-    written = (settings.calibration.generate or 0) * settings.calibration.generate_length
-    tokens, base = settings.calibration.samples * tokens_of(plan) + written, _token(plan.base)
+    tokens, base = settings.calibration.samples * tokens_of(plan), _token(plan.base)
+    written = settings.calibration.generate_length * sequences(settings.calibration, config, tokens, plan.base)
+    tokens += written
     sees = importance_of(config.importance).sees if config.method == "widthwise" else WEIGHTS
     looks, squares = sees != WEIGHTS, config.method == "auto" or sees in (INPUTS, GRADIENTS)
     passes: float = 1 + looks + config.biased  # the dense loss, what scores look at, and means for biases

@@ -27,7 +27,7 @@ from ..pruning.memory import (
     store_on_host,
     vision_bytes,
 )
-from ..pruning.self_text import WRITTEN, writing_bytes
+from ..pruning.self_text import sequences, writing_bytes
 from ..runtime import UserError
 from . import Forecast, context_of, weight_bytes
 
@@ -140,9 +140,8 @@ def _pruning(plan: Forecast, record: _Record, measured: bool) -> StageMemory:
     config = replace(config, method="widthwise") if config.method == "auto" else config
     samples = -(-calibration.samples // plan.processes)
     rows = micro_batch(config, calibration.batch_size)
-    # Where nobody says how much text the model writes, the records, which are not opened here, may have no image.
-    written = WRITTEN if calibration.generate is None else calibration.generate
-    written = -(-written // plan.processes) if config.solves else 0
+    written = sequences(calibration, plan.settings.prune, calibration.samples * record.tokens, plan.base)
+    written = -(-written // plan.processes)
     size = CalibrationSize(samples, record.tokens, rows, record.images).joined(written * calibration.generate_length)
     stored = config.offload is True or (plan.device == "cuda" and store_on_host(plan.base, config, size))
     memory = pruning_memory(plan.base, config, size, stored)

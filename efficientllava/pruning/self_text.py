@@ -18,15 +18,18 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from ..data.prompts import IGNORE, Prompts
-from ..data.records import Record, Turn
+from ..data.records import Turn
 from ..models.anatomy import decoder_of, layers_of
 from ..models.forward import Batch
 from ..runtime.console import Tick
 from ..runtime.errors import UserError
-from ..settings.schema import CalibrationConfig
+from ..settings.schema import CalibrationConfig, PruneConfig
 from .stream import silent
 
-WRITTEN = 48  # sequences where nobody says how many
+# Where nobody says how many sequences are written: until there are so many positions for a channel of the widest MLP,
+# and at most so many sequences, of which every candidate of a search reads all.
+ENOUGH = 16
+MOST, SEARCHED = 192, 48
 MEMORY = 1 << 31  # bytes that keys, values and probabilities of the rows written at once may take
 ATTENTION = "one_position"  # the name of `_attend`
 HALF_FROM = 20_000_000  # decoder parameters from which a copy in bf16 saves more than it costs
@@ -173,15 +176,26 @@ class _Slots(DynamicLayer):
         return self._filled
 
 
-def sequences(config: CalibrationConfig, records: Sequence[Record], processor: Any) -> int:
+def sequences(
+    config: CalibrationConfig, prune: PruneConfig, positions: int, model: nn.Module, context: int | None = None
+) -> int:
     """How many sequences the model is to write, see ``calibration.generate``.
 
-    Beside images there is no text of its own unless somebody asks: the model does not draw what it would write about.
+    Args:
+        config: How many are asked for; where nobody says, so many that there are `ENOUGH` positions for every channel.
+        prune: What they would be written for.
+        positions: Positions of the records.
+        model: The dense model; the meta device is enough.
+        context: Most tokens of a sequence, where that is known.
     """
+    if not prune.solves:
+        return 0
     if config.generate is not None:
         return config.generate
-    fits = config.generate_length <= int(processor.tokenizer.model_max_length)
-    return WRITTEN if fits and not any(record.images for record in records) else 0
+    if prune.offload == "disk" or (context and context < config.generate_length):
+        return 0
+    lacking = ENOUGH * max(layer.mlp.units for layer in layers_of(model)) - positions
+    return min(SEARCHED if prune.method == "auto" else MOST, max(0, -(-lacking // config.generate_length)))
 
 
 def position_share(share: float, read: float, written: float) -> float:

@@ -397,7 +397,7 @@ class CalibrationStream:
 
     @torch.no_grad()
     def answer_loss(self, hidden: Sequence[Tensor]) -> float:
-        """Mean cross-entropy of the records' supervised tokens in nats, from the outputs of the last layer, by batch."""
+        """Mean cross-entropy of the records' supervised tokens in nats, from the last layer's outputs by batch."""
         total = torch.zeros(2, dtype=torch.float64)
         for batch in {*range(len(hidden))} - {*self.calibration.written}:
             rows, targets, _ = self.supervised(batch, hidden[batch])

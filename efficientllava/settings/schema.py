@@ -107,7 +107,8 @@ class CalibrationConfig:
     )
     generate: int | None = setting(
         None,
-        "sequences that the dense model writes itself for the statistics; null: 48 where no record shows an image",
+        "sequences that the dense model writes itself for the statistics; null: until an MLP channel has 16 tokens, at "
+        "most 192, in a search 48",
         NATURAL,
         When(
             lambda c: c.prune.solves,

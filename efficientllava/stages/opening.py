@@ -14,7 +14,6 @@ from ..data.splits import calibration_records, keep_back, open_data
 from ..deploy import export
 from ..evaluation import judges, lmms, tasks
 from ..models.forward import FeatureCache, require_images
-from ..pruning.self_text import sequences
 from ..recovery.recover import accumulation
 from ..recovery.student import require_trainable
 from ..recovery.teacher import require_teacher
@@ -56,7 +55,7 @@ def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
     calibration, reported = keep_back(settings, calibration, collate)
     opened = (settings, folder, store, device, base, files, asked, collate, features, calibration, reported)
     run = Run(*opened, _recovery(settings, base), expected)
-    if run.disk and settings.prune.solves and sequences(settings.calibration, calibration, base.processor):
+    if run.disk and settings.prune.solves and settings.calibration.generate:
         raise UserError(
             "prune.offload=disk: the dense model writes no text for the statistics, it is never whole in memory; set "
             "calibration.generate=0"

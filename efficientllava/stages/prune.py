@@ -15,7 +15,7 @@ from ..data.splits import load_split
 from ..deploy import latency
 from ..deploy.runtime import version
 from ..pruning.module import PruningModule
-from ..pruning.self_text import sequences, write_text
+from ..pruning.self_text import write_text
 from ..report.pictures import draw_search
 from ..runtime import Tick, digest, processes, progress
 from ..search.module import SearchInputs, SearchModule
@@ -67,19 +67,13 @@ def _samples(run: Run) -> dict[str, Any]:
         "records": digest([record.id for record in records]),
         "files": run.files["prune"],
         "images": processes.on_first(lambda: image_contents(records, run.store.memo)),
-        "written": [count, run.settings.seed] if (count := _written(run)) else None,
+        "written": [count, run.settings.seed] if (count := run.written) else None,
     }
-
-
-def _written(run: Run) -> int:
-    """How many sequences the dense model writes."""
-    settings = run.settings
-    return sequences(settings.calibration, run.calibration, run.base.processor) if settings.prune.solves else 0
 
 
 def _writer(run: Run, tick: Tick) -> Callable[[Any, tuple[int, int]], list[Any]] | None:
     """What has the dense model write text for the statistics, if it is to."""
-    config, count = run.settings.calibration, _written(run)
+    config, count = run.settings.calibration, run.written
     how = (count, config.generate_length, run.settings.seed, config.batch_size, tick)
     return (lambda dense, part: write_text(dense, run.base.processor, *how, part)) if count else None
 

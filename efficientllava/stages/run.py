@@ -20,6 +20,7 @@ from ..data.splits import load_split
 from ..models.anatomy import sizes
 from ..models.forward import stock_inputs
 from ..models.offload import Disk, Offload
+from ..pruning.self_text import sequences
 from ..record import CURVE
 from ..runtime import Entry, Store, keeping, processes
 from ..settings.compose import instantiate
@@ -118,10 +119,21 @@ class Run:
             yield model.to(self.device)
         model.to(self.home)
 
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of the calibration records, row by row."""
+        return [length for record in self.calibration for length in self.collate.check(record)]
+
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest calibration record; None where there are none."""
-        return max(map(self.collate.check, self.calibration), default=None)
+        """The most of them; None where there are none."""
+        return max(self.lengths, default=None)
+
+    @property
+    def written(self) -> int:
+        """Sequences that the dense model writes for the statistics."""
+        context = int(self.base.processor.tokenizer.model_max_length)
+        return sequences(self.settings.calibration, self.settings.prune, sum(self.lengths), self.base.model, context)
 
     def trainer(self, **arguments: Any) -> Any:
         """A Lightning trainer, see `efficientllava.stages.run.make_trainer`."""

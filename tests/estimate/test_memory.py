@@ -152,7 +152,7 @@ def test_hidden_states_that_go_to_the_host_must_fit_there(folder, monkeypatch):
 
 
 def test_a_model_in_files_counts_as_its_largest_parts(folder):
-    options = ("recover=none", "evaluate=none", "evaluate.efficiency=false")
+    options = ("recover=none", "evaluate=none", "evaluate.efficiency=false", "calibration.generate=0")
     memory, disk = (stage_memory(planned(folder, *options, *more), 20) for more in ((), ("prune.offload=disk",)))
     base = weight_bytes(planned(folder, *options).base)
     assert list(disk) == ["prune"]

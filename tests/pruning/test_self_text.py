@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 import efficientllava
-from efficientllava.data.records import Record, Turn
+from efficientllava.models.anatomy import layers_of
 from efficientllava.models.forward import forward_hidden
 from efficientllava.pruning import self_text
 from efficientllava.pruning.self_text import (
-    WRITTEN,
+    ENOUGH,
+    MOST,
+    SEARCHED,
     position_share,
     positions_of,
     sequences,
@@ -22,7 +23,7 @@ from efficientllava.pruning.self_text import (
 )
 from efficientllava.pruning.stream import Beginning
 from efficientllava.runtime.errors import UserError
-from efficientllava.settings.schema import CalibrationConfig
+from efficientllava.settings.schema import CalibrationConfig, PruneConfig
 
 from ..conftest import stream_of
 
@@ -244,14 +245,24 @@ def test_logits_that_are_not_finite_are_refused():
         handle.remove()
 
 
-def test_text_joins_records_without_images_by_default():
-    processor = checkpoint("tiny_llava").processor
-    text = Record("a", None, (Turn("q", "a"),), False, "")
-    shown = replace(text, image=Image.new("RGB", (8, 8)))
-    assert sequences(CalibrationConfig(), [text, text], processor) == WRITTEN > 0
-    assert sequences(CalibrationConfig(), [text, shown], processor) == 0
-    assert sequences(CalibrationConfig(generate_length=1 << 20), [text], processor) == 0
-    assert [sequences(CalibrationConfig(generate=n), [shown], processor) for n in (0, 3)] == [0, 3]
-    batches = write_text(checkpoint("tiny_llava").model, processor, 4, LENGTH, 0)
+def test_text_joins_records_of_few_tokens_by_default():
+    model, prune = checkpoint("tiny_llava").model, PruneConfig("widthwise", "widthwise", 0.3, refit=True)
+    width = max(layer.mlp.units for layer in layers_of(model))
+
+    def count(positions: int, config: PruneConfig = prune, context: int | None = None, **options: Any) -> int:
+        return sequences(CalibrationConfig(**options), config, positions, model, context)
+
+    assert count(ENOUGH * width) == 0
+    assert [count(ENOUGH * width - lacking) for lacking in (1, 128, 129)] == [1, 1, 2]
+    assert [count(0, generate_length=length) for length in (64, 2)] == [-(-ENOUGH * width // 64), MOST]
+    assert count(0, replace(prune, method="auto"), generate_length=2) == SEARCHED
+    assert count(0, context=127) == count(0, replace(prune, offload="disk")) == 0
+    assert count(0, PruneConfig("layerwise", "layerwise", 0.3)) == 0
+    assert [count(0, generate=n) for n in (0, 3)] == [0, 3]
+
+
+def test_written_text_has_its_share():
+    loaded = checkpoint("tiny_llava")
+    batches = write_text(loaded.model, loaded.processor, 4, LENGTH, 0)
     share = position_share(0.25, 900.0, positions_of(batches))
     assert share * 4 * LENGTH / (share * 4 * LENGTH + 900) == pytest.approx(0.25)
