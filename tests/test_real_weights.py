@@ -59,6 +59,7 @@ def test_the_default_runs_with_two_threads_and_beats_chance_by_far(folder, recor
         *(sys.executable, str(ROOT / "run.py"), "model=checkpoint", f"model.path={folder}", "recover=none"),
         *("prune=widthwise", "prune.ratio=0.2", "prune.round_to=32", "evaluate=none"),
         *(f"calibration.path={records}", f"data.path={records}", "calibration.samples=16", "threads=2"),
+        "calibration.generate=24",
         *("evaluate.efficiency=false", f"paths.output_dir={tmp_path}", f"paths.cache_dir={tmp_path / 'cache'}"),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

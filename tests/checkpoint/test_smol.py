@@ -92,8 +92,8 @@ def test_a_packed_question_sees_what_it_would_see_alone():
 @pytest.mark.parametrize(
     "options",
     [
-        ("prune=widthwise", "recover=kd_hidden", "recover.steps=1", "data.batch_size=2"),
-        ("prune=widthwise", "prune.selection=global", "recover=none"),
+        ("prune=widthwise", "calibration.generate=4", "recover=kd_hidden", "recover.steps=1", "data.batch_size=2"),
+        ("prune=widthwise", "calibration.generate=4", "prune.selection=global", "recover=none"),
         ("prune=layerwise", "recover=none"),
     ],
     ids=["one width, one step of recovery", "per layer", "layers"],

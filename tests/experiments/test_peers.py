@@ -73,7 +73,7 @@ def test_rows_that_are_there_are_not_made_again_and_a_draw_is_finished_before_th
 
 def test_arms_of_another_experiment():
     arms, ratios = read_arms("real_samples")
-    assert arms["8"] == ["calibration.samples=8"] and ratios == ["0.2"]
+    assert arms["8"] == ["calibration.samples=8", "calibration.generate=0"] and ratios == ["0.2"]
 
 
 def test_rises_are_logarithms_over_the_dense_model_and_means_over_draws(tmp_path):
