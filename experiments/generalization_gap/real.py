@@ -31,6 +31,7 @@ from efficientllava.pruning.module import chunked
 from efficientllava.pruning.obs import DAMPING
 from efficientllava.pruning.stream import Calibration, CalibrationStream
 from efficientllava.report.study import table as markdown
+from efficientllava.runtime import source_digest
 from efficientllava.search.budget import removed_costs
 from efficientllava.search.evaluator import Evaluator
 from efficientllava.search.knapsack import Prices
@@ -86,7 +87,8 @@ def measure(rows: Path, work: Path, draws: Sequence[Path]) -> None:
 
     def levels(*of: int) -> LevelTable:
         chosen = Calibration([batch for batch, fold in zip(made, folds, strict=True) if fold in of])
-        identity = {"model": "smol_llava", "records": tables[0].key, "folds": str(of)}
+        known = {"model": checkpoint.digest, "source": source_digest("search.levels"), "records": tables[0].key}
+        identity = {**known, "folds": str(of)}
         return open_table(model, recipe, chosen, work / "levels", identity)
 
     whole, part = levels(0, 1, 2), levels(0)

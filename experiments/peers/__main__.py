@@ -35,7 +35,7 @@ MOST = 20 * 10**9  # bytes of a run
 def read_arms(experiment: str) -> tuple[dict[str, list[str]], list[str]]:
     """Arms of an experiment, with what is typed for each, and its ratios."""
     found: Any = OmegaConf.load(ROOT / f"conf/experiment/{experiment}.yaml")
-    ratios = str(found.hydra.sweeper.params["prune.ratio"]).split(",")
+    ratios = str(found.hydra.sweeper.params.get("prune.ratio") or found.prune.ratio).split(",")
     return OmegaConf.to_container(found.sweep.arms), ratios  # pyright: ignore
 
 
@@ -107,6 +107,8 @@ def main() -> None:
     parser.add_argument("--draws", type=Path, nargs="+", required=True)
     parser.add_argument("--minutes", type=float, default=100, help="no row is begun after them")
     given = parser.parse_args()
+    if len(given.draws) < 2:
+        parser.error("--draws: give two or more; a row is compared on the records of the next draw")
     draws, end = [draw.resolve() for draw in given.draws], time.monotonic() + 60 * given.minutes
     given.work.mkdir(parents=True, exist_ok=True)
     arms, ratios = read_arms(given.experiment)

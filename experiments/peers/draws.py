@@ -89,10 +89,14 @@ def main() -> None:
 
     documents = read(given.prose)
     parts = prose(documents)
+    left = others(documents, parts[0])[: given.train]
+    if len(left) < given.train:
+        parser.error(
+            f"--train {given.train}: beside draw 0 there are {len(left)} pieces of prose; give more, or ask for fewer"
+        )
     for number, part in enumerate(parts):
         write(f"draw{number}", Digits("calibration", EACH, 1 + number, questions=QUESTIONS), part)
     if given.train:
-        left = others(documents, parts[0])[: given.train]
         write("train", Digits("train", given.train, questions=QUESTIONS), left)
 
 

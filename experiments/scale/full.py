@@ -211,11 +211,11 @@ def run(
     say: Callable[[str], None] = print,
     only: Sequence[str] | None = None,
 ) -> bool:
-    """Measure what is not in the file yet, of all stages or of some; returns whether all are then there."""
+    """Measure what is not in the file yet, of all stages or of some; returns whether these are then there."""
     known = {(row["model"], row["layers"], row["stage"]) for row in read(file)}
     todo = {s: t for s, t in stages(place).items() if (place.model, str(place.layers or "all"), s) not in known}
     chosen = {stage: typed for stage, typed in todo.items() if only is None or stage in only}
-    failed = len(chosen) < len(todo)
+    failed = False
     if chosen:
         prepare(place, records)
     for stage, typed in chosen.items():
@@ -226,7 +226,7 @@ def run(
         if stage in ("layerwise", FILES, MORE):  # nothing goes on from them
             for name in ("cache", "run"):
                 shutil.rmtree(folder_of(place, stage) / name, ignore_errors=True)
-    if not failed:
+    if not failed and len(chosen) == len(todo):
         shutil.rmtree(place.home, ignore_errors=True)
     return not failed
 
