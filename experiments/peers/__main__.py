@@ -2,6 +2,7 @@
 
     python -m experiments.peers <rows.csv> --work <folder> --draws <draw0.json> <draw1.json> ... [--minutes 100]
     python -m experiments.peers <rows.csv> --experiment real_samples ...   # the arms of another one on smol_llava
+    python -m experiments.peers <rows.csv> --arms flap --ratios 0.2 ...    # some of them
 
 A row is written at once, and what has one is not made again. `draws` makes the records; images lie beside the JSON. The
 loss ``compare`` is that on the records of the next draw, of other documents: a peer's variant is chosen by it.
@@ -105,6 +106,8 @@ def main() -> None:
     parser.add_argument("--experiment", default=PEERS)
     parser.add_argument("--work", type=Path, required=True, help="takes runs and a cache")
     parser.add_argument("--draws", type=Path, nargs="+", required=True)
+    parser.add_argument("--arms", nargs="+", help="all without it")
+    parser.add_argument("--ratios", nargs="+", help="all without it")
     parser.add_argument("--minutes", type=float, default=100, help="no row is begun after them")
     given = parser.parse_args()
     if len(given.draws) < 2:
@@ -112,7 +115,7 @@ def main() -> None:
     draws, end = [draw.resolve() for draw in given.draws], time.monotonic() + 60 * given.minutes
     given.work.mkdir(parents=True, exist_ok=True)
     arms, ratios = read_arms(given.experiment)
-    for arm, ratio, number in missing(given.rows, draws, arms, ratios):
+    for arm, ratio, number in missing(given.rows, draws, given.arms or arms, given.ratios or ratios):
         if time.monotonic() > end:
             break
         other, typed = draws[(number + 1) % len(draws)], [f"experiment={given.experiment}", *arms[arm]]
