@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ..data.prompts import IGNORE, Prompts
 from ..data.records import Turn
-from ..models.anatomy import decoder_of, layers_of
+from ..models.anatomy import decoder_of, layers_of, parameters
 from ..models.forward import Batch
 from ..runtime.console import Tick
 from ..runtime.errors import UserError
@@ -32,7 +32,8 @@ ENOUGH = 16
 MOST, SEARCHED = 192, 48
 MEMORY = 1 << 31  # bytes that keys, values and probabilities of the rows written at once may take
 ATTENTION = "one_position"  # the name of `_attend`
-HALF_FROM = 20_000_000  # decoder parameters from which a copy in bf16 saves more than it costs
+# Decoder parameters below which a model writes nothing worth reading, and a copy in bf16 costs more than it saves.
+SMALL = 20_000_000
 _MARKS = ("qzxuser", "qzxanswer", "qzxnext", "qzxlast")  # no mark is part of another or of a chat template
 
 
@@ -192,7 +193,8 @@ def sequences(
         return 0
     if config.generate is not None:
         return config.generate
-    if prune.offload == "disk" or (context and context < config.generate_length):
+    fits = context is None or context >= config.generate_length
+    if prune.offload == "disk" or not fits or parameters(decoder_of(model)) < SMALL:
         return 0
     lacking = ENOUGH * max(layer.mlp.units for layer in layers_of(model)) - positions
     return min(SEARCHED if prune.method == "auto" else MOST, max(0, -(-lacking // config.generate_length)))
@@ -338,10 +340,10 @@ def _working_copy(model: nn.Module) -> tuple[Any, Any]:
     """Decoder and head in eval mode over the model's own weights, or bf16 copies where a CPU is faster with these."""
     parts = [decoder_of(model), model.lm_head]
     weights = {id(tensor): tensor for part in parts for tensor in (*part.parameters(), *part.buffers())}
-    parameters = [tensor for tensor in weights.values() if isinstance(tensor, nn.Parameter)]
-    large = sum(parameter.numel() for parameter in parts[0].parameters()) > HALF_FROM
-    if large and _bf16_is_fast() and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters):
-        weights |= {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in parameters}
+    trained = [tensor for tensor in weights.values() if isinstance(tensor, nn.Parameter)]
+    large = parameters(parts[0]) > SMALL
+    if large and _bf16_is_fast() and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in trained):
+        weights |= {id(p): nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in trained}
     decoder, head = copy.deepcopy(parts, dict(weights))
     if next(decoder.parameters()).device.type == "cpu":
         decoder.config._attn_implementation = ATTENTION

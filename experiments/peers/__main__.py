@@ -115,6 +115,8 @@ def main() -> None:
     draws, end = [draw.resolve() for draw in given.draws], time.monotonic() + 60 * given.minutes
     given.work.mkdir(parents=True, exist_ok=True)
     arms, ratios = read_arms(given.experiment)
+    if unknown := {*(given.arms or ())} - {*arms}:
+        parser.error(f"--arms: {', '.join(sorted(unknown))}: unknown; choose from {', '.join(arms)}")
     for arm, ratio, number in missing(given.rows, draws, given.arms or arms, given.ratios or ratios):
         if time.monotonic() > end:
             break

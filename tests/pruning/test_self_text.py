@@ -127,7 +127,7 @@ def test_no_image_token_and_no_other_special_token_is_ever_written(name, monkeyp
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_model_stays_as_it_is(name, monkeypatch):
-    monkeypatch.setattr(self_text, "HALF_FROM", 0)
+    monkeypatch.setattr(self_text, "SMALL", 0)
     monkeypatch.setattr(self_text, "_bf16_is_fast", lambda: True)
     model = checkpoint(name).model
     model.model.language_model.layers[0].train()
@@ -245,7 +245,8 @@ def test_logits_that_are_not_finite_are_refused():
         handle.remove()
 
 
-def test_text_joins_records_of_few_tokens_by_default():
+def test_text_joins_records_of_few_tokens_by_default(monkeypatch):
+    monkeypatch.setattr(self_text, "SMALL", 0)
     model, prune = checkpoint("tiny_llava").model, PruneConfig("widthwise", "widthwise", 0.3, refit=True)
     width = max(layer.mlp.units for layer in layers_of(model))
 
@@ -259,6 +260,8 @@ def test_text_joins_records_of_few_tokens_by_default():
     assert count(0, context=127) == count(0, replace(prune, offload="disk")) == 0
     assert count(0, PruneConfig("layerwise", "layerwise", 0.3)) == 0
     assert [count(0, generate=n) for n in (0, 3)] == [0, 3]
+    monkeypatch.setattr(self_text, "SMALL", 1 << 40)
+    assert [count(0), count(0, generate=3)] == [0, 3]
 
 
 def test_written_text_has_its_share():
