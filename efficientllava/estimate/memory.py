@@ -181,7 +181,8 @@ def _recovering(plan: Forecast, record: _Record) -> dict[str, StageMemory]:
         if config.teacher.source == "cached":
             # The student's layers make room for it.
             rest = student - sum(weight_bytes(layer.module) for layer in layers)
-            asking = {"student": rest, "teacher": teacher, "activations": _forward(plan, layers, rows, record)}
+            loaded = _teacher_bytes(plan, whole=True)
+            asking = {"student": rest, "teacher": loaded, "activations": _forward(plan, layers, rows, record)}
             host = student - rest if plan.device == "cuda" else 0
             # Answers that are there are not asked for again.
             stages["teacher targets"] = StageMemory(asking, ("student",), "set recover.teacher.dtype=bfloat16", host)
@@ -220,14 +221,14 @@ def _set(ways: Mapping[str, bool]) -> str:
     return f"set {' or '.join(useful)}" if useful else ""
 
 
-def _teacher_bytes(plan: Forecast) -> int:
-    """Weights of the live teacher; a vision tower of the student's type is the student's."""
+def _teacher_bytes(plan: Forecast, whole: bool = False) -> int:
+    """Weights of the teacher; a vision tower of the student's type is the student's once all of it is loaded."""
     config = plan.settings.recover.teacher
     if _stays_mapped(plan, config.dtype):
         return 0
     dtype = compute_dtype(config.dtype, plan.storage, plan.device)
     decoder, weights = decoder_of(plan.base), weight_bytes(plan.base, dtype)
-    if dtype == plan.dtype:
+    if dtype == plan.dtype and not whole:
         others = (decoder, projector_of(plan.base), plan.base.lm_head)
         weights = weight_bytes(nn.ModuleList(others), dtype)  # pyright: ignore[reportArgumentType]
     if not config.offload:
