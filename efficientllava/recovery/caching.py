@@ -244,6 +244,7 @@ def cached_teacher(
                 records, batch_size, sampler=mine, collate_fn=loader.collate_fn, num_workers=loader.num_workers
             )
             with make_room(layers, device, folder), trainer.precision_plugin.forward_context():
+                release_memory()
                 _ask(Teacher(cache.load(), student).to(device), wanted, batches, features, shards, len(todo))
                 release_memory()
             barrier()
