@@ -133,7 +133,8 @@ class Run:
     def written(self) -> int:
         """Sequences that the dense model writes for the statistics."""
         context = int(self.base.processor.tokenizer.model_max_length)
-        return sequences(self.settings.calibration, self.settings.prune, sum(self.lengths), self.base.model, context)
+        known = (sum(self.lengths), self.base.model, context, any(record.images for record in self.calibration))
+        return sequences(self.settings.calibration, self.settings.prune, *known)
 
     def trainer(self, **arguments: Any) -> Any:
         """A Lightning trainer, see `efficientllava.stages.run.make_trainer`."""
