@@ -302,8 +302,7 @@ def image_stamps(records: Sequence[Record], indices: Sequence[int] | None = None
 
 def text_contents(records: Sequence[Record]) -> str:
     """Digest of all that a few records say, and of what they say about it."""
-    turns = [[astuple(turn) for turn in record.turns] for record in records]
-    return digest([[r.id, r.independent, said, dict(r.details)] for r, said in zip(records, turns, strict=True)])
+    return digest([[r.id, r.independent, [astuple(turn) for turn in r.turns], dict(r.details)] for r in records])
 
 
 def image_contents(records: Sequence[Record], memo: Memo) -> str:

@@ -177,7 +177,6 @@ def _recovering(plan: Forecast, record: _Record) -> dict[str, StageMemory]:
     # A student that is shared out is whole only before it trains.
     certain = ["student"] if plan.sharded else ["student", "training state"]
     if config.taught:
-        teacher = _teacher_bytes(plan)
         if config.teacher.source == "cached":
             # The student's layers make room for it.
             rest = student - sum(weight_bytes(layer.module) for layer in layers)
@@ -187,7 +186,7 @@ def _recovering(plan: Forecast, record: _Record) -> dict[str, StageMemory]:
             # Answers that are there are not asked for again.
             stages["teacher targets"] = StageMemory(asking, ("student",), "set recover.teacher.dtype=bfloat16", host)
         else:
-            parts["teacher"] = teacher
+            parts["teacher"] = _teacher_bytes(plan)
             certain.append("teacher")
     tokens, vocabulary = rows * record.tokens, decoder_of(plan.pruned).config.vocab_size
     inner = [_layer_bytes(layer, _hidden(plan.pruned), size, config) for layer in layers]

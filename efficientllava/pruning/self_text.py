@@ -193,7 +193,7 @@ def sequences(
         positions: Positions of the records.
         model: The dense model; the meta device is enough.
         context: Most tokens of a sequence, where that is known.
-        images: Whether a record shows one. What layers cost by written text took 11 points of the digits beside images.
+        images: Whether a record shows one. Costs of layers by written text took ten points of the digits there.
     """
     if not prune.solves:
         return 0
@@ -295,8 +295,9 @@ def write_text(
     bar[
         1, list(free.ends)
     ] = -torch.inf  # text goes on, else a model that was never asked to may write nothing but ends
-    (rank, processes), numbers = part, torch.arange(count).split(batch_size)
-    mine = [number for batch in numbers[rank::processes] for number in batch.tolist()]
+    (rank, processes), numbers = part, range(count)
+    starts = numbers[rank * batch_size :: processes * batch_size]
+    mine = [number for start in starts for number in numbers[start : start + batch_size]]
     draws = torch.rand(count, length, generator=torch.Generator().manual_seed(seed)).to(weight.device)
     at_once = max(1, MEMORY // _row_bytes(model, length, weight.element_size()))
     rows: list[_Row] = []
@@ -309,9 +310,9 @@ def write_text(
         tick("write text", len(rows), len(mine))
     batches: list[Batch] = []
     for start in range(0, len(mine), batch_size):
-        some = rows[start : start + batch_size]
-        ids = torch.tensor([row.ids for row in some])
-        labels = torch.tensor([row.labels for row in some])
+        together = rows[start : start + batch_size]
+        ids = torch.tensor([row.ids for row in together])
+        labels = torch.tensor([row.labels for row in together])
         names = [f"self/{number}" for number in mine[start : start + batch_size]]
         batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "ids": names})
     return batches

@@ -399,8 +399,10 @@ class CalibrationStream:
     def answer_loss(self, hidden: Sequence[Tensor]) -> float:
         """Mean cross-entropy of the records' supervised tokens in nats, from the last layer's outputs by batch."""
         total = torch.zeros(2, dtype=torch.float64)
-        for batch in {*range(len(hidden))} - {*self.calibration.written}:
-            rows, targets, _ = self.supervised(batch, hidden[batch])
+        for batch, state in enumerate(hidden):
+            if batch in self.calibration.written:
+                continue
+            rows, targets, _ = self.supervised(batch, state)
             for _, logits, wanted in self.logits(rows, targets):
                 loss = nn.functional.cross_entropy(logits, wanted, reduction="sum")
                 total += torch.tensor([float(loss), float(len(wanted))], dtype=torch.float64)

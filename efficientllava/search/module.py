@@ -207,7 +207,7 @@ class SearchModule(LightningModule):
         floor = max(influence) * 1e-3 or 1.0
         shaped = space.shaped([math.sqrt(max(value, floor)) for value in influence])
         if self._config.method == "knapsack":
-            tokens = sum(int(batch["attention_mask"].sum()) for batch in stream.batches)
+            tokens = positions_of(stream.batches)
             evolved = affordable(self._config, 2.0 * tokens * language_parameters(self.model))
             kind = partial(KnapsackSearch, errors or _changes(table, influence), evolved)
         search = kind(

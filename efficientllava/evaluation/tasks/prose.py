@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ def task(_data: DataConfig, evaluate: EvaluateConfig) -> Task:
     read = partial(own, path) if path else shipped
     count = None if path else len(shipped())
 
+    @cache  # read once, and not anew for every stage
     def facts() -> dict[str, Any]:
         # Of a file also the content: a table holds its images in itself.
         text = {"dataset": path.name, "sha256": sha256(path)} if path else {"dataset": "prose"}
