@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
@@ -185,7 +186,9 @@ def exit_code(main: Callable[[], object]) -> int:
             return 1
         if any("torchvision::" in str(cause) for cause in _causes(error)):
             error = UserError("torchvision: is not built for this torch; install the one that is, or pip uninstall it")
-        elif isinstance(error, OSError) and not (_failure or of_hydra(error) or disk_full(error)):
+        elif isinstance(error, OSError) and not (
+            _failure or isinstance(error, ConnectionError) or of_hydra(error) or disk_full(error)
+        ):
             # Hydra makes the run's folder before anything of ours runs.
             error = UserError(f"paths.output_dir: {error.filename}: {error.strerror}; set it to a folder of yours")
         for line in lines_of(error):
@@ -197,12 +200,12 @@ def exit_code(main: Callable[[], object]) -> int:
 
 
 def _unread() -> bool:
-    """Whether nobody reads what is printed any more: what could not be written is still there to be."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    """Whether nobody reads what is printed any more: a pipe says so, whatever was written to it before."""
+    if sys.stdout is not sys.__stdout__:
+        return False
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    return any(happened & (select.POLLERR | select.POLLHUP) for _, happened in pipe.poll(0))
 
 
 def _close_sweeps(complete: bool = True) -> None:

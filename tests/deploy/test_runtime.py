@@ -60,5 +60,5 @@ def test_a_broken_pipe_of_any_other_program_is_no_success(capsys):
     def main():
         raise BrokenPipeError(32, "Broken pipe", "another")
 
-    assert exit_code(main) != 0
+    assert exit_code(main) == 1
     assert "another" in capsys.readouterr().err
