@@ -77,7 +77,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     require_memory(plan, device)
     run = opening.open_run(settings, folder, expected(plan))
     if run.longest and settings.prune.method != "auto":
-        require_memory(plan, device, run.longest)
+        require_memory(plan, device, run.longest, run.written)
     if settings.deploy.name != "none":
         opening.prepare(run)
     # As it is now: whoever replaces a file while the run is at work has another run.

@@ -73,12 +73,13 @@ class _Record(NamedTuple):
     images: int
 
 
-def stage_memory(plan: Forecast, tokens: int | None = None) -> dict[str, StageMemory]:
+def stage_memory(plan: Forecast, tokens: int | None = None, written: int | None = None) -> dict[str, StageMemory]:
     """Memory of every stage of a run, in their order.
 
     Args:
         plan: What the run makes.
         tokens: Tokens of the longest record; None: as many as are allowed.
+        written: Sequences that the dense model writes for the statistics; None: as many as it may be.
 
     Raises:
         UserError: The recovery cannot be set up.
@@ -91,7 +92,7 @@ def stage_memory(plan: Forecast, tokens: int | None = None) -> dict[str, StageMe
         parts = {"base": base, **_answering(plan, plan.base, record, settings.evaluate.batch_size)}
         stages["evaluate"] = StageMemory(parts, ("base",), "set model.dtype=bfloat16, or evaluate=none")
     if settings.prune.method != "none":
-        stages["prune"] = _pruning(plan, record, measured=tokens is not None)
+        stages["prune"] = _pruning(plan, record, written, measured=tokens is not None)
         held["pruned"] = pruned
     if settings.recover.name != "none":
         stages |= _recovering(plan, record)
@@ -131,7 +132,7 @@ def _answering(plan: Forecast, model: nn.Module, record: _Record, rows: int) -> 
     return {"key-value cache": cache, "activations": _forward(plan, layers, rows, record)}
 
 
-def _pruning(plan: Forecast, record: _Record, measured: bool) -> StageMemory:
+def _pruning(plan: Forecast, record: _Record, written: int | None, measured: bool) -> StageMemory:
     """See `efficientllava.pruning.memory`; a search counts as scoring and refit, its table is on disk.
 
     Unless the records are measured, the weights alone are certain, which fewer or shorter records leave as they are.
@@ -140,7 +141,9 @@ def _pruning(plan: Forecast, record: _Record, measured: bool) -> StageMemory:
     config = replace(config, method="widthwise") if config.method == "auto" else config
     samples = -(-calibration.samples // plan.processes)
     rows = micro_batch(config, calibration.batch_size)
-    written = sequences(calibration, plan.settings.prune, calibration.samples * record.tokens, plan.base)
+    if written is None:
+        positions = calibration.samples * record.tokens
+        written = sequences(calibration, plan.settings.prune, positions, plan.base, images=False)
     written = -(-written // plan.processes)
     size = CalibrationSize(samples, record.tokens, rows, record.images).joined(written * calibration.generate_length)
     stored = config.offload is True or (plan.device == "cuda" and store_on_host(plan.base, config, size))
@@ -274,7 +277,7 @@ def available(device: str) -> int:
     return psutil.virtual_memory().available + psutil.swap_memory().free
 
 
-def require_memory(plan: Forecast, device: str, tokens: int | None = None) -> None:
+def require_memory(plan: Forecast, device: str, tokens: int | None = None, written: int | None = None) -> None:
     """Refuse a run that does not fit.
 
     Args:
@@ -283,11 +286,12 @@ def require_memory(plan: Forecast, device: str, tokens: int | None = None) -> No
         tokens: Tokens of the longest calibration record, where they are known and the base is loaded: then all that
             pruning may hold counts. None: what is certain, in every stage; activations, which depend on the data, are
             given the benefit of the doubt.
+        written: See `stage_memory`.
 
     Raises:
         UserError: Names the stage, what it needs and what there is.
     """
-    stages, found = stage_memory(plan, tokens), available(device)
+    stages, found = stage_memory(plan, tokens, written), available(device)
     shares = plan.processes if device == "cpu" else 1
     if tokens is not None:
         prune = stages["prune"]

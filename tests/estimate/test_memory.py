@@ -99,6 +99,11 @@ def test_text_that_the_model_writes_counts(folder):
     assert prunes[0] < prunes[1] < prunes[2]
 
 
+def test_what_is_written_is_known_once_the_records_are_read(folder):
+    none, some = (stage_memory(planned(folder), 20, written)["prune"].total for written in (0, 4096))
+    assert none < some
+
+
 def test_more_costs_more(folder):
     def total(stage, *overrides):
         return stage_memory(planned(folder, *overrides))[stage].total
