@@ -160,8 +160,10 @@ def image_key(image: AnyImage) -> str:
     """Name of an image, the same wherever it is shown: its path, else a digest of its content."""
     if isinstance(image, Path):
         return str(image)
-    made = isinstance(image, Image.Image)
-    content = repr((image.size, image.mode)).encode() + image.tobytes() if made else image()
+    if isinstance(image, Image.Image):
+        content = repr((image.size, image.mode)).encode() + bytes(image.getpalette() or ()) + image.tobytes()
+    else:
+        content = image()
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

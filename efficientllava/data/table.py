@@ -179,9 +179,11 @@ def _unique(rows: Iterator[Row]) -> Iterator[Row]:
     """Number repeated ids: the published mixtures use an image's id for several records."""
     seen: Counter[str] = Counter()
     for row in rows:
+        name = row["id"]
+        while seen[row["id"]]:
+            seen[name] += 1
+            row["id"] = f"{name}#{seen[name]}"
         seen[row["id"]] += 1
-        if (count := seen[row["id"]]) > 1:
-            row["id"] = f"{row['id']}#{count}"
         yield row
 
 
@@ -230,7 +232,7 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
         raise BadRecordError(f"record {number}: a {type(raw).__name__} instead of an object")
     name = str(raw.get("id", number))
     said, inline = _said(raw, name)
-    shown = raw.get("image", raw.get("images")) or inline
+    shown = raw.get("image") or raw.get("images") or inline
     images = [_source(image) for image in (shown if isinstance(shown, list) else [shown])]
     for image in images:
         if not isinstance(image, str | bytes):

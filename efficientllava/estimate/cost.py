@@ -181,7 +181,9 @@ def _pruning(plan: Forecast) -> float:
     """Passes over the calibration records that score, that try shapes or policies, and the one that cuts."""
     settings, config, layers = plan.settings, plan.settings.prune, layers_of(plan.base)
     tokens, base = settings.calibration.samples * tokens_of(plan), _token(plan.base)
-    written = settings.calibration.generate_length * sequences(settings.calibration, config, tokens, plan.base)
+    written = settings.calibration.generate_length * sequences(
+        settings.calibration, config, tokens, plan.base, context_of(plan.base)
+    )
     tokens += written
     sees = importance_of(config.importance).sees if config.method == "widthwise" else WEIGHTS
     looks, squares = sees != WEIGHTS, config.method == "auto" or sees in (INPUTS, GRADIENTS)

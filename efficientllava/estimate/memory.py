@@ -143,7 +143,8 @@ def _pruning(plan: Forecast, record: _Record, written: int | None, measured: boo
     rows = micro_batch(config, calibration.batch_size)
     if written is None:
         positions = calibration.samples * record.tokens
-        written = sequences(calibration, plan.settings.prune, positions, plan.base, images=False)
+        known = (positions, plan.base, context_of(plan.base))
+        written = sequences(calibration, plan.settings.prune, *known, images=False)
     written = -(-written // plan.processes)
     size = CalibrationSize(samples, record.tokens, rows, record.images).joined(written * calibration.generate_length)
     stored = config.offload is True or (plan.device == "cuda" and store_on_host(plan.base, config, size))

@@ -120,23 +120,25 @@ class CachedTeacher:
     def __init__(self, folder: Path, wanted: Wanted, stamps: Mapping[str, str]) -> None:
         self._folder, self._wanted, self._names = folder, wanted, list(stamps)
         self._shard = functools.cache(lambda file: safe_open(file, "pt"))
-        self._places: dict[str, dict[str, Place]] = {part: {} for part in wanted.parts}
+        # By id and key: where questions are not packed, a record has a row for each.
+        self._places: dict[str, dict[tuple[str, str], Place]] = {part: {} for part in wanted.parts}
         for part, places in self._places.items():
             for file in sorted(folder.glob(f"{part}-*{SUFFIX}")):
                 start = 0
                 for *row, stamp in json.loads(self._shard(file).metadata()["records"]):
                     place = Place(file, start, Row(*row))
                     if stamps.get(place.row.name) == stamp:
-                        places[place.row.name] = place
+                        places[place.row.name, place.row.key] = place
                     start += place.row.count
 
     def lacking(self) -> dict[str, list[str]]:
         """The records, by id, that each part does not hold."""
-        return {part: [name for name in self._names if name not in held] for part, held in self._places.items()}
+        known = {part: {name for name, _ in held} for part, held in self._places.items()}
+        return {part: [name for name in self._names if name not in held] for part, held in known.items()}
 
     def size(self) -> tuple[int, int]:
         """Supervised tokens of the records, and the bytes of the files that hold the answers."""
-        places = [[held[name] for name in self._names] for held in self._places.values()]
+        places = [list(held.values()) for held in self._places.values()]
         tokens = sum(place.row.count for place in places[0])
         return tokens, sum(file.stat().st_size for file in {place.file for part in places for place in part})
 
@@ -164,9 +166,10 @@ class CachedTeacher:
         """
         found: list[dict[str, Tensor]] = []
         for row in rows:
-            place = self._places[part].get(row.name)
+            place = self._places[part].get((row.name, row.key))
             if place is None or place.row != row:
-                known = f"saw {place.row.count} supervised tokens, other ones," if place else "was not asked"
+                asked = any(name == row.name for name, _ in self._places[part])
+                known = "saw other ones" if asked else "was not asked"
                 raise UserError(
                     f"recover.teacher.source=cached: of record {row.name!r}, which has {row.count} supervised tokens, "
                     f"the teacher {known} when {self._folder} was made; delete that folder, it is made anew"

@@ -94,7 +94,7 @@ class RecoveryModule(L.LightningModule):
             Scalar loss, connected to every trainable parameter.
         """
         if self.cfg.lora.dropout and self.cfg.train == "lora":
-            torch.manual_seed((self._seed * 1_000_003 + batch_idx) * 8191 + self.global_rank)
+            torch.manual_seed(((self._seed * 1_000_003 + batch_idx) * 8191 + self.global_rank) % 2**63)
         sums = self._sums(batch)
         weights = torch.tensor([term.weight for term in self.terms], device=sums.device)
         values = sums / divisors(self.terms, batch["labels"], self.cfg.parity).clamp_min(1)

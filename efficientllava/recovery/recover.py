@@ -108,10 +108,14 @@ class ResumePoint(L.Callback):
         self._every = every
         self._saved = -1
 
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """The step that a run goes on from is saved; in the middle of the next one its gradients would be missing."""
+        self._saved = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         """Save after every ``every``-th optimiser step, once."""
         step = trainer.global_step
-        if step == self._saved or step == 0 or step % self._every:
+        if step == self._saved or step % self._every:
             return
         self._saved = step
         part = self._path.with_name(f".{RESUME_POINT}.part")

@@ -147,14 +147,14 @@ class SearchModule(LightningModule):
 
         # The last fold is for the choice among the best, which none of them has seen. Levels are fitted to all other
         # samples, on which policies are judged, or to none of those.
-        calibration, judged, samples = part(0) if apart else part(0, 1), part(1) if apart else part(0, 1), part(0, 1)
+        calibration, judged = (part(0), part(1)) if apart else (part(0, 1), part(0, 1))
         stream = CalibrationStream(self.model, judged, self._prune.tokens)
         table = self._table(calibration)
         self.table = table.folder
         space = self._space(table, stream)
         evaluator = Evaluator(self.model, table, stream)
         search = self._search(space, table, stream, evaluator)
-        self._evolve(search, space, table, samples.batches, evaluator)
+        self._evolve(search, space, table, judged.batches, evaluator)
         self.record = self._describe(search, space, evaluator.dense)
         if holdout:
             self.record["holdout"] = self._holdout(search, table, stream, evaluator, holdout)

@@ -13,6 +13,7 @@ from ..data.datamodule import RecoveryData
 from ..data.splits import calibration_records, keep_back, open_data
 from ..deploy import export
 from ..evaluation import judges, lmms, tasks
+from ..evaluation.tasks import prose
 from ..models.forward import FeatureCache, require_images
 from ..recovery.recover import accumulation
 from ..recovery.student import require_trainable
@@ -49,6 +50,9 @@ def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
     base = load_checkpoint(store, device, settings.prune.offload, *known)
     features, collate = FeatureCache(base.model), Collator(base.processor, settings.data.max_length)
     lmms.prepare(settings.evaluate)
+    for task in asked if settings.evaluate.prose.path else ():
+        if task.divergence:
+            prose.require_whole(task.records()[: settings.evaluate.limit], base.processor)
     calibration = []
     if settings.prune.method != "none":
         calibration = calibration_records(settings.calibration, settings.data, settings.seed, collate)

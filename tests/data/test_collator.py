@@ -106,6 +106,13 @@ def test_generation_prompts_continue_with_the_answer(tiny: tuple[Any, Any]) -> N
     assert len(asked["pixel_values"]) == len(seen)
 
 
+def test_colours_of_a_palette_are_part_of_an_image() -> None:
+    white, black = (Image.new("P", (4, 4)) for _ in range(2))
+    white.putpalette([255] * 768)
+    black.putpalette([0] * 768)
+    assert image_key(white) != image_key(black)
+
+
 def test_prompt_equals_the_processor_on_rendered_text(tiny: tuple[Any, Any]) -> None:
     _, processor = tiny
     content = [{"type": "image"}, {"type": "text", "text": "where is the seven?"}]

@@ -101,6 +101,14 @@ def test_leading_answer_is_dropped_and_repeated_ids_are_numbered(folder: Path) -
     records = read_conversations(write(folder, [*GOOD, leading]))
     assert records[2].turns == (Turn("hello", "hi"),)
     assert [record.id for record in records] == ["x", "y", "y#2"]
+    records = read_conversations(write(folder, [{**GOOD[1], "id": name} for name in ("y", "y", "y#2", "y")]))
+    assert [record.id for record in records] == ["y", "y#2", "y#2#2", "y#3"]
+
+
+def test_an_image_that_is_null_hides_no_images(folder: Path) -> None:
+    both = {**GOOD[0], "image": None, "images": ["coco/a.png"]}
+    (record,) = read_conversations(write(folder, [both]))
+    assert record.images == (folder / "coco" / "a.png",)
 
 
 BAD = {

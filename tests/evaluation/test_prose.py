@@ -158,6 +158,20 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
+def test_a_record_that_the_context_would_cut_is_refused(tiny, tmp_path):
+    _, processor = tiny
+    short, long = ({"from": "gpt", "value": "word " * count} for count in (9, 900))
+    asked = {"from": "human", "value": "what?"}
+    file = tmp_path / "mine.json"
+    file.write_text(
+        json.dumps([{"id": name, "conversations": [asked, said]} for name, said in (("a", short), ("b", long))])
+    )
+    records = own(file).records()
+    prose.require_whole(records[:1], processor)
+    with pytest.raises(UserError, match=r"1 of 2 records are longer than the \d+ tokens .*'b' with 9\d\d; shorten"):
+        prose.require_whole(records, processor)
+
+
 @pytest.mark.usefixtures("without_fresh_processes")
 def test_a_run_compares_with_its_base_and_is_found_again(tmp_path):
     model = save_tiny(tmp_path / "model")

@@ -133,6 +133,11 @@ def test_the_projector_moves_only_where_it_helps_on_unseen_batches(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, projector_of(still.pruned).parameters(), strict=True))
 
 
+def test_the_projector_evolves_on_what_policies_are_judged_on(tmp_path):
+    done = run(searcher(tmp_path, gap="held_out"))
+    assert len(done.record["projector"]) == SMALL["rounds"] - 1
+
+
 def test_a_uniform_search_ends_in_one_shape(tmp_path):
     done = run(searcher(tmp_path, uniform=True, projector=False))
     assert done.plan is not None and done.plan.uniform

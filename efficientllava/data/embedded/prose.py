@@ -51,7 +51,7 @@ def of_text(file: Path, key: str = "text") -> tuple[Record, ...]:
         raise UserError(f"{key}={file}: cannot be read ({reason}); give a text in UTF-8, or JSON") from error
     made = tuple(_record(file.stem, number, words) for number, words in enumerate(pieces(text)))
     if not made:
-        raise UserError(f"{key}={file}: holds no {LEAST} words; give a longer text")
+        raise UserError(f"{key}={file}: holds no {LEAST} words between blanks; give a longer text, or JSON")
     return made
 
 

@@ -7,11 +7,13 @@ The texts come with this package, two of documentation and a novel, or one is th
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from ...data.collator import Collator
 from ...data.embedded.prose import GIVEN, of_text, shipped
 from ...data.records import Record, missing_images
 from ...data.table import read_conversations
@@ -59,6 +61,22 @@ def own(file: Path) -> Sequence[Record]:
     return list(found)
 
 
+def require_whole(records: Sequence[Record], processor: Any) -> None:
+    """Refuse what a model would see a part of: its loss would be that of another text, or of none.
+
+    Raises:
+        UserError: Records are longer than the context, or an image cannot be read.
+    """
+    context, collate = int(processor.tokenizer.model_max_length), Collator(processor, sys.maxsize, pack=False)
+    sizes = {record.id: max(collate.check(record)) for record in records}
+    if long := {name: size for name, size in sizes.items() if size > context}:
+        name, size = next(iter(long.items()))
+        raise UserError(
+            f"{KEY}: {len(long)} of {len(sizes)} records are longer than the {context} tokens of the context, such as "
+            f"{name!r} with {size}; shorten or drop them"
+        )
+
+
 def score(records: Sequence[Answered]) -> Scores:
     """Perplexity, the loss behind it, and the divergence from the base, over all tokens and those of every text.
 
@@ -96,4 +114,4 @@ def _means(records: Sequence[Answered]) -> dict[str, float]:
 
 def _ratio(records: Sequence[Answered], key: str) -> float:
     """Sum of a key over the tokens of the records."""
-    return math.fsum(value(record, key) for record in records) / max(1, sum(value(r, "tokens") for r in records))
+    return math.fsum(value(record, key) for record in records) / sum(value(record, "tokens") for record in records)
