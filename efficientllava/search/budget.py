@@ -66,7 +66,8 @@ def budget_of(
         genes = range(len(table.genes))
         costs = removed_costs(table, sum(linear.weights for gene in genes for linear in table.norms(gene, 0)))
     elif resource == "flops":
-        costs = flops_costs(model, table, mean_length(stream.batches))
+        records = [batch for i, batch in enumerate(stream.batches) if i not in stream.calibration.written]
+        costs = flops_costs(model, table, mean_length(records))
     else:
         prompt = first_prompt(model, stream.batches)
         costs = processes.from_first(None if processes.rank() else latency_costs(model, table, prompt, path, clock))

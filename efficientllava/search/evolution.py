@@ -97,6 +97,7 @@ class State:
             ``generation``, ``theta``, ``best`` (objective of the best policy so far), ``mean`` (objective of the
             generation's policies that came to all samples; None if none did) and ``cost`` (evaluations so far; on a
             share of the samples they count as that share).
+        projector: What became of the projector, one entry per time that it was trained.
     """
 
     round: int = 0
@@ -106,6 +107,7 @@ class State:
     archive: list[Policy] = field(default_factory=list)
     record: list[dict[str, Any]] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    projector: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path | None) -> State:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,7 @@ class SearchModule(LightningModule):
         self._beginning = Beginning()
         self._folds: list[int] = []
         self._shares: list[float] = []
+        self._read = 0  # batches of the records; those of the written text follow
         self._batches: list[dict[str, Any]] = []
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -143,7 +144,8 @@ class SearchModule(LightningModule):
         def part(*folds: int) -> Calibration:
             chosen = [i for i, fold in enumerate(self._folds) if fold in folds]
             batches, shares = [every[i] for i in chosen], [self._shares[i] for i in chosen]
-            return Calibration(batches, self._features, tick=self._tick, beginning=self._beginning, shares=shares)
+            more = {"tick": self._tick, "beginning": self._beginning, "written": self._written(chosen)}
+            return Calibration(batches, self._features, shares=shares, **more)
 
         # The last fold is for the choice among the best, which none of them has seen. Levels are fitted to all other
         # samples, on which policies are judged, or to none of those.
@@ -166,12 +168,16 @@ class SearchModule(LightningModule):
     def _with_written(self, batches: Sequence[Batch]) -> list[Batch]:
         """The samples and what the model writes itself, of which every fold gets its part."""
         text = self._inputs.write(self.model, (0, 1)) if self._inputs.write else []
-        counts = positions_of(batches), positions_of(text)
+        counts, self._read = (positions_of(batches), positions_of(text)), len(batches)
         share = position_share(self._inputs.written_share, *counts) if text else 0.0
         self._shares = [1.0] * len(batches) + [share] * len(text)
         self._folds += [(0, 1, 2, 0)[i % 4] if max(self._folds) else 0 for i in range(len(text))]
         device = next(self.model.parameters()).device
         return [*batches, *(to_device(batch, device) for batch in text)]
+
+    def _written(self, chosen: Iterable[int]) -> list[int]:
+        """Places of the written text among some of the batches."""
+        return [place for place, index in enumerate(chosen) if index >= self._read]
 
     def _table(self, calibration: Calibration) -> LevelTable:
         prune, granularity = self._prune, self._config.granularity
@@ -239,7 +245,7 @@ class SearchModule(LightningModule):
                 policies = [*state.archive, *(space.random(rng) for _ in state.archive)]
                 how = (config, self._seed + state.round, self._tick)
                 step = evolve_projector(self.model, table, evaluator, samples, self._features, policies, *how)
-                self.record.setdefault("projector", []).append(step)
+                state.projector.append(step)
                 kept = step["kept"]
             if kept and processes.rank() == 0:
                 with whole_file(self._projector_file(state.theta + 1)) as file:
@@ -259,6 +265,7 @@ class SearchModule(LightningModule):
             "best": list(search.best),
             "history": search.state.history,
             "policies": search.state.record,
+            **({"projector": search.state.projector} if self._config.projector else {}),
             "gap": self._gap,
         }
 
@@ -316,6 +323,7 @@ class SearchModule(LightningModule):
             held=held,
             validated=last,
             shares=self._shares[mine],
+            written=self._written(range(len(samples))[mine]),
         )
         chosen, found = self._chosen(search, space, table, calibration)
         self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)

@@ -223,6 +223,18 @@ def test_a_real_measurement_makes_a_budget() -> None:
         assert costs[0] == 0.0 and list(costs) == sorted(costs) and costs[-1] < 0.5
 
 
+def test_text_that_the_model_has_written_is_no_prompt() -> None:
+    model, (record, text) = make_model("llama"), (make_batch(3), make_batch(1))
+    search = SearchConfig(budget=SearchBudgetConfig("flops", 0.3))
+    streams = (
+        stream_of(model, [record]),
+        stream_of(model, [record, text], written=[1]),
+        stream_of(model, [record, text]),
+    )
+    alone, beside, mixed = (budget_of(model, Sized(model), each, PruneConfig(), search).costs for each in streams)
+    assert alone == beside != mixed
+
+
 def test_length_of_a_prompt() -> None:
     assert mean_length([make_batch(3)]) == pytest.approx((20 + 18 + 16) / 3)
     # 5 shared tokens, questions of 6 and 5, and 4 tokens that see themselves alone; the second row is cut short by 2.

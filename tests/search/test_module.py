@@ -105,6 +105,7 @@ def test_a_killed_search_ends_with_the_same_result(tmp_path, monkeypatch, step):
     assert resumed.plan == whole.plan
     assert resumed.record["policies"] == whole.record["policies"]
     assert resumed.record["history"] == whole.record["history"]
+    assert resumed.record["projector"] == whole.record["projector"] != []
     assert resumed.report is not None and whole.report is not None
     assert resumed.report.loss_pruned == whole.report.loss_pruned
 
