@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from .data.records import Record, image_stamps
 from .data.splits import calibration_records, open_data
 from .models.forward import to_device
 from .pruning.memory import micro_batch
+from .pruning.module import chunked, with_roles
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
-from .pruning.stream import Calibration
+from .pruning.self_text import position_share, positions_of, sequences, write_text
+from .pruning.stream import Beginning, Calibration
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
 from .recovery.student import require_trainable
@@ -61,27 +63,45 @@ def _with(config: Any, options: dict[str, Any], key: str) -> Any:
     unknown = sorted(set(options) - known)
     if unknown:
         raise UserError(f"{key}: unknown option {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
-    return replace(config, **options)
+    given = {}
+    for name, value in options.items():
+        group = getattr(config, name)
+        if is_dataclass(group) and isinstance(value, dict):
+            value = _with(group, value, f"{key}.{name}")
+        elif is_dataclass(group) and not isinstance(value, type(group)):
+            raise UserError(f"{key}: {name} must be a {type(group).__name__}, or a dict of its fields")
+        given[name] = value
+    return replace(config, **given)
 
 
-def _pruning(options: dict[str, Any], key: str, samples: int, seed: int) -> PruneConfig:
+def _pruning(options: dict[str, Any], key: str, calibration: CalibrationConfig, seed: int) -> PruneConfig:
     config = _with(WIDTHWISE, options, key)
     config = replace(config, round_to=BLOCKS.get(config.round_to, config.round_to))
-    require_valid(RunConfig(seed=seed, prune=config, calibration=CalibrationConfig(samples=samples)), "")
+    require_valid(RunConfig(seed=seed, prune=config, calibration=calibration), "")
     if config.method not in ("layerwise", "widthwise"):
         raise UserError(f"prune.method={config.method}: must be layerwise or widthwise; a search is a run of its own")
     return config
 
 
 def _calibration(
-    checkpoint: Checkpoint, records: Sequence[Record] | None, samples: int, seed: int, config: PruneConfig
+    checkpoint: Checkpoint, records: Sequence[Record] | None, config: CalibrationConfig, seed: int, prune: PruneConfig
 ) -> Calibration:
+    """What a run would look at, in the same roles."""
     if records is None:
-        records = calibration_records(CalibrationConfig(samples=samples), DIGITS, seed)
-    collate, device = Collator(checkpoint.processor), next(checkpoint.model.parameters()).device
-    size = micro_batch(config, CalibrationConfig().batch_size)
-    chunks = [list(records[start : start + size]) for start in range(0, len(records), size)]
-    return Calibration([to_device(collate(chunk), device) for chunk in chunks])
+        records = calibration_records(config, DIGITS, seed)
+    if not records:
+        raise UserError("records: there are none; give some, or None for the embedded digits")
+    model, processor = checkpoint.model, checkpoint.processor
+    collate, device = Collator(processor), next(model.parameters()).device
+    chunks, folds = chunked(records, micro_batch(prune, config.batch_size))
+    batches = [to_device(collate(chunk), device) for chunk in chunks]
+    known = (positions_of(batches), model, processor.tokenizer.model_max_length)
+    count = sequences(config, prune, *known, any(record.images for record in records))
+    how = (count, config.generate_length, seed, config.batch_size)
+    text = write_text(model, processor, *how) if count else []
+    share = position_share(config.generate_share, known[0], positions_of(text)) if text else 1.0
+    beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
+    return with_roles(batches, folds, text, share, beginning=beginning)
 
 
 def plan(
@@ -89,6 +109,7 @@ def plan(
     records: Sequence[Record] | None = None,
     samples: int = 64,
     seed: int = 0,
+    generate: int | None = None,
     **options: Any,
 ) -> PruningPlan:
     """Decide what a checkpoint keeps; the model is unchanged.
@@ -98,6 +119,7 @@ def plan(
         records: Calibration records; None draws them from the embedded digits.
         samples: Number of calibration records drawn where none are given.
         seed: Seed of the draw and of random importance.
+        generate: Sequences that the model writes itself beside them, as ``calibration.generate``.
         **options: Fields of `PruneConfig`: ``ratio``, ``method``, ``importance``, ``selection`` …
 
     Returns:
@@ -106,8 +128,9 @@ def plan(
     Raises:
         UserError: An unknown option, a value out of its range or an infeasible ratio.
     """
-    config = _pruning(options, "plan", samples, seed)
-    return make_plan(checkpoint.model, _calibration(checkpoint, records, samples, seed, config), config, seed)[0]
+    calibration = CalibrationConfig(samples=samples, generate=generate)
+    config = _pruning(options, "plan", calibration, seed)
+    return make_plan(checkpoint.model, _calibration(checkpoint, records, calibration, seed, config), config, seed)[0]
 
 
 def prune(
@@ -116,6 +139,7 @@ def prune(
     records: Sequence[Record] | None = None,
     samples: int = 64,
     seed: int = 0,
+    generate: int | None = None,
     **options: Any,
 ) -> Checkpoint:
     """Cut a checkpoint by a plan, refitting what is kept.
@@ -126,6 +150,7 @@ def prune(
         records: Calibration records of the refit; None draws them from the embedded digits.
         samples: Number of calibration records drawn where none are given.
         seed: Seed of the draw.
+        generate: As for `plan`; they are written anew.
         **options: Fields of `efficientllava.settings.schema.PruneConfig` that concern the refit.
 
     Returns:
@@ -135,8 +160,10 @@ def prune(
         UserError: An unknown option or a value out of its range.
         ValueError: The plan was made for another model, or the checkpoint has been pruned already.
     """
-    config = _pruning(options, "prune", samples, seed)
-    model, _ = apply_plan(checkpoint.model, plan, _calibration(checkpoint, records, samples, seed, config), config)
+    calibration = CalibrationConfig(samples=samples, generate=generate)
+    config = _pruning(options, "prune", calibration, seed)
+    known = _calibration(checkpoint, records, calibration, seed, config)
+    model, _ = apply_plan(checkpoint.model, plan, known, config)
     round_weights(model, checkpoint.storage)
     return checkpoint.after(model, plan.step, plan.kept_layers)
 

@@ -1,12 +1,22 @@
 """The Python interface refuses what the command line refuses."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 
 import efficientllava as ev
+from efficientllava.api import WIDTHWISE
+from efficientllava.checkpoint.export import round_weights
+from efficientllava.data.collator import Collator
+from efficientllava.data.splits import calibration_records
+from efficientllava.pruning.module import PruningModule
+from efficientllava.pruning.self_text import write_text
 from efficientllava.recovery.module import RecoveryModule
 from efficientllava.runtime.errors import UserError
-from efficientllava.settings.schema import DataConfig, TeacherConfig, WeightsConfig
+from efficientllava.settings.schema import CalibrationConfig, DataConfig, TeacherConfig, WeightsConfig
+from experiments.speed.rows import quiet_trainer
 
 from .runs import save_tiny
 
@@ -45,6 +55,38 @@ def test_a_plan_is_made_and_another_model_s_is_refused(checkpoint, tmp_path):
     other = ev.load(save_tiny(tmp_path / "other", layers=3))
     with pytest.raises(ValueError, match="plan is for 2 layers, the model has 3"):
         ev.prune(other, plan, samples=2)
+
+
+@pytest.mark.parametrize("generate", [0, 8])
+def test_records_serve_as_in_a_run(tmp_path, generate):
+    folder, digits = save_tiny(tmp_path / "model", layers=2), DataConfig("digits_vqa")
+    one, other = ev.load(folder), ev.load(folder)
+    records = calibration_records(CalibrationConfig(samples=24), digits)
+    config = replace(WIDTHWISE, ratio=0.3)
+    write = partial(write_text, processor=one.processor, count=generate, length=128, seed=0) if generate else None
+    module = PruningModule(
+        one.model, records, Collator(one.processor), config, write=write and (lambda model, _: write(model))
+    )
+    quiet_trainer(devices=1, inference_mode=False).predict(module, return_predictions=False)
+    plan = ev.plan(other, samples=24, ratio=0.3, generate=generate)
+    assert {*plan.calibration_ids} == {record.id for record in records}
+    assert plan.layers == module.plan.layers and len(module.report.candidates) > 1
+    smaller = ev.prune(other, plan, samples=24, ratio=0.3, generate=generate)
+    round_weights(module.pruned, one.storage)
+    assert all(
+        torch.equal(value, smaller.model.state_dict()[name]) for name, value in module.pruned.state_dict().items()
+    )
+
+
+def test_groups_of_options_are_dicts_or_their_class(checkpoint):
+    data = DataConfig("digits_vqa", images=4, batch_size=2)
+    how = {"train": "projector", "steps": 1}
+    stats = ev.recover(checkpoint, data, weights={"sft": 1.0, "hidden": 0.0}, **how)
+    assert stats.loss == "1 x CE"
+    with pytest.raises(UserError, match="recover: weights must be a WeightsConfig, or a dict"):
+        ev.recover(checkpoint, data, weights=1.0, **how)
+    with pytest.raises(UserError, match="records: there are none"):
+        ev.plan(checkpoint, records=[])
 
 
 @pytest.mark.parametrize(

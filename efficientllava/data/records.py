@@ -161,10 +161,23 @@ def image_key(image: AnyImage) -> str:
     if isinstance(image, Path):
         return str(image)
     if isinstance(image, Image.Image):
-        content = repr((image.size, image.mode)).encode() + bytes(image.getpalette() or ()) + image.tobytes()
-    else:
-        content = image()
+        return content_key(repr((image.size, image.mode)).encode() + bytes(image.getpalette() or ()) + image.tobytes())
+    return content_key(image())
+
+
+def content_key(content: bytes) -> str:
+    """Name of an image whose content is at hand, see `image_key`."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def first_images(records: Sequence[Record]) -> list[str | None]:
+    """Name of every record's first image, see `image_key`; None where it has none. Tables know them unopened."""
+    if isinstance(records, Subset) and hasattr(records.records, "first_images"):
+        found = first_images(records.records)
+        return [found[index] for index in records.indices]
+    if (known := getattr(records, "first_images", None)) is not None:
+        return known()
+    return [None if record.image is None else image_key(record.image) for record in records]
 
 
 def _opened(image: AnyImage, name: str) -> Image.Image:

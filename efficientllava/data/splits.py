@@ -18,7 +18,7 @@ from ..runtime import UserError, stamp
 from ..settings.schema import CalibrationConfig, DataConfig, RunConfig
 from .embedded.digits import Digits
 from .embedded.prose import calibrating
-from .records import Record, Subset, column, expected_folders, fault_of, image_files, image_key
+from .records import Record, Subset, column, expected_folders, fault_of, first_images
 from .sources import parts_of, report_bad
 
 if TYPE_CHECKING:
@@ -140,11 +140,7 @@ def groups_of(records: Sequence[Record]) -> list[str]:
 
     The document is what stands before the last "/" of an id, without the source's name and the number of a repeated id.
     """
-    images = (
-        [image_key(record.image) if record.image is not None else None for record in records]
-        if isinstance(records, list)
-        else [str(files[0]) if files else None for files in image_files(records)]
-    )
+    images = first_images(records)
     ids, sources = column(records, "id").tolist(), column(records, "source").tolist()
     documents = [_document(*pair) for pair in zip(ids, sources, strict=True)]
     alone = len({d for d, image in zip(documents, images, strict=True) if image is None}) < LEAST_DOCUMENTS

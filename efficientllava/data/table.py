@@ -21,7 +21,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from ..runtime import Store, UserError, digest, one_line, source_digest
-from .records import AnyImage, Record, Turn
+from .records import AnyImage, Record, Turn, content_key
 from .sources import BadRecordError, Part, locate, parts_of, raw_records, report_bad
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ COLUMNS = pa.schema(
         ("source", pa.string()),
         ("images", pa.list_(pa.string())),  # paths; null where the content is in the next column
         ("contents", pa.list_(pa.large_binary())),
+        ("keys", pa.list_(pa.string())),  # of these contents; null where there is a path
         ("turns", pa.list_(TURN)),
         ("length", pa.int32()),
         ("repeats", pa.int32()),
@@ -62,7 +63,7 @@ class Conversations(Sequence[Record]):
 
     def __init__(self, rows: datasets.Dataset, image_root: Path, key: str, option: str) -> None:
         self._rows, self.image_root, self.key, self.option = rows, image_root, key, option
-        self._shown = rows.remove_columns("contents")
+        self._shown = rows.remove_columns(["contents", "keys"])
         problems = rows.data.column("problem")
         self._usable = np.flatnonzero(problems.is_null().to_numpy())
         self.problems: list[str] = problems.drop_null().to_pylist()
@@ -88,6 +89,12 @@ class Conversations(Sequence[Record]):
         """The image files of records; images that are stored in the data have none."""
         images = self._rows.data.column("images").take(self._usable[indices]).to_pylist()
         return [[self.image_root / path for path in paths if path is not None] for paths in images]
+
+    def first_images(self) -> list[str | None]:
+        """See `efficientllava.data.records.first_images`."""
+        paths, keys = (self._rows.data.column(name).take(self._usable).to_pylist() for name in ("images", "keys"))
+        pairs = zip(paths, keys, strict=True)
+        return [(key[0] or str(self.image_root / path[0])) if path else None for path, key in pairs]
 
     def _content(self, place: int, number: int) -> bytes:
         return self._rows.data.column("contents")[place][number].as_py()
@@ -255,6 +262,7 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
         "source": origin,
         "images": [None if path is None else root + path for path in paths],
         "contents": [image if isinstance(image, bytes) else None for image in images],
+        "keys": [content_key(image) if isinstance(image, bytes) else None for image in images],
         "turns": [
             {"question": question, "answer": answer, "images_at": places}
             for (question, places), answer in zip(questions, answers, strict=True)

@@ -32,6 +32,38 @@ def chunked(records: Sequence[Any], size: int) -> tuple[list[list[Any]], list[in
     return list(chain(*parts)), [fold for fold, part in enumerate(parts) for _ in part]
 
 
+def with_roles(
+    batches: Sequence[Batch],
+    folds: Sequence[int],
+    text: Sequence[Batch] = (),
+    share: float = 1.0,
+    compares: bool | None = None,
+    **more: Any,
+) -> Calibration:
+    """Calibration batches, each with what it is for, and behind them what the model has written itself.
+
+    Args:
+        batches: Batches of the records.
+        folds: Their folds, as of `chunked`.
+        text: Batches that the model has written.
+        share: What a position of these counts for.
+        compares: Whether candidates are compared on some record of all processes; None: of this one's.
+        **more: Further fields of `Calibration`.
+    """
+    held, compared = ([i for i, fold in enumerate(folds) if fold == kind] for kind in (1, 2))
+    own = range(len(batches), len(batches) + len(text))
+    # Choices of the refit are made on both kinds of text, but only where there are records to make them on.
+    last = own[len(own) - len(own) // 4 :] if (compared if compares is None else compares) else ()
+    shares = [1.0] * len(batches) + [share] * len(text)
+    roles: dict[str, Any] = {
+        "compared": compared,
+        "held": [*held, *last],
+        "validated": [*compared, *last],
+        "written": own,
+    }
+    return Calibration([*batches, *text], shares=shares, **roles, **more)
+
+
 class PruningModule(LightningModule):
     """Calibration batches to statistics, statistics to scores, scores to a plan, and the plan to a smaller model.
 
@@ -105,29 +137,18 @@ class PruningModule(LightningModule):
         batches, config = self._batches, self._config
         beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
         on_gpu = next(model.parameters()).device.type != "cpu"
-        written, shares = self._written(model, batches)
-        size = CalibrationSize.of(batches).joined(positions_of(written))
+        text, share = self._written(model, batches)
+        size = CalibrationSize.of(batches).joined(positions_of(text))
         # Host memory, where hidden states would take too much of a GPU's.
         storage = "cpu" if on_gpu and store_on_host(model, config, size) else None
-        held, compared = ([i for i, fold in enumerate(self._folds) if fold == kind] for kind in (1, 2))
-        batches = batches + written
-        # Choices of the refit are made on both kinds of text, but only where there are records to make them on.
-        own = range(len(batches) - len(written), len(batches))
-        last = own[len(own) - len(own) // 4 :] if self._compares else ()
-        calibration = Calibration(
-            batches,
-            self._features,
-            sum_over,
-            storage,
-            self._offload,
-            self._tick,
-            beginning,
-            compared,
-            [*held, *last],
-            [*compared, *last],
-            shares,
-            own,
-        )
+        known: dict[str, Any] = {
+            "features": self._features,
+            "reduce": sum_over,
+            "storage": storage,
+            "offload": self._offload,
+        }
+        roles = (self._folds, text, share, self._compares)
+        calibration = with_roles(batches, *roles, tick=self._tick, beginning=beginning, **known)
         plan, scored = make_plan(model, calibration, config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
         self.pruned, applied = apply_plan(model, self.plan, calibration, config)
@@ -137,11 +158,10 @@ class PruningModule(LightningModule):
         self.report = replace(scored, loss_pruned=applied.loss_pruned, errors=applied.errors)
         self._batches = []
 
-    def _written(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Batch], list[float]]:
-        """This process's part of the text that the model writes, and what a position counts for, batch by batch."""
+    def _written(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Batch], float]:
+        """This process's part of the text that the model writes, and what a position of it counts for."""
         if self._write is None:
-            return [], [1.0] * len(batches)
+            return [], 1.0
         text = self._write(model, (self.trainer.global_rank, self.trainer.world_size))
         mine = torch.tensor([positions_of(batches), positions_of(text)], dtype=torch.float64)
-        share = position_share(self._written_share, *sum_over(mine).tolist())
-        return text, [1.0] * len(batches) + [share] * len(text)
+        return text, position_share(self._written_share, *sum_over(mine).tolist())

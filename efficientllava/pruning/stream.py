@@ -156,7 +156,8 @@ class Calibration:
     @property
     def ids(self) -> tuple[str, ...]:
         """Ids of the calibration records of this process, each once."""
-        return tuple(dict.fromkeys(record for batch in self.batches for record in batch["ids"]))
+        read = (batch for index, batch in enumerate(self.batches) if index not in self.written)
+        return tuple(dict.fromkeys(record for batch in read for record in batch["ids"]))
 
 
 @contextlib.contextmanager

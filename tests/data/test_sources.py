@@ -17,7 +17,15 @@ from PIL import Image
 from efficientllava.data import sources, table
 from efficientllava.data.collator import Collator
 from efficientllava.data.datamodule import RecoveryData
-from efficientllava.data.records import image_stamps, missing_images, open_images, usable
+from efficientllava.data.records import (
+    Subset,
+    first_images,
+    image_key,
+    image_stamps,
+    missing_images,
+    open_images,
+    usable,
+)
 from efficientllava.data.splits import calibration_records, draw, load_split
 from efficientllava.data.table import read_conversations
 from efficientllava.runtime.errors import UserError
@@ -260,6 +268,9 @@ def test_images_inside_parquet_are_read_when_opened(tmp_path: Path, plural: bool
     assert sizes == [[(3, 2), (4, 2)][:first], [], [(5, 2)]]
     assert [record.turns[0].question for record in records] == ["a?", "b?", "c?"]
     assert [record.source for record in records] == ["images", "text", "images"]
+    keys = [record.image and image_key(record.image) for record in records]
+    assert first_images(records) == first_images([*records]) == keys
+    assert first_images(Subset(records, [2, 1])) == [keys[2], None]
 
 
 def test_rows_of_parquet_are_those_of_the_file_that_is_there_now(tmp_path: Path) -> None:

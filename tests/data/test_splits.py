@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pytest
 
 from efficientllava.data.datamodule import ids_digest
@@ -129,6 +130,16 @@ def test_documents_and_images_are_in_one_split_and_have_one_role(tmp_path: Path)
     assert all(roles) and sum(map(len, roles)) == len(set().union(*roles))
     table = [[record.id for record in part] for part in split_folds(parts[0])]  # which makes its records anew
     assert table == [[record.id for record in part] for part in split_folds(listed[0])] and all(table)
+
+
+def test_images_that_lie_inside_the_data_are_in_one_split_as_well(tmp_path: Path) -> None:
+    rows = [{"id": f"q{i}", "image": {"bytes": b"%d" % (i // 5), "path": None}} for i in range(200)]
+    datasets.Dataset.from_list([row | {"conversations": prose("q")[0]["conversations"]} for row in rows]).to_parquet(
+        tmp_path / "data.parquet"
+    )
+    data = DataConfig(name="conversations", path=str(tmp_path / "data.parquet"))
+    shown = [{*groups_of(load_split(data, split))} for split in ("train", "calibration", "minival")]
+    assert sum(map(len, shown)) == len(set().union(*shown)) == 40
 
 
 def test_ids_that_name_one_document_are_cut_one_by_one() -> None:
