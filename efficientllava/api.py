@@ -29,7 +29,7 @@ from .pruning.memory import micro_batch
 from .pruning.module import chunked, with_roles
 from .pruning.plan import PruningPlan
 from .pruning.pruner import apply_plan, make_plan
-from .pruning.self_text import position_share, positions_of, sequences, write_text
+from .pruning.self_text import positions_of, sequences, write_text
 from .pruning.stream import Beginning, Calibration
 from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
@@ -99,9 +99,8 @@ def _calibration(
     count = sequences(config, prune, *known, any(record.images for record in records))
     how = (count, config.generate_length, seed, config.batch_size)
     text = write_text(model, processor, *how) if count else []
-    share = position_share(config.generate_share, known[0], positions_of(text)) if text else 1.0
     beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
-    return with_roles(batches, folds, text, share, beginning=beginning)
+    return with_roles(batches, folds, text, beginning=beginning, written_share=config.generate_share)
 
 
 def plan(

@@ -21,7 +21,7 @@ from ..settings.schema import PruneConfig
 from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan
 from .pruner import PruneReport, apply_plan, make_plan
-from .self_text import position_share, positions_of
+from .self_text import positions_of
 from .stream import Beginning, Calibration, silent
 from .surgery import reinitialise
 
@@ -36,7 +36,6 @@ def with_roles(
     batches: Sequence[Batch],
     folds: Sequence[int],
     text: Sequence[Batch] = (),
-    share: float = 1.0,
     compares: bool | None = None,
     **more: Any,
 ) -> Calibration:
@@ -46,7 +45,6 @@ def with_roles(
         batches: Batches of the records.
         folds: Their folds, as of `chunked`.
         text: Batches that the model has written.
-        share: What a position of these counts for.
         compares: Whether candidates are compared on some record of all processes; None: of this one's.
         **more: Further fields of `Calibration`.
     """
@@ -54,14 +52,13 @@ def with_roles(
     own = range(len(batches), len(batches) + len(text))
     # Choices of the refit are made on both kinds of text, but only where there are records to make them on.
     last = own[len(own) - len(own) // 4 :] if (compared if compares is None else compares) else ()
-    shares = [1.0] * len(batches) + [share] * len(text)
     roles: dict[str, Any] = {
         "compared": compared,
         "held": [*held, *last],
         "validated": [*compared, *last],
         "written": own,
     }
-    return Calibration([*batches, *text], shares=shares, **roles, **more)
+    return Calibration([*batches, *text], **roles, **more)
 
 
 class PruningModule(LightningModule):
@@ -137,7 +134,7 @@ class PruningModule(LightningModule):
         batches, config = self._batches, self._config
         beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
         on_gpu = next(model.parameters()).device.type != "cpu"
-        text, share = self._written(model, batches)
+        text = self._write(model, (self.trainer.global_rank, self.trainer.world_size)) if self._write else []
         size = CalibrationSize.of(batches).joined(positions_of(text))
         # Host memory, where hidden states would take too much of a GPU's.
         storage = "cpu" if on_gpu and store_on_host(model, config, size) else None
@@ -147,8 +144,8 @@ class PruningModule(LightningModule):
             "storage": storage,
             "offload": self._offload,
         }
-        roles = (self._folds, text, share, self._compares)
-        calibration = with_roles(batches, *roles, tick=self._tick, beginning=beginning, **known)
+        known |= {"tick": self._tick, "beginning": beginning, "written_share": self._written_share}
+        calibration = with_roles(batches, self._folds, text, self._compares, **known)
         plan, scored = make_plan(model, calibration, config, self._seed)
         self.plan = replace(plan, calibration_ids=tuple(record.id for record in self._records))
         self.pruned, applied = apply_plan(model, self.plan, calibration, config)
@@ -157,11 +154,3 @@ class PruningModule(LightningModule):
         self._owned = self.pruned
         self.report = replace(scored, loss_pruned=applied.loss_pruned, errors=applied.errors)
         self._batches = []
-
-    def _written(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Batch], float]:
-        """This process's part of the text that the model writes, and what a position of it counts for."""
-        if self._write is None:
-            return [], 1.0
-        text = self._write(model, (self.trainer.global_rank, self.trainer.world_size))
-        mine = torch.tensor([positions_of(batches), positions_of(text)], dtype=torch.float64)
-        return text, position_share(self._written_share, *sum_over(mine).tolist())

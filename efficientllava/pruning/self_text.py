@@ -209,17 +209,6 @@ def sequences(
     return min(SEARCHED if per_layer else MOST, max(0, -(-lacking // config.generate_length)))
 
 
-def position_share(share: float, read: float, written: float) -> float:
-    """What a written position counts for beside one that was read, so that all written ones have a share.
-
-    Args:
-        share: Of the statistics, (0, 1).
-        read: Number of read positions.
-        written: Number of written positions, > 0.
-    """
-    return share / (1 - share) * read / written
-
-
 def _row_bytes(model: nn.Module, length: int, size: int) -> int:
     """Bytes of keys, values and probabilities of a sequence while it is written."""
     width = sum(2 * layer.attention.units * layer.head_dim for layer in layers_of(model))

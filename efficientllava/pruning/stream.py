@@ -136,8 +136,8 @@ class Calibration:
         compared: Indices of the batches that candidates are compared on.
         held: Indices of the batches that a candidate's refit makes its own choices on; it is fitted to the remaining.
         validated: Indices of the batches that the last refit makes its own choices on, before it is fitted to all.
-        shares: What a position of each batch counts for; None: 1.
         written: Indices of the batches that the model has written itself; they are not in the loss of the records.
+        written_share: Share of the statistics that these decide, (0, 1).
     """
 
     batches: Sequence[Batch]
@@ -150,8 +150,8 @@ class Calibration:
     compared: Sequence[int] = ()
     held: Sequence[int] = ()
     validated: Sequence[int] = ()
-    shares: Sequence[float] | None = None
     written: Collection[int] = ()
+    written_share: float = 0.5
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -249,14 +249,24 @@ class CalibrationStream:
         self.depth = len(decoder_of(model).layers)
         image: int = model.config.image_token_id  # pyright: ignore
         self.counted = [counted_positions(batch, tokens, image).to(self.device) for batch in self.batches]
-        weigh, each = calibration.beginning.weights, calibration.shares or [1.0] * len(self.batches)
-        self._shares = [weigh(b, c) * s for b, c, s in zip(self.batches, self.counted, each, strict=True)]
+        self._shares = self._weights(tokens)
         self._kwargs: list[list[dict[str, Any]]] = []
         self._added: list[list[Tensor | None]] = []
         self._features = calibration.features or FeatureCache(model)
-        count = sum(float(mask.sum()) for mask in self.counted)
-        if not float(self.reduce(torch.tensor([count], dtype=torch.float64))):
+
+    def _weights(self, tokens: str) -> list[Tensor]:
+        """What every position counts for, by batch, ``(batch, seq)``: written text has its share of the whole."""
+        weigh, written = self.calibration.beginning.weights, self.calibration.written
+        weights = [weigh(batch, counted) for batch, counted in zip(self.batches, self.counted, strict=True)]
+        sums = torch.zeros(2, dtype=torch.float64)
+        for index, weight in enumerate(weights):
+            sums[int(index in written)] += float(weight.sum())
+        read, made = self.reduce(sums).tolist()
+        if not read:
             raise UserError(f"prune.tokens={tokens}: the calibration records have no such token; use prune.tokens=all")
+        share = self.calibration.written_share
+        factor = share / (1 - share) * read / made if made else 1.0
+        return [weight * factor if index in written else weight for index, weight in enumerate(weights)]
 
     def on_device(self, *modules: Any, without: Sequence[nn.Module] = ()) -> AbstractContextManager[None]:
         """Have modules where they compute, see `efficientllava.models.offload.Offload.on_device`."""

@@ -87,6 +87,5 @@ def _first(stream: CalibrationStream, tokens: str) -> CalibrationStream:
     while batches < len(stream.batches) and seen < SAMPLE:
         seen += int(stream.counted[batches].sum())
         batches += 1
-    known = stream.calibration
-    some = {"batches": known.batches[:batches], "shares": known.shares and known.shares[:batches]}
-    return CalibrationStream(stream.model, replace(known, compared=(), held=(), validated=(), **some), tokens)
+    some = replace(stream.calibration, batches=stream.batches[:batches], compared=(), held=(), validated=())
+    return CalibrationStream(stream.model, some, tokens)

@@ -22,7 +22,7 @@ from ..pruning.obs import DAMPING
 from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, apply_plan, block_influences
 from ..pruning.selection import Space, uniform_candidates
-from ..pruning.self_text import position_share, positions_of
+from ..pruning.self_text import positions_of
 from ..pruning.stream import Beginning, Calibration, CalibrationStream, silent
 from ..pruning.surgery import reinitialise
 from ..runtime import processes
@@ -117,7 +117,6 @@ class SearchModule(LightningModule):
         self._gap = "fro" if search.gap in ("none", "held_out") else search.gap
         self._beginning = Beginning()
         self._folds: list[int] = []
-        self._shares: list[float] = []
         self._read = 0  # batches of the records; those of the written text follow
         self._batches: list[dict[str, Any]] = []
 
@@ -143,9 +142,9 @@ class SearchModule(LightningModule):
 
         def part(*folds: int) -> Calibration:
             chosen = [i for i, fold in enumerate(self._folds) if fold in folds]
-            batches, shares = [every[i] for i in chosen], [self._shares[i] for i in chosen]
-            more = {"tick": self._tick, "beginning": self._beginning, "written": self._written(chosen)}
-            return Calibration(batches, self._features, shares=shares, **more)
+            more: dict[str, Any] = {"written": self._written(chosen), "written_share": self._inputs.written_share}
+            batches = [every[i] for i in chosen]
+            return Calibration(batches, self._features, tick=self._tick, beginning=self._beginning, **more)
 
         # The last fold is for the choice among the best, which none of them has seen. Levels are fitted to all other
         # samples, on which policies are judged, or to none of those.
@@ -168,9 +167,7 @@ class SearchModule(LightningModule):
     def _with_written(self, batches: Sequence[Batch]) -> list[Batch]:
         """The samples and what the model writes itself, of which every fold gets its part."""
         text = self._inputs.write(self.model, (0, 1)) if self._inputs.write else []
-        counts, self._read = (positions_of(batches), positions_of(text)), len(batches)
-        share = position_share(self._inputs.written_share, *counts) if text else 0.0
-        self._shares = [1.0] * len(batches) + [share] * len(text)
+        self._read = len(batches)
         self._folds += [(0, 1, 2, 0)[i % 4] if max(self._folds) else 0 for i in range(len(text))]
         device = next(self.model.parameters()).device
         return [*batches, *(to_device(batch, device) for batch in text)]
@@ -322,8 +319,8 @@ class SearchModule(LightningModule):
             compared=last,
             held=held,
             validated=last,
-            shares=self._shares[mine],
             written=self._written(range(len(samples))[mine]),
+            written_share=self._inputs.written_share,
         )
         chosen, found = self._chosen(search, space, table, calibration)
         self.plan = replace(plan_of(self.model, table, chosen, requested), calibration_ids=ids)

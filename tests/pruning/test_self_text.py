@@ -16,8 +16,6 @@ from efficientllava.pruning.self_text import (
     ENOUGH,
     MOST,
     SEARCHED,
-    position_share,
-    positions_of,
     sequences,
     write_text,
 )
@@ -264,10 +262,3 @@ def test_text_joins_records_of_few_tokens_by_default(monkeypatch):
     assert [count(0, generate=n) for n in (0, 3)] == [0, 3]
     monkeypatch.setattr(self_text, "SMALL", 1 << 40)
     assert [count(0), count(0, generate=3)] == [0, 3]
-
-
-def test_written_text_has_its_share():
-    loaded = checkpoint("tiny_llava")
-    batches = write_text(loaded.model, loaded.processor, 4, LENGTH, 0)
-    share = position_share(0.25, 900.0, positions_of(batches))
-    assert share * 4 * LENGTH / (share * 4 * LENGTH + 900) == pytest.approx(0.25)

@@ -226,3 +226,12 @@ def test_statistics_of_any_linear_are_those_of_its_inputs_on_the_dense_prefix(fa
             expectation = (x * weight[:, None]).T @ x / weight.sum()
             assert torch.allclose(gram, expectation, rtol=1e-5, atol=1e-7 * float(expectation.abs().max()))
         assert all(torch.equal(a, b) for a, b in zip(hidden, expected, strict=True))
+
+
+@pytest.mark.parametrize("tokens", ["all", "answer"])
+def test_written_text_has_its_share_of_what_counts(tokens):
+    model, batches = make_model(), make_batches(3)
+    beginning = Beginning.of(batches[:2], model.config.image_token_id)
+    stream = stream_of(model, batches, tokens, beginning=beginning, written=[2], written_share=0.25)
+    sums = [float(stream.shares(index).sum()) for index in range(3)]
+    assert sums[2] / sum(sums) == pytest.approx(0.25)
