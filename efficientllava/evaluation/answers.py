@@ -63,7 +63,7 @@ def answer(
     lines: list[Line] = processes.on_first(lambda: resume(work) if work else [])
     done = {item["answer_id"] for item in lines}
     skipped = [record for record in records if record.details.get("skipped") and record.id not in done]
-    lines += [line(record, "", model_id) for record in skipped]
+    lines += [line(record, "", model_id, protocol=cfg.protocol) for record in skipped]
     done |= {record.id for record in skipped}
     asked, partial = [record for record in records if record.id not in done], False
     if asked:
@@ -158,8 +158,8 @@ class EvaluationModule(LightningModule):
             texts = generate(self.model, self._tokenizer, shown, features, limit, self._task.stop)
         if "answers" in batch:
             known = self._known({**batch["answers"], "pixel_values": shown.get("pixel_values")}, features)
-        answered = zip(batch["indices"], texts, known, strict=True)
-        lines = [line(self._records[index], text, self._model_id, **more) for index, text, more in answered]
+        asked, answered = {"protocol": self._cfg.protocol}, zip(batch["indices"], texts, known, strict=True)
+        lines = [line(self._records[index], text, self._model_id, **asked, **more) for index, text, more in answered]
         if self._file:
             self._file.append(lines)
         return lines

@@ -174,7 +174,7 @@ def main(arguments: Sequence[str]) -> None:
         {
             "predictions": {"type": Path},
             "--task": {"required": True, "choices": sorted({*tasks.available(), *EXTRA})},
-            "--protocol": {"default": "llava", "choices": PROTOCOLS},
+            "--protocol": {"choices": PROTOCOLS, "help": "default: the one that the file names, or llava"},
             "--gold": {"type": Path, "help": "file of references"},
             "--outcomes": {"type": Path, "help": "file to write with what became of every prediction (JSON lines)"},
             "--requests": {
@@ -198,15 +198,17 @@ def main(arguments: Sequence[str]) -> None:
         gold = read(options.gold, GOLD_ALIASES)
         records = join(records, gold)
         unanswered = {"unanswered": len(gold) - len(records)}
+    named = {str(row.get("protocol")) for row in records} & {*PROTOCOLS}
+    protocol = options.protocol or (named.pop() if len(named) == 1 else "llava")
     if options.requests:
         if options.task not in JUDGED:
             raise UserError(f"--requests: {options.task} has no judge; only {', '.join(JUDGED)} have")
-        asked = requests(records, options.task, JudgeConfig(prompts=options.prompts), options.protocol)
-        return write_requests(asked, options.task, options.protocol, options.requests)
-    scores = scorer(options.task)(records, options.protocol)
+        asked = requests(records, options.task, JudgeConfig(prompts=options.prompts), protocol)
+        return write_requests(asked, options.task, protocol, options.requests)
+    scores = scorer(options.task)(records, protocol)
     if options.outcomes:
         options.outcomes.write_text(json_lines(map(asdict, scores.outcomes)), encoding="utf-8")
-    head = {"task": options.task, "protocol": options.protocol, **unanswered}
+    head = {"task": options.task, "protocol": protocol, **unanswered}
     print(json.dumps({**head, "metrics": scores.metrics}, indent=2))
 
 

@@ -34,6 +34,8 @@ def test_our_format_holds_its_references(tmp_path, capsys):
     expected = {"task": "gqa", "protocol": "llava", "metrics": {"accuracy": 0.5, "n": 2}}
     assert _run(capsys, file, "--task", "gqa") == expected
     assert _run(capsys, file, "--task=gqa", "--protocol=lmms_eval")["metrics"]["accuracy"] == 1
+    file = _lines(tmp_path / "said.jsonl", *(row | {"protocol": "lmms_eval"} for row in rows))
+    assert _run(capsys, file, "--task=gqa")["metrics"]["accuracy"] == 1
 
 
 def test_llava_s_format_with_references_in_metadata(tmp_path, capsys):
