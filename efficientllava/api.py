@@ -95,12 +95,13 @@ def _calibration(
     collate, device = Collator(processor), next(model.parameters()).device
     chunks, folds = chunked(records, micro_batch(prune, config.batch_size))
     batches = [to_device(collate(chunk), device) for chunk in chunks]
+    shows = any(record.images for record in records)
     known = (positions_of(batches), model, processor.tokenizer.model_max_length)
-    count = sequences(config, prune, *known, any(record.images for record in records))
+    count = sequences(config, prune, *known, shows)
     how = (count, config.generate_length, seed, config.batch_size)
     text = write_text(model, processor, *how) if count else []
     beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
-    return with_roles(batches, folds, text, beginning=beginning, written_share=config.generate_share)
+    return with_roles(batches, folds, text, beginning=beginning, written_share=config.generate_share, shows=shows)
 
 
 def plan(

@@ -101,7 +101,7 @@ def build(
         stages: For ``base``, ``pruned``, ``recovered`` (those that ran): the entries of `evaluation.efficiency.measure`
             and ``checkpoint_bytes``, and ``metrics`` as ``{task: {metric: value}}``.
         ratio: ``requested`` and ``achieved`` share of language-model parameters removed.
-        samples: Number of ``calibration`` and ``recovery`` samples.
+        samples: Number of samples, by what they were for.
         seconds: Wall time of ``prune``, ``recover``, ``evaluate``.
         seed: Seed of the run.
         config_digest: Digest of the resolved configuration.

@@ -87,7 +87,7 @@ def test_good_data_runs(model, data, tmp_path, monkeypatch):
     data[1]()
     run(model, tmp_path)
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["samples"] == {"calibration": 4, "report": 0, "recovery": RECORDS - 8}
+    assert results["samples"] == {"calibration": 4, "written": 0, "report": 0, "recovery": RECORDS - 8}
     assert set(results["stages"]) == {"base", "pruned", "recovered"}
 
 

@@ -58,7 +58,7 @@ def test_the_folder_of_a_run(first):
         assert stage["latency_ms"]["prefill"] > 0
         assert stage["latency_ms"]["decode"] > 0
         assert ("retained" in stage) == (name != "base")
-    assert record["samples"] == {"calibration": 4, "report": 4, "recovery": 8}
+    assert record["samples"] == {"calibration": 4, "written": 0, "report": 4, "recovery": 8}
     assert set(record["seconds"]) == {"prune", "recover", "evaluate"}
     assert record["overrides"] == typed
     assert record["reused"] == []

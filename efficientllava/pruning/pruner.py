@@ -190,6 +190,9 @@ def _widthwise(
     chooses = len(shapes) > 1 and any(gather(len(calibration.compared)))
     counts = space.counts(*shapes[0]) if len(shapes) == 1 else ()
     outside = calibration.compared if chooses else ()
+    if not shapes and calibration.shows:
+        # Costs by written text, which sees no image, took ten points of the digits; the refit reads it.
+        calibration = calibration.of_records()
     stream = CalibrationStream(model, calibration, config.tokens)
     rankings, dense = rank_units(stream, config, seed, outside, counts)
     dense = dense or stream.end()

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -136,8 +136,10 @@ class Calibration:
         compared: Indices of the batches that candidates are compared on.
         held: Indices of the batches that a candidate's refit makes its own choices on; it is fitted to the remaining.
         validated: Indices of the batches that the last refit makes its own choices on, before it is fitted to all.
-        written: Indices of the batches that the model has written itself; they are not in the loss of the records.
+        written: Indices of the batches that the model has written itself, the last ones; they are not in the loss of
+            the records.
         written_share: Share of the statistics that these decide, (0, 1).
+        shows: Whether a record of any process shows an image.
     """
 
     batches: Sequence[Batch]
@@ -152,6 +154,13 @@ class Calibration:
     validated: Sequence[int] = ()
     written: Collection[int] = ()
     written_share: float = 0.5
+    shows: bool = False
+
+    def of_records(self) -> Calibration:
+        """The same without what the model has written."""
+        read = len(self.batches) - len(self.written)
+        roles = {name: [i for i in getattr(self, name) if i < read] for name in ("compared", "held", "validated")}
+        return replace(self, batches=self.batches[:read], written=(), **roles)
 
     @property
     def ids(self) -> tuple[str, ...]:

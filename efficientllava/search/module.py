@@ -117,6 +117,8 @@ class SearchModule(LightningModule):
         self._gap = "fro" if search.gap in ("none", "held_out") else search.gap
         self._beginning = Beginning()
         self._folds: list[int] = []
+        # Beside images policies are judged without written text, as in `efficientllava.pruning.pruner`.
+        self._shows = any(record.image is not None for record in inputs.records)
         self._read = 0  # batches of the records; those of the written text follow
         self._batches: list[dict[str, Any]] = []
 
@@ -141,7 +143,7 @@ class SearchModule(LightningModule):
         apart = self._config.gap == "held_out" and 1 in self._folds
 
         def part(*folds: int) -> Calibration:
-            chosen = [i for i, fold in enumerate(self._folds) if fold in folds]
+            chosen = [i for i, fold in enumerate(self._folds) if fold in folds and (i < self._read or not self._shows)]
             more: dict[str, Any] = {"written": self._written(chosen), "written_share": self._inputs.written_share}
             batches = [every[i] for i in chosen]
             return Calibration(batches, self._features, tick=self._tick, beginning=self._beginning, **more)

@@ -108,7 +108,7 @@ class CalibrationConfig:
     generate: int | None = setting(
         None,
         "sequences that the dense model writes itself for the statistics; null: until an MLP channel has 16 tokens, at "
-        "most 192, of a decoder of 20 million parameters or more; for a shape per layer at most 48, beside images none",
+        "most 192, of a decoder of 20 million parameters or more; for a shape per layer without images at most 48",
         NATURAL,
         When(
             lambda c: c.prune.solves,

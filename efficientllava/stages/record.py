@@ -61,7 +61,12 @@ def write_record(
     results = build(
         stages,
         ratio=done or {"requested": 0.0, "achieved": 0.0},
-        samples={"calibration": len(run.calibration), "report": len(run.reported), "recovery": drawn},
+        samples={
+            "calibration": len(run.calibration),
+            "written": run.written,
+            "report": len(run.reported),
+            "recovery": drawn,
+        },
         seconds={
             **{name: reports[name]["seconds"] if name in reports else 0.0 for name in STAGE_OF.values()},
             "evaluate": sum(each.seconds for each in scored),

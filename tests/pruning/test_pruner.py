@@ -77,6 +77,18 @@ def test_an_attention_that_writes_next_to_nothing_is_switched_off_and_stays_off(
     assert [layer.attention.units for layer in layers_of(smallest)][1] == 0
 
 
+def test_beside_images_a_shape_per_layer_is_chosen_on_the_records_and_refitted_on_all():
+    batches, config = make_batches(4), widthwise(selection="global")
+    read, both = Calibration(batches[:3]), Calibration(batches, written=[3], shows=True)
+    plans, weights = [], []
+    for known in (read, both):
+        model = make_model("llama_gqa")
+        plans.append(make_plan(model, known, config)[0].layers)
+        weights.append(apply_plan(model, make_plan(model, known, config)[0], known, config)[0].state_dict())
+    assert plans[0] == plans[1]
+    assert any(not torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 @pytest.mark.parametrize("config", [widthwise(ratio=0.0), layerwise(ratio=0.0), layerwise(ratio=0.0, refit=True)])
 def test_ratio_zero_is_the_identity(family, config):
     model, batch = make_model(family), make_batch(seed=9)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from efficientllava.models.anatomy import layers_of, projector_of
 from efficientllava.report.pictures import draw_search
@@ -34,11 +35,17 @@ def collate(records: list[Any]) -> dict[str, Any]:
 
 
 def searcher(
-    folder: Path, family: str = "llama_gqa", ratio: float = 0.4, prune: PruneConfig = PRUNE, **options: Any
+    folder: Path,
+    family: str = "llama_gqa",
+    ratio: float = 0.4,
+    prune: PruneConfig = PRUNE,
+    records: Any = RECORDS,
+    write: Any = None,
+    **options: Any,
 ) -> SearchModule:
     holdout = [SimpleNamespace(id=str(8 + i), image=None, source="") for i in range(4)]
     inputs = SearchInputs(
-        RECORDS, holdout, collate, 2, {"model": family, "samples": "eight"}, folder / "tables", folder / "work"
+        records, holdout, collate, 2, {"model": family, "samples": "eight"}, folder / "tables", folder / "work", write
     )
     config = SearchConfig(name="test", **{**SMALL, "stages": [0.5, 1.0], "projector_lr": 1e-2, **options})
     return SearchModule(make_model(family), inputs, replace(prune, ratio=ratio), config)
@@ -137,6 +144,21 @@ def test_the_projector_moves_only_where_it_helps_on_unseen_batches(tmp_path):
 def test_the_projector_evolves_on_what_policies_are_judged_on(tmp_path):
     done = run(searcher(tmp_path, gap="held_out"))
     assert len(done.record["projector"]) == SMALL["rounds"] - 1
+
+
+def test_beside_images_policies_are_judged_without_written_text(tmp_path):
+    shown = [SimpleNamespace(id=str(i), image=Image.new("L", (1, 1), i), source="") for i in range(8)]
+    write = lambda *_: [make_batch(rows=2, seed=7, images=False)]  # noqa: E731
+    known = {"images": shown, "text": RECORDS}
+    found = {
+        (name, bool(writer)): run(searcher(tmp_path / f"{name}{bool(writer)}", records=records, write=writer))
+        for name, records in known.items()
+        for writer in (None, write)
+    }
+    judged = {key: done.record["policies"] for key, done in found.items()}
+    assert judged["images", True] == judged["images", False] and judged["text", True] != judged["text", False]
+    one, other = (found["images", writes].pruned.state_dict() for writes in (True, False))
+    assert any(name not in other or not torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_uniform_search_ends_in_one_shape(tmp_path):
