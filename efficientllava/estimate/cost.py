@@ -181,10 +181,10 @@ def _pruning(plan: Forecast) -> float:
     """Passes over the calibration records that score, that try shapes or policies, and the one that cuts."""
     settings, config, layers = plan.settings, plan.settings.prune, layers_of(plan.base)
     tokens, base = settings.calibration.samples * tokens_of(plan), _token(plan.base)
-    written = settings.calibration.generate_length * sequences(
-        settings.calibration, config, tokens, plan.base, context_of(plan.base)
-    )
-    tokens += written
+    known = (tokens, plan.base, context_of(plan.base))
+    written = settings.calibration.generate_length * sequences(settings.calibration, config, *known)
+    # Records are taken to show images: beside these a shape per layer is chosen without what is written.
+    looked = tokens + (0 if config.method == "auto" or config.selection == "global" else written)
     sees = importance_of(config.importance).sees if config.method == "widthwise" else WEIGHTS
     looks, squares = sees != WEIGHTS, config.method == "auto" or sees in (INPUTS, GRADIENTS)
     passes: float = 1 + looks + config.biased  # the dense loss, what scores look at, and means for biases
@@ -195,7 +195,7 @@ def _pruning(plan: Forecast) -> float:
     elif config.method == "auto":
         search = settings.search
         if search.method == "knapsack":
-            passes += 3 + evaluations(search, COMPARED * tokens * base) * COMPARED  # with the costs' gradients
+            passes += 3 + evaluations(search, COMPARED * looked * base) * COMPARED  # with the costs' gradients
         else:
             passes += 1 + search.rounds * search.generations * search.population * sum(search.stages)
         cuts += search.finalists + 1 if search.finalists > 1 and search.granularity == "structured" else 0
@@ -203,13 +203,13 @@ def _pruning(plan: Forecast) -> float:
         passes += 3  # the forward pass again, layer by layer, and the gradients of inputs and weights
     if config.method == "widthwise" and config.selection == "two_stage":
         off, _ = stages(prune_space(plan.base, config), config.ratio or 0.0)
-        passes += off * len(layers) * min(1.0, SAMPLE / tokens)
+        passes += off * len(layers) * min(1.0, SAMPLE / looked)
     if config.method == "widthwise" and len(plan.plan.options) > 1:
         cuts += search_length(len(plan.plan.options))
-    flops = settings.calibration.samples * _image(plan.base) + (tokens * passes + written) * base
+    flops = settings.calibration.samples * _image(plan.base) + (looked * passes + written) * base
     if squares:
-        flops += sum(_moments(tokens, width, 0) for layer in layers for width in _widths(layer))
-    return flops + cuts * _cutting(plan, tokens)
+        flops += sum(_moments(looked, width, 0) for layer in layers for width in _widths(layer))
+    return flops + cuts * _cutting(plan, tokens + written)
 
 
 def _cutting(plan: Forecast, tokens: int) -> float:
