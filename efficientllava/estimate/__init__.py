@@ -134,10 +134,15 @@ def forecast(settings: RunConfig) -> Forecast:
         settings: The checked configuration.
 
     Raises:
-        UserError: The checkpoint has no readable configuration, or no plan meets the ratio.
+        UserError: The checkpoint has no readable configuration, no plan meets the ratio, or records may be longer than
+            the context.
     """
     config = stock_config(settings.model, complete=not settings.dry_run)
     base = meta_model(config)
+    if (longest := settings.data.max_length or 0) > (context := context_of(base)):
+        raise UserError(
+            f"data.max_length={longest}: the model's context holds {context} tokens; lower it, or leave it out"
+        )
     device = "cuda" if processes.on_gpu(settings.trainer, planned=settings.dry_run) else "cpu"
     storage = getattr(config, "dtype", None) or torch.float32
     return Forecast(

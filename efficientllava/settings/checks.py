@@ -274,7 +274,7 @@ def _trainer(trainer: Mapping[str, Any], planned: bool) -> Iterator[str]:
                 f"trainer.{key}: is decided by the stages; remove it and use recover.steps, recover.epochs, recover."
                 "max_grad_norm, data.global_batch_size, data_frac, evaluate.limit, logger=, callbacks= or debug="
             )
-    if trainer.get("precision") in ("16-mixed", "16-true") and not processes.on_gpu(trainer, planned):
+    if trainer.get("precision") in ("16-mixed", "16-true", "bf16-true") and not processes.on_gpu(trainer, planned):
         yield f"trainer.precision={trainer['precision']}: needs a GPU; set trainer.precision=bf16-mixed"
 
 

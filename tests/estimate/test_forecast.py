@@ -11,7 +11,7 @@ from efficientllava.checkpoint import convert
 from efficientllava.checkpoint.convert import layouts
 from efficientllava.checkpoint.folder import load, stock_config
 from efficientllava.checkpoint.hub import TELLING
-from efficientllava.estimate import meta_model
+from efficientllava.estimate import forecast, meta_model
 from efficientllava.models.anatomy import language_parameters, layers_of, parameters, projector_of
 from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.places import local_folder
@@ -157,3 +157,9 @@ def test_an_unknown_decoder_is_named(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="decoder 'gpt2' is not supported"):
         stock_config(ModelConfig("m", str(folder)))
+
+
+def test_records_longer_than_the_context_are_refused(tmp_path):
+    folder = save_tiny(tmp_path / "model", layers=2)
+    with pytest.raises(UserError, match=r"data\.max_length=99999: the model's context holds \d+ tokens; lower it"):
+        forecast(typed(composed(f"model.path={folder}", "model=checkpoint", "data.max_length=99999")))

@@ -153,6 +153,7 @@ def test_the_same_key_passes_where_it_has_an_effect():
         ("trainer.devices=[]", "trainer.devices=[]: must be a number >= 1"),
         ("trainer.precision=half", "trainer.precision=half: must be one of 32-true, bf16-mixed"),
         ("trainer.precision=16-mixed", "trainer.precision=16-mixed: needs a GPU"),
+        ("trainer.precision=bf16-true", "trainer.precision=bf16-true: needs a GPU"),
         ("trainer.accelerator=abacus", "trainer.accelerator=abacus: must be one of auto, cpu, gpu, cuda"),
     ],
 )
