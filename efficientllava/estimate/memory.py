@@ -151,8 +151,12 @@ def _pruning(plan: Forecast, record: _Record, written: int | None, measured: boo
     memory = pruning_memory(plan.base, config, size, stored)
     weights = 0 if config.offload else weight_bytes(plan.base)
     writing = writing_bytes(plan.base, written, calibration.generate_length, plan.device) if written else 0
-    parts = {"base": weights, "working set": max(memory.peak - weights, writing)}
-    if weights and _stays_mapped(plan, plan.settings.model.dtype):
+    mapped = _stays_mapped(plan, plan.settings.model.dtype)
+    layers = sum(weight_bytes(layer.module) for layer in layers_of(plan.base))
+    # All but the layers waits in a file once it is loaded.
+    aside = weights - layers if plan.device == "cpu" and weights and not mapped else 0
+    parts = {"base": weights, "working set": max(memory.peak - weights - aside, writing - aside, 0)}
+    if weights and mapped:
         cut = layers_of(plan.pruned) if config.refit or config.method != "layerwise" else []
         parts |= {"base": 0, "pruned": sum(weight_bytes(layer.module) for layer in cut)}
     whole = not config.offload and plan.settings.prune.method != "auto"

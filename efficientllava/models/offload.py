@@ -159,20 +159,24 @@ def offload_layers(model: nn.Module, device: torch.device | str) -> Offload:
 
 
 @contextlib.contextmanager
-def make_room(layers: nn.Module, device: torch.device, folder: Path) -> Iterator[None]:
-    """Leave a device to something else for a while: what some layers have there goes to host memory and comes back.
+def make_room(
+    module: nn.Module, device: torch.device, folder: Path, without: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """Leave a device to something else for a while: what a module has there goes to host memory and comes back.
 
-    Where the device is the host they go to a file, and stay mapped from it; what trains is copied as it changes.
+    Where the device is the host it goes to a file, and stays mapped from it; what trains is copied as it changes.
 
     Args:
-        layers: What nothing computes with meanwhile.
+        module: What nothing computes with meanwhile; on the host it still can.
         device: The device.
         folder: Where the file is; it has no name, and ends with the process.
+        without: Submodules that stay.
 
     Raises:
         UserError: The disk is full.
     """
-    there = [tensor for tensor in _tensors([layers]) if tensor.device == device]
+    kept = {id(tensor) for tensor in _tensors(without)}
+    there = [tensor for tensor in _tensors([module]) if tensor.device == device and id(tensor) not in kept]
     if device.type == "cpu":
         try:
             with tempfile.TemporaryFile(dir=folder) as file:

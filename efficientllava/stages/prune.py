@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..data.records import image_contents
 from ..data.splits import load_split
 from ..deploy import latency
 from ..deploy.runtime import version
+from ..models.anatomy import decoder_of
+from ..models.offload import make_room
 from ..pruning.module import PruningModule
 from ..pruning.self_text import write_text
 from ..report.pictures import draw_search
@@ -31,7 +36,7 @@ def prune(run: Run, _before: Made) -> Made:
     def compute(folder: Path, work: Path) -> dict[str, Any]:
         started = time.perf_counter()
         run.require_space(folder)
-        with progress() as tick:
+        with progress() as tick, _aside(run, work):
             module = _searcher(run, work, tick) if searches else _pruner(run, tick)
             run.trainer(quiet=True, inference_mode=False).predict(module, return_predictions=False)
         if searches:
@@ -52,6 +57,18 @@ def prune(run: Run, _before: Made) -> Made:
     entry = run.entry("prune", compute, model=base.digest, **content)
     base.model = base.model.to("meta")  # of the base only shapes are still looked at
     return run.made("pruned", entry)
+
+
+@contextmanager
+def _aside(run: Run, work: Path) -> Iterator[None]:
+    """Have what is needed for moments, all but the decoder layers, in a file, where the host computes and holds it."""
+    model: Any = run.base.model
+    if run.offload or run.device != "cpu" or run.base.storage == model.lm_head.weight.dtype:
+        yield  # it is elsewhere, or mapped from its own files
+        return
+    with make_room(model, torch.device("cpu"), work, list(decoder_of(model).layers)):
+        processes.release_memory()
+        yield
 
 
 def _runtime(settings: RunConfig) -> dict[str, Any]:

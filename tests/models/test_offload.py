@@ -236,8 +236,8 @@ def test_layers_that_are_set_aside_are_not_held_in_memory_and_come_back_as_they_
     layers = nn.ModuleList(nn.Linear(4096, 4096) for _ in range(4))
     weights = [parameter.detach().clone() for parameter in layers.parameters()]
     before = held()
-    with make_room(layers, torch.device("cpu"), tmp_path):
-        assert before - held() > 0.9 * sum(weight.nbytes for weight in weights)
+    with make_room(layers, torch.device("cpu"), tmp_path, without=[layers[3]]):
+        assert 0.65 < (before - held()) / sum(weight.nbytes for weight in weights) < 0.85
         assert not list(tmp_path.iterdir())  # what is killed leaves nothing
     for parameter, weight in zip(layers.parameters(), weights, strict=True):
         assert torch.equal(parameter, weight)
