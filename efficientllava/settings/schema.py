@@ -62,6 +62,13 @@ class ModelConfig:
     )
     dtype: str = setting("auto", "auto: float32 on CPU, as stored elsewhere", DTYPE)
     train: str = setting("full", "what recoveries that train the decoder train by default", "lora | full")
+    lr: Any = setting(
+        None,
+        "learning rates by what trains, such as {projector: 1e-3, lora: 2e-4, full: 2e-5}, where recover.lr names none; "
+        "null: that of recover.lr",
+        None,
+        When(lambda c: c.recover.name != "none", "choose a recovery with recover="),
+    )
     architecture: Any = setting(
         None, "fields of the config.json of a hub id, as far as they decide sizes; null: it is fetched"
     )

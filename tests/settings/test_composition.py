@@ -79,6 +79,22 @@ def test_a_typed_value_wins_over_the_defaults_of_the_model():
     assert composed("model=checkpoint", "prune.ratio=0.1").prune.ratio == 0.1
 
 
+@pytest.mark.parametrize(
+    ("option", "typed_too", "rate"),
+    [
+        ("tiny_llava", (), 1e-3),
+        ("checkpoint", ("model.path=x",), 2e-4),
+        ("checkpoint", ("model.path=x", "recover.train=full"), 2e-5),
+        ("checkpoint", ("model.path=x", "recover=projector"), 2e-5),
+        ("checkpoint", ("model.path=x", "recover.train=full", "recover.lr=0.5"), 0.5),
+        ("smol_llava", ("model.lr.lora=0.5",), 0.5),
+    ],
+)
+def test_the_learning_rate_is_that_of_what_trains(option, typed_too, rate):
+    recovery = () if "recover=projector" in typed_too else ("recover=sft",)
+    assert typed(composed(f"model={option}", *recovery, *typed_too)).recover.lr == rate
+
+
 def test_digest_depends_on_content_alone():
     one, other = typed(composed()), typed(composed("seed=1"))
     assert digest(one) == digest(typed(composed())) == digest(dataclasses.asdict(one))
