@@ -95,13 +95,12 @@ def _calibration(
     collate, device = Collator(processor), next(model.parameters()).device
     chunks, folds = chunked(records, micro_batch(prune, config.batch_size))
     batches = [to_device(collate(chunk), device) for chunk in chunks]
-    shows = any(record.images for record in records)
     known = (positions_of(batches), model, processor.tokenizer.model_max_length)
-    count = sequences(config, prune, *known, shows)
+    count = sequences(config, prune, *known)
     how = (count, config.generate_length, seed, config.batch_size)
     text = write_text(model, processor, *how) if count else []
     beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
-    return with_roles(batches, folds, text, beginning=beginning, written_share=config.generate_share, shows=shows)
+    return with_roles(batches, folds, text, beginning=beginning, written_share=config.generate_share)
 
 
 def plan(

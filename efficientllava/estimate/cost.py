@@ -183,8 +183,8 @@ def _pruning(plan: Forecast) -> float:
     tokens, base = settings.calibration.samples * tokens_of(plan), _token(plan.base)
     known = (tokens, plan.base, context_of(plan.base))
     written = settings.calibration.generate_length * sequences(settings.calibration, config, *known)
-    # Records are taken to show images: beside these a shape per layer is chosen without what is written.
-    looked = tokens + (0 if config.method == "auto" or config.selection == "global" else written)
+    # Records are taken to show images: beside these a search judges its policies without what is written.
+    looked = tokens + (0 if config.method == "auto" else written)
     sees = importance_of(config.importance).sees if config.method == "widthwise" else WEIGHTS
     looks, squares = sees != WEIGHTS, config.method == "auto" or sees in (INPUTS, GRADIENTS)
     passes: float = 1 + looks + config.biased  # the dense loss, what scores look at, and means for biases

@@ -144,7 +144,6 @@ class PruningModule(LightningModule):
             "storage": storage,
             "offload": self._offload,
         }
-        known |= {"shows": any(record.image is not None for record in self._records)}
         known |= {"tick": self._tick, "beginning": beginning, "written_share": self._written_share}
         calibration = with_roles(batches, self._folds, text, self._compares, **known)
         plan, scored = make_plan(model, calibration, config, self._seed)

@@ -27,7 +27,7 @@ from ..settings.schema import CalibrationConfig, PruneConfig
 from .stream import silent
 
 # Where nobody says how many sequences are written: until there are so many positions for a channel of the widest MLP,
-# and at most so many sequences; fewer where a shape per layer is chosen on them, since every candidate reads all.
+# and at most so many sequences; fewer where a search judges its policies on them, of which each reads all.
 ENOUGH = 16
 MOST, SEARCHED = 192, 48
 MEMORY = 1 << 31  # bytes that keys, values and probabilities of the rows written at once may take
@@ -193,18 +193,18 @@ def sequences(
         positions: Positions of the records.
         model: The dense model; the meta device is enough.
         context: Most tokens of a sequence, where that is known.
-        images: Whether a record shows one, so that a shape per layer is chosen without written text.
+        images: Whether a record shows one, so that a search judges its policies without written text.
     """
     if not prune.solves:
         return 0
     if config.generate is not None:
         return config.generate
     fits = context is None or context >= config.generate_length
-    chosen_on = (prune.method == "auto" or prune.selection == "global") and not images
+    judged_on = prune.method == "auto" and not images
     if prune.offload == "disk" or not fits or parameters(decoder_of(model)) < SMALL:
         return 0
     lacking = ENOUGH * max(layer.mlp.units for layer in layers_of(model)) - positions
-    return min(SEARCHED if chosen_on else MOST, max(0, -(-lacking // config.generate_length)))
+    return min(SEARCHED if judged_on else MOST, max(0, -(-lacking // config.generate_length)))
 
 
 def _row_bytes(model: nn.Module, length: int, size: int) -> int:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -139,7 +139,6 @@ class Calibration:
         written: Indices of the batches that the model has written itself, the last ones; they are not in the loss of
             the records.
         written_share: Share of the statistics that these decide, (0, 1).
-        shows: Whether a record of any process shows an image.
     """
 
     batches: Sequence[Batch]
@@ -154,13 +153,6 @@ class Calibration:
     validated: Sequence[int] = ()
     written: Collection[int] = ()
     written_share: float = 0.5
-    shows: bool = False
-
-    def of_records(self) -> Calibration:
-        """The same without what the model has written."""
-        read = len(self.batches) - len(self.written)
-        roles = {name: [i for i in getattr(self, name) if i < read] for name in ("compared", "held", "validated")}
-        return replace(self, batches=self.batches[:read], written=(), **roles)
 
     @property
     def ids(self) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ class SearchModule(LightningModule):
         self._gap = "fro" if search.gap in ("none", "held_out") else search.gap
         self._beginning = Beginning()
         self._folds: list[int] = []
-        # Beside images policies are judged without written text, as in `efficientllava.pruning.pruner`.
+        # Beside images policies are judged without written text, which sees none; the cut model is refitted with it.
         self._shows = any(record.image is not None for record in inputs.records)
         self._read = 0  # batches of the records; those of the written text follow
         self._batches: list[dict[str, Any]] = []

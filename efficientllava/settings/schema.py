@@ -64,8 +64,8 @@ class ModelConfig:
     train: str = setting("full", "what recoveries that train the decoder train by default", "lora | full")
     lr: Any = setting(
         None,
-        "learning rates by what trains, such as {projector: 1e-3, lora: 2e-4, full: 2e-5}, where recover.lr names none; "
-        "null: that of recover.lr",
+        "learning rates by what trains, such as {projector: 1e-3, lora: 2e-4, full: 2e-5}, which recover.lr takes where "
+        "it is not typed; null: it has its own",
         None,
         When(lambda c: c.recover.name != "none", "choose a recovery with recover="),
     )
@@ -115,7 +115,7 @@ class CalibrationConfig:
     generate: int | None = setting(
         None,
         "sequences that the dense model writes itself for the statistics; null: until an MLP channel has 16 tokens, at "
-        "most 192, of a decoder of 20 million parameters or more; for a shape per layer without images at most 48",
+        "most 192, of a decoder of 20 million parameters or more; of a search without images at most 48",
         NATURAL,
         When(
             lambda c: c.prune.solves,

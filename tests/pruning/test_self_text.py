@@ -254,9 +254,9 @@ def test_text_joins_records_of_few_tokens_by_default(monkeypatch):
     assert count(ENOUGH * width) == 0
     assert [count(ENOUGH * width - lacking) for lacking in (1, 128, 129)] == [1, 1, 2]
     assert [count(0, generate_length=length) for length in (64, 2)] == [-(-ENOUGH * width // 64), MOST]
-    for per_layer in (replace(prune, method="auto"), replace(prune, selection="global")):
-        tokens = CalibrationConfig(generate_length=2)
-        assert [sequences(tokens, per_layer, 0, model, None, shown) for shown in (True, False)] == [MOST, SEARCHED]
+    for how, alone in (({"method": "auto"}, SEARCHED), ({"selection": "global"}, MOST)):
+        known = (CalibrationConfig(generate_length=2), replace(prune, **how), 0, model, None)
+        assert [sequences(*known, images) for images in (True, False)] == [MOST, alone]
     assert count(0, context=127) == count(0, replace(prune, offload="disk")) == 0
     assert count(0, PruneConfig("layerwise", "layerwise", 0.3)) == 0
     assert [count(0, generate=n) for n in (0, 3)] == [0, 3]
