@@ -64,8 +64,8 @@ class ModelConfig:
     train: str = setting("full", "what recoveries that train the decoder train by default", "lora | full")
     lr: Any = setting(
         None,
-        "learning rates by what trains, such as {projector: 1e-3, lora: 2e-4, full: 2e-5}, which recover.lr takes where "
-        "it is not typed; null: it has its own",
+        "learning rates by what trains, such as {projector: 1e-3, lora: 2e-4, full: 2e-5}, which recover.lr takes "
+        "where it is not typed; null: it has its own",
         None,
         When(lambda c: c.recover.name != "none", "choose a recovery with recover="),
     )
