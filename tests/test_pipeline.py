@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from efficientllava.pruning import self_text
 from efficientllava.pruning.plan import PruningPlan
 from efficientllava.record import REQUIRED
 from efficientllava.runtime.errors import UserError
@@ -112,6 +113,13 @@ def test_the_same_seed_gives_the_same_run_without_the_cache(first):
     for stage in ("pruned", "recovered"):
         old, new = (load_file(place / name / stage / "model.safetensors") for name in ("run", "anew"))
         assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_the_record_says_how_much_was_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(self_text, "SMALL", 0)  # as of a real decoder
+    options = ("recover=none", "evaluate=none", "evaluate.efficiency=false")
+    record = run(tmp_path / "run", small(model, tmp_path / "out", *options))
+    assert record["samples"]["written"] > 0
 
 
 def test_the_record_says_how_answers_were_made(first):

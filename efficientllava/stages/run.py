@@ -129,9 +129,9 @@ class Run:
         """The most of them; None where there are none."""
         return max(self.lengths, default=None)
 
-    @property
+    @cached_property
     def written(self) -> int:
-        """Sequences that the dense model writes for the statistics."""
+        """Sequences that the dense model writes for the statistics; first asked for while it is there."""
         context = int(self.base.processor.tokenizer.model_max_length)
         known = (sum(self.lengths), self.base.model, context, any(record.images for record in self.calibration))
         return sequences(self.settings.calibration, self.settings.prune, *known)
