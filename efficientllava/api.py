@@ -100,7 +100,7 @@ def _calibration(
     how = (count, config.generate_length, seed, config.batch_size)
     text = write_text(model, processor, *how) if count else []
     beginning = Beginning.of(batches, model.config.image_token_id)  # pyright: ignore
-    return with_roles(batches, folds, text, beginning=beginning, written_share=config.generate_share)
+    return with_roles(batches, folds, text, 2 in folds, beginning=beginning, written_share=config.generate_share)
 
 
 def plan(

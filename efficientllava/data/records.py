@@ -172,11 +172,9 @@ def content_key(content: bytes) -> str:
 
 def first_images(records: Sequence[Record]) -> list[str | None]:
     """Name of every record's first image, see `image_key`; None where it has none. Tables know them unopened."""
-    if isinstance(records, Subset) and hasattr(records.records, "first_images"):
-        found = first_images(records.records)
-        return [found[index] for index in records.indices]
-    if (known := getattr(records, "first_images", None)) is not None:
-        return known()
+    table, chosen = (records.records, records.indices) if isinstance(records, Subset) else (records, None)
+    if (known := getattr(table, "first_images", None)) is not None:
+        return known(np.arange(len(table)) if chosen is None else chosen)
     return [None if record.image is None else image_key(record.image) for record in records]
 
 

@@ -90,9 +90,10 @@ class Conversations(Sequence[Record]):
         images = self._rows.data.column("images").take(self._usable[indices]).to_pylist()
         return [[self.image_root / path for path in paths if path is not None] for paths in images]
 
-    def first_images(self) -> list[str | None]:
-        """See `efficientllava.data.records.first_images`."""
-        paths, keys = (self._rows.data.column(name).take(self._usable).to_pylist() for name in ("images", "keys"))
+    def first_images(self, indices: np.ndarray) -> list[str | None]:
+        """Of records, see `efficientllava.data.records.first_images`."""
+        places = self._usable[indices]
+        paths, keys = (self._rows.data.column(name).take(places).to_pylist() for name in ("images", "keys"))
         pairs = zip(paths, keys, strict=True)
         return [(key[0] or str(self.image_root / path[0])) if path else None for path, key in pairs]
 

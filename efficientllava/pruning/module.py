@@ -35,8 +35,8 @@ def chunked(records: Sequence[Any], size: int) -> tuple[list[list[Any]], list[in
 def with_roles(
     batches: Sequence[Batch],
     folds: Sequence[int],
-    text: Sequence[Batch] = (),
-    compares: bool | None = None,
+    text: Sequence[Batch],
+    compares: bool,
     **more: Any,
 ) -> Calibration:
     """Calibration batches, each with what it is for, and behind them what the model has written itself.
@@ -45,13 +45,13 @@ def with_roles(
         batches: Batches of the records.
         folds: Their folds, as of `chunked`.
         text: Batches that the model has written.
-        compares: Whether candidates are compared on some record of all processes; None: of this one's.
+        compares: Whether candidates are compared on some record, be it another process's.
         **more: Further fields of `Calibration`.
     """
     held, compared = ([i for i, fold in enumerate(folds) if fold == kind] for kind in (1, 2))
     own = range(len(batches), len(batches) + len(text))
     # Choices of the refit are made on both kinds of text, but only where there are records to make them on.
-    last = own[len(own) - len(own) // 4 :] if (compared if compares is None else compares) else ()
+    last = own[len(own) - len(own) // 4 :] if compares else ()
     roles: dict[str, Any] = {
         "compared": compared,
         "held": [*held, *last],
