@@ -3,6 +3,7 @@
     python -m experiments.peers <rows.csv> --work <folder> --draws <draw0.json> <draw1.json> ... [--minutes 100]
     python -m experiments.peers <rows.csv> --experiment real_samples ...   # the arms of another one on smol_llava
     python -m experiments.peers <rows.csv> --arms flap --ratios 0.2 ...    # some of them
+    python -m experiments.peers <rows.csv> --experiment peers_recovered --typed data=conversations data.path=<json> ...
 
 A row is written at once, and what has one is not made again. `draws` makes the records; images lie beside the JSON. The
 loss ``compare`` is that on the records of the next draw, of other documents: a peer's variant is chosen by it.
@@ -78,10 +79,12 @@ def row(arm: list[str], ratio: str, draw: Path, other: Path, work: Path) -> dict
         f"paths.cache_dir={work}/cache",
     ]
     folder, seconds, peak = run([*typed, "evaluate=none"], work)
-    achieved, compare = record.read(folder)["ratio"]["achieved"], nats(str(folder / "pruned"), other)
+    found = record.read(folder)
+    last = [*found["stages"]][-1]
+    compare = nats(str(folder / last), other)
     folder, _, _ = run(typed, work)
-    cost = {"achieved": achieved, "cpu_seconds": seconds, "peak_gb": peak, "compare": compare}
-    return {**cost, **scores(folder, "pruned")}
+    cost = {"achieved": found["ratio"]["achieved"], "cpu_seconds": seconds, "peak_gb": peak, "compare": compare}
+    return {**cost, **scores(folder, last)}
 
 
 def scores(folder: Path, stage: str) -> dict[str, float]:
@@ -108,6 +111,7 @@ def main() -> None:
     parser.add_argument("--draws", type=Path, nargs="+", required=True)
     parser.add_argument("--arms", nargs="+", help="all without it")
     parser.add_argument("--ratios", nargs="+", help="all without it")
+    parser.add_argument("--typed", nargs="+", default=[], help="overrides for all of them")
     parser.add_argument("--minutes", type=float, default=100, help="no row is begun after them")
     given = parser.parse_args()
     if len(given.draws) < 2:
@@ -120,7 +124,7 @@ def main() -> None:
     for arm, ratio, number in missing(given.rows, draws, given.arms or arms, given.ratios or ratios):
         if time.monotonic() > end:
             break
-        other, typed = draws[(number + 1) % len(draws)], [f"experiment={given.experiment}", *arms[arm]]
+        other, typed = draws[(number + 1) % len(draws)], [f"experiment={given.experiment}", *arms[arm], *given.typed]
         measured = row(typed, ratio, draws[number], other, given.work.resolve())
         made = [{"arm": arm, "ratio": ratio, "draw": draws[number].stem, **_told(measured)}]
         if not read(given.rows):
