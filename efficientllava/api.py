@@ -255,4 +255,6 @@ def to_gguf(
     """
     from .deploy.export import deploy
 
-    return deploy(checkpoint, Path(folder), _with(DeployConfig(name="gguf"), options, "to_gguf"), dense)
+    return deploy(
+        checkpoint, Path(folder), _with(DeployConfig(name="gguf"), options, "to_gguf"), dense and (lambda: dense)
+    )

@@ -98,21 +98,29 @@ def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | N
     Args:
         checkpoint: What to save. Weights are stored as ``checkpoint.storage``; those in memory are rounded to it, so
             that they equal the folder's.
-        folder: Target; replaced where it exists.
+        folder: Target; a checkpoint that was saved there is replaced.
         card: Facts for the model card, see `model_card`.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: The target is a file.
+        UserError: The target is a file, or holds something else.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser().absolute()
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give a folder")
+    if other := _others(folder):
+        raise UserError(f"{folder}: holds {other[0]}, which would be lost; give a folder of its own")
     with whole_folder(folder) as partial:
         write(checkpoint, partial, card)
     return folder
+
+
+def _others(folder: Path) -> list[str]:
+    """What a folder holds beside a checkpoint of this package, which has no folders."""
+    own = (folder / PROVENANCE).is_file()
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() or not own) if folder.is_dir() else []
 
 
 def write(

@@ -22,6 +22,7 @@ from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
+from ..models.chat import template_of
 from ..runtime.errors import UserError, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -233,7 +234,7 @@ def with_system(processor: Any, sentence: str) -> str:
     Raises:
         UserError: The template does not write system messages, or there is none.
     """
-    template = processor.chat_template or processor.tokenizer.chat_template
+    template = template_of(processor)
     message = json.dumps([{"role": "system", "content": [{"type": "text", "text": sentence}]}])
     first = f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {message} + messages %}}{{% endif %}}"
     question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]

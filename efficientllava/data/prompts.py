@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 
+from ..models.chat import template_of
 from ..runtime.errors import UserError, one_line
 from .records import Turn
 
@@ -37,7 +38,7 @@ class Prompts:
         self.tokenizer = processor.tokenizer
         self.image_token: str = processor.image_token
         self.image_token_id: int = processor.image_token_id
-        self.template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
+        self.template = template_of(processor)
         if not self.template:
             raise UserError(f"processor {type(processor).__name__}: no chat template; save one as chat_template.jinja")
         # Gemma3's alone writes line breaks around an image.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from ..runtime import UserError, exit_code, quiet_libraries, say
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(f"--no-{name}", action="store_false", dest=name)
     told = vars(parser.parse_args(arguments))
     path, out, dense = (told.pop(name) for name in ("checkpoint", "out", "dense"))
-    from ..checkpoint.folder import load
+    from ..checkpoint.folder import load, resolve
     from ..checkpoint.hub import origin_of
     from ..report import tabulate_deployed
     from ..settings.checks import require_valid
@@ -53,7 +54,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"--out={out}: {error.strerror}; give a folder of yours") from error
     if dense is None and config.measure and (origin := origin_of(local)):
         dense = origin[0]
-    made = deploy(load(path, "float32"), out, config, dense and load(dense, "float32"))
+    if dense:
+        resolve(dense)  # whether it is there, before anything is made
+    made = deploy(load(path, "float32"), out, config, partial(load, dense, "float32") if dense else None)
     say(*tabulate_deployed({"deploy": made}), *remarks(made), f"everything lies in [bold]{out}[/bold]")
 
 

@@ -18,9 +18,9 @@ from ..data.collator import prompt
 from ..data.prompts import Prompts
 from ..data.records import Turn
 from ..evaluation.generation import unadvised
+from ..models.chat import end_tokens
 from ..models.forward import stock_inputs
 from ..runtime import UserError
-from .decoders import end_tokens
 from .inputs import MARKER, lead, side
 from .runtime import Runtime, cosines, serve
 
@@ -134,7 +134,7 @@ def rendered(prompts: Prompts, question: str, images: int) -> str:
 def _ask(model: Any, processor: Any, question: str, image: Image.Image | None) -> Probe:
     inputs = stock_inputs(model, prompt(processor, question, image))
     ids = inputs["input_ids"][0].tolist()
-    end = end_tokens(model)
+    end = end_tokens(model, processor.tokenizer)
     config = GenerationConfig(
         max_new_tokens=ANSWER, eos_token_id=end, pad_token_id=end[0], output_logits=True, return_dict_in_generate=True
     )
@@ -188,7 +188,8 @@ def _same_chat(runtime: Runtime, each: Probe, placeholder: str) -> bool:
     """Whether the server's chat writes the prompt that the model's own template writes."""
     assert isinstance(each.text, str) and each.image is not None
     theirs = runtime.chat(each.question, each.image)
-    return theirs.partition(MARKER)[2].partition(">")[2] == each.text.partition(placeholder)[2]
+    before, _, behind = theirs.partition(MARKER)
+    return (before, behind.partition(">")[2]) == (each.text.partition(placeholder)[::2])
 
 
 def _row(runtime: Runtime, each: Probe, placeholder: str) -> tuple[float, bool, float, bool, bool]:
@@ -223,7 +224,7 @@ def agreements(
     """
     probes = expected(model, processor, asked, mmproj is not None)
     context = 2 * max(each.tokens for each in probes) + ANSWER
-    size = side(model.config.vision_config.image_size)
+    size = side(model.config.vision_config.image_size) if mmproj else 0
     for kind, file in files.items():
         with serve(file, mmproj, context=context, exact=kind in BOUNDS) as runtime:
             require_tokens(runtime, processor.tokenizer)

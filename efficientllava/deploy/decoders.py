@@ -254,17 +254,6 @@ def _context(config: Any) -> int:
     return min(int(config.max_position_embeddings), int(window or config.max_position_embeddings))
 
 
-def end_tokens(model: Any) -> list[int]:
-    """Tokens that end an answer, the first one first."""
-    found = model.generation_config.eos_token_id
-    found = decoder_of(model).config.eos_token_id if found is None else found
-    if found is None:
-        raise UserError(
-            "deploy=gguf: no eos_token_id in generation_config.json or config.json; name the end token there"
-        )
-    return list(found) if isinstance(found, list | tuple) else [found]
-
-
 def storage(name: str, shape: tuple[int, ...], kind: str) -> str:
     """Type that a tensor is stored in.
 

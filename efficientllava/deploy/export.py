@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jinja2
 
 from ..checkpoint.hub import named
 from ..models.anatomy import decoder_of, layers_of
+from ..models.chat import end_tokens
 from ..runtime import UserError, disk_full, put, write_whole
 from ..runtime.keeping import require_space
 from ..settings.checks import require_valid
@@ -38,7 +39,7 @@ def describe(checkpoint: Any, config: DeployConfig) -> tuple[decoders.Decoder, d
     rows = decoder_of(model).embed_tokens.num_embeddings
     return (
         decoders.describe(model),
-        vocabulary(checkpoint.processor, rows, decoders.end_tokens(model)),
+        vocabulary(checkpoint.processor, rows, end_tokens(model, checkpoint.processor.tokenizer)),
         image_side(model, checkpoint.processor) if config.mmproj else None,
     )
 
@@ -129,7 +130,7 @@ def deploy(
     checkpoint: Any,
     folder: Path,
     config: DeployConfig,
-    dense: Any = None,
+    dense: Callable[[], Any] | None = None,
     questions: Sequence[check.Question] = (),
 ) -> dict[str, Any]:
     """Export a checkpoint, check the files in the installed runtime, and measure them.
@@ -138,7 +139,7 @@ def deploy(
         checkpoint: What to export; its model is on the CPU, in float32.
         folder: The folder; made if it does not exist.
         config: What to do.
-        dense: The checkpoint that it was made of, measured beside it; None measures it alone.
+        dense: Gives the checkpoint that it was made of, measured beside it; None measures it alone.
         questions: What is asked of both sides; empty: questions of this package's own.
 
     Returns:
@@ -183,7 +184,7 @@ def _measure(made: dict[str, Any], paths: dict[str, Path], config: DeployConfig,
         beside = {}
         if dense is not None:
             plain = DeployConfig(types=config.types, mmproj=False)
-            beside = {kind: entry["file"] for kind, entry in write(dense, Path(scratch), plain)["files"].items()}
+            beside = {kind: entry["file"] for kind, entry in write(dense(), Path(scratch), plain)["files"].items()}
         for kind, path in paths.items():
             measured = {"dense": Path(scratch) / beside[kind]} if beside else {}
             context = min(512, made["context"])
@@ -203,15 +204,20 @@ def remarks(made: dict[str, Any]) -> list[str]:
                 f"rows are no multiple of {decoders.BLOCK}, such as {entry['fallback'][0]}; {', '.join(fixes)}"
             )
     if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < check.SAME:
-        equal = all(entry["agreement"]["text"]["greedy_equal"] for entry in _tight(made))
+        equal = all(each["text"]["greedy_equal"] for each in _agreements(made).values())
         lines.append(
             f"the installed runtime sees images otherwise than the model (cosine {made['mmproj']['cosine']:.3f}), do "
             f"not trust its answers about them; text side {'equal' if equal else 'not equal in its greedy answers'}; "
             "the file follows the model, see docs/deployment.md"
         )
-    for entry in _tight(made):
-        resized = entry["agreement"].get("resized")
-        if resized and not lines and resized["logprob_error"] > 10 * check.BOUNDS["f16"]:
+    for kind, groups in _agreements(made).items():
+        for group in (groups[name] for name in ("image", "resized") if name in groups):
+            if not group["chat_equal"]:
+                lines.append(f"{kind}: the server writes another prompt around an image than the model's chat template")
+            if not group["lengths_equal"]:
+                lines.append(f"{kind}: in the runtime a prompt with an image has another number of tokens")
+        resized = groups.get("resized")
+        if kind in check.BOUNDS and resized and not lines and resized["logprob_error"] > 10 * check.BOUNDS["f16"]:
             lines.append(
                 f"images that have to be resized: the runtime fits them in otherwise (log-probabilities differ by "
                 f"{resized['logprob_error']:.2g}); give it squares of the tower's size"
@@ -219,8 +225,9 @@ def remarks(made: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _tight(made: dict[str, Any]) -> list[dict[str, Any]]:
-    return [entry for kind, entry in made["files"].items() if kind in check.BOUNDS and "agreement" in entry]
+def _agreements(made: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was found of each type, where it was checked."""
+    return {kind: entry["agreement"] for kind, entry in made["files"].items() if "agreement" in entry}
 
 
 def tell(folder: Path, name: str, made: dict[str, Any]) -> None:

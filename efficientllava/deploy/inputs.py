@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..models.anatomy import projector_of
+from ..models.chat import template_of
 from ..runtime import UserError
 from .decoders import Tensors, affine
 
@@ -77,9 +78,12 @@ def vocabulary(processor: Any, size: int, end: Sequence[int]) -> dict[str, Any]:
         end: Tokens that end an answer, the first one first.
 
     Raises:
-        UserError: The runtime has no such tokenizer, or the embedding has fewer rows than it has tokens.
+        UserError: The runtime has no such tokenizer, the embedding has fewer rows than it has tokens, or nothing ends
+            an answer.
     """
     tokenizer = processor.tokenizer
+    if not end:
+        raise UserError("deploy=gguf: nothing says which token ends an answer; name it in generation_config.json")
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     texts = {index: token for token, index in tokenizer.get_vocab().items()}
     if max(texts) >= size:
@@ -115,15 +119,16 @@ def chat_template(processor: Any) -> str:
     What the template writes behind an image, such as a line break, is written behind that text: in a content of parts,
     and in one text, which the server makes of them where a template takes both.
     """
-    from jinja2 import Environment
+    template = template_of(processor)
 
-    template = processor.chat_template or ""
-    show = Environment().from_string(template)
+    def show(messages: list[dict[str, Any]]) -> str:
+        words = {"bos_token": "", "eos_token": "", "add_generation_prompt": False}
+        return processor.tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **words)
+
     image = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": MARKER}]}]
-    words = {"bos_token": "", "eos_token": "", "add_generation_prompt": False}
-    before = show.render(messages=image, **words).partition(MARKER)[0]
+    before = show(image).partition(MARKER)[0]
     plain = [{"role": "user", "content": [{"type": "text", "text": MARKER}]}]
-    behind = before.removeprefix(show.render(messages=plain, **words).partition(MARKER)[0])
+    behind = before.removeprefix(show(plain).partition(MARKER)[0])
     behind = re.sub(r"^(<[^<>]+>)+", "", behind)
     for text in ("m['content']", "c['text']"):
         marked = f"{text}.replace('{CLOSED}', {json.dumps(CLOSED + behind)}) if '{MARKER}' in {text} else {text}"

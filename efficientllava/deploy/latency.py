@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.anatomy import decoder_of
+from ..models.chat import end_tokens
 from . import decoders
 from .inputs import vocabulary
 from .runtime import rates
@@ -39,7 +40,8 @@ def seconds(
     Raises:
         UserError: The runtime does not hold the decoder, or is not installed.
     """
-    words = vocabulary(processor, decoder_of(model).embed_tokens.num_embeddings, decoders.end_tokens(model))
+    rows = decoder_of(model).embed_tokens.num_embeddings
+    words = vocabulary(processor, rows, end_tokens(model, processor.tokenizer))
     files: dict[str, Path] = {}
     found: list[float] = []
     for variant in variants:

@@ -117,8 +117,8 @@ def _require_data(settings: RunConfig) -> None:
     if trains and _is_here(data.path, data.image_root):
         records = draw(load_split(data, "train"), settings.data_frac, settings.seed)
         require_trainable(usable(records, _ImageFiles(), data), settings.recover.train)
-    if evaluate.root is not None:
-        for name in evaluate.tasks:
+    for name in evaluate.tasks:
+        if evaluate.root is not None or (name == "prose" and evaluate.prose.path is not None):
             tasks.load(name, data, evaluate).records()
     _looked.add(key)
 

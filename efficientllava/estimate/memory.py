@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.folder import compute_dtype
+from ..deploy.export import compared
 from ..models.anatomy import (
     Layer,
     decoder_of,
@@ -29,6 +30,7 @@ from ..pruning.memory import (
 )
 from ..pruning.self_text import sequences, writing_bytes
 from ..runtime import UserError
+from ..runtime.limits import free_memory
 from . import Forecast, context_of, weight_bytes
 
 ASSUMPTIONS = (
@@ -102,6 +104,8 @@ def stage_memory(plan: Forecast, tokens: int | None = None, written: int | None 
         held = {"base": base} if settings.prune.offload else held
         parts = {**held, **_answering(plan, plan.base, record, max([1, *settings.evaluate.speed_batches]))}
         stages["measure speed"] = StageMemory(parts, tuple(held), "set evaluate.efficiency=false")
+    if settings.deploy.name != "none":
+        stages["deploy"] = _deploying(plan)
     return stages
 
 
@@ -207,6 +211,18 @@ def _recovering(plan: Forecast, record: _Record) -> dict[str, StageMemory]:
     return {**stages, "recover": StageMemory(parts, tuple(certain), _less(plan, "teacher" in parts))}
 
 
+def _deploying(plan: Forecast) -> StageMemory:
+    """What is exported and, while speeds are measured, the dense model, both in fp32 on the host of one process."""
+    wide = 0 if plan.storage == torch.float32 else 1  # the files' own type stays mapped
+    parts = {"exported": wide * weight_bytes(plan.pruned, torch.float32)}
+    if compared(plan.settings):
+        parts["dense"] = wide * weight_bytes(plan.base, torch.float32)
+    fix = "set deploy=none, and export the run's folder on a larger machine with python -m efficientllava.deploy"
+    if plan.device == "cuda":
+        return StageMemory({}, (), fix, sum(parts.values()))
+    return StageMemory(parts, tuple(parts), fix)
+
+
 def _less(plan: Forecast, live: bool) -> str:
     """What makes a recovery smaller that is not so already."""
     config = plan.settings.recover
@@ -274,12 +290,8 @@ def _forward(plan: Forecast, layers: list[Layer], rows: int, record: _Record) ->
 
 
 def available(device: str) -> int:
-    """Free memory in bytes: of a GPU such as ``cuda:0``, or of the host with its swap space."""
-    import psutil
-
-    if device != "cpu":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available + psutil.swap_memory().free
+    """Free memory in bytes: of a GPU such as ``cuda:0``, or of the host."""
+    return free_memory() if device == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def require_memory(plan: Forecast, device: str, tokens: int | None = None, written: int | None = None) -> None:
@@ -304,6 +316,8 @@ def require_memory(plan: Forecast, device: str, tokens: int | None = None, writt
         found += shares * prune.parts["base"]
         if device != "cpu":
             _require(prune.host * plan.processes, available("cpu"), "prune keeps up to", "", "the host", prune.fix)
+    elif device != "cpu" and (deploy := stages.get("deploy")):
+        _require(deploy.host, available("cpu"), "deploy holds at least", "", "the host", deploy.fix)
     for name, stage in stages.items():
         verb = "holds at least" if tokens is None else "holds up to"
         parts = " + ".join(f"{part} {stage.parts[part] / 1e9:.1f}" for part in stage.certain)

@@ -16,6 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..models.chat import end_tokens
 from ..models.forward import Batch, decoder_inputs
 from ..runtime import NotFiniteError
 
@@ -39,13 +40,11 @@ def greedy_config(model: nn.Module, tokenizer: Any, max_new_tokens: int) -> Gene
     Returns:
         The configuration for ``model.generate``, to be used with `unadvised`.
     """
-    end = model.generation_config.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
-    end = tokenizer.eos_token_id if end is None else end
-    padding = tokenizer.pad_token_id
-    if padding is None:
-        padding = end[0] if isinstance(end, list) else end
+    end, padding = end_tokens(model, tokenizer), tokenizer.pad_token_id
+    if padding is None and end:
+        padding = end[0]
     return GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=padding
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=end or None, pad_token_id=padding
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import datasets
 
-from ..data.records import Record, StoredImage, Turn
+from ..data.records import Record, StoredImage, Turn, missing_images
 from ..data.table import table_store
 from ..runtime import UserError, first_line, library_versions
 from ..settings.schema import EvaluateConfig
@@ -67,10 +67,13 @@ def _open(name: str, benchmark: Benchmark, cfg: EvaluateConfig) -> tuple[list[Re
     join, official = benchmark.join, benchmark.id
     own = list(dict.fromkeys(filter(None, (*benchmark.columns, official, join and join.key))))
     shown = () if join else (benchmark.image, *_under(cfg.protocol, benchmark.more_images))
-    rows, folder = Source(name, benchmark, cfg, benchmark.config).load([*own, *shown])
+    source = Source(name, benchmark, cfg, benchmark.config)
+    rows, folder = source.load([*own, *shown])
     images: Any = zip(*(images_of(rows, column, folder) for column in shown), strict=True)
+    prints = [rows._fingerprint]
     if join:
-        images = _joined(rows, join, Source(name, benchmark, cfg, join.config))
+        images, other = _joined(rows, join, Source(name, benchmark, cfg, join.config))
+        prints.append(other)
     counts: Counter[str] = Counter()
     records = []
     for number, (row, cells) in enumerate(zip(rows.select_columns(own), images, strict=True)):
@@ -83,16 +86,19 @@ def _open(name: str, benchmark: Benchmark, cfg: EvaluateConfig) -> tuple[list[Re
         image, *more = [cell for cell in cells if cell] or [None]
         turn = Turn(benchmark.prompt(row, cfg.protocol), _shown(row), sees_image=image is not None)
         records.append(Record(unique, image, (turn,), True, name, tuple(more), details))
-    return records, rows._fingerprint
+    if lost := missing_images(records):
+        raise UserError(f"{source.where}: {lost[min(lost)]}; complete the data")
+    return records, "+".join(prints)
 
 
-def _joined(rows: Any, join: Join, source: Source) -> list[tuple[Image, ...]]:
+def _joined(rows: Any, join: Join, source: Source) -> tuple[list[tuple[Image, ...]], str]:
+    """The image of every row, and the fingerprint of the rows that hold them."""
     column = source.benchmark.image
     shown, folder = source.load([join.id, column])
     by_name = dict(zip(shown[join.id], images_of(shown, column, folder), strict=True))
     if lost := sorted({*rows[join.key]} - {*by_name}):
         raise UserError(f"{source.where}: {source.name} has no image {lost[0]!r}; complete the data")
-    return [(by_name[name],) for name in rows[join.key]]
+    return [(by_name[name],) for name in rows[join.key]], shown._fingerprint
 
 
 def _shown(row: Row) -> str:
@@ -167,7 +173,8 @@ class Source:
                 f"{self.where}: {folder} holds no rows of {self.name}, whose split is {split!r} "
                 f"({split}*.parquet, .jsonl or .json); there is: {there}"
             )
-        return [path for path in files if path.suffix == files[0].suffix]
+        kind = min((path.suffix for path in files), key=[*FORMATS].index)
+        return [path for path in files if path.suffix == kind]
 
     def _in_config(self, path: Path) -> bool:
         return self.config in path.parts[:-1] or path.name.startswith(str(self.config))

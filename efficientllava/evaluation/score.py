@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..data.sources import DECODER, BadRecordError
-from ..runtime import UserError, exit_code, json_lines
+from ..runtime import UserError, exit_code, json_lines, write_whole
 from ..settings.schema import JUDGED, DataConfig, EvaluateConfig, JudgeConfig
 from . import tasks
 from .judge_prompts import requests, write_requests
@@ -41,18 +41,24 @@ EXTRA: dict[str, Scorer] = {"textvqa": text.vizwiz, "vqav2": text.vqav2}
 def as_record(row: Mapping[str, Any], aliases: Mapping[str, Sequence[str]] = ALIASES) -> dict[str, Any]:
     """What scorers read: a line with its ``metadata`` spread out and our keys beside its own; the id is a text.
 
+    What the model said is the line's own, even where a column of the benchmark is called so, too.
+
     Args:
         row: A line, with some kind of id.
         aliases: Our keys, and the names under which they may be found.
     """
     flat = _flat(row)
-    found = {key: flat[name] for key, names in aliases.items() for name in reversed(names) if name in flat}
+    said = {**flat, **row}
+    places = {key: said if key == "prediction" else flat for key in aliases}
+    found = {
+        key: places[key][name] for key, names in aliases.items() for name in reversed(names) if name in places[key]
+    }
     return flat | found | {"id": str(found["id"])}
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     metadata = row.get("metadata")
-    return {**metadata, **row} if isinstance(metadata, dict) else dict(row)
+    return {**row, **metadata} if isinstance(metadata, dict) else dict(row)
 
 
 def read(path: Path, aliases: Mapping[str, Sequence[str]] = ALIASES) -> list[dict[str, Any]]:
@@ -187,7 +193,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     records = read(options.predictions)
     _require_task(records, options.task)
-    keys = ((row["id"], _asked(row), row.get("category")) for row in records)
+    keys = ((row["id"], _asked(row), str(row.get("category"))) for row in records)
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:
         raise UserError(
@@ -206,10 +212,11 @@ def main(arguments: Sequence[str]) -> None:
         asked = requests(records, options.task, JudgeConfig(prompts=options.prompts), protocol)
         return write_requests(asked, options.task, protocol, options.requests)
     scores = scorer(options.task)(records, protocol)
-    if options.outcomes:
-        options.outcomes.write_text(json_lines(map(asdict, scores.outcomes)), encoding="utf-8")
     head = {"task": options.task, "protocol": protocol, **unanswered}
     print(json.dumps({**head, "metrics": scores.metrics}, indent=2))
+    if options.outcomes:
+        options.outcomes.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(options.outcomes, json_lines(map(asdict, scores.outcomes)))
 
 
 if __name__ == "__main__":

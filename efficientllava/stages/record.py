@@ -6,6 +6,7 @@ It is done anew in every run, since it measures.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,7 @@ def deploy(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
     beside = (model.path, model.revision) if export.compared(run.settings) else origin_of(Path(model.path).expanduser())
     if run.device != "cpu" or checkpoint.model.dtype != torch.float32:
         checkpoint = load(checkpoint.path, "float32", memo=run.store.memo)
-    dense = load(beside[0], "float32", "cpu", beside[1]) if beside and config.measure else None
+    dense = partial(load, beside[0], "float32", "cpu", beside[1]) if beside else None
     say("deploy: files for llama.cpp" + ", checked and measured there" * config.check)
     with whole_folder(run.folder / FOLDER) as folder:
         made = export.deploy(checkpoint, folder, config, dense, _questions(run))

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 
+from efficientllava.runtime.limits import FILES, own_group
+
 PERIOD = 0.2  # seconds between two looks
 HELD = ("RssAnon:", "RssShmem:")  # mapped files are not the program's: the system takes them back when it has to
-GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def limited(size: int) -> Iterator[Path | None]:
     Yields:
         Its folder; None where none can be made.
     """
-    place, name, swapped = _own_group()
+    place, version = own_group()
+    name, swapped = FILES[version][0], {1: "memory.swappiness", 2: "memory.swap.max"}[version]
     group = place / f"scale-{os.getpid()}"
     try:
         group.mkdir()
@@ -80,15 +82,6 @@ def limited(size: int) -> Iterator[Path | None]:
         yield group
     finally:
         group.rmdir()
-
-
-def _own_group() -> tuple[Path, str, str]:
-    """The folder of this process's cgroup for memory, and the files with the limit and with how much it may swap."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, kinds, path = line.split(":", 2)
-        if "memory" in kinds.split(","):
-            return GROUPS / "memory" / path.lstrip("/"), "memory.limit_in_bytes", "memory.swappiness"
-    return GROUPS / path.lstrip("/"), "memory.max", "memory.swap.max"
 
 
 def last_line(log: Path) -> str:

@@ -69,13 +69,27 @@ def test_stock_transformers_loads_what_was_saved(loaded, tmp_path):
         assert torch.equal(model(input_ids=ids).logits, loaded.model(input_ids=ids).logits)
 
 
-def test_saving_replaces_a_folder_and_leaves_nothing_else(loaded, tmp_path):
+def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(loaded, tmp_path):
     target = tmp_path / "copy"
     target.mkdir()
+    save(loaded, target)
     (target / "stale").write_text("")
     save(loaded, target)
     assert not (target / "stale").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+def test_saving_loses_nothing_that_is_no_checkpoint(loaded, tmp_path, monkeypatch):
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "."):
+        with pytest.raises(UserError, match=r"holds thesis\.txt, which would be lost; give a folder of its own"):
+            save(loaded, folder)
+    made = save(loaded, "made")
+    (made / "gguf").mkdir()
+    with pytest.raises(UserError, match="holds gguf, which would be lost"):
+        save(loaded, made)
+    assert (tmp_path / "thesis.txt").read_text() == "mine" and (made / "gguf").is_dir()
 
 
 def test_digest_follows_content_and_not_place(folder, tmp_path):

@@ -62,7 +62,7 @@ def test_a_pruned_checkpoint_in_the_runtime(tmp_path: Path) -> None:
     smaller = dataclasses.replace(dense, model=pruned(load("builtin:tiny_internvl").model, *PER_LAYER))
     smaller.provenance = {**dense.provenance, "base": dense.base, "history": [{"stage": "prune"}]}
     config = DeployConfig(name="gguf", types=["f32", "q8_0"], repeats=1)
-    made = export.deploy(smaller, tmp_path, config, dense)
+    made = export.deploy(smaller, tmp_path, config, lambda: dense)
     assert made["architecture"] == "deci"
     tight = made["files"]["f32"]["agreement"]
     for group in ("text", "image", "resized"):

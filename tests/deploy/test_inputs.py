@@ -66,7 +66,10 @@ def sentence_pieces(folder: Path, legacy: bool) -> Any:
     return LlamaTokenizer.from_pretrained(folder, legacy=legacy)
 
 
-def keys_of(tokenizer: Any, template: str = "") -> dict[str, Any]:
+PLAINLY = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def keys_of(tokenizer: Any, template: str = PLAINLY) -> dict[str, Any]:
     size = max(tokenizer.get_vocab().values()) + 3  # rows without a token
     processor = SimpleNamespace(tokenizer=tokenizer, chat_template=template)
     return inputs.vocabulary(processor, size, [tokenizer.eos_token_id])
@@ -120,7 +123,7 @@ def test_what_the_runtime_has_no_tokenizer_for() -> None:
         keys_of(bytes_bpe(pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), PLAIN])))
     tokenizer = load("builtin:tiny_llava").processor.tokenizer
     with pytest.raises(UserError, match="has token 63, the embedding has 60 rows"):
-        inputs.vocabulary(SimpleNamespace(tokenizer=tokenizer, chat_template=""), 60, [3])
+        inputs.vocabulary(SimpleNamespace(tokenizer=tokenizer, chat_template=PLAINLY), 60, [3])
 
 
 def test_a_line_break_behind_an_image_stays() -> None:

@@ -172,6 +172,18 @@ def test_what_is_measured_side_by_side_is_held_side_by_side(folder):
     assert "measure speed" not in stage_memory(planned(folder, "evaluate.efficiency=false"))
 
 
+def test_what_is_exported_is_held_in_fp32_on_the_host(folder, monkeypatch):
+    plan = replace(planned(folder, "deploy=gguf"), storage=torch.bfloat16)
+    stage, dense = stage_memory(plan)["deploy"], weight_bytes(plan.base, torch.float32)
+    assert stage.parts == {"exported": weight_bytes(plan.pruned, torch.float32), "dense": dense}
+    assert "dense" not in stage_memory(planned(folder, "deploy=gguf", "deploy.measure=false"))["deploy"].parts
+    plan = replace(plan, device="cuda")
+    assert stage_memory(plan)["deploy"].host == stage.total
+    monkeypatch.setattr(memory, "available", lambda device: stage.total - 1 if device == "cpu" else 1 << 40)
+    with pytest.raises(UserError, match=r"^memory: deploy holds at least .* the host has"):
+        require_memory(plan, "cuda:0")
+
+
 def alive():
     """Models that have weights."""
     gc.collect()

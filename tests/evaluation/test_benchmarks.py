@@ -22,7 +22,7 @@ from efficientllava.settings.schema import DataConfig, EvaluateConfig
 
 from ..runs import composed
 from .conftest import evaluate
-from .published import png, tables
+from .published import png, publish, tables
 from .published import write as write_table
 
 NAMES = [name for name in tasks.available() if isinstance(tasks.declared(name), tasks.Benchmark)]
@@ -152,6 +152,14 @@ def test_images_of_another_configuration_are_joined(root):
     assert sizes == [40, 40, 40, 41, 41, 41]
 
 
+def test_other_images_are_other_data(tmp_path):
+    publish(tmp_path)
+    (file, columns), before = tables()["gqa images"], load("gqa", tmp_path).facts()["data"]
+    assert load("gqa", tmp_path).facts()["data"] == before
+    write_table(tmp_path / file, {**columns, "image": columns["image"][::-1]})
+    assert load("gqa", tmp_path).facts()["data"] != before
+
+
 def test_options_with_several_images_are_left_to_chance_as_in_the_official_script(root):
     assert [bool(r.details.get("skipped")) for r in load("mmmu", root).records()] == [False, True, False] * 2
     assert not any(r.details.get("skipped") for r in load("mmmu", root, protocol="lmms_eval").records())
@@ -208,6 +216,12 @@ def test_a_root_may_be_a_file_or_one_benchmark_s_folder(root, tmp_path):
     records = load("pope", tmp_path).records()
     assert [record.turns[0].question for record in records] == expected
     assert open_image(records[2]).size == (41, 40)
+    write_table(folder / "test.parquet", columns)  # comes before JSON, whatever it is called
+    assert not isinstance(load("pope", tmp_path).records()[0].image, type(records[0].image))
+    (folder / "test.parquet").unlink()
+    (folder / "3.png").unlink()
+    with pytest.raises(UserError, match=r"^evaluate\.root=.*: record '1': image .*3\.png' does not exist; complete"):
+        load("pope", tmp_path).records()
 
 
 def test_several_files_of_a_split_are_read_in_order(tmp_path):

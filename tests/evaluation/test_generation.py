@@ -141,7 +141,7 @@ def test_end_token_of_the_model_wins_over_the_tokenizer(tiny, monkeypatch):
     assert config.eos_token_id == [7, 8] and config.pad_token_id == 7
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     config = greedy_config(model, tokenizer, 3)
-    assert config.eos_token_id == 3 and config.pad_token_id == 3
+    assert config.eos_token_id == [3] and config.pad_token_id == 3
 
 
 def test_reference_losses_per_row_sum_to_the_answer_loss(family, questions):

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from efficientllava.evaluation.score import main
+from efficientllava.evaluation.score import as_record, main
+from efficientllava.evaluation.tasks.published import BENCHMARKS
 from efficientllava.runtime.errors import UserError
 
 
@@ -41,6 +43,23 @@ def test_our_format_holds_its_references(tmp_path, capsys):
 def test_llava_s_format_with_references_in_metadata(tmp_path, capsys):
     file = _lines(tmp_path / "answers.jsonl", _llava(7, "Yes", answer="yes", category="random"))
     assert _run(capsys, file, "--task", "pope")["metrics"]["f1/random"] == 1
+
+
+def test_a_column_called_text_is_what_the_scorer_reads_and_not_what_the_model_said():
+    metadata = {"text": "stop", "prompt": "column", "response": "column"}
+    row = as_record({**_llava(7, "WRONG"), "metadata": metadata})
+    assert (row["text"], row["prediction"], row["prompt"]) == ("stop", "WRONG", "column")
+
+
+def test_a_column_may_not_be_called_as_what_a_line_says_itself():
+    with pytest.raises(UserError, match="a column is called prediction, protocol"):
+        replace(BENCHMARKS["pope"], columns=("answer", "protocol", "prediction"))
+
+
+def test_outcomes_go_into_a_folder_that_is_made(tmp_path, capsys):
+    file = _lines(tmp_path / "answers.jsonl", _llava(7, "Yes", answer="yes", category=["a", "b"], types="none"))
+    assert _run(capsys, file, "--task=pope", f"--outcomes={tmp_path}/new/outcomes.jsonl")["metrics"]["n"] == 1
+    assert json.loads((tmp_path / "new/outcomes.jsonl").read_text())["score"] == 1
 
 
 def test_llava_s_format_with_references_in_another_file(tmp_path, capsys):

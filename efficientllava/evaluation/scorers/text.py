@@ -61,7 +61,8 @@ def _plain(text: str) -> str:
 
 
 def _gqa_groups(record: Record) -> list[str]:
-    kind = (record.get("types") or {}).get("structural")
+    types = record.get("types")
+    kind = types.get("structural") if isinstance(types, Mapping) else None
     return ["binary" if kind in ("verify", "logical") else "open"] if kind else []
 
 

@@ -42,6 +42,8 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 Row = Mapping[str, Any]
 Record = Mapping[str, Any]  # what scorers read
 Value = TypeVar("Value")
+# Keys of a line of predictions that no column may have, see `efficientllava.evaluation.answers.line`.
+TAKEN = {"prediction", "verdict", "protocol", "benchmark", "has_image", "skipped"}
 PerProtocol = Value | Mapping[str, Value]  # one value, or one for each of `PROTOCOLS`
 
 
@@ -209,6 +211,13 @@ class Benchmark:
     stop: PerProtocol[tuple[str, ...]] = ()
     verdicts: bool = False
     skip: Callable[[Row, str], bool] = lambda row, protocol: False
+
+    def __post_init__(self) -> None:
+        if taken := TAKEN & {*self.columns}:
+            raise UserError(
+                f"benchmark of {self.dataset}: a column is called {', '.join(sorted(taken))}, as what a line of "
+                "predictions says itself; rename it in the data"
+            )
 
 
 @dataclass(frozen=True)
