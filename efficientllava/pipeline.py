@@ -69,7 +69,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     from .estimate import expected, forecast
     from .estimate.memory import require_memory
     from .stages import evaluate, opening, prune, record, recover
-    from .stages.run import Made
+    from .stages.run import Made, clear
 
     quiet_libraries()
     processes.return_large_blocks()
@@ -85,6 +85,7 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     seed_everything(settings.seed, verbose=False)
     say(f"[bold]{settings.name}[/bold]  {run.base.path}  on {device}, seed {settings.seed}")
     with _stages(settings, folder) as tracking:
+        processes.on_first(lambda: clear(settings, folder))
         chain = [Made("base", run.base)]
         scored = evaluate.evaluate(run, chain[0])
         tracking.scores("base", scored[0].metrics)
@@ -167,7 +168,8 @@ def _launch(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path
     processes.connect(settings.trainer)
     folder = Path(processes.from_first(str(folder)))
     folder.mkdir(parents=True, exist_ok=True)
-    execute(settings, folder, overrides)
+    with processes.threads(settings.threads):
+        execute(settings, folder, overrides)
     return folder
 
 

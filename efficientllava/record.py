@@ -244,23 +244,27 @@ Rows = list[dict[str, float]]
 
 
 def read_curve(folder: Path) -> Rows:
-    """Logged numbers by step; empty where nothing was logged.
+    """Logged numbers of a run's training by step, finished or at work; empty where nothing was logged."""
+    return _rows([folder / CURVE]) if (folder / CURVE).exists() else read_logs(folder)
 
-    Args:
-        folder: The run's folder.
 
-    Returns:
-        Ascending in ``step``. A training that went on after a kill has left a file per process, of which the later one
-        replaces the steps that it has repeated.
+def read_logs(folder: Path) -> Rows:
+    """What the training at work, or the last one, has logged in a run's folder, ascending in ``step``.
+
+    One that went on after a kill has left a file per process, of which the later one replaces the steps that it has
+    repeated.
     """
-    whole = folder / CURVE
+    return _rows(sorted((folder / "logs").glob("**/metrics.csv"), key=_age))
+
+
+def _rows(files: Sequence[Path]) -> Rows:
     merged: dict[int, dict[str, float]] = {}
-    for file in [whole] if whole.exists() else sorted((folder / "logs").glob("**/metrics.csv"), key=_age):
+    for file in files:
         rows: dict[int, dict[str, float]] = {}
-        with file.open(encoding="utf-8") as handle:
-            for row in csv.DictReader(handle):
-                numbers = {name: float(value) for name, value in row.items() if value}
-                rows.setdefault(int(numbers["step"]), {}).update(numbers)
+        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last line
+        for row in csv.DictReader(whole.splitlines()):
+            numbers = {name: float(value) for name, value in row.items() if value}
+            rows.setdefault(int(numbers["step"]), {}).update(numbers)
         merged = {step: row for step, row in merged.items() if step < min(rows, default=step + 1)} | rows
     return [merged[step] for step in sorted(merged)]
 

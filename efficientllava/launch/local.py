@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from ..runtime import DEBUG, TRACEBACKS, UserError, state
 from ..runtime.processes import program
+from ..settings.compose import quoted
 from . import Job, Runner
 
 LOG = "job.log"  # what a job prints, in its folder, after its command
@@ -222,7 +223,7 @@ def relaunch(processes: int, overrides: Sequence[str], output_dir: str) -> int:
     """
     # A sweep's job must not start the sweep again, and what was typed is checked.
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
-    command = [*program(hydra), *overrides, "hydra.mode=RUN", f"hydra.run.dir={output_dir}", "hydra.job.num=0"]
+    command = [*program(hydra), *overrides, "hydra.mode=RUN", f"hydra.run.dir={quoted(output_dir)}", "hydra.job.num=0"]
     world = {**os.environ, **_world(processes)}
     told: list[list[str]] = [[] for _ in range(processes)]
     started: list[subprocess.Popen[str]] = []

@@ -88,7 +88,9 @@ def _settle(config: DictConfig) -> Path:
     """
     folder, given = Path(config.hydra.sweep.dir).absolute(), config.hydra.overrides.hydra
     with open_dict(config):
-        given.extend([f"hydra.sweep.dir={quoted(folder)}", f"+hydra.job.env_set.{SWEEP_NAME}={config.sweep.name}"])
+        given.extend(
+            [f"hydra.sweep.dir={quoted(folder)}", f"+hydra.job.env_set.{SWEEP_NAME}={quoted(config.sweep.name)}"]
+        )
     return folder
 
 

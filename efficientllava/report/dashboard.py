@@ -94,7 +94,7 @@ class Tracking:
         shown = {f"plots/{name}": wandb.Image(str(folder / f"{name}.png")) for name in pictures}
         table = wandb.Table(columns=["number", *stages], data=rows)
         self.run.log({"results/table": table, **shown}, step=SPAN * len(AXES))
-        self._artifact("results", folder, "results.json", "results.md")
+        self._artifact("results", folder, "results.json")
         self._artifact("plots", folder, *(f"{name}.png" for name in pictures))
         if self._weights:
             last = folder / next(name for name in reversed(STAGES) if (folder / name).exists())

@@ -45,8 +45,9 @@ METRIC = "digits_vqa/accuracy"
 PARTS = ("accuracy_image", "accuracy_text")  # of digits_vqa
 TEMPLATE = Path(__file__).with_name("page.html")
 POINTS = 0.025  # achieved ratios that are this near count as one budget
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; above these the normal one is near enough.
-STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45}
+# Two-sided 95 % quantiles of Student's t from one degree of freedom on; above 30 the normal one is near enough.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+STUDENT += (2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04)
 NORMAL = 1.96
 # The study's own flow (arXiv 2604.24380): removed share up to which a method and a recovery are advised with
 # training and, up to 30 %, without; and the share of data from which on more is worth little, below one half.
@@ -196,7 +197,8 @@ def advise(arms: Sequence[Arm], metric: str) -> dict[str, Sequence[str]]:
         By what has to go at least: ``30 %``, or several budgets with the same advice, ``30 % or 35 %``.
     """
     names = {"removed": "ratio/achieved", "zeros": "ratio/sparsity", "retained": f"final/retained/{metric}"}
-    names |= {"prune": "seconds/prune", "recover": "seconds/recover", "questions": f"final/{metric_keys(metric)[1]}/n"}
+    names |= {"base": f"base/{metric}", "questions": f"final/{metric_keys(metric)[1]}/n"}
+    names |= {"prune": "seconds/prune", "recover": "seconds/recover"}
     known = frame(arms, **names).fillna({"prune": 0, "recover": 0, "questions": 1})
     if lower_is_better(metric):  # no share of questions: one seed tells nothing of its noise
         known["questions"] = math.inf
@@ -274,9 +276,11 @@ def _noise(one: Any, other: Any) -> float:
     """
     if min(one.retained_count, other.retained_count) > 1:
         error = math.hypot(*(row.retained_spread / row.retained_count**0.5 for row in (one, other)))
-        return STUDENT.get(one.retained_count + other.retained_count - 2, NORMAL) * error
-    shares = [min(max(row.retained, 0.0), 1.0) for row in (one, other)]
-    return NORMAL * math.sqrt(sum(share * (1 - share) for share in shares) / one.questions)
+        freedom = one.retained_count + other.retained_count - 2
+        return (STUDENT[freedom - 1] if freedom <= len(STUDENT) else NORMAL) * error
+    # What is retained is such a share over that of the base, which all have in common.
+    shares = [min(max(row.retained * row.base, 0.0), 1.0) for row in (one, other)]
+    return NORMAL * math.sqrt(sum(share * (1 - share) for share in shares) / one.questions) / one.base
 
 
 def _kept(row: Any) -> str:

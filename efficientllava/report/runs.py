@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shlex
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pandas import DataFrame
+from yaml import YAMLError
 
 from ..record import STAGES, Results, find, metric_keys, read, scores
-from ..runtime import COMMAND, Standing, UserError, state
+from ..runtime import COMMAND, Standing, UserError, first_line, state
 from ..settings.compose import SWEEP_NAME, key_of
 from ..settings.schema import GGUF_TYPES
 from . import ABSENT, flat, numbers
 
+log = logging.getLogger(__name__)
+DAMAGED = (UserError, YAMLError, OmegaConfBaseException)  # of a file that was cut off
 # Keys that say where and how a run was done, not what.
 PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "keep")
 PLACES += ("optimized_metric", "dry_run")
@@ -184,7 +190,18 @@ def load_runs(folder: Path) -> list[Run]:
         failed = [told(run) for run in unfinished(folder)]
         why = f" ({counted(len(failed), 'run')} without results, the first: {failed[0]})" if failed else ""
         raise UserError(f"{folder}: no results.json below this folder{why}; give a folder of finished runs")
-    return [Run(file.parent, read(file), dict(flat(_read(file.parent), "."))) for file in files]
+    if not (runs := [run for run in map(_opened, files) if run]):
+        raise UserError(f"{folder}: what the runs below this folder have left is damaged; do them again")
+    return runs
+
+
+def _opened(file: Path) -> Run | None:
+    """A finished run; None where a kill or a full disk has left half of its files, which is told."""
+    try:
+        return Run(file.parent, read(file), dict(flat(_read(file.parent), ".")))
+    except DAMAGED as error:
+        log.warning("%s: is damaged and left out (%s); do it again", file.parent, first_line(error))
+        return None
 
 
 def _in_order(path: Path) -> list[tuple[int, str]]:
@@ -208,7 +225,9 @@ def unfinished(folder: Path) -> list[Standing]:
     for run in sorted({*known, *begun}, key=_in_order):
         entry = known.get(run) or _unnoted(run)
         if entry.state == state.FAILED or not (run / "results.json").exists():
-            typed = _read(run, ".hydra/overrides.yaml") if run in begun else entry.overrides
+            typed = entry.overrides
+            with suppress(*DAMAGED):
+                typed = _read(run, ".hydra/overrides.yaml") if run in begun else typed
             found.append(entry._replace(overrides=tuple(typed)))
     return found
 
@@ -249,7 +268,8 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
     keys = _telling(runs, typed)
     groups: dict[tuple[str, ...], dict[Any, Run]] = {}
     for run in runs:
-        groups.setdefault(_values(run, keys), {})[run.results["seed"]] = run
+        idle = ["data_frac"] if run.config.get("recover.name") == "none" else []  # nothing is trained on a share
+        groups.setdefault(_values(run, [key for key in keys if key not in idle]), {})[run.results["seed"]] = run
     found = [tuple(group.values()) for group in groups.values()]
     return [Arm(_settings(group[0], keys, typed), group) for group in found]
 

@@ -169,7 +169,10 @@ def exit_code(main: Callable[[], object]) -> int:
             raise _failure[0]
         _close_sweeps()
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as raised:
+        if not any(isinstance(each, KeyboardInterrupt) for each in _causes(raised)):
+            raise
+        # A Trainer makes an exit with status 1 of it.
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130
     except (Exception, SweepRefused) as raised:

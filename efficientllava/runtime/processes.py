@@ -5,11 +5,12 @@ torch is imported by those who need it: the process of a sweep, which computes n
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,10 @@ def wanted(trainer: Mapping[str, Any], planned: bool = False) -> int:
     """Number of processes that a trainer node asks for on this machine.
 
     Args:
-        trainer: The trainer node; ``devices`` may be a number, a list, ``auto`` or -1.
+        trainer: The trainer node; ``devices`` may be a number, ``auto`` or -1.
         planned: See `on_gpu`.
     """
     devices = trainer.get("devices", 1)
-    if isinstance(devices, (list, tuple)):
-        return len(devices)
     if str(devices) in ("auto", "-1"):
         import torch
 
@@ -226,6 +225,19 @@ def finish() -> None:
     """Leave the process group."""
     if dist := _group():
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads in the block, None: as before; the jobs of a sweep may share this process."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def release_memory() -> None:

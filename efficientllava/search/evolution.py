@@ -218,16 +218,20 @@ class Search:
         """Close the current round.
 
         Args:
-            changed: Whether the model has changed since: then the archive is scored again.
+            changed: Whether the model has changed since: then the archive, and what goes on with it, is scored again.
         """
-        state = self.state
+        state, again = self.state, self._again()
         state.round += 1
         state.generation = 0
         if changed:
             state.theta += 1
-            self._score(state.archive, 1.0)
-            self._select(state.archive)
+            self._score(again, 1.0)
+            self._select(again)
         self._save()
+
+    def _again(self) -> list[Policy]:
+        """What is scored again where the model has changed."""
+        return [*self.state.archive]
 
     @property
     def _generations(self) -> int:

@@ -88,7 +88,19 @@ class KnapsackSearch(Search):
     @property
     def plain(self) -> Policy:
         """The better one of the policies that look at no layer: the same share of every gene, or of every MLP only."""
-        return self._ranked({super().plain, self._solve(START[1])})[0]
+        return self._ranked(self._plain)[0]
+
+    @property
+    def _plain(self) -> list[Policy]:
+        return [super().plain, self._solve(START[1])]
+
+    def _again(self) -> list[Policy]:
+        """The archive, and what prices go on from."""
+        return list(dict.fromkeys([*super()._again(), *self._plain, *self._priced()[:1]]))
+
+    def _priced(self) -> list[Policy]:
+        """Policies that come from prices, the best one first."""
+        return [policy for policy in self._ranked(self.risks) if policy in self._prices]
 
     @property
     def _generations(self) -> int:
@@ -102,8 +114,7 @@ class KnapsackSearch(Search):
         if state.generation > config.generations:
             return super()._children(rng)
         done = state.round * config.generations + state.generation - 1
-        priced = [policy for policy in self._ranked(self.risks) if policy in self._prices]
-        near = map(self._solve, self._prices[priced[0]].neighbours(0.5**done))
+        near = map(self._solve, self._prices[self._priced()[0]].neighbours(0.5**done))
         return [policy for policy in dict.fromkeys(near) if not self._seen(policy)]
 
     def _solve(self, prices: Prices) -> Policy:

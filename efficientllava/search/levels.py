@@ -1,9 +1,9 @@
 """Level tables: everything that depends on one gene and one level, computed once for all policies.
 
-A table is a folder. ``table.json`` says what it was made from and holds amounts, removed counts and norms; one
-safetensors file per layer holds what a level changes: index lists and changed weights, nothing else. All statistics
-come from the dense prefix, so that levels of different layers do not depend on each other. What a level is, is up to a
-recipe: `efficientllava.search.recipes.Structured` or `efficientllava.search.recipes.Masks`.
+A table is a folder. ``table.json`` holds amounts, removed counts, errors and norms; a safetensors file per layer holds
+what a level changes: index lists and changed weights, nothing else. All statistics come from the dense prefix, so that
+levels of different layers do not depend on each other. What a level is, is up to a recipe:
+`efficientllava.search.recipes.Structured` or `efficientllava.search.recipes.Masks`.
 
 From the norms comes the *generalization gap* of a policy, without a forward pass. EfficientLLaVA adds such a term to
 the loss on the samples (structural risk minimization, arXiv 2503.15369, abstract); its formula is not public. The terms
@@ -139,7 +139,12 @@ def _layer_file(folder: Path, layer: int) -> Path:
 
 
 def open_table(
-    model: nn.Module, recipe: Recipe, calibration: Calibration, root: Path, identity: Mapping[str, str]
+    model: nn.Module,
+    recipe: Recipe,
+    calibration: Calibration,
+    root: Path,
+    identity: Mapping[str, str],
+    reuse: bool = True,
 ) -> LevelTable:
     """Take a table from the store, or make it; searches that want the same one wait for the first.
 
@@ -148,11 +153,12 @@ def open_table(
         recipe: What a level is.
         calibration: Batches and how to run them.
         root: The folder of tables in a store; each has a subfolder named by its content.
-        identity: What else decides the content: digest of the checkpoint, of the calibration records ...
+        identity: What else decides the content: digest of the checkpoint, of the calibration records, their folds …
+        reuse: Whether a table that is there is taken.
     """
     dtype = str(layers_of(model)[0].mlp.writer.weight.dtype).removeprefix("torch.")
     key = {"granularity": recipe.granularity, **asdict(recipe), "dtype": dtype, **identity}
-    entry = Store(root.parent).entry(
+    entry = Store(root.parent, reuse).entry(
         root.name, key, lambda folder, _: fill_table(model, recipe, calibration, folder) or {}
     )
     return LevelTable(model, recipe, entry.folder)
@@ -256,8 +262,7 @@ def distance(norms: Sequence[LinearNorms], uniform: Sequence[LinearNorms], sampl
     return math.sqrt((divergence + math.log(2 * math.sqrt(samples) / CONFIDENCE)) / (2 * samples))
 
 
-# None: the ablation, empirical risk alone.
-GAPS: dict[str, Gap] = {"fro": frobenius, "fro_logprod": frobenius_product, "dist": distance, "none": lambda *_: 0.0}
+GAPS: dict[str, Gap] = {"fro": frobenius, "fro_logprod": frobenius_product, "dist": distance}
 
 
 def gap_of(kind: str, norms: Norms, uniform: Policy, samples: int) -> Callable[[Policy], float]:

@@ -57,6 +57,7 @@ class SearchInputs:
         write: Has the dense model write text that joins the samples, see `efficientllava.pruning.self_text`.
         written_share: Share of the statistics that this text decides, (0, 1).
         clock: See `efficientllava.search.budget.budget_of`.
+        reuse: Whether a level table that is there is taken.
     """
 
     records: Sequence[Any]
@@ -69,6 +70,7 @@ class SearchInputs:
     write: Callable[[nn.Module, tuple[int, int]], list[Batch]] | None = None
     written_share: float = 0.5
     clock: Clock | None = None
+    reuse: bool = True
 
 
 class SearchModule(LightningModule):
@@ -150,14 +152,14 @@ class SearchModule(LightningModule):
 
         # The last fold is for the choice among the best, which none of them has seen. Levels are fitted to all other
         # samples, on which policies are judged, or to none of those.
-        calibration, judged = (part(0), part(1)) if apart else (part(0, 1), part(0, 1))
-        stream = CalibrationStream(self.model, judged, self._prune.tokens)
-        table = self._table(calibration)
+        fitted, judged = ((0,), (1,)) if apart else ((0, 1), (0, 1))
+        stream = CalibrationStream(self.model, part(*judged), self._prune.tokens)
+        table = self._table(part(*fitted), fitted)
         self.table = table.folder
         space = self._space(table, stream)
         evaluator = Evaluator(self.model, table, stream)
         search = self._search(space, table, stream, evaluator)
-        self._evolve(search, space, table, judged.batches, evaluator)
+        self._evolve(search, space, table, stream.batches, evaluator)
         self.record = self._describe(search, space, evaluator.dense)
         if holdout:
             self.record["holdout"] = self._holdout(search, table, stream, evaluator, holdout)
@@ -178,7 +180,7 @@ class SearchModule(LightningModule):
         """Places of the written text among some of the batches."""
         return [place for place, index in enumerate(chosen) if index >= self._read]
 
-    def _table(self, calibration: Calibration) -> LevelTable:
+    def _table(self, calibration: Calibration, folds: Sequence[int]) -> LevelTable:
         prune, granularity = self._prune, self._config.granularity
         recipe = Structured(prune.damping or DAMPING, prune.tokens, prune.round_to)
         if self._config.uniform:
@@ -186,7 +188,8 @@ class SearchModule(LightningModule):
             recipe = replace(recipe, channels=tuple(sorted(channels, reverse=True)))
         if granularity != "structured":
             recipe = Masks(None if granularity == "2:4" else self._share, prune.damping or DAMPING, prune.tokens)
-        return open_table(self.model, recipe, calibration, self._inputs.tables, self._inputs.identity)
+        identity = {**self._inputs.identity, "folds": str(folds)}
+        return open_table(self.model, recipe, calibration, self._inputs.tables, identity, self._inputs.reuse)
 
     def _shapes(self) -> list[tuple[int, int]]:
         return uniform_candidates(Space.of(self.model, round_to=self._prune.round_to), self._share)

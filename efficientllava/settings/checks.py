@@ -25,17 +25,24 @@ from .schema import ANSWERS, MEASURES, DeployConfig, JudgeConfig, PruneConfig, R
 RUNTIME = ("gguf", "xllamacpp")  # what writes files for llama.cpp, and what runs them
 
 
-def _is_devices(value: Any) -> bool:
-    listed = isinstance(value, list | tuple) and value
-    return bool(listed or value in ("auto", "-1", -1) or re.fullmatch("[1-9][0-9]*", str(value)))
+COUNTED = Rule(lambda value: bool(re.fullmatch("[1-9][0-9]*", str(value))), "a whole number >= 1")
+STRATEGIES = "auto|single_device|(ddp|fsdp|deepspeed)(_[a-z0-9_]+)?"
 
 
 # Arguments of Lightning's Trainer that are the user's, and what they may be; the others belong to the stages.
 TRAINER: dict[str, Rule | None] = {
-    **dict.fromkeys(("_target_", "num_nodes", "strategy", "plugins", "deterministic", "benchmark")),
+    **dict.fromkeys(("_target_", "plugins", "deterministic", "benchmark")),
     **dict.fromkeys(("log_every_n_steps", "enable_model_summary", "enable_progress_bar", "num_sanity_val_steps")),
     "accelerator": rule("auto | cpu | gpu | cuda"),
-    "devices": Rule(_is_devices, "a number >= 1, a list of GPUs or auto"),
+    "num_nodes": COUNTED,
+    "devices": Rule(
+        lambda value: value in ("auto", "-1", -1) or COUNTED.allows(value),
+        "a number >= 1 or auto; CUDA_VISIBLE_DEVICES=1,3 in front of the command chooses GPUs",
+    ),
+    "strategy": Rule(
+        lambda value: not isinstance(value, str) or bool(re.fullmatch(STRATEGIES, value)),
+        "auto, ddp, fsdp or one of their variants, or a node with _target_",
+    ),
     "precision": rule("32-true | bf16-mixed | bf16-true | 16-mixed | 16-true"),
 }
 
@@ -50,7 +57,8 @@ def _is_endpoint(text: str) -> bool:
         return False
 
 
-def _absent(package: str) -> bool:
+def absent(package: str) -> bool:
+    """Whether a package is not installed."""
     return importlib.util.find_spec(package) is None
 
 
@@ -93,12 +101,12 @@ CONFLICTS: dict[type, tuple[tuple[Callable[[Any], bool], str], ...]] = {
             "{n.search.most:g}; lower it",
         ),
         (
-            lambda n: n.evaluate.quantization != "none" and _absent("torchao"),
+            lambda n: n.evaluate.quantization != "none" and absent("torchao"),
             "evaluate.quantization={n.evaluate.quantization}: torchao is not installed; pip install -c constraints.txt "
             "'.[quantize]', or set evaluate.quantization=none",
         ),
         (
-            lambda n: n.evaluate.lmms_eval.tasks and _absent("lmms_eval"),
+            lambda n: n.evaluate.lmms_eval.tasks and absent("lmms_eval"),
             "evaluate.lmms_eval.tasks: lmms-eval is not installed; pip install -c constraints.txt -e '.[lmms]'",
         ),
         (
@@ -284,9 +292,9 @@ def _installed(deploy: DeployConfig) -> Iterator[str]:
 
 
 def _absences(setting: str, otherwise: str, wanted: Sequence[str] = RUNTIME) -> Iterator[str]:
-    if absent := [*filter(_absent, wanted)]:
+    if missing := [*filter(absent, wanted)]:
         yield (
-            f"{setting}: {' and '.join(absent)} not installed; pip install -c constraints.txt -e '.[gguf]', or set "
+            f"{setting}: {' and '.join(missing)} not installed; pip install -c constraints.txt -e '.[gguf]', or set "
             f"{otherwise}"
         )
 

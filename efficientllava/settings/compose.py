@@ -103,7 +103,13 @@ def annotated(*, _root_: DictConfig) -> str:
 def sweep_digest() -> str:
     """Digest of what was typed, in any order; not of how and where the sweep runs. A job is told its sweep's."""
     told = os.environ.get(SWEEP_NAME)
-    return told or digest(sorted(typed for typed in sys.argv[1:] if not typed.startswith(("-", "hydra", "paths."))))
+    what = [typed for typed in sys.argv[1:] if not typed.startswith("-") and not _is_place(key_of(typed))]
+    return told or digest(sorted(what))
+
+
+def _is_place(key: str) -> bool:
+    """Whether a key says how and where a sweep runs, and not which jobs it has."""
+    return key.startswith(("hydra", "paths.")) and not re.match("hydra[./]sweeper", key)
 
 
 def instantiate(node: Any, **overrides: Any) -> Any:
@@ -147,7 +153,10 @@ def typed(config: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
     # No shell has seen a ``~`` behind ``key=``.
     result.paths = PathsConfig(*map(os.path.expanduser, dataclasses.astuple(result.paths)))
     # A type of files for llama.cpp stands for the width that its blocks want.
-    result.prune.round_to = BLOCKS.get(result.prune.round_to, result.prune.round_to)
+    result.prune.round_to = BLOCKS.get(str(result.prune.round_to), result.prune.round_to)
+    told = {key_of(one) for one in overrides}
+    if "calibration.prose" not in told:  # an option's share of its own number of samples
+        result.calibration.prose = min(result.calibration.prose, result.calibration.samples // 2)
     result.recover = own_length(result.recover, {key_of(one).removeprefix("recover.") for one in overrides})
     return result
 

@@ -40,8 +40,6 @@ def open_run(settings: RunConfig, folder: Path, expected: Expected) -> Run:
     Raises:
         UserError: Something that a stage will need is not there.
     """
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
     store, device = Store(Path(settings.paths.cache_dir), settings.reuse), device_of(settings)
     files = open_data(settings)  # before the weights, which take their time at full size
     asked = _benchmarks(settings)

@@ -127,5 +127,6 @@ def _searcher(run: Run, work: Path, tick: Tick) -> Any:
         _writer(run, tick),
         settings.calibration.generate_share,
         partial(latency.seconds, run.base.processor, settings.deploy.types[0], work) if _runtime(settings) else None,
+        settings.reuse,
     )
     return SearchModule(run.base.model, inputs, settings.prune, settings.search, settings.seed, run.features, tick)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.folder import Checkpoint
 from ..data.records import image_stamps
-from ..record import CURVE, read_curve, write_curve
+from ..record import CURVE, read_logs, write_curve
 from ..recovery.losses import describe
 from ..recovery.recover import recover as train
 from ..recovery.teacher import open_teacher, teacher_digest
@@ -45,7 +45,7 @@ def recover(run: Run, before: Made) -> Made:
         processes.release_memory()  # what the training held, before the checkpoint is written
         run.export(folder / "recovered", student.after(student.model, {**stats.step, "samples": samples}))
         if processes.rank() == 0:
-            write_curve(read_curve(run.folder), folder / CURVE)
+            write_curve(read_logs(run.folder), folder / CURVE)
         return {"seconds": stats.seconds, "stats": asdict(stats)}
 
     teacher = None

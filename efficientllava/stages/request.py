@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
+from importlib import metadata
 from itertools import takewhile
 from operator import attrgetter
 from pathlib import Path
@@ -43,7 +44,7 @@ from ..runtime import (
     source_digest,
 )
 from ..settings import About, settings_of
-from ..settings.checks import problems
+from ..settings.checks import RUNTIME, absent, problems
 from ..settings.compose import register_schema, typed
 from ..settings.schema import PROSE, GpuPoolConfig, RunConfig, WandbConfig
 from . import inputs_of, numbers
@@ -235,12 +236,12 @@ def run_key(settings: RunConfig) -> str:
 
 
 def _shown(settings: RunConfig) -> list[str]:
-    """Stamps of the images of benchmarks whose files are the user's own, and of a text of the user's own."""
+    """Stamps of the images of benchmarks whose files are the user's own, and of other files of the user's own."""
     from ..data.records import image_stamps
 
-    config, own = settings.evaluate, []
-    if config.prose.path and PROSE in config.tasks and (file := Path(config.prose.path).expanduser()).is_file():
-        own = [sha256(file)]
+    config = settings.evaluate
+    places = [config.prose.path if PROSE in config.tasks else None, config.judge.prompts, config.lmms_eval.include_path]
+    own = [sha256(place) for path in places if path and (place := Path(path).expanduser()).exists()]
     tasks = config.tasks if config.root else []
     return own + [digest(image_stamps(load(name, settings.data, config).records())) for name in tasks]
 
@@ -249,7 +250,16 @@ def settings_key(settings: RunConfig) -> str:
     """The part of `run_key` that is known without a look at model and data."""
     plain = {**numbers(settings), **dict.fromkeys(NOT_OF_THE_RUN)}
     benchmarks = [f"evaluation.tasks.{name}" for name in settings.evaluate.tasks]  # those with a file of their own
-    return digest([plain, source_digest(*STAGES, *benchmarks), library_versions()])
+    return digest([plain, source_digest(*STAGES, *benchmarks), library_versions() | _extras(settings)])
+
+
+def _extras(settings: RunConfig) -> dict[str, str | None]:
+    """Versions of what only some runs use, where it is installed."""
+    config = settings.evaluate
+    used = {"torchao": config.quantization != "none", "lmms-eval": bool(config.lmms_eval.tasks)}
+    used |= dict.fromkeys(RUNTIME, settings.deploy.name != "none")
+    there = {name for name, is_used in used.items() if is_used and not absent(name.replace("-", "_"))}
+    return {name: metadata.version(name) for name in sorted(there)}
 
 
 def made(settings: RunConfig) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,21 @@ from ..models.offload import Disk, Offload
 from ..pruning.self_text import sequences
 from ..record import CURVE
 from ..runtime import Entry, Store, keeping, processes
+from ..runtime.files import remove
 from ..settings.compose import instantiate
 from ..settings.schema import RunConfig, WandbConfig
 from . import inputs_of
 
-# What a run's folder gets of a stage.
-TAKEN = ("pruned", "recovered", "plan.json", "search.json", "search.png", CURVE)
+# What a run's folder gets of a stage, which a run without it does not leave there.
+GIVEN = {"prune": ("pruned", "plan.json"), "search": ("search.json", "search.png"), "recover": ("recovered", CURVE)}
+
+
+def clear(settings: RunConfig, folder: Path) -> None:
+    """Remove from a run's folder what another configuration has left there and this one does not make."""
+    makes = {"prune": settings.prune.method != "none", "search": settings.prune.method == "auto"}
+    makes["recover"] = settings.recover.name != "none"
+    for name in (name for stage, made in makes.items() if not made for name in GIVEN[stage]):
+        remove(folder / name)
 
 
 @dataclass(frozen=True)
@@ -157,7 +167,7 @@ class Run:
 
     def _take(self, entry: Path) -> None:
         self.mark(entry)
-        for name in TAKEN:
+        for name in chain.from_iterable(GIVEN.values()):
             if (entry / name).exists():
                 self.store.share(entry / name, self.folder / name)
 

@@ -41,6 +41,10 @@ def test_a_sweep_is_named_by_what_was_typed(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["run.py", *typed_, "paths.output_dir=/x", "hydra/launcher=gpu_pool"])
         names.append(sweep_digest())
     assert names[0] == names[1] != names[2]
+    for number in range(2):
+        monkeypatch.setattr(sys, "argv", ["run.py", "-m", f"hydra.sweeper.sampler.seed={number}"])
+        names.append(sweep_digest())
+    assert names[3] != names[4]
 
 
 @pytest.mark.usefixtures("without_fresh_processes")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import CSVLogger
 
-from efficientllava.record import read_curve, write_curve
+from efficientllava.record import read_curve, read_logs, write_curve
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
 from efficientllava.stages.run import make_logger, make_trainer
@@ -39,6 +39,14 @@ def test_a_training_that_goes_on_keeps_its_curve(tmp_path: Path):
     (tmp_path / "run").mkdir()
     write_curve(rows, tmp_path / "run" / "training.csv")
     assert read_curve(tmp_path / "run") == rows and read_curve(tmp_path / "nowhere") == []
+
+
+def test_a_line_that_a_kill_has_cut_is_no_number_and_a_training_has_its_own_logs(tmp_path: Path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "metrics.csv").write_text("epoch,recover/loss,step\n0,0.5,9\n0,0.4")
+    write_curve([{"step": 1.0, "recover/loss": 9.0}], tmp_path / "training.csv")
+    assert read_logs(tmp_path) == [{"epoch": 0.0, "recover/loss": 0.5, "step": 9.0}]
+    assert read_curve(tmp_path) == [{"step": 1.0, "recover/loss": 9.0}]
 
 
 def test_the_bar_names_what_is_answered(tmp_path: Path):

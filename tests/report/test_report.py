@@ -3,6 +3,7 @@ import json
 import re
 import xml.etree.ElementTree
 from base64 import b64decode
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,13 @@ from efficientllava.record import (
     write,
 )
 from efficientllava.report import kept_shares
-from efficientllava.report.page import advise, report
+from efficientllava.report.page import _noise, advise, report
 from efficientllava.report.plots import draw, pareto, smoothed, spread
 from efficientllava.report.runs import arms_of, load_runs
 from efficientllava.runtime.errors import UserError
 
 METRIC = "digits_vqa/accuracy"
+Row = namedtuple("Row", "retained retained_count retained_spread base questions")
 
 
 def save_run(folder: Path, ratio: float, recover: str, seed: int, frac: float = 1.0) -> None:
@@ -220,6 +222,32 @@ def test_the_advisor_names_the_winner_of_each_budget_from_the_runs(sweep):
     assert "Without training: <b>none, ratio 0.3</b> retains 88.9 ± 0.1 %." in advice["30 %"]
     winner = "<b>sft, ratio 0.6</b> retains 87.9 ± 0.1 %, next none, ratio 0.6 with 82.9 ± 0.1 %."
     assert f"With up to 100 % of the recovery data: {winner}" in advice["60 %"]
+
+
+def test_the_noise_of_one_seed_is_that_of_its_score_over_the_base():
+    one, other = (Row(retained, 1, 0.0, 0.5, 2000) for retained in (0.984, 0.97))
+    shares = (0.492, 0.485)
+    error = sum(share * (1 - share) / 2000 for share in shares) ** 0.5 / 0.5
+    assert _noise(one, other) == pytest.approx(1.96 * error, rel=1e-3)
+    several = [Row(0.9, 5, 0.01, 0.5, 2000)] * 2
+    assert _noise(*several) == pytest.approx(2.306 * 0.01 * (2 / 5) ** 0.5, rel=1e-2)
+
+
+def test_runs_without_training_have_no_share_of_data(tmp_path):
+    for number, (recover, frac) in enumerate([("none", 0.05), ("none", 1.0), ("sft", 0.05), ("sft", 1.0)]):
+        save_run(tmp_path / str(number), 0.3, recover, 0, frac)
+    assert len(arms_of(load_runs(tmp_path))) == 3
+
+
+def test_runs_of_which_half_is_left_are_left_out_and_told(sweep, caplog):
+    (sweep / "0" / ".hydra" / "config.yaml").write_text("prune: {name: 'wid")
+    (sweep / "1" / "results.json").write_text('{"stages": {')
+    found = load_runs(sweep)
+    assert [run.folder.name for run in found][:1] == ["2"] and caplog.text.count("is damaged and left out") == 2
+    for folder in sweep.iterdir():
+        (folder / "results.json").write_text("{")
+    with pytest.raises(UserError, match="damaged; do them again"):
+        load_runs(sweep)
 
 
 def test_the_advisor_says_what_is_within_the_noise_and_what_the_study_advises(tmp_path):

@@ -13,7 +13,7 @@ from efficientllava.evaluation.efficiency import measure
 from efficientllava.models.pruned import is_per_layer
 from efficientllava.pruning.plan import LayerPlan, PruningPlan
 from efficientllava.pruning.surgery import cut
-from efficientllava.runtime.console import quiet_libraries
+from efficientllava.runtime.console import exit_code, quiet_libraries
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import EvaluateConfig
 from efficientllava.stages.run import make_trainer
@@ -58,6 +58,21 @@ def test_saving_loading_and_measuring_a_model_of_unequal_layers_is_quiet(told, p
     # What the library warns of is still told.
     assert config.get_text_config().intermediate_size == 23
     assert any("Reading global config value" in line for line in told())
+
+
+def interrupted():
+    """What a Trainer makes of Ctrl-C."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+def test_an_interrupt_is_told_as_one_even_where_a_trainer_has_made_an_exit_of_it(capsys):
+    assert exit_code(interrupted) == 130
+    assert capsys.readouterr().err == "stopped; run the same command again to go on\n"
+    with pytest.raises(SystemExit, match="3"):
+        exit_code(lambda: sys.exit(3))
 
 
 def test_srun_is_not_recommended_to_who_does_not_ask_for_it(told, tmp_path, monkeypatch):

@@ -38,13 +38,20 @@ WEIGHT_TOLERANCE = 2e-2
         ({}, 1),
         ({"devices": 2}, 2),
         ({"devices": "3"}, 3),
-        ({"devices": [0, 5]}, 2),
         ({"devices": "auto", "accelerator": "cpu", "strategy": "ddp"}, 1),
         ({"devices": -1, "accelerator": "cpu"}, 1),
     ],
 )
 def test_the_number_of_processes_that_a_trainer_asks_for(trainer, count):
     assert processes.wanted(trainer) == count
+
+
+def test_threads_are_those_of_one_job_and_no_other():
+    before = torch.get_num_threads()
+    for count in (before + 1, None):
+        with processes.threads(count):
+            assert torch.get_num_threads() == (count or before)
+    assert torch.get_num_threads() == before
 
 
 def test_a_single_process_is_its_own_first(monkeypatch):

@@ -89,6 +89,25 @@ def test_a_search_over_prices_finds_what_additive_costs_miss_and_goes_on_where_i
     assert resumed.state.record == whole.state.record and resumed.plain == whole.plain
 
 
+@pytest.mark.parametrize("evolved", [0, 8])
+def test_prices_go_on_where_the_model_has_changed(evolved):
+    known, true = errors(1), errors(2)
+
+    def evaluate(policies, _share):
+        return [Risk(total(policy, true), 0.0, 0.0) for policy in policies]
+
+    config = SearchConfig("quick", method="knapsack", gap="held_out", rounds=3, generations=1, population=8, parents=2)
+    search = KnapsackSearch(known, evolved, SPACE, evaluate, lambda policy: 0.0, config, 0, [SPACE.uniform()])
+    before = set()
+    while not search.finished:
+        search.run_round()
+        before |= {*search.risks}
+        search.end_round(changed=True)
+        assert search.plain in search.risks and search.best in search.risks
+    assert len({entry["theta"] for entry in search.state.record}) == 4
+    assert total(search.best, true) == min(total(policy, true) for policy in before)
+
+
 def test_evolution_follows_where_policies_are_cheap_and_finds_what_no_price_says():
     known = errors(1)
     true = errors(2)  # nothing that the prices know of

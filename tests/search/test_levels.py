@@ -334,7 +334,6 @@ UNIFORM = [LinearNorms(100, 4.0, 2.0, 1.0), LinearNorms(300, 9.0, 6.0, 4.5)]
 
 
 def test_values_by_hand() -> None:
-    assert GAPS["none"](HALF, UNIFORM, 64) == 0
     assert GAPS["fro"](HALF, UNIFORM, 64) == pytest.approx((0.25 * 1 / 2 + 0.75 * 2 / 3) / 8)
     assert GAPS["fro_logprod"](HALF, UNIFORM, 64) == pytest.approx(math.sqrt(1 / 2 * 2 / 3) / 8)
     # s^2 = 2 / 2 * median(1/4, 1/2) = 3/8, D^2 = 3.5/4 + 6/9
@@ -376,5 +375,5 @@ def test_gap_of_reads_the_levels_of_a_policy() -> None:
     gap = gap_of("fro", norms, (0, 0), 25)
     assert gap((0, 3)) == pytest.approx((1 / 3 * 1 + 2 / 3 * 1 / 2) / 5)
     assert gap((0, 0)) > gap((0, 1)) > gap((1, 1))
-    with pytest.raises(UserError, match=r"search\.gap=norm: unknown; choose one of fro, fro_logprod, dist, none"):
+    with pytest.raises(UserError, match=r"search\.gap=norm: unknown; choose one of fro, fro_logprod, dist"):
         gap_of("norm", norms, (0, 0), 25)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,6 +145,14 @@ def test_the_projector_moves_only_where_it_helps_on_unseen_batches(tmp_path):
 def test_the_projector_evolves_on_what_policies_are_judged_on(tmp_path):
     done = run(searcher(tmp_path, gap="held_out"))
     assert len(done.record["projector"]) == SMALL["rounds"] - 1
+
+
+def test_levels_that_were_fitted_to_other_samples_are_another_table(tmp_path):
+    tables = []
+    for gap in ("held_out", "none", "fro"):
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+        tables.append(run(searcher(tmp_path, gap=gap)).table)
+    assert tables[0] != tables[1] == tables[2]
 
 
 def test_beside_images_policies_are_judged_without_written_text(tmp_path):

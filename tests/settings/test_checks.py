@@ -150,7 +150,12 @@ def test_the_same_key_passes_where_it_has_an_effect():
         ("+trainer.fast_dev_run=true", "trainer.fast_dev_run: is decided by the stages"),
         ("trainer.devices=0", "trainer.devices=0: must be a number >= 1"),
         ("trainer.devices=two", "trainer.devices=two: must be a number >= 1"),
-        ("trainer.devices=[]", "trainer.devices=[]: must be a number >= 1"),
+        (
+            "trainer.devices=[1]",
+            "trainer.devices=[1]: must be a number >= 1 or auto; CUDA_VISIBLE_DEVICES=1,3 in front",
+        ),
+        ("trainer.num_nodes=two", "trainer.num_nodes=two: must be a whole number >= 1"),
+        ("trainer.strategy=foo", "trainer.strategy=foo: must be auto, ddp, fsdp or one of their variants"),
         ("trainer.precision=half", "trainer.precision=half: must be one of 32-true, bf16-mixed"),
         ("trainer.precision=16-mixed", "trainer.precision=16-mixed: needs a GPU"),
         ("trainer.precision=bf16-true", "trainer.precision=bf16-true: needs a GPU"),

@@ -112,3 +112,12 @@ def test_typed_gives_dataclasses():
     config = typed(composed())
     assert isinstance(config, RunConfig)
     assert dataclasses.is_dataclass(config.recover.lora)
+
+
+@pytest.mark.parametrize(
+    ("more", "prose"),
+    [((), 32), (("calibration.samples=16",), 8), (("debug=default",), 0), (("calibration.prose=60",), 60)],
+)
+def test_an_option_s_prose_is_at_most_half_of_the_samples(more, prose):
+    command = ("model=smol_llava", *more)
+    assert typed(composed(*command), command).calibration.prose == prose

@@ -21,6 +21,7 @@ from efficientllava.runtime.content import Memo, closure, digest
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
 from efficientllava.stages import asked, inputs_of, numbers, places, request
+from efficientllava.stages.run import clear
 
 from ..runs import (
     composed,
@@ -228,6 +229,30 @@ def test_images_that_were_replaced_under_their_names_are_seen(data: Path) -> Non
     assert image_stamps(records, [2, 0]) == [before[0][2], before[0][0]]
     Path(str(some[0].image)).unlink()
     assert image_stamps(records)[0] not in before[0], "whoever opens it says that it is gone"
+
+
+def test_a_run_is_another_one_when_what_a_judge_is_asked_has_changed(tmp_path: Path):
+    model = save_tiny(tmp_path / "model", layers=1)
+    (tmp_path / "prompts").mkdir()
+    more = ["evaluate=mmvet", f"evaluate.judge.prompts={tmp_path}/prompts", "prune=none", "recover=none"]
+    config, keys = typed(composed("model=checkpoint", f"model.path={model}", *more)), []
+    for text in ("one", "one", "two"):
+        (tmp_path / "prompts" / "mmvet.txt").write_text(text)
+        keys.append(request.run_key(config))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_what_another_configuration_has_left_in_a_folder_goes(tmp_path: Path):
+    for name in ("pruned", "recovered"):
+        (tmp_path / name).mkdir()
+    for name in ("plan.json", "search.json", "search.png", "training.csv", "notes.txt"):
+        (tmp_path / name).touch()
+    left = []
+    for more in (["prune=auto", "recover=sft"], ["prune=layerwise", "recover=none"], ["prune=none", "recover=none"]):
+        clear(typed(composed(*more)), tmp_path)
+        left.append(sorted(path.name for path in tmp_path.iterdir()))
+    assert len(left[0]) == 7
+    assert left[1:] == [["notes.txt", "plan.json", "pruned"], ["notes.txt"]]
 
 
 @pytest.mark.parametrize("stage", ["prune", "recover"])
