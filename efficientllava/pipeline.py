@@ -177,7 +177,7 @@ def _objective(settings: RunConfig, folder: Path) -> float | None:
     if settings.optimized_metric is None:
         return None
     try:
-        return lookup(read(folder / "results.json"), settings.optimized_metric)
+        return lookup(read(folder), settings.optimized_metric)
     except UserError as error:
         error.exit_code = 1
         raise

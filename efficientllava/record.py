@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .runtime import UserError, write_whole
+from .runtime import RESULTS, UserError, write_whole
 
 STAGES = ("base", "pruned", "recovered")
 PACKAGES = ("torch", "transformers", "lightning", "peft", "efficientllava")
@@ -168,7 +168,7 @@ def read(path: str | os.PathLike[str]) -> Results:
         UserError: If there is no such file, it is no JSON, or it lacks keys that every run writes.
     """
     path = Path(path)
-    path = path / "results.json" if path.is_dir() else path
+    path = path / RESULTS if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -230,7 +230,7 @@ def lookup(results: Mapping[str, Any], key: str) -> float:
     for part in key.split("."):
         if not isinstance(node, Mapping) or part not in node:
             choices = ", ".join(node) if isinstance(node, Mapping) else "nothing"
-            place = ".".join(walked) or "results.json"
+            place = ".".join(walked) or RESULTS
             raise UserError(f"optimized_metric: {key!r} is not in results.json; {place} has {choices}")
         node = node[part]
         walked.append(part)

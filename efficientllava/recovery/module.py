@@ -188,9 +188,7 @@ class RecoveryModule(L.LightningModule):
         """Check that a resume point belongs to this run and restore its counters."""
         loaded = checkpoint.get("state_dict")  # FSDP has taken it out by now
         if loaded is not None and {name: value.shape for name, value in loaded.items()} != self._shapes:
-            raise UserError(
-                "recover: the resume point last.ckpt was written for another model; delete it to start anew"
-            )
+            raise UserError("recover: the resume point was written for another model; delete it to start anew")
         self.tokens = checkpoint["recovery"]["tokens"]
         self.recent.extend(torch.tensor(values) for values in checkpoint["recovery"]["recent"])
 

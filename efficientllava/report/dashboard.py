@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import OmegaConf
 
 from ..record import STAGES, read, scores
-from ..runtime import UserError, exit_code, processes, say, state, write_whole
+from ..runtime import RESULTS, UserError, exit_code, processes, say, state, write_whole
 from ..settings.schema import RunConfig, WandbConfig
 from . import kept_shares, numbers, numbers_of
 
@@ -94,7 +94,7 @@ class Tracking:
         shown = {f"plots/{name}": wandb.Image(str(folder / f"{name}.png")) for name in pictures}
         table = wandb.Table(columns=["number", *stages], data=rows)
         self.run.log({"results/table": table, **shown}, step=SPAN * len(AXES))
-        self._artifact("results", folder, "results.json")
+        self._artifact("results", folder, RESULTS)
         self._artifact("plots", folder, *(f"{name}.png" for name in pictures))
         if self._weights:
             last = folder / next(name for name in reversed(STAGES) if (folder / name).exists())

@@ -21,7 +21,7 @@ import matplotlib
 from pandas import DataFrame
 
 from ..record import STAGES, lower_is_better, metric_keys, scores
-from ..runtime import Standing, UserError, write_whole
+from ..runtime import RESULTS, Standing, UserError, write_whole
 from . import study
 from .plots import Plot, draw
 from .runs import (
@@ -70,7 +70,7 @@ def report(folder: Path, metric: str | None = None) -> str:
         UserError: There is no finished run below the folder, or none has the metric.
     """
     without = unfinished(folder)
-    finished = not without or next(folder.rglob("results.json"), None)
+    finished = not without or next(folder.rglob(RESULTS), None)
     runs = load_runs(folder) if finished else []
     known = scores(run.results for run in runs)
     if runs and metric is not None and metric not in known:

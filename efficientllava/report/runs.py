@@ -19,7 +19,7 @@ from pandas import DataFrame
 from yaml import YAMLError
 
 from ..record import STAGES, Results, find, metric_keys, read, scores
-from ..runtime import COMMAND, Standing, UserError, first_line, state
+from ..runtime import COMMAND, RESULTS, Standing, UserError, first_line, state
 from ..settings.compose import SWEEP_NAME, key_of
 from ..settings.schema import GGUF_TYPES
 from . import ABSENT, flat, numbers
@@ -185,7 +185,7 @@ def load_runs(folder: Path) -> list[Run]:
     Raises:
         UserError: There is none.
     """
-    files = sorted(folder.rglob("results.json"), key=_in_order)
+    files = sorted(folder.rglob(RESULTS), key=_in_order)
     if not files:
         failed = [told(run) for run in unfinished(folder)]
         why = f" ({counted(len(failed), 'run')} without results, the first: {failed[0]})" if failed else ""
@@ -224,7 +224,7 @@ def unfinished(folder: Path) -> list[Standing]:
     found = []
     for run in sorted({*known, *begun}, key=_in_order):
         entry = known.get(run) or _unnoted(run)
-        if entry.state == state.FAILED or not (run / "results.json").exists():
+        if entry.state == state.FAILED or not (run / RESULTS).exists():
             typed = entry.overrides
             with suppress(*DAMAGED):
                 typed = _read(run, ".hydra/overrides.yaml") if run in begun else typed

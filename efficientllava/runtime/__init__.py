@@ -45,5 +45,5 @@ from .places import (
     read_json,
     with_config,
 )
-from .state import Standing
+from .state import RESULTS, Standing
 from .store import Entry, Store, growing, library_versions

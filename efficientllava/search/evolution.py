@@ -244,7 +244,7 @@ class Search:
         population = self._first(rng)
         risks = self._evaluate(population, 1.0)
         gaps = [self._gap(policy) for policy in population]
-        weight = 0.0 if config.gap in ("none", "held_out") else config.gap_weight
+        weight = config.gap_weight if config.term else 0.0
         state.objective = Objective.fitted(config.risk, weight, risks, gaps)
         self._note(population, 1.0, risks)
         self._select(population)

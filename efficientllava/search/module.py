@@ -116,7 +116,7 @@ class SearchModule(LightningModule):
         self._features, self._tick = features or FeatureCache(model), tick
         self._share, _ = asked_share(prune, search)
         # The gap term that is recorded, also where the objective has none.
-        self._gap = "fro" if search.gap in ("none", "held_out") else search.gap
+        self._gap = search.term or "fro"
         self._beginning = Beginning()
         self._folds: list[int] = []
         # Beside images policies are judged without written text, which sees none; the cut model is refitted with it.

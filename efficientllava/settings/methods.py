@@ -344,7 +344,7 @@ class SearchConfig:
         0.3,
         "weight of the gap beside the risk, both standardised",
         NATURAL,
-        When(lambda c: c.search.gap not in ("none", "held_out"), "set search.gap to fro, fro_logprod or dist"),
+        When(lambda c: c.search.term is not None, "set search.gap to fro, fro_logprod or dist"),
     )
     rounds: int = setting(4, "the projector evolves after each round", COUNT)
     generations: int = setting(5, "per round", COUNT)
@@ -384,6 +384,11 @@ class SearchConfig:
     projector_anchor: float = setting(
         0.1, "weight of the relative distance from the projector at the start", NATURAL, ROUNDS
     )
+
+    @property
+    def term(self) -> str | None:
+        """The gap term of the objective; None where it has none."""
+        return None if self.gap in ("none", "held_out") else self.gap
 
     @property
     def most(self) -> float:

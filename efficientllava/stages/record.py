@@ -24,7 +24,7 @@ from ..pruning.plan import PruningPlan
 from ..record import STAGES, build, write
 from ..report import tabulate, tabulate_deployed, tabulate_quantized
 from ..report.pictures import draw_samples
-from ..runtime import digest, processes, say, whole_folder
+from ..runtime import RESULTS, digest, processes, say, whole_folder
 from .evaluate import Scored
 from .request import staying
 from .run import Made, Run
@@ -85,7 +85,7 @@ def write_record(
         losses=_losses({each.stage: each.loss for each in scored}, reports),
         reports=reports,
     )
-    write(results, run.folder / "results.json")
+    write(results, run.folder / RESULTS)
     if shown := {each.stage: each.answers for each in scored if each.answers and each.stage in STAGES}:
         records = list(run.tasks[0].records())[: settings.evaluate.limit]
         if any(record.image is not None for record in records):

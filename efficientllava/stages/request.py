@@ -31,6 +31,7 @@ from ..record import read
 from ..runtime import (
     CONF,
     MEMO,
+    RESULTS,
     ConfigError,
     Memo,
     UserError,
@@ -281,7 +282,7 @@ def finished(settings: RunConfig, folder: Path, dry: bool = False) -> bool:
         folder: The run's folder.
         dry: Take model and data to be those of the results, without a look.
     """
-    file = folder / "results.json"
+    file = folder / RESULTS
     wanted = (*staying(settings), *([] if settings.deploy.name == "none" else [settings.deploy.name]))
     if not file.exists() or not all((folder / name).is_dir() for name in wanted):
         return False
