@@ -42,24 +42,30 @@ from ..settings.compose import SWEEP_NAME, key_of, quoted, typed
 from . import Job, Runner, jobs_table, supervise
 from .local import POLL
 
+# Keys that say where and how a job is done, and do not make another one of it.
+HOW = ("paths", "hydra", "sweep", "logger", "callbacks", "threads", "reuse", "keep", "optimized_metric")
+
 
 class ReportSweep(Callback):
     """Hydra callback: a bad job of a sweep is reported when it ends, the others go on, and a page closes the sweep."""
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None, **_kwargs: Any) -> None:
-        """Refuse a sweep for which something was typed in vain, and remember where it lies.
+        """Refuse a sweep for which something was typed in vain or whose folder is another's; remember where it lies.
 
         Hydra does not say that a sweep has ended where a job has failed.
         """
+        held, folder = ExitStack(), _settle(config)
+        trials = config.hydra.sweeper.get("n_trials")  # of a sweeper that makes up its jobs as it goes
+        planned = [[]] * trials if trials else jobs(config)
         try:
             check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job]), job))
+            if not config.dry_run:
+                require_own(folder, planned)
         except UserError as error:
             raise SweepRefused from error
-        held, folder = ExitStack(), _settle(config)
         if not config.dry_run:
             held.enter_context(keeping.at_work(Path(config.paths.cache_dir).expanduser(), clean=config.keep != "all"))
-            trials = config.hydra.sweeper.get("n_trials")  # of a sweeper that makes up its jobs as it goes
-            state.write(folder, state.SWEEP, jobs=[[]] * trials if trials else jobs(config))
+            state.write(folder, state.SWEEP, jobs=planned)
         at_end(partial(_close, folder, held))
 
     def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
@@ -92,6 +98,29 @@ def _settle(config: DictConfig) -> Path:
             [f"hydra.sweep.dir={quoted(folder)}", f"+hydra.job.env_set.{SWEEP_NAME}={quoted(config.sweep.name)}"]
         )
     return folder
+
+
+def require_own(folder: Path, planned: Sequence[Sequence[str]]) -> None:
+    """Refuse a folder with jobs of another sweep: it would overwrite some of them, and its table would have the rest.
+
+    Args:
+        folder: The sweep's folder.
+        planned: Overrides of every job of the sweep; it may have more than it had before.
+
+    Raises:
+        UserError: Names one of those jobs.
+    """
+
+    def content(job: Sequence[str]) -> frozenset[str]:
+        return frozenset(word for word in job if key_of(word).partition(".")[0] not in HOW)
+
+    own = {content(job) for job in planned}
+    others = [job for job in state.read(folder, state.SWEEP).get("jobs", []) if content(job) not in own]
+    if others:
+        raise UserError(
+            f"sweep.name: {folder} has jobs that this sweep does not have, such as {' '.join(others[0])}; give it "
+            "another sweep.name, or remove the folder"
+        )
 
 
 def _in_sweep(config: DictConfig) -> bool:

@@ -10,6 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from efficientllava import pipeline
+from efficientllava.launch.sweep import require_own
+from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.compose import sweep_digest, typed
 from efficientllava.stages import request
@@ -45,6 +47,18 @@ def test_a_sweep_is_named_by_what_was_typed(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["run.py", "-m", f"hydra.sweeper.sampler.seed={number}"])
         names.append(sweep_digest())
     assert names[3] != names[4]
+
+
+def test_a_folder_belongs_to_one_sweep_which_may_grow(tmp_path):
+    def jobs(*ratios, more=()):
+        return [[f"prune.ratio={ratio}", "seed=0", *more] for ratio in ratios]
+
+    require_own(tmp_path, jobs(0.1))
+    state.write(tmp_path, state.SWEEP, jobs=jobs(0.1, 0.2))
+    require_own(tmp_path, jobs(0.1, 0.15, 0.2, more=("threads=2", "paths.cache_dir=/x")))
+    for other in (jobs(0.1), jobs(0.1, 0.3), jobs(0.1, 0.2, more=("data_frac=0.5",))):
+        with pytest.raises(UserError, match=r"jobs that this sweep does not have, such as prune\.ratio=0\.[12] seed"):
+            require_own(tmp_path, other)
 
 
 @pytest.mark.usefixtures("without_fresh_processes")
