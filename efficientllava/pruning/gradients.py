@@ -21,7 +21,7 @@ factorisation of the Fisher matrix (arXiv 1503.05671; for pruning 2312.17244, fo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -64,7 +64,11 @@ def _backward(
 
 
 def taylor_scores(
-    stream: CalibrationStream, variant: str, mean: str = "sample", heads: str = "group"
+    stream: CalibrationStream,
+    variant: str,
+    mean: str = "sample",
+    heads: str = "group",
+    without: Collection[int] = (),
 ) -> list[tuple[Tensor, ...]]:
     """Score the units of all layers.
 
@@ -74,6 +78,7 @@ def taylor_scores(
         mean: ``sample``: scores of every batch's own gradient, averaged; the layer inputs of one batch are
             kept. ``batch``: the score of the gradient of the one loss over all batches, as published; those of all are.
         heads: Units of attentions, see `efficientllava.models.anatomy.describe_layer`.
+        without: Batches that are left out.
 
     Returns:
         Per layer, scores of its attention's units and of its channels.
@@ -82,8 +87,9 @@ def taylor_scores(
         UserError: No batch has a supervised token.
     """
     tokens = [float((b["labels"][:, 1:] != -100).sum()) for b in stream.batches]
-    answered = [batch for batch, count in enumerate(tokens) if count]
-    total, batches = stream.reduce(torch.tensor([sum(tokens), float(len(answered))], dtype=torch.float64)).tolist()
+    answered = [batch for batch, count in enumerate(tokens) if count and batch not in without]
+    here = [sum(tokens[batch] for batch in answered), float(len(answered))]
+    total, batches = stream.reduce(torch.tensor(here, dtype=torch.float64)).tolist()
     if not total:
         raise UserError(f"prune.importance={variant}: the calibration records have no answer to take a loss of")
     taylor, start = _Taylor(stream, variant, heads, tokens), stream.start()
@@ -219,7 +225,8 @@ class Sensitivity(NamedTuple):
 
     Args:
         positions: By layer, component and batch: ``|g_t|^2`` of the counted positions.
-        outputs: By layer and component: mean ``g^2`` of each output, ``(out_features,)``.
+        outputs: By layer and component: mean ``g^2`` of each output over all counted positions, each of which counts
+            as one, ``(out_features,)``.
     """
 
     positions: list[tuple[list[Tensor], list[Tensor]]]

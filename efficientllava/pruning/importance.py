@@ -237,7 +237,7 @@ def rank_units(
         return first, second
 
     if importance.sees == GRADIENTS:
-        scores = taylor_scores(stream, config.importance, config.taylor_mean, config.heads)
+        scores = taylor_scores(stream, config.importance, config.taylor_mean, config.heads, without)
         return [ranked_by(index, pair) for index, pair in enumerate(scores)], []
     looks, felt, weigh = importance.sees != WEIGHTS, None, None
     if config.importance != "obs":  # published scores take all positions alike
@@ -251,7 +251,7 @@ def rank_units(
         with stream.on_device(layer.module):
             seen: Sequence[Any] = (None, None)
             if importance.sees == RECORDS:
-                seen = layer_moments(stream, layer, index, hidden)
+                seen = layer_moments(stream, layer, index, hidden, without)
             elif looks:
                 weigh = felt.weigh(stream, index) if felt else weigh
                 seen = layer_statistics(stream, layer, index, hidden, None, weigh, without)

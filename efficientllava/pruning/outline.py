@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from torch import nn
 
@@ -105,7 +106,8 @@ def outline(model: nn.Module, config: PruneConfig) -> Outline:
     ratio = config.ratio or 0.0
     require_feasible(space, ratio)
     # The last unit may miss the ratio by half of what it holds.
-    prices = (*space.group_cost, *(cost * space.round_to for cost in space.channel_cost))
+    last = space.off_cost if space.off else ()
+    prices = (*map(sum, zip_longest(space.group_cost, last, fillvalue=0)), space.round_to * max(space.channel_cost))
     slack = max(max(prices) / 2, TOLERANCE * total)
     removed = (max(0, int(ratio * total - slack)), int(min(ratio * total + slack, largest * total)))
     return Outline((tuple(space.counts(*typical_shape(space, ratio))),), total, removed, largest, True)

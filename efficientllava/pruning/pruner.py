@@ -190,12 +190,14 @@ def _widthwise(
     space = prune_space(model, config)
     first = layers_of(model, config.heads)[0]
     shapes = candidate_shapes(space, first, config)
-    chooses = len(shapes) > 1 and any(gather(len(calibration.compared)))
+    chooses = len(shapes) > 1 and calibration.compares
     counts = space.counts(*shapes[0]) if len(shapes) == 1 else ()
     outside = calibration.compared if chooses else ()
     if not shapes:
         calibration = replace(calibration, written_share=CHOSEN)
     stream = CalibrationStream(model, calibration, config.tokens)
+    if config.importance != "obs":  # published scores know no text that the model has written
+        outside = {*outside, *calibration.written}
     rankings, dense = rank_units(stream, config, seed, outside, counts)
     dense = dense or stream.end()
     report.loss_dense = stream.answer_loss(dense)

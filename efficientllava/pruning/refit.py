@@ -77,7 +77,7 @@ class SequentialPruner:
         self._stream, self._config, self._text = stream, config, decoder_of(stream.model).config
         self._held = {*(known.held if trial else known.validated)}
         self._fitted = {*range(len(stream.batches))} - self._held - {*(known.compared if trial else ())}
-        self._validated = any(gather(len(self._held)))
+        self._validated = any(gather(sum(int(stream.counted[batch].sum()) for batch in self._held)))
         adaptive = config.refit_target == "adaptive"
         self._repair = TARGETS[config.refit_target] if self._validated or not adaptive else 0.0
         # A norm after the writer hides the residual stream from it; the layer's own output is the target then.

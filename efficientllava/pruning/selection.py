@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..models.anatomy import language_parameters, layers_of
+from ..models.anatomy import Component, language_parameters, layers_of
 from ..runtime.errors import UserError
 
 TOLERANCE = 0.01  # widthwise plans meet the request within one point
@@ -31,6 +31,8 @@ class Space:
         round_to: Kept channels are a multiple of this, or all.
         added: Parameters of the biases that all layers get.
         off: Whether a layer can lose all heads, or all channels (arXiv 2501.17771).
+        off_cost: Parameters that go with the last unit of an attention beside its own, per layer: where units are query
+            heads, keys and values; empty: none.
     """
 
     groups: tuple[int, ...]
@@ -43,6 +45,7 @@ class Space:
     round_to: int = 1
     added: int = 0
     off: bool = False
+    off_cost: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -71,10 +74,15 @@ class Space:
         """
         layers = layers_of(model, heads)
         attention, mlp = [layer.attention for layer in layers], [layer.mlp for layer in layers]
+
+        def price(component: Component) -> int:
+            return component.unit_price(biased) * (component.groups or 1)
+
+        whole = [layer.attention for layer in layers_of(model)]
         return cls(
             tuple(component.steps for component in attention),
             tuple(component.steps for component in mlp),
-            tuple(component.unit_price(biased) * (component.groups or 1) for component in attention),
+            tuple(map(price, attention)),
             tuple(component.unit_price(biased) for component in mlp),
             language_parameters(model),
             _indices("prune.protect or prune.protect_attention", protect_attention, len(layers)),
@@ -82,6 +90,7 @@ class Space:
             round_to,
             sum(c.added_biases(c.units) for layer in layers_of(model) for c in layer.components) if biased else 0,
             off,
+            tuple(w.steps * price(w) - a.steps * price(a) for w, a in zip(whole, attention, strict=True)),
         )
 
     @property
@@ -92,9 +101,14 @@ class Space:
     def removed(self, counts: Sequence[tuple[int, int]]) -> int:
         """Parameters that go when layer ``l`` keeps ``counts[l] = (groups, channels)``; added biases are subtracted."""
         return -self.added + sum(
-            (self.groups[i] - groups) * self.group_cost[i] + (self.channels[i] - channels) * self.channel_cost[i]
+            self.price(i, 0, self.groups[i], groups) + self.price(i, 1, self.channels[i], channels)
             for i, (groups, channels) in enumerate(counts)
         )
+
+    def price(self, layer: int, kind: int, before: int, after: int) -> int:
+        """Parameters that go when a layer's attention (kind 0) or MLP (kind 1) keeps ``after`` of ``before`` units."""
+        last = self.off_cost[layer] if self.off_cost and kind == 0 and before > after == 0 else 0
+        return (before - after) * (self.group_cost, self.channel_cost)[kind][layer] + last
 
     def ratio(self, counts: Sequence[tuple[int, int]]) -> float:
         """Share of language-model parameters that go, see `removed`."""
@@ -178,11 +192,12 @@ def uniform_candidates(space: Space, ratio: float) -> list[tuple[int, int]]:
     result = [shape for shape in shapes if _miss(space, ratio, shape) <= TOLERANCE]
     if not result:
         nearest = space.ratio(space.counts(*min(shapes, key=lambda shape: _miss(space, ratio, shape))))
+        ask = f"is {nearest:.3f}; ask for that, or" if nearest > 0 else "removes nothing;"
         raise UserError(
-            f"prune.ratio={ratio:g}: the nearest ratio that prune.round_to={space.round_to} allows is {nearest:.3f}; "
-            "ask for that, or lower prune.round_to"
+            f"prune.ratio={ratio:g}: the nearest ratio that prune.round_to={space.round_to} allows {ask} lower "
+            "prune.round_to"
         )
-    return result
+    return list({tuple(space.counts(*shape)): shape for shape in result}.values())
 
 
 def _shapes(space: Space, ratio: float) -> list[tuple[int, int]]:
@@ -282,7 +297,6 @@ def global_counts(
     kept = [list(pair) for pair in zip(space.groups, space.channels, strict=True)]
     steps = (1, space.round_to)
     least = (0, 0) if space.off else steps
-    prices = (space.group_cost, space.channel_cost)
     protected = (space.whole_attention, space.whole_mlp)
     heap: list[tuple[float, int, int]] = []
 
@@ -290,7 +304,8 @@ def global_counts(
         step = kept[layer][kind] % steps[kind] or steps[kind]
         start = len(costs[layer][kind]) - kept[layer][kind]
         if layer not in protected[kind] and kept[layer][kind] - step >= least[kind]:
-            cost = sum(costs[layer][kind][start : start + step]) / (step * prices[kind][layer])
+            price = space.price(layer, kind, kept[layer][kind], kept[layer][kind] - step)
+            cost = sum(costs[layer][kind][start : start + step]) / price
             heapq.heappush(heap, (cost, layer, kind))
 
     for layer in range(space.depth):
@@ -300,7 +315,7 @@ def global_counts(
     while heap and missing > 0:
         _, layer, kind = heapq.heappop(heap)
         step = kept[layer][kind] % steps[kind] or steps[kind]
-        price = step * prices[kind][layer]
+        price = space.price(layer, kind, kept[layer][kind], kept[layer][kind] - step)
         if price - missing > missing:
             continue  # overshoots by more than it closes
         kept[layer][kind] -= step
@@ -325,6 +340,8 @@ def layers_to_drop(layer_parameters: Sequence[int], total: int, ratio: float) ->
     block = sum(layer_parameters) / len(layer_parameters) / total
     count = math.floor(ratio / block + 0.5)
     largest = len(layer_parameters) - 1
+    if not largest:
+        raise UserError(f"prune.ratio={ratio:g}: the model has one block, which stays; choose prune=widthwise")
     if count < 1 or count > largest:
         raise UserError(
             f"prune.ratio={ratio:g}: layerwise pruning removes whole blocks of {block:.3f} each, so the ratio must be "

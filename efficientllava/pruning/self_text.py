@@ -111,7 +111,8 @@ def _specials(tokenizer: Any) -> set[int]:
 def _unwritten(model: Any, processor: Any) -> set[int]:
     """Special tokens, and those that stand for images and the like whether or not the tokenizer calls them special."""
     named = model.config.to_dict().items()
-    placeholders = {token for name, token in named if name.endswith(("_token_id", "_token_index"))}
+    told = [token for name, token in named if name.endswith(("_token_id", "_token_index"))]
+    placeholders = {each for token in told for each in (token if isinstance(token, list) else [token])}
     return {*_specials(processor.tokenizer), processor.image_token_id, *placeholders} - {None}
 
 

@@ -149,7 +149,7 @@ def fluctuation(means: Tensor, squares: Tensor) -> Tensor:
 
 @torch.no_grad()
 def layer_moments(
-    stream: CalibrationStream, layer: Layer, index: int, hidden: list[Tensor]
+    stream: CalibrationStream, layer: Layer, index: int, hidden: list[Tensor], without: Collection[int] = ()
 ) -> list[tuple[Tensor, Tensor]]:
     """Look at what the writers of a whole layer read.
 
@@ -158,6 +158,7 @@ def layer_moments(
         layer: The layer.
         index: Its position in the decoder.
         hidden: Layer inputs by batch; replaced by its outputs.
+        without: Batches that pass through only.
 
     Returns:
         Moments of the attention's and of the MLP's writer, see `all_moments`.
@@ -166,7 +167,7 @@ def layer_moments(
     with captured(*writers) as seen:
         for batch, _, _ in stream.run(layer.module, index, hidden):
             for writer, mine in zip(writers, batches, strict=True):
-                mine.append(record_moments(seen[writer][0], stream.counted[batch]))
+                mine.append([] if batch in without else record_moments(seen[writer][0], stream.counted[batch]))
     return [all_moments(mine) for mine in batches]
 
 

@@ -155,6 +155,12 @@ class Calibration:
     written_share: float = 0.5
 
     @property
+    def compares(self) -> bool:
+        """Whether there is an answer, be it another process's, that candidates can be compared on."""
+        answers = (self.batches[batch]["labels"][:, 1:] != -100 for batch in self.compared)
+        return any(gather(any(bool(each.any()) for each in answers)))
+
+    @property
     def ids(self) -> tuple[str, ...]:
         """Ids of the calibration records of this process, each once."""
         read = (batch for index, batch in enumerate(self.batches) if index not in self.written)

@@ -28,8 +28,10 @@ def stages(space: Space, ratio: float) -> tuple[int, int]:
     Raises:
         UserError: No such pair meets the ratio.
     """
-    attentions = sum(groups * cost for groups, cost in zip(space.groups, space.group_cost, strict=True))
-    mlps = sum(channels * cost for channels, cost in zip(space.channels, space.channel_cost, strict=True))
+    attentions, mlps = (
+        sum(space.price(layer, kind, units, 0) for layer, units in enumerate(kept))
+        for kind, kept in enumerate((space.groups, space.channels))
+    )
     share, free = ratio * space.total / (attentions + mlps), _free(space)
     off = min(round(space.depth * share ** (mlps / attentions / ALPHA)), len(free))
 

@@ -20,6 +20,8 @@ from .student import parameter_groups, trainable, weights_of
 from .teacher import FINAL, Match, Teacher, TeacherSource, hidden_states
 
 RECENT = 20
+# Sums go backwards in these units: a power of two changes no bit of a result, and their gradients fit fp16's range.
+UNIT = 2.0**-12
 
 
 def learning_rate_factor(step: int, total: int, warmup: float, scheduler: str) -> float:
@@ -139,6 +141,10 @@ class RecoveryModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Go backwards in units of `UNIT` where the loss is a sum."""
+        super().backward(loss * UNIT if self.cfg.parity is None else loss, *args, **kwargs)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over all tokens of the global batch."""
         tokens, *sums = self.trainer.strategy.reduce(self._group, reduce_op="sum").tolist()  # pyright: ignore[reportAttributeAccessIssue]
@@ -149,7 +155,7 @@ class RecoveryModule(L.LightningModule):
         if self.cfg.parity is not None:
             return
         # Lightning divides by the micro-batches of a group and DDP by the processes; undo both.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0)
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0) / UNIT
         for parameter in trainable(self.student):
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)
@@ -188,7 +194,9 @@ class RecoveryModule(L.LightningModule):
         """Check that a resume point belongs to this run and restore its counters."""
         loaded = checkpoint.get("state_dict")  # FSDP has taken it out by now
         if loaded is not None and {name: value.shape for name, value in loaded.items()} != self._shapes:
-            raise UserError("recover: the resume point was written for another model; delete it to start anew")
+            raise UserError(
+                "recover: the resume point last.ckpt was written for another model; delete it to start anew"
+            )
         self.tokens = checkpoint["recovery"]["tokens"]
         self.recent.extend(torch.tensor(values) for values in checkpoint["recovery"]["recent"])
 

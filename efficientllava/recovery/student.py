@@ -72,6 +72,8 @@ def prepare(model: nn.Module, cfg: RecoverConfig, seed: int = 0) -> Callable[[],
     for layer in layers_of(model):
         if not layer.attention.units:  # nothing reads its norms; processes wait for every gradient that is due
             layer.attention.module.requires_grad_(False)
+            if cfg.train == "full" and layer.attention.writer.bias is not None:
+                layer.attention.writer.bias.requires_grad_(True)  # is written all the same
     restore = _upcast(parts)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # pyright: ignore[reportCallIssue]

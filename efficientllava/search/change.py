@@ -30,13 +30,12 @@ from ..models.forward import (
     forward_hidden,
     supervised_positions,
 )
-from ..pruning.plan import PruningPlan, plan_for, whole_layers
+from ..pruning.plan import PruningPlan, plan_for
 from ..pruning.pruner import Comparison, PruneReport, simplest
 from ..pruning.refit import SequentialPruner
 from ..pruning.statistics import layer_statistics
 from ..pruning.stream import Calibration, CalibrationStream, silent
 from ..runtime.console import Tick
-from ..runtime.processes import gather
 from ..settings.schema import PruneConfig, SearchConfig
 from .evaluator import Evaluator
 from .levels import LevelTable
@@ -172,7 +171,7 @@ def plan_of(model: nn.Module, table: LevelTable, policy: Policy, requested: floa
         requested: Requested share of language-model parameters; None where something else was asked for.
     """
     kept, details = table.plan(policy), None
-    if kept == whole_layers(model):
+    if table.recipe.granularity != "structured":
         linears = sum(norms.weights for gene in range(len(policy)) for norms in table.norms(gene, 0))
         zeros = sum(table.removed(gene, level) for gene, level in enumerate(policy))
         details = {"sparsity": zeros / linears}
@@ -205,7 +204,7 @@ def choose(
     """
     stream = CalibrationStream(model, calibration, config.tokens)
     pruner, dense = SequentialPruner(stream, config, trial=True), stream.end()
-    comparison = Comparison(stream, dense) if any(gather(len(calibration.compared))) else None
+    comparison = Comparison(stream, dense) if calibration.compares else None
     report, losses, verdicts = PruneReport(loss_dense=stream.answer_loss(dense)), [], []
     del dense
     for policy in policies:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..models.anatomy import language_parameters, projector_of
+from ..models.anatomy import language_parameters, layers_of, projector_of
 from ..models.forward import Batch, FeatureCache, to_device
 from ..pruning.module import chunked
 from ..pruning.obs import DAMPING
@@ -27,6 +27,7 @@ from ..pruning.stream import Beginning, Calibration, CalibrationStream, silent
 from ..pruning.surgery import reinitialise
 from ..runtime import processes
 from ..runtime.console import Tick
+from ..runtime.errors import UserError
 from ..runtime.files import whole_file
 from ..settings.schema import PruneConfig, SearchConfig
 from .budget import Clock, asked_share, budget_of
@@ -192,6 +193,8 @@ class SearchModule(LightningModule):
         return open_table(self.model, recipe, calibration, self._inputs.tables, identity, self._inputs.reuse)
 
     def _shapes(self) -> list[tuple[int, int]]:
+        if len({(layer.attention.units, layer.mlp.units) for layer in layers_of(self.model)}) > 1:
+            raise UserError("search.uniform=true: the layers of this model differ; set search.uniform=false")
         return uniform_candidates(Space.of(self.model, round_to=self._prune.round_to), self._share)
 
     def _space(self, table: LevelTable, stream: CalibrationStream) -> SearchSpace:

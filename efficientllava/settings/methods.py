@@ -110,6 +110,7 @@ class PruneConfig:
             lambda c: c.prune.method in ("widthwise", "auto") and not c.masks,
             "it belongs to prune=widthwise or prune=auto without masks",
         ),
+        When(lambda c: c.prune.share is None, "prune.share has its own rounding: set prune.ratio"),
     )
     tokens: str = setting(
         "all",

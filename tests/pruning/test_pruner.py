@@ -63,6 +63,49 @@ def test_the_achieved_ratio_is_the_requested_one(family, selection, ratio):
     assert report.loss_pruned == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.parametrize("importance", ["obs", "flap"])
+@pytest.mark.parametrize("ratio", [0.5, 0.6, 0.7])
+def test_keys_and_values_that_go_with_the_last_query_heads_are_counted(importance, ratio):
+    free = {"selection": "global", "refit": False, "heads": "query", "importance": importance}
+    for biased in (False, importance == "flap"):
+        plan, _ = make_plan(make_model("llama_gqa"), calibration(), widthwise(ratio=ratio, bias=biased, **free))
+        assert any(not layer.groups for layer in plan.layers) or importance == "flap"
+        assert plan.achieved == pytest.approx(ratio, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("importance", sorted(IMPORTANCES))
+def test_scores_know_nothing_of_what_candidates_are_compared_on_nor_of_text_that_obs_alone_reads(importance):
+    batches = make_batches(3)
+    config = widthwise(importance=importance, selection="shape", refit=False)
+
+    def ranked(last: int, **roles: Any) -> Any:
+        known = [*batches, make_batch(seed=last, rows=2)]
+        without = [*roles.get("compared", ()), *(roles.get("written", ()) if importance != "obs" else ())]
+        return rank_units(stream_of(make_model("llama_gqa"), known, **roles), config, 0, without)[0]
+
+    assert ranked(7, compared=[3]) == ranked(8, compared=[3])
+    if importance != "obs":
+        assert ranked(7, written=[3]) == ranked(8, written=[3])
+
+
+def test_where_nothing_of_the_kind_that_counts_is_held_back_the_refit_goes_on_without():
+    batches = make_batches(2)
+    text = make_batch(seed=5, images=False)
+    config = widthwise(tokens="image", selection="floor")
+    plan, _ = make_plan(make_model("llama_gqa"), Calibration([*batches, text]), config)
+    _, report = apply_plan(make_model("llama_gqa"), plan, Calibration([*batches, text], validated=[2]), config)
+    assert all(error.after < error.before for error in report.errors)
+
+
+def test_records_without_an_answer_choose_nothing():
+    batches = make_batches(3)
+    batches[2]["labels"] = torch.full_like(batches[2]["labels"], -100)
+    known = Calibration(batches, compared=[2], held=[1])
+    assert not known.compares and Calibration(batches, compared=[1]).compares
+    _, report = make_plan(make_model("llama_gqa"), known, widthwise(selection="shape"))
+    assert report.candidates == [] and report.loss_compared is None
+
+
 def test_an_attention_that_writes_next_to_nothing_is_switched_off_and_stays_off(family):
     model, config = make_model(family), widthwise(selection="global", ratio=0.2)
     layers_of(model)[1].attention.writer.weight.data.mul_(1e-6)

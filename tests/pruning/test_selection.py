@@ -32,6 +32,12 @@ def big(round_to: int = 128, groups: int = 32, heads_per_group: int = 1) -> Spac
     return Space((groups,) * 32, (11008,) * 32, (unit,) * 32, (3 * 4096,) * 32, 6_738_415_616, round_to=round_to)
 
 
+def test_shapes_that_are_one_are_listed_once():
+    space = Space.of(make_model("llama_gqa"), protect_attention=range(LAYERS))
+    (shape,) = uniform_candidates(space, 0.2)
+    assert shape[0] == max(space.groups)
+
+
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_every_candidate_meets_the_ratio_and_is_the_nearest_for_its_groups(family, ratio):
     space = Space.of(make_model(family), round_to=2)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,6 +107,11 @@ def test_every_other_sequence_is_free_of_the_template(name):
     assert free[:, 0].tolist() == [first] * len(free)
     assert torch.equal(found["labels"][1::2, 1:], free[:, 1:]) and (found["labels"][:, 0] == -100).all()
     assert len({tuple(row) for row in free.tolist()}) == len(free)
+
+
+def test_a_model_may_name_several_end_tokens():
+    named = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: {"eos_token_id": [1, 106], "boi_token_index": 7}))
+    assert {1, 106, 7} <= self_text._unwritten(named, checkpoint("tiny_llava").processor)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,6 +12,8 @@ import torch
 from PIL import Image
 
 from efficientllava.models.anatomy import layers_of, projector_of
+from efficientllava.pruning.plan import LayerPlan, PruningPlan
+from efficientllava.pruning.surgery import cut
 from efficientllava.report.pictures import draw_search
 from efficientllava.runtime.errors import UserError
 from efficientllava.search.evaluator import Evaluator
@@ -168,6 +170,14 @@ def test_beside_images_policies_are_judged_without_written_text(tmp_path):
     assert judged["images", True] == judged["images", False] and judged["text", True] != judged["text", False]
     one, other = (found["images", writes].pruned.state_dict() for writes in (True, False))
     assert any(name not in other or not torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_uniform_search_of_layers_that_differ_is_refused(tmp_path):
+    module = searcher(tmp_path, uniform=True, projector=False)
+    layers = [LayerPlan(i, (0, 1), tuple(range(20 + i))) for i in range(4)]
+    module.model = cut(module.model, PruningPlan("widthwise", tuple(layers), 4, 2, 0.3, 0.3))
+    with pytest.raises(UserError, match=r"search\.uniform=true: the layers of this model differ"):
+        run(module)
 
 
 def test_a_uniform_search_ends_in_one_shape(tmp_path):
