@@ -89,6 +89,9 @@ def _calibration(
     """What a run would look at, in the same roles."""
     if records is None:
         records = calibration_records(config, DIGITS, seed)
+    records = list(records)
+    if not all(isinstance(record, Record) for record in records):
+        raise UserError("records: give records, such as efficientllava.data.table.read_conversations(<json>) has")
     if not records:
         raise UserError("records: there are none; give some, or None for the embedded digits")
     model, processor = checkpoint.model, checkpoint.processor

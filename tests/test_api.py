@@ -85,6 +85,9 @@ def test_groups_of_options_are_dicts_or_their_class(checkpoint):
     assert stats.loss == "1 x CE"
     with pytest.raises(UserError, match="recover: weights must be a WeightsConfig, or a dict"):
         ev.recover(checkpoint, data, weights=1.0, **how)
+    for wrong in ("a.json", [{"id": "1"}]):
+        with pytest.raises(UserError, match="records: give records, such as"):
+            ev.plan(checkpoint, records=wrong)
     with pytest.raises(UserError, match="records: there are none"):
         ev.plan(checkpoint, records=[])
 

@@ -170,12 +170,12 @@ def content_key(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def first_images(records: Sequence[Record]) -> list[str | None]:
-    """Name of every record's first image, see `image_key`; None where it has none. Tables know them unopened."""
+def image_names(records: Sequence[Record]) -> list[list[str]]:
+    """Names of every record's images, see `image_key`. Tables know them unopened."""
     table, chosen = (records.records, records.indices) if isinstance(records, Subset) else (records, None)
-    if (known := getattr(table, "first_images", None)) is not None:
+    if (known := getattr(table, "image_names", None)) is not None:
         return known(np.arange(len(table)) if chosen is None else chosen)
-    return [None if record.image is None else image_key(record.image) for record in records]
+    return [[image_key(image) for image in record.images] for record in records]
 
 
 def _opened(image: AnyImage, name: str) -> Image.Image:
@@ -321,7 +321,7 @@ def text_contents(records: Sequence[Record]) -> str:
 def image_contents(records: Sequence[Record], memo: Memo) -> str:
     """Digest of the whole content of all images of a few records."""
     images = [image for record in records for image in record.images]
-    files = [image for image in images if isinstance(image, Path) and image.is_file()]
+    files = [image for image in images if isinstance(image, Path) and isfile(image)]
     sums = dict(zip(files, memo.digests(files), strict=True))
     return digest([sums.get(image) if isinstance(image, Path) else image_key(image) for image in images])
 

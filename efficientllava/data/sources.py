@@ -108,7 +108,10 @@ def parts_of(path: str, image_root: str | None = None, key: str = "data.path") -
         found = sorted(file.rglob("*.parquet"))
         if not found:
             raise UserError(f"{key}: {str(file)!r} holds no parquet file; {FORMATS}")
-        return [Part(one) for one in found]
+        trained = [one for one in found if one.name.startswith("train")]
+        if 0 < len(trained) < len(found):  # splits of a published data set
+            log.warning("%s: %s: %d of %d files are those of the split 'train'", key, file, len(trained), len(found))
+        return [Part(one) for one in trained or found]
     if file.suffix == ".json":
         with _opened(file, key) as text:
             if text.read(CHUNK).lstrip().startswith("{"):

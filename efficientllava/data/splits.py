@@ -18,7 +18,7 @@ from ..runtime import UserError, stamp
 from ..settings.schema import CalibrationConfig, DataConfig, RunConfig
 from .embedded.digits import Digits
 from .embedded.prose import calibrating
-from .records import Record, Subset, column, expected_folders, fault_of, first_images
+from .records import Record, Subset, column, expected_folders, fault_of, image_names
 from .sources import parts_of, report_bad
 
 if TYPE_CHECKING:
@@ -117,8 +117,14 @@ def _division(records: Conversations) -> dict[str, np.ndarray]:
     codes: dict[str, int] = {}
     groups = np.array([codes.setdefault(name, len(codes)) for name in groups_of(records)])
     groups = groups if len(codes) >= LEAST else np.arange(len(records))
+    held = min(HELD_OUT, len(records) // 10)
+    # What is larger than what is set aside is a corpus, and no document.
+    corpora = [code for name, code in codes.items() if name.startswith("text ")]
+    apart = np.isin(groups, corpora) & (np.bincount(groups)[groups] > held)
+    groups[apart] = groups.max() + 1 + np.arange(apart.sum())
+    _, groups = np.unique(groups, return_inverse=True)
     sizes = np.bincount(groups)
-    held, smallest = min(HELD_OUT, len(records) // 10), sizes.min()
+    smallest = sizes.min()
     waiting = _rng(0, "division").permutation(len(sizes)).tolist()
     split_of = np.full(len(sizes), "train", dtype=object)
     for split in ("calibration", "minival"):
@@ -136,16 +142,32 @@ def _division(records: Conversations) -> dict[str, np.ndarray]:
 
 
 def groups_of(records: Sequence[Record]) -> list[str]:
-    """What each record must share its role with: its first image, or else its document.
+    """What each record must share its role with: its images, with all that others show beside them, or its document.
 
     The document is what stands before the last "/" of an id, without the source's name and the number of a repeated id.
     """
-    images = first_images(records)
+    images = _together(image_names(records))
     ids, sources = column(records, "id").tolist(), column(records, "source").tolist()
     documents = [_document(*pair) for pair in zip(ids, sources, strict=True)]
     alone = len({d for d, image in zip(documents, images, strict=True) if image is None}) < LEAST_DOCUMENTS
     texts = ids if alone else documents
     return [f"text {text}" if image is None else f"image {image}" for text, image in zip(texts, images, strict=True)]
+
+
+def _together(names: Sequence[Sequence[str]]) -> list[str | None]:
+    """One name for all images that records link with each other; None where a record has none."""
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while (above := leader.get(name, name)) != name:
+            leader[name] = leader.get(above, above)
+            name = above
+        return name
+
+    for first, *others in (each for each in names if len(each) > 1):
+        for other in others:
+            leader[find(other)] = find(first)
+    return [find(each[0]) if each else None for each in names]
 
 
 def _document(name: str, source: str) -> str:

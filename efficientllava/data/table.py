@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
+from os.path import join
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,12 @@ class Conversations(Sequence[Record]):
         images = self._rows.data.column("images").take(self._usable[indices]).to_pylist()
         return [[self.image_root / path for path in paths if path is not None] for paths in images]
 
-    def first_images(self, indices: np.ndarray) -> list[str | None]:
-        """Of records, see `efficientllava.data.records.first_images`."""
+    def image_names(self, indices: np.ndarray) -> list[list[str]]:
+        """Of records, see `efficientllava.data.records.image_names`."""
         places = self._usable[indices]
         paths, keys = (self._rows.data.column(name).take(places).to_pylist() for name in ("images", "keys"))
-        pairs = zip(paths, keys, strict=True)
-        return [(key[0] or str(self.image_root / path[0])) if path else None for path, key in pairs]
+        pairs = (zip(path, key, strict=True) for path, key in zip(paths, keys, strict=True))
+        return [[key or str(self.image_root / path) for path, key in pair] for pair in pairs]
 
     def _content(self, place: int, number: int) -> bytes:
         return self._rows.data.column("contents")[place][number].as_py()
@@ -212,6 +213,9 @@ def _raw(part: Part, key: str) -> Iterator[Any]:
 # ---- one raw record -------------------------------------------------------------------------------------------------
 
 
+OTHER_MEDIA = ("video", "videos", "audio", "audios")
+
+
 def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> Row:
     """Bring one decoded record into the form in which all are kept.
 
@@ -240,11 +244,18 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
         raise BadRecordError(f"record {number}: a {type(raw).__name__} instead of an object")
     name = str(raw.get("id", number))
     said, inline = _said(raw, name)
-    shown = raw.get("image") or raw.get("images") or inline
-    images = [_source(image) for image in (shown if isinstance(shown, list) else [shown])]
+    if other := next((key for key in OTHER_MEDIA if raw.get(key)), None):
+        raise BadRecordError(f"record {name!r}: has {other!r}; text and still images are supported")
+    told = [each if isinstance(each, list) else [each] for key in ("image", "images") if (each := raw.get(key))]
+    told += [inline] if inline else []
+    if any(each != told[0] for each in told):
+        raise BadRecordError(f"record {name!r}: 'image', 'images' and its turns name different images; keep one")
+    images = [_source(image) for image in (told[0] if told else [])]
     for image in images:
         if not isinstance(image, str | bytes):
             raise BadRecordError(f"record {name!r}: image is a {type(image).__name__} instead of a path")
+        if isinstance(image, str) and image.startswith("data:"):
+            raise BadRecordError(f"record {name!r}: holds an image inlined as text; write it into a file")
     paths = [image if isinstance(image, str) else None for image in images]
     questions = _placed(said[::2], len(images), name)
     answers = [text.replace(TAG, "").strip() for text in said[1::2]]
@@ -261,7 +272,7 @@ def row_of(raw: Any, number: int, root: str = "", source: str | None = None) -> 
     return {
         "id": name if source is None else f"{source}/{name}",
         "source": origin,
-        "images": [None if path is None else root + path for path in paths],
+        "images": [None if path is None else join(root, path) for path in paths],
         "contents": [image if isinstance(image, bytes) else None for image in images],
         "keys": [content_key(image) if isinstance(image, bytes) else None for image in images],
         "turns": [
@@ -295,7 +306,10 @@ def _said(raw: Row, name: str) -> tuple[list[str], list[Any]]:
             raise BadRecordError(f"record {name!r}: role {role!r} is not one of {', '.join(ROLES)}")
         content = message.get("value", message.get("content"))
         roles.append(ROLES[role])
+        asked = len(images)
         texts.append(_content(content, name, images))
+        if ROLES[role] == "assistant" and len(images) > asked:
+            raise BadRecordError(f"record {name!r}: an answer shows an image; only questions do")
     # As in LLaVA: an answer without a question at the start is dropped.
     start = int(roles[0] == "assistant")
     if len(roles) == start or roles[start:] != ["user", "assistant"] * ((len(roles) - start) // 2):
@@ -328,6 +342,8 @@ def _placed(questions: Sequence[str], images: int, name: str) -> list[tuple[str,
     # Inside a line, in a text about XML say, it is no image's.
     if not images and any(TAG in question.splitlines() for question in questions):
         raise BadRecordError(f"record {name!r}: a question shows {TAG}, but neither 'image' nor 'images' names a file")
+    if images == 1 and max(counts) > 1:
+        raise BadRecordError(f"record {name!r}: one image, but {max(counts)} tags {TAG} in a question")
     if images > 1 and sum(counts) not in (0, images):
         raise BadRecordError(f"record {name!r}: {images} images, but {sum(counts)} tags {TAG} in its questions")
     if images > 1 and sum(counts):

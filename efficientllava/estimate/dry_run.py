@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ class _ImageFiles:
 
     def check(self, record: Record) -> None:
         """Refuse a record without them."""
-        gone = next((image for image in record.images if isinstance(image, Path) and not image.is_file()), None)
+        gone = next((image for image in record.images if isinstance(image, Path) and not isfile(image)), None)
         if gone is not None:
             raise UserError(f"record {record.id!r}: image {str(gone)!r} does not exist; restore it or drop the record")
 

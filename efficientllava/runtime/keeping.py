@@ -146,7 +146,10 @@ def at_work(cache: Path, clean: bool) -> Iterator[None]:
         cache: The cache folder.
         clean: Remove what no longer needs to stay when the block ends well and nobody else is at work.
     """
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"paths.cache_dir={cache}: {error.strerror}; give a folder of yours") from error
     with (cache / "at_work.lock").open("a+") as handle:  # network file systems share locks of readable files only
         try:
             fcntl.flock(handle, fcntl.LOCK_SH)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from efficientllava.data.collator import Collator
 from efficientllava.data.datamodule import RecoveryData
 from efficientllava.data.records import (
     Subset,
-    first_images,
     image_key,
+    image_names,
     image_stamps,
     missing_images,
     open_images,
     usable,
 )
+from efficientllava.data.sources import BadRecordError, parts_of
 from efficientllava.data.splits import calibration_records, draw, load_split
-from efficientllava.data.table import read_conversations
+from efficientllava.data.table import read_conversations, row_of
 from efficientllava.runtime.errors import UserError
 from efficientllava.runtime.places import is_remote
 from efficientllava.settings.schema import CalibrationConfig, DataConfig
@@ -269,8 +271,10 @@ def test_images_inside_parquet_are_read_when_opened(tmp_path: Path, plural: bool
     assert [record.turns[0].question for record in records] == ["a?", "b?", "c?"]
     assert [record.source for record in records] == ["images", "text", "images"]
     keys = [record.image and image_key(record.image) for record in records]
-    assert first_images(records) == first_images([*records]) == keys
-    assert first_images(Subset(records, [2, 1])) == [keys[2], None]
+    names = [[image_key(image) for image in record.images] for record in records]
+    assert [each[0] if each else None for each in names] == keys
+    assert image_names(records) == image_names([*records]) == names
+    assert image_names(Subset(records, [2, 1])) == [names[2], []]
 
 
 def test_rows_of_parquet_are_those_of_the_file_that_is_there_now(tmp_path: Path) -> None:
@@ -502,3 +506,50 @@ def test_a_name_that_no_file_can_have_is_that_of_a_missing_image(tmp_path: Path)
     file.write_text(f"[{record_text(image='a' * 5000)}, {record_text(image=chr(0))}]")
     records = read_conversations(file)
     assert len(missing_images(records)) == 2 and all(image_stamps(records))
+
+
+ASKED, SAID = {"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this"}
+PART = {"type": "image", "image": "a.png"}
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"video": "v.mp4", "conversations": [ASKED, SAID]}, "has 'video'; text and still images are supported"),
+        ({"image": "a.png", "images": ["b.png"], "conversations": [ASKED, SAID]}, "name different images; keep one"),
+        (
+            {
+                "images": ["b.png"],
+                "messages": [{"role": "user", "content": [PART]}, {"role": "assistant", "content": "x"}],
+            },
+            "name different images; keep one",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "draw"}, {"role": "assistant", "content": [PART]}]},
+            "an answer shows an image; only questions do",
+        ),
+        ({"image": "data:image/png;base64,AAAA", "conversations": [ASKED, SAID]}, "holds an image inlined as text"),
+        (
+            {"image": "a.png", "conversations": [{"from": "human", "value": "<image> or <image>?"}, SAID]},
+            "one image, but 2 tags <image> in a question",
+        ),
+    ],
+)
+def test_what_would_be_read_as_something_else_is_refused(record, told):
+    with pytest.raises(BadRecordError, match=re.escape(told)):
+        row_of({"id": "1", **record}, 0)
+
+
+def test_paths_that_are_absolute_need_no_root():
+    row = row_of({"id": "1", "image": "/data/a.png", "conversations": [ASKED, SAID]}, 0, "imgs/")
+    assert row["images"] == ["/data/a.png"]
+    assert row_of({"id": "1", "image": "a.png", "conversations": [ASKED, SAID]}, 0, "imgs/")["images"] == ["imgs/a.png"]
+
+
+def test_of_a_published_data_set_the_split_for_training_is_taken(tmp_path, caplog):
+    for name in ("train-00000-of-00001", "test-00000-of-00001"):
+        (tmp_path / f"{name}.parquet").touch()
+    assert [part.file.name for part in parts_of(str(tmp_path))] == ["train-00000-of-00001.parquet"]
+    assert "1 of 2 files are those of the split 'train'" in caplog.text
+    (tmp_path / "train-00000-of-00001.parquet").unlink()
+    assert [part.file.name for part in parts_of(str(tmp_path))] == ["test-00000-of-00001.parquet"]

@@ -187,3 +187,32 @@ def test_prose_is_mixed_into_calibration_records():
     assert all(record.source == "prose" for record in calibration_records(CalibrationConfig(4, prose=4), DIGITS))
     with pytest.raises(UserError, match=r"calibration\.prose=5: must be at most calibration\.samples=4"):
         calibration_records(CalibrationConfig(4, prose=5), DIGITS)
+
+
+def test_a_corpus_of_texts_is_no_document_and_leaves_images_to_training(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    texts = [{"id": f"{name}/{i}", "conversations": turns} for name in "abcde" for i in range(40)]
+    shown = [{"id": f"s{i}", "image": f"{i}.png", "conversations": turns} for i in range(20)]
+    path = tmp_path / "mixed.json"
+    path.write_text(json.dumps([*texts, *shown]))
+    data = DataConfig(name="conversations", path=str(path))
+    parts = {split: load_split(data, split) for split in ("train", "calibration", "minival")}
+    assert [len(part) for part in parts.values()] == [176, 22, 22]
+    assert all(any(record.images for record in part) for part in (parts["train"],))
+    assert all(any(not record.images for record in part) for part in parts.values())
+
+
+def test_records_of_several_images_share_none_with_another_split(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image><image>q"}, {"from": "gpt", "value": "a"}]
+    pairs = [(i % 30, 30 + (7 * i) % 30) for i in range(60)]
+    records = [
+        {"id": f"m{i}", "images": [f"{a}.png", f"{b}.png"], "conversations": turns} for i, (a, b) in enumerate(pairs)
+    ]
+    singles = [{"id": f"s{i}", "image": f"{60 + i}.png", "conversations": turns[1:] and [
+        {"from": "human", "value": "q"}, turns[1]]} for i in range(60)]  # fmt: skip
+    path = tmp_path / "several.json"
+    path.write_text(json.dumps([*records, *singles]))
+    data = DataConfig(name="conversations", path=str(path))
+    seen = [{str(image) for record in load_split(data, split) for image in record.images}
+            for split in ("train", "calibration", "minival")]  # fmt: skip
+    assert all(seen) and not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])

@@ -35,6 +35,13 @@ def full(monkeypatch, free):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
 
 
+def test_a_cache_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    told = pytest.raises(UserError, match=r"paths\.cache_dir=.*file: File exists; give a folder of yours")
+    with told, at_work(tmp_path / "file", clean=False):
+        pass
+
+
 def test_too_little_space_is_one_line_with_the_fix(tmp_path, monkeypatch):
     full(monkeypatch, 5_000_000_000)
     assert require_space(tmp_path / "not" / "yet", 5_000_000_000, "prune") == 5_000_000_000
