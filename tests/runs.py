@@ -61,6 +61,7 @@ def small(model: Path | str, output: Path, *overrides: str) -> list[str]:
     }
     left_out = tuple(prefix for override in overrides for prefix in idle.get(override, ()))
     left_out += ("data.images", "data.test_questions") if "data" in known else ()
+    left_out += ("prune.round_to",) if "prune.share" in known else ()
     base = [o for o in SMALL if o.partition("=")[0] not in known and not o.startswith(left_out)]
     chosen = [f"{group}=digits_vqa" for group in ("data", "evaluate") if group not in known]
     sets = ["model=checkpoint", f"model.path={model}", "model.name=tiny", "model.train=full", *chosen]
