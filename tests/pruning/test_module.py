@@ -32,7 +32,7 @@ def collate(records: list[Any]) -> dict[str, Any]:
     return {**tensors, "ids": [record.id for record in records]}
 
 
-RECORDS = [SimpleNamespace(id=str(i), image=None, source="") for i in range(12)]
+RECORDS = [SimpleNamespace(id=str(i), image=None, images=(), source="") for i in range(12)]
 
 
 def module(prune: PruneConfig = CONFIG, **options: Any) -> PruningModule:

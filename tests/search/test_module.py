@@ -26,7 +26,7 @@ from ..conftest import make_batch, make_model
 
 PRUNE = PruneConfig(method="auto", ratio=0.4, refit=True)
 SMALL = {"rounds": 2, "generations": 2, "population": 6, "parents": 2, "mutants": 3, "crossovers": 2}
-RECORDS = [SimpleNamespace(id=str(i), image=None, source="") for i in range(8)]
+RECORDS = [SimpleNamespace(id=str(i), image=None, images=(), source="") for i in range(8)]
 
 
 def collate(records: list[Any]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def searcher(
     write: Any = None,
     **options: Any,
 ) -> SearchModule:
-    holdout = [SimpleNamespace(id=str(8 + i), image=None, source="") for i in range(4)]
+    holdout = [SimpleNamespace(id=str(8 + i), image=None, images=(), source="") for i in range(4)]
     inputs = SearchInputs(
         records, holdout, collate, 2, {"model": family, "samples": "eight"}, folder / "tables", folder / "work", write
     )
@@ -158,7 +158,8 @@ def test_levels_that_were_fitted_to_other_samples_are_another_table(tmp_path):
 
 
 def test_beside_images_policies_are_judged_without_written_text(tmp_path):
-    shown = [SimpleNamespace(id=str(i), image=Image.new("L", (1, 1), i), source="") for i in range(8)]
+    pictures = [Image.new("L", (1, 1), i) for i in range(8)]
+    shown = [SimpleNamespace(id=str(i), image=each, images=(each,), source="") for i, each in enumerate(pictures)]
     write = lambda *_: [make_batch(rows=2, seed=7, images=False)]  # noqa: E731
     known = {"images": shown, "text": RECORDS}
     found = {
