@@ -28,7 +28,7 @@ from ..recovery.losses import describe as describe_loss
 from ..recovery.student import require_trainable
 from ..report import percent, quantity, tabulate
 from ..runtime import BUILTIN, UserError, at_end, digest, is_remote, quiet_libraries, say, write_whole
-from ..settings.schema import MASKED, RunConfig
+from ..settings.schema import MASKED, PROSE, RunConfig
 from ..stages.request import finished, made
 from . import Forecast, forecast, shape_of, weight_bytes
 from .cost import (
@@ -119,7 +119,7 @@ def _require_data(settings: RunConfig) -> None:
         records = draw(load_split(data, "train"), settings.data_frac, settings.seed)
         require_trainable(usable(records, _ImageFiles(), data), settings.recover.train)
     for name in evaluate.tasks:
-        if evaluate.root is not None or (name == "prose" and evaluate.prose.path is not None):
+        if evaluate.root is not None or (name == PROSE and evaluate.prose.path is not None):
             tasks.load(name, data, evaluate).records()
     _looked.add(key)
 

@@ -38,12 +38,9 @@ from ..runtime import (
     state,
 )
 from ..settings.checks import check_sweep
-from ..settings.compose import SWEEP_NAME, key_of, quoted, typed
+from ..settings.compose import HOW, SWEEP_NAME, key_of, quoted, typed
 from . import Job, Runner, jobs_table, supervise
 from .local import POLL
-
-# Keys that say where and how a job is done, and do not make another one of it.
-HOW = ("paths", "hydra", "sweep", "logger", "callbacks", "threads", "reuse", "keep", "optimized_metric")
 
 
 class ReportSweep(Callback):
@@ -54,11 +51,11 @@ class ReportSweep(Callback):
 
         Hydra does not say that a sweep has ended where a job has failed.
         """
-        held, folder = ExitStack(), _settle(config)
+        held, folder, listed = ExitStack(), _settle(config), jobs(config)
         trials = config.hydra.sweeper.get("n_trials")  # of a sweeper that makes up its jobs as it goes
-        planned = [[]] * trials if trials else jobs(config)
+        planned = [[]] * trials if trials else listed
         try:
-            check_sweep(jobs(config), lambda job: typed(compose(config_name, [*job]), job))
+            check_sweep(listed, lambda job: typed(compose(config_name, [*job]), job))
             if not config.dry_run:
                 require_own(folder, planned)
         except UserError as error:

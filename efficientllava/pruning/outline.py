@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from torch import nn
 
@@ -106,9 +105,8 @@ def outline(model: nn.Module, config: PruneConfig) -> Outline:
     ratio = config.ratio or 0.0
     require_feasible(space, ratio)
     # The last unit may miss the ratio by half of what it holds.
-    last = space.off_cost if space.off else ()
-    prices = (*map(sum, zip_longest(space.group_cost, last, fillvalue=0)), space.round_to * max(space.channel_cost))
-    slack = max(max(prices) / 2, TOLERANCE * total)
+    heads = [space.price(layer, 0, 1, 0) for layer in range(space.depth)] if space.off else space.group_cost
+    slack = max(max(*heads, space.round_to * max(space.channel_cost)) / 2, TOLERANCE * total)
     removed = (max(0, int(ratio * total - slack)), int(min(ratio * total + slack, largest * total)))
     return Outline((tuple(space.counts(*typical_shape(space, ratio))),), total, removed, largest, True)
 

@@ -20,15 +20,13 @@ from yaml import YAMLError
 
 from ..record import STAGES, Results, find, metric_keys, read, scores
 from ..runtime import COMMAND, RESULTS, Standing, UserError, first_line, state
-from ..settings.compose import SWEEP_NAME, key_of
+from ..settings.compose import HOW, SWEEP_NAME, key_of
 from ..settings.schema import GGUF_TYPES
 from . import ABSENT, flat, numbers
 
 log = logging.getLogger(__name__)
 DAMAGED = (UserError, YAMLError, OmegaConfBaseException)  # of a file that was cut off
-# Keys that say where and how a run was done, not what.
-PLACES = ("seed", "name", "paths", "hydra", "logger", "callbacks", "sweep", "threads", "reuse", "keep")
-PLACES += ("optimized_metric", "dry_run")
+PLACES = (*HOW, "seed", "name", "dry_run")  # keys in which runs of one arm may differ
 BUDGET = ("prune.ratio", "prune.share", "prune.drop_layers")  # how much is removed
 AXES = (*BUDGET, "data_frac")  # what curves run along
 NAMES = ("model.name", "prune.name", "recover.name")
@@ -226,8 +224,9 @@ def unfinished(folder: Path) -> list[Standing]:
         entry = known.get(run) or _unnoted(run)
         if entry.state == state.FAILED or not (run / RESULTS).exists():
             typed = entry.overrides
-            with suppress(*DAMAGED):
-                typed = _read(run, ".hydra/overrides.yaml") if run in begun else typed
+            if run in begun:
+                with suppress(*DAMAGED):
+                    typed = _read(run, ".hydra/overrides.yaml")
             found.append(entry._replace(overrides=tuple(typed)))
     return found
 

@@ -220,10 +220,11 @@ class Search:
         Args:
             changed: Whether the model has changed since: then the archive, and what goes on with it, is scored again.
         """
-        state, again = self.state, self._again()
+        state = self.state
         state.round += 1
         state.generation = 0
         if changed:
+            again = self._again()
             state.theta += 1
             self._score(again, 1.0)
             self._select(again)

@@ -25,6 +25,8 @@ from .schema import BLOCKS, PathsConfig, RecoverConfig, RunConfig, WandbConfig
 
 SWEEP_NAME = "EFFICIENTLLAVA_SWEEP"  # variable that tells a job the name of its sweep
 LENGTH = ("steps", "epochs")  # of a recovery: one of them is set
+# Keys that say where and how a run is done, not what.
+HOW = ("paths", "hydra", "sweep", "logger", "callbacks", "threads", "reuse", "keep", "optimized_metric")
 
 
 class Family(NamedTuple):
@@ -157,7 +159,7 @@ def typed(config: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
     told = {key_of(one) for one in overrides}
     if "calibration.prose" not in told:  # an option's share of its own number of samples
         result.calibration.prose = min(result.calibration.prose, result.calibration.samples // 2)
-    result.recover = own_length(result.recover, {key_of(one).removeprefix("recover.") for one in overrides})
+    result.recover = own_length(result.recover, {key.removeprefix("recover.") for key in told})
     return result
 
 

@@ -254,7 +254,7 @@ def settings_key(settings: RunConfig) -> str:
     return digest([plain, source_digest(*STAGES, *benchmarks), library_versions() | _extras(settings)])
 
 
-def _extras(settings: RunConfig) -> dict[str, str | None]:
+def _extras(settings: RunConfig) -> dict[str, str]:
     """Versions of what only some runs use, where it is installed."""
     config = settings.evaluate
     used = {"torchao": config.quantization != "none", "lmms-eval": bool(config.lmms_eval.tasks)}

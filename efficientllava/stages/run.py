@@ -28,16 +28,20 @@ from ..runtime.files import remove
 from ..settings.compose import instantiate
 from ..settings.schema import RunConfig, WandbConfig
 from . import inputs_of
+from .request import made
 
 # What a run's folder gets of a stage, which a run without it does not leave there.
-GIVEN = {"prune": ("pruned", "plan.json"), "search": ("search.json", "search.png"), "recover": ("recovered", CURVE)}
+GIVEN = {
+    "pruned": ("pruned", "plan.json"),
+    "searched": ("search.json", "search.png"),
+    "recovered": ("recovered", CURVE),
+}
 
 
 def clear(settings: RunConfig, folder: Path) -> None:
     """Remove from a run's folder what another configuration has left there and this one does not make."""
-    makes = {"prune": settings.prune.method != "none", "search": settings.prune.method == "auto"}
-    makes["recover"] = settings.recover.name != "none"
-    for name in (name for stage, made in makes.items() if not made for name in GIVEN[stage]):
+    own = [*made(settings), *(["searched"] if settings.prune.method == "auto" else [])]
+    for name in (name for stage, names in GIVEN.items() if stage not in own for name in names):
         remove(folder / name)
 
 
