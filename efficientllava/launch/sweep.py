@@ -102,7 +102,7 @@ def require_own(folder: Path, planned: Sequence[Sequence[str]]) -> None:
 
     Args:
         folder: The sweep's folder.
-        planned: Overrides of every job of the sweep; it may have more than it had before.
+        planned: Overrides of every job of the sweep; it may have more than it had before, and go without failed ones.
 
     Raises:
         UserError: Names one of those jobs.
@@ -112,12 +112,17 @@ def require_own(folder: Path, planned: Sequence[Sequence[str]]) -> None:
         return frozenset(word for word in job if key_of(word).partition(".")[0] not in HOW)
 
     own = {content(job) for job in planned}
-    others = [job for job in state.read(folder, state.SWEEP).get("jobs", []) if content(job) not in own]
+    before = enumerate(state.read(folder, state.SWEEP).get("jobs", []))
+    others = [job for number, job in before if content(job) not in own and _kept(folder / str(number))]
     if others:
         raise UserError(
             f"sweep.name: {folder} has jobs that this sweep does not have, such as {' '.join(others[0])}; give it "
             "another sweep.name, or remove the folder"
         )
+
+
+def _kept(folder: Path) -> bool:
+    return state.standing(folder).state in (state.RUNNING, state.DONE)
 
 
 def _in_sweep(config: DictConfig) -> bool:

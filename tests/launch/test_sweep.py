@@ -49,12 +49,15 @@ def test_a_sweep_is_named_by_what_was_typed(monkeypatch):
     assert names[3] != names[4]
 
 
-def test_a_folder_belongs_to_one_sweep_which_may_grow(tmp_path):
+def test_a_folder_belongs_to_one_sweep_which_may_grow_and_drop_what_failed(tmp_path):
     def jobs(*ratios, more=()):
         return [[f"prune.ratio={ratio}", "seed=0", *more] for ratio in ratios]
 
     require_own(tmp_path, jobs(0.1))
-    state.write(tmp_path, state.SWEEP, jobs=jobs(0.1, 0.2))
+    state.write(tmp_path, state.SWEEP, jobs=jobs(0.1, 0.2, 1.5))
+    for number, how in enumerate((state.DONE, state.DONE, state.FAILED)):
+        state.write(tmp_path / str(number), state=how)
+    require_own(tmp_path, jobs(0.1, 0.2))
     require_own(tmp_path, jobs(0.1, 0.15, 0.2, more=("threads=2", "paths.cache_dir=/x")))
     for other in (jobs(0.1), jobs(0.1, 0.3), jobs(0.1, 0.2, more=("data_frac=0.5",))):
         with pytest.raises(UserError, match=r"jobs that this sweep does not have, such as prune\.ratio=0\.[12] seed"):
