@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.anatomy import Layer, layers_of
+from ..runtime.content import digest
 from ..runtime.errors import UserError
 from .stream import CalibrationStream, Reduce, captured, no_reduce
 
@@ -225,8 +226,8 @@ class Sensitivity(NamedTuple):
 
     Args:
         positions: By layer, component and batch: ``|g_t|^2`` of the counted positions.
-        outputs: By layer and component: mean ``g^2`` of each output over all counted positions, each of which counts
-            as one, ``(out_features,)``.
+        outputs: By layer and component: mean ``g^2`` of each output over all counted positions, written text by its
+            share, ``(out_features,)``.
     """
 
     positions: list[tuple[list[Tensor], list[Tensor]]]
@@ -239,8 +240,8 @@ class Sensitivity(NamedTuple):
 
 @torch.no_grad()
 def sensitivity(stream: CalibrationStream, seed: int) -> Sensitivity:
-    """Run every batch forwards and backwards once; the answers are drawn with a seed."""
-    layers, generator = layers_of(stream.model), torch.Generator().manual_seed(seed)
+    """Run every batch forwards and backwards once; the answers are drawn with a seed, for each batch by its records."""
+    layers, generator = layers_of(stream.model), torch.Generator()
     positions: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in layers]
     sums = [[torch.zeros(c.writer.out_features, dtype=torch.float64) for c in layer.components] for layer in layers]
 
@@ -251,7 +252,8 @@ def sensitivity(stream: CalibrationStream, seed: int) -> Sensitivity:
         return nn.functional.cross_entropy(logits, sampled, reduction="sum")
 
     for batch, start in enumerate(stream.start()):
-        hidden = [start]
+        generator.manual_seed(int(digest([seed, *stream.batches[batch]["ids"]]), 16))
+        hidden, shares = [start], stream.shares(batch).double()
         for index, layer in enumerate(layers):
             with stream.on_device(layer.module):
                 hidden.append(stream.store(stream.call(layer.module, index, batch, stream.load(hidden[-1]))))
@@ -262,8 +264,8 @@ def sensitivity(stream: CalibrationStream, seed: int) -> Sensitivity:
             for by_output, squared, total in zip(found, positions[index], sums[index], strict=True):
                 squares = by_output[stream.counted[batch]].double().square()
                 squared.append(squares.sum(1).float())
-                total.add_(squares.sum(0).cpu())
+                total.add_((shares @ squares).cpu())
         stream.tick("score layers", batch + 1, len(stream.batches))
-    count = sum(float(counted.sum()) for counted in stream.counted)
+    count = sum(float(stream.shares(batch).sum()) for batch in range(len(stream.batches)))
     everywhere = max(float(stream.reduce(torch.tensor([count], dtype=torch.float64))), 1.0)
     return Sensitivity(positions, [tuple(stream.reduce(each) / everywhere for each in pair) for pair in sums])

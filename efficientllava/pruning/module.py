@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ..data.splits import split_folds
 from ..models.forward import Batch, FeatureCache
 from ..models.offload import Offload
 from ..runtime.console import Tick
-from ..runtime.processes import sum_over
+from ..runtime.processes import gather, rank, sum_over, world_size
 from ..settings.schema import PruneConfig
 from .memory import CalibrationSize, micro_batch, store_on_host
 from .plan import PruningPlan
@@ -29,7 +29,7 @@ from .surgery import reinitialise
 def chunked(records: Sequence[Any], size: int) -> tuple[list[list[Any]], list[int]]:
     """Calibration records by batch, and the fold of each batch, see `efficientllava.data.splits.split_folds`."""
     parts = [[part[i : i + size] for i in range(0, len(part), size)] for part in split_folds(records)]
-    return list(chain(*parts)), [fold for fold, part in enumerate(parts) for _ in part]
+    return list(itertools.chain(*parts)), [fold for fold, part in enumerate(parts) for _ in part]
 
 
 def with_roles(
@@ -51,7 +51,10 @@ def with_roles(
     held, compared = ([i for i, fold in enumerate(folds) if fold == kind] for kind in (1, 2))
     own = range(len(batches), len(batches) + len(text))
     # Choices of the refit are made on both kinds of text, but only where there are records to make them on.
-    last = own[len(own) - len(own) // 4 :] if compares else ()
+    # Processes take turns at writing: the last quarter of all is the same for any number of them.
+    total = sum(gather(len(text)))
+    numbered = zip(own, itertools.count(rank(), world_size()), strict=False)
+    last = [place for place, number in numbered if number >= total - total // 4] if compares else []
     roles: dict[str, Any] = {
         "compared": compared,
         "held": [*held, *last],

@@ -8,10 +8,12 @@ least.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
 from ..runtime.errors import UserError
+from ..runtime.processes import gather, rank
 from ..settings.schema import PruneConfig
 from .plan import LayerPlan, Ranking, ranked_plan
 from .refit import SequentialPruner
@@ -85,9 +87,13 @@ def two_stage_plan(
 
 
 def _first(stream: CalibrationStream, tokens: str) -> CalibrationStream:
-    batches, seen = 0, 0
-    while batches < len(stream.batches) and seen < SAMPLE:
-        seen += int(stream.counted[batches].sum())
-        batches += 1
-    some = replace(stream.calibration, batches=stream.batches[:batches], compared=(), held=(), validated=())
+    """The sample: the first batches of all processes, which take turns, whatever their number."""
+    known, sizes = stream.calibration, [int(counted.sum()) for counted in stream.counted]
+    own = [(place in known.written, place, size) for place, size in enumerate(sizes)]
+    order = sorted(
+        (made, place, process, size) for process, theirs in enumerate(gather(own)) for made, place, size in theirs
+    )
+    before = itertools.accumulate((size for *_, size in order), initial=0)
+    count = sum(process == rank() and seen < SAMPLE for (*_, process, _), seen in zip(order, before, strict=False))
+    some = replace(known, batches=stream.batches[:count], compared=(), held=(), validated=())
     return CalibrationStream(stream.model, some, tokens)

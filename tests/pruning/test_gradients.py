@@ -9,6 +9,7 @@ from efficientllava.models.anatomy import layers_of
 from efficientllava.models.forward import answer_loss, forward_hidden, supervised_positions
 from efficientllava.pruning.gradients import sensitivity, taylor_scores
 from efficientllava.pruning.stream import no_reduce
+from efficientllava.runtime.content import digest
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import TAYLOR
 
@@ -163,7 +164,8 @@ def test_gradients_are_those_of_sampled_answers_by_what_writers_write(family):
     mask, _ = supervised_positions(batches[0]["labels"])
     logits = model.lm_head(hidden[mask]).float()
     cdf = logits.detach().softmax(-1).cumsum(-1)
-    draws = torch.rand(len(cdf), 1, generator=torch.Generator().manual_seed(3)) * cdf[:, -1:]
+    seed = int(digest([3, *batches[0]["ids"]]), 16)
+    draws = torch.rand(len(cdf), 1, generator=torch.Generator().manual_seed(seed)) * cdf[:, -1:]
     sampled = torch.searchsorted(cdf, draws).squeeze(1)
     gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, sampled, reduction="sum"), written)
     counted = stream.counted[0]
@@ -175,6 +177,13 @@ def test_gradients_are_those_of_sampled_answers_by_what_writers_write(family):
             felt.positions[layer][component][0].double(), squares.sum(1), rtol=1e-3, atol=1e-6 * scale
         )
         assert felt.outputs[layer][component].tolist() == pytest.approx(squares.mean(0).tolist(), rel=1e-3, abs=1e-9)
+
+
+def test_written_text_has_its_share_of_what_is_felt_and_draws_belong_to_records():
+    model, batches = make_model(), make_batches(2)
+    read, made = (sensitivity(stream_of(model, [batch]), 0).outputs[1][0] for batch in batches)
+    both = sensitivity(stream_of(model, batches, written=(1,), written_share=0.2), 0).outputs[1][0]
+    assert both.tolist() == pytest.approx((0.8 * read + 0.2 * made).tolist(), rel=1e-4)
 
 
 def test_the_same_seed_feels_the_same():

@@ -12,15 +12,19 @@ import torch.multiprocessing as mp
 
 from efficientllava.data.splits import split_folds
 from efficientllava.models.offload import Offload
-from efficientllava.pruning.module import PruningModule
+from efficientllava.pruning import two_stage
+from efficientllava.pruning.module import PruningModule, with_roles
 from efficientllava.pruning.pruner import apply_plan, make_plan
-from efficientllava.pruning.stream import Calibration
+from efficientllava.pruning.stream import Calibration, CalibrationStream
 from efficientllava.runtime.processes import sum_over
 from efficientllava.settings.schema import PruneConfig
 from experiments.speed.rows import quiet_trainer
 
 from ..conftest import make_batch, make_batches, make_model
 
+SAMPLE = 40  # positions: two batches of the three
+SELECTIONS = ("global", "two_stage")
+WRITTEN = [make_batch(seed=seed, images=False) for seed in range(10, 23)]  # three of them are held back
 CONFIG = PruneConfig(method="widthwise", ratio=0.3, refit=True, selection="shape", importance="param_first")
 
 
@@ -93,26 +97,37 @@ def test_batches_are_the_same_for_any_number_of_processes(world, importance, siz
     ]
 
 
+def plans(mine: list[Any], written: list[Any]) -> tuple[Any, ...]:
+    """Every kind of plan that looks at the batches as a whole, and what the first one makes of a model."""
+    roles = with_roles(mine, [0] * len(mine), written, True, reduce=sum_over)
+    model, plain = make_model("llama_gqa"), Calibration(mine, reduce=sum_over)
+    plan, _ = make_plan(model, plain, CONFIG)
+    others = [make_plan(model, roles, replace(CONFIG, importance="obs", selection=s))[0].layers for s in SELECTIONS]
+    smaller, report = apply_plan(model, plan, plain, CONFIG)
+    sample = two_stage._first(CalibrationStream(model, roles), "all").batches
+    held = [roles.batches[place] for place in roles.validated]
+    looked_at = [[name for batch in part for name in batch["ids"]] for part in (held, sample)]
+    return [plan.layers, *others], smaller.state_dict(), report.loss_pruned, looked_at
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    two_stage.SAMPLE = SAMPLE
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = make_model("llama_gqa")
-    mine = Calibration(make_batches(3)[rank::2], reduce=sum_over)
-    plan, _ = make_plan(model, mine, CONFIG)
-    smaller, report = apply_plan(model, plan, mine, CONFIG)
-    torch.save((plan.layers, smaller.state_dict(), report.loss_pruned), f"{folder}/{rank}.pt")
+    torch.save(plans(make_batches(3)[rank::2], WRITTEN[rank::2]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_gloo_processes_make_the_plan_and_the_weights_of_one(tmp_path: Path):
+def test_two_gloo_processes_make_the_plan_and_the_weights_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(two_stage, "SAMPLE", SAMPLE)
     mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="spawn")
-    model, alone = make_model("llama_gqa"), Calibration(make_batches(3))
-    plan, _ = make_plan(model, alone, CONFIG)
-    smaller, report = apply_plan(model, plan, alone, CONFIG)
+    layers, weights, loss, looked_at = plans(make_batches(3), WRITTEN)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
-    assert first[0] == second[0] == plan.layers
-    assert first[2] == second[2] == pytest.approx(report.loss_pruned, rel=1e-6)
-    for name, value in smaller.state_dict().items():
+    assert first[0] == second[0] == layers
+    assert first[2] == second[2] == pytest.approx(loss, rel=1e-6)
+    for one, two, alone in zip(first[3], second[3], looked_at, strict=True):
+        assert alone and sorted([*one, *two]) == sorted(alone)
+    for name, value in weights.items():
         assert torch.equal(first[1][name], second[1][name])
         assert torch.allclose(first[1][name], value, atol=1e-6)
