@@ -18,6 +18,9 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
+
 from .checkpoint.export import round_weights, save, weights_digest
 from .checkpoint.folder import Checkpoint, load
 from .data.collator import Collator
@@ -35,7 +38,7 @@ from .recovery.recover import RecoveryStats
 from .recovery.recover import recover as run_recovery
 from .recovery.student import require_trainable
 from .recovery.teacher import open_teacher, teacher_digest
-from .runtime import Store, UserError, digest, growing, quiet_libraries, remove
+from .runtime import Store, UserError, digest, growing, of_another_type, quiet_libraries, remove
 from .runtime.processes import environment
 from .settings.checks import require_valid
 from .settings.compose import own_length
@@ -52,6 +55,8 @@ from .settings.schema import (
 from .stages import inputs_of
 
 __all__ = ["load", "plan", "prune", "recover", "save", "to_gguf"]
+
+quiet_libraries()  # from the first use of the interface on
 
 DIGITS = DataConfig(name="digits_vqa")
 WIDTHWISE = PruneConfig(name="widthwise", method="widthwise", ratio=0.5, refit=True)
@@ -71,7 +76,11 @@ def _with(config: Any, options: dict[str, Any], key: str) -> Any:
         elif is_dataclass(group) and not isinstance(value, type(group)):
             raise UserError(f"{key}: {name} must be a {type(group).__name__}, or a dict of its fields")
         given[name] = value
-    return replace(config, **given)
+    try:
+        return OmegaConf.to_object(OmegaConf.structured(replace(config, **given)))
+    except ValidationError as error:
+        told = f"{key}: {error.full_key}={given[str(error.full_key)]!r}"
+        raise UserError(of_another_type(error, told)) from error
 
 
 def _pruning(options: dict[str, Any], key: str, calibration: CalibrationConfig, seed: int) -> PruneConfig:
@@ -197,9 +206,10 @@ def recover(
     """
     from lightning.pytorch import Trainer
 
+    if not isinstance(data, DataConfig):
+        raise UserError(f"recover: data={data!r}: give a DataConfig(name='conversations', path=<json>)")
     config = own_length(_with(KD_HIDDEN, options, "recover"), options)
     require_valid(RunConfig(seed=seed, data_frac=data_frac, data=data), "")
-    quiet_libraries()
     recovery = RecoveryData(data, checkpoint.processor, data_frac, seed)
     require_trainable(recovery.records, config.train)
     settings = RunConfig(seed=seed, data_frac=data_frac, data=data, recover=config)

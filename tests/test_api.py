@@ -31,7 +31,7 @@ def checkpoint(tmp_path_factory):
     [
         ({"ratio": 1.5}, r"prune\.ratio=1\.5: must be in \[0, 1\)"),
         ({"ratio": float("nan")}, r"prune\.ratio=nan: must be in"),
-        ({"ratio": "half"}, r"prune\.ratio=half: must be in"),
+        ({"ratio": "half"}, r"plan: ratio='half': must be a number in"),
         ({"ratio": None}, r"prune\.ratio=null: set it"),
         ({"importance": "best"}, r"prune\.importance=best: must be one of obs"),
         ({"selection": "greedy"}, r"prune\.selection=greedy: must be one of shape"),
@@ -98,6 +98,9 @@ def test_groups_of_options_are_dicts_or_their_class(checkpoint):
         ({"seed": -1}, "seed=-1: must be in"),
         ({"data_frac": 0}, "data_frac=0: must be in"),
         ({"lr": -1}, "recover.lr=-1"),
+        ({"lr": "fast"}, "recover: lr='fast': must be a number in"),
+        ({"lora": {"r": 1.5}}, "recover.lora: r=1.5: must be a whole number in"),
+        ({"data": "a.json"}, "recover: data='a.json': give a DataConfig"),
     ],
 )
 def test_a_recovery_is_not_made_of_values_that_mean_nothing(checkpoint, options, told):
@@ -108,7 +111,7 @@ def test_a_recovery_is_not_made_of_values_that_mean_nothing(checkpoint, options,
 def test_epochs_take_the_place_of_the_default_steps(checkpoint):
     data = DataConfig("digits_vqa", images=8, batch_size=2)
     assert ev.recover(checkpoint, data, epochs=0.5, train="projector", weights=WeightsConfig(sft=1)).steps == 2
-    with pytest.raises(UserError, match=r"recover\.steps=1, recover\.epochs=1: exactly one"):
+    with pytest.raises(UserError, match=r"recover\.steps=1, recover\.epochs=1\.0: exactly one"):
         ev.recover(checkpoint, data, epochs=1, steps=1)
 
 

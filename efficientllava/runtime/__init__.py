@@ -15,6 +15,7 @@ from .console import (
     hand_over,
     job_failed,
     lines_of,
+    of_another_type,
     progress,
     quiet_libraries,
     say,

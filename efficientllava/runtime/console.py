@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import select
 import shlex
 import signal
@@ -22,7 +23,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 from hydra.errors import OverrideParseException
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, ValidationError
 from rich.console import Console, RenderableType
 
 from .errors import UserError, disk_full, memory_full
@@ -234,6 +235,9 @@ def lines_of(error: BaseException) -> Iterator[str]:
         yield from str(error).splitlines()
     elif typed := next((each.override for each in _causes(error) if isinstance(each, OverrideParseException)), None):
         yield _unreadable(typed)
+    elif isinstance(found := error.__cause__, ValidationError) and is_dataclass(found.object_type):
+        typed = re.search(r"override (\S+)", str(error))
+        yield of_another_type(found, typed[1] if typed else str(found.full_key))
     elif of_hydra(error):
         cause = f"\n{error.__cause__}" if error.__cause__ and of_hydra(error.__cause__) else ""
         yield f"{_one_line(f'{error}{cause}')}{_meant(error.__cause__)}; --help and --cfg job show what there is"
@@ -255,6 +259,23 @@ def _unreadable(typed: str) -> str:
         return f"{typed}: is no key=value; --help shows the keys"
     quoted = shlex.quote(f'{key}="{value.strip(QUOTES).replace(chr(34), chr(92) + chr(34))}"')
     return f"{typed}: cannot be read: signs such as = [ ( {{ ~ and letters beyond ASCII need quotes; type {quoted}"
+
+
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
+
+def of_another_type(error: ValidationError, typed: str) -> str:
+    """What a value must be that is of another type than its key's.
+
+    Args:
+        error: What OmegaConf says of it.
+        typed: Key and value as the user gave them.
+    """
+    [setting] = (each for each in fields(error.object_type) if each.name == error.key)  # pyright: ignore
+    named, within = str(setting.type).removesuffix(" | None"), setting.metadata["about"].within
+    kind = TYPES.get(named, "") if within is None or within.text.startswith("in ") else ""
+    allowed = " ".join([kind, within.text if within else ""]).strip() or "set by keys below it"
+    return f"{typed}: must be {allowed}"
 
 
 def former_names(node: type) -> dict[str, str]:
