@@ -160,7 +160,7 @@ def test_a_faulty_record_is_found_before_the_first_stage(model, data, tmp_path, 
         ("", ["records.json", "is not JSON"]),
         ("[]", ["records.json", "holds no record"]),
         ('{"a": 1}', ["records.json", "holds a dict", "give a JSON list"]),
-        ("[1, 2]", ["records.json", "2 of 2 records are corrupt", "int instead of an object"]),
+        ("[1, 2]", ["records.json", "2 of 2 records cannot be used", "int instead of an object"]),
     ],
 )
 def test_a_file_that_is_no_list_of_records(model, data, tmp_path, content, told):
@@ -184,9 +184,9 @@ def test_corrupt_records_are_counted_and_tolerated_up_to_the_limit(model, data, 
     config = DataConfig("conversations", str(file), str(tmp_path / "images"), max_bad_fraction=2 / RECORDS)
     total = sum(len(load_split(config, split)) for split in ("train", "calibration", "minival"))
     assert total == RECORDS - 2
-    assert f"2 of {RECORDS} records are corrupt" in caplog.text
+    assert f"2 of {RECORDS} records cannot be used" in caplog.text
     error = refused(model, tmp_path, f"data.max_bad_fraction={1.5 / RECORDS}")
-    assert f"2 of {RECORDS} records are corrupt" in str(error)
+    assert f"2 of {RECORDS} records cannot be used" in str(error)
 
 
 def test_a_file_of_calibration_records_that_is_too_short(model, data, tmp_path):

@@ -249,7 +249,7 @@ def usable(records: Sequence[Record], collate: Any, data: DataConfig) -> Sequenc
     Args:
         records: The records to check; no other record's image is touched.
         collate: The collator that will serve them.
-        data: Path for messages, and the share of corrupt records that is tolerated.
+        data: Path for messages, and the share of records that cannot be used and are tolerated.
 
     Raises:
         UserError: If too many cannot.

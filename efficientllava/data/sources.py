@@ -34,26 +34,26 @@ class BadRecordError(ValueError):
 
 
 def report_bad(where: str, bad: Sequence[str], total: int, max_bad_fraction: float, hint: str = "") -> None:
-    """Warn about corrupt records, or fail if there are too many.
+    """Warn about records that cannot be used, or fail if there are too many.
 
     Args:
         where: The file, for the message.
-        bad: One reason per corrupt record.
-        total: Number of records, corrupt ones included.
-        max_bad_fraction: Share of corrupt records that is tolerated, in [0, 1).
+        bad: One reason for each.
+        total: Number of records, these included.
+        max_bad_fraction: Share of them that is tolerated, in [0, 1).
         hint: What else a user should know.
 
     Raises:
-        UserError: If more are corrupt than tolerated, or nothing is left.
+        UserError: If there are more than tolerated, or nothing is left.
     """
     if not total:
         raise UserError(f"{where}: holds no record; give a non-empty list of conversations")
     if not bad:
         return
-    found = f"{where}: {len(bad)} of {total} records are corrupt, the first: {bad[0]}"
+    found = f"{where}: {len(bad)} of {total} records cannot be used, the first: {bad[0]}"
     if len(bad) > max_bad_fraction * total or len(bad) == total:
         allowed = f"data.max_bad_fraction allows {max_bad_fraction:g}"
-        raise UserError(f"{found}; {allowed}; repair the data or raise it{hint}")
+        raise UserError(f"{found}; {allowed}; repair the data, do as is said, or raise it{hint}")
     log.warning("%s; they are left out", found)
 
 

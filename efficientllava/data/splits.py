@@ -18,7 +18,7 @@ from ..runtime import UserError, stamp
 from ..settings.schema import CalibrationConfig, DataConfig, RunConfig
 from .embedded.digits import Digits
 from .embedded.prose import calibrating
-from .records import Record, Subset, column, expected_folders, fault_of, image_names
+from .records import Record, Subset, column, expected_folders, fault_of, image_names, missing_images
 from .sources import parts_of, report_bad
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def calibration_records(
         collate: As of `usable_first`.
 
     Raises:
-        UserError: If there are fewer, or too many are corrupt.
+        UserError: If there are fewer, or too many cannot be used.
     """
     records = load_split(data, "calibration", seed) if calibration.path is None else _own(calibration, data, seed)
     if data.embedded and calibration.path is None and calibration.prose:
@@ -228,7 +228,7 @@ def usable_first(
         records: Where to take them from.
         count: How many.
         collate: The collator that will serve them; None takes all as they are.
-        calibration, data: Paths for messages, and the share of corrupt records that is tolerated among those tried,
+        calibration, data: Paths for messages, and the share of others that is tolerated among those tried,
             rounded up.
 
     Returns:
@@ -246,11 +246,13 @@ def usable_first(
         if problem := collate and fault_of(collate, record):
             bad.append(problem)
             if len(bad) > math.ceil(data.max_bad_fraction * count):
-                report_bad(where, bad, len(good) + len(bad), data.max_bad_fraction, expected_folders(records))
+                tried = Subset(records, range(len(good) + len(bad)))
+                hint = expected_folders(records) if missing_images(tried) else ""
+                report_bad(where, bad, len(tried), data.max_bad_fraction, hint)
         else:
             good.append(record)
     if bad:
-        log.warning("%s: %d calibration records are corrupt and left out, the first: %s", where, len(bad), bad[0])
+        log.warning("%s: %d calibration records cannot be used and are left out, the first: %s", where, len(bad), bad[0])
     return good
 
 

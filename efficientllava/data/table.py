@@ -56,7 +56,7 @@ class Conversations(Sequence[Record]):
     """The usable records of a data set; see `read_conversations`.
 
     Args:
-        rows: Rows of `COLUMNS`, corrupt ones included.
+        rows: Rows of `COLUMNS`, those that cannot be used included.
         image_root: Folder that image paths start from.
         key: Digest of all that the rows depend on.
         option: Configuration key of that folder, for messages.
@@ -114,14 +114,14 @@ def read_conversations(
     Args:
         path: The data.
         image_root: Folder of the images; default: the file's own folder.
-        max_bad_fraction: Share of corrupt records that is dropped with a warning, in [0, 1).
+        max_bad_fraction: Share of unusable records that is dropped with a warning, in [0, 1).
         key: The configuration key of ``path``, for messages.
 
     Returns:
         The records that can be used, in the order of the data.
 
     Raises:
-        UserError: The data or the image folder is missing or of another kind, or too many records are corrupt.
+        UserError: The data or the image folder is missing or of another kind, or too many records cannot be used.
     """
     parts = parts_of(str(path), None if image_root is None else str(image_root), key)
     option = key.replace("path", "image_root")

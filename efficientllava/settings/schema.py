@@ -167,7 +167,7 @@ class DataConfig:
     group_by_modality_length: bool = setting(
         False, "batches of one modality and of similar length, as in LLaVA", None, OF_FILES, RECOVERS
     )
-    max_bad_fraction: float = setting(0.0, "share of corrupt records that is tolerated", SHARE, OF_FILES)
+    max_bad_fraction: float = setting(0.0, "share of records that cannot be used and are left out", SHARE, OF_FILES)
     batch_size: int = setting(16, "records per process and step", COUNT, TRAINS)
     global_batch_size: int | None = setting(
         None, "records per optimiser step over all processes; null: data.batch_size x processes", COUNT, TRAINS

@@ -86,7 +86,7 @@ def test_overlong_prompts_fail_before_training(processor, tmp_path: Path) -> Non
     path.write_text(json.dumps(records))
     config = DataConfig(name="conversations", path=str(path), batch_size=2)
     every = [record for split in ("train", "calibration", "minival") for record in load_split(config, split)]
-    with pytest.raises(UserError, match=r"1 of 20 records are corrupt.*'long'.*data.max_bad_fraction allows 0"):
+    with pytest.raises(UserError, match=r"1 of 20 records cannot be used.*'long'.*data.max_bad_fraction allows 0"):
         usable(every, Collator(processor), config)
     config.max_bad_fraction = 0.1
     assert {record.id for record in usable(every, Collator(processor), config)} == {f"good{i}" for i in range(19)}

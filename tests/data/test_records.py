@@ -127,10 +127,10 @@ BAD = {
 @pytest.mark.parametrize("says", BAD)
 def test_corrupt_records_fail_or_are_counted(folder: Path, says: str, caplog: pytest.LogCaptureFixture) -> None:
     path = write(folder, [*GOOD, BAD[says]])
-    with pytest.raises(UserError, match=f"1 of 3 records are corrupt.*{says}.*data.max_bad_fraction"):
+    with pytest.raises(UserError, match=f"1 of 3 records cannot be used.*{says}.*data.max_bad_fraction"):
         read_conversations(path)
     assert [record.id for record in read_conversations(path, max_bad_fraction=0.4)] == ["x", "y"]
-    assert "1 of 3 records are corrupt" in caplog.text
+    assert "1 of 3 records cannot be used" in caplog.text
 
 
 def test_a_broken_line_is_one_corrupt_record(folder: Path) -> None:

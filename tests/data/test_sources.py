@@ -445,19 +445,19 @@ def test_a_record_that_nothing_can_be_made_of_is_named_and_counted(
     file = tmp_path / f"mix.{suffix}"
     file.write_text("[" + ",\n".join(lines) + "]" if suffix == "json" else "\n".join(lines))
     with pytest.raises(
-        UserError, match=rf"1 of 7 records are corrupt, the first: (record 2|line 3|record '.*'): .*{told}"
+        UserError, match=rf"1 of 7 records cannot be used, the first: (record 2|line 3|record '.*'): .*{told}"
     ):
         read_conversations(file)
     records = read_conversations(file, max_bad_fraction=0.2)
     assert [record.id for record in records] == [f"r{i}" for i in range(6)]
-    assert "1 of 7 records are corrupt" in caplog.text
+    assert "1 of 7 records cannot be used" in caplog.text
 
 
 def test_bytes_that_are_no_utf8_cost_their_record(tmp_path: Path) -> None:
     file = tmp_path / "mix.json"
     file.write_bytes(records_text().encode().replace(b"3? ", b"3?\xe9"))
     with pytest.raises(
-        UserError, match=r"1 of 6 records are corrupt, the first: record 'r3': .* bytes that are no UTF-8"
+        UserError, match=r"1 of 6 records cannot be used, the first: record 'r3': .* bytes that are no UTF-8"
     ):
         read_conversations(file)
     assert len(read_conversations(file, max_bad_fraction=0.2)) == 5
@@ -489,7 +489,7 @@ def test_a_key_that_stands_twice_is_told_by_record(tmp_path: Path, suffix: str, 
     file.write_text(f"[{good}, {bad}]" if suffix == "json" else f"{good}\n{bad}\n")
     records = read_conversations(file, max_bad_fraction=0.5)
     assert len(records) == 1 and f"the key {key!r} stands twice in one object" in records.problems[0]
-    with pytest.raises(UserError, match=r"1 of 2 records are corrupt, the first: (record|line) \d: the key"):
+    with pytest.raises(UserError, match=r"1 of 2 records cannot be used, the first: (record|line) \d: the key"):
         read_conversations(file)
 
 
