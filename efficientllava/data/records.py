@@ -6,6 +6,7 @@ Before a run begins they are looked at: which of them are at fault, what their i
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +167,7 @@ def image_key(image: AnyImage) -> str:
 
 
 def content_key(content: bytes) -> str:
-    """Name of an image whose content is at hand, see `image_key`."""
+    """Name of what has a content, such as an image, see `image_key`."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -176,6 +177,17 @@ def image_names(records: Sequence[Record]) -> list[list[str]]:
     if (known := getattr(table, "image_names", None)) is not None:
         return known(np.arange(len(table)) if chosen is None else chosen)
     return [[image_key(image) for image in record.images] for record in records]
+
+
+def said(records: Sequence[Record], indices: Sequence[int] | np.ndarray) -> list[str]:
+    """Digests of what some records ask and answer, the same under any id."""
+    table, chosen = (records.records, records.indices) if isinstance(records, Subset) else (records, None)
+    places = np.asarray(indices, int) if chosen is None else chosen[indices]
+    if (known := getattr(table, "turns", None)) is not None:
+        turns = known(places)
+    else:
+        turns = ([(turn.question, turn.answer) for turn in table[place].turns] for place in places.tolist())
+    return [content_key(json.dumps(each).encode()) for each in turns]
 
 
 def _opened(image: AnyImage, name: str) -> Image.Image:

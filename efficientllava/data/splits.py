@@ -18,7 +18,7 @@ from ..runtime import UserError, stamp
 from ..settings.schema import CalibrationConfig, DataConfig, RunConfig
 from .embedded.digits import Digits
 from .embedded.prose import calibrating
-from .records import Record, Subset, column, expected_folders, fault_of, image_names, missing_images
+from .records import Record, Subset, column, expected_folders, fault_of, image_names, missing_images, said
 from .sources import parts_of, report_bad
 
 if TYPE_CHECKING:
@@ -121,7 +121,9 @@ def _division(records: Conversations) -> dict[str, np.ndarray]:
     # What is larger than what is set aside is a corpus, and no document.
     corpora = [code for name, code in codes.items() if name.startswith("text ")]
     apart = np.isin(groups, corpora) & (np.bincount(groups)[groups] > held)
-    groups[apart] = groups.max() + 1 + np.arange(apart.sum())
+    _, same = np.unique(said(records, np.flatnonzero(apart)), return_inverse=True)
+    often = np.bincount(same)[same] > held  # of a text that fills a split, nothing else could be set aside
+    groups[apart] = groups.max() + 1 + np.where(often, len(same) + np.arange(len(same)), same)
     _, groups = np.unique(groups, return_inverse=True)
     sizes = np.bincount(groups)
     smallest = sizes.min()
@@ -145,17 +147,20 @@ def groups_of(records: Sequence[Record]) -> list[str]:
     """What each record must share its role with: its images, with all that others show beside them, or its document.
 
     The document is what stands before the last "/" of an id, without the source's name and the number of a repeated id.
+    Documents that share a whole conversation are one.
     """
-    images = _together(image_names(records))
+    names = [[f"image {image}" for image in images] for images in image_names(records)]
+    plain = [index for index, images in enumerate(names) if not images]
     ids, sources = column(records, "id").tolist(), column(records, "source").tolist()
-    documents = [_document(*pair) for pair in zip(ids, sources, strict=True)]
-    alone = len({d for d, image in zip(documents, images, strict=True) if image is None}) < LEAST_DOCUMENTS
-    texts = ids if alone else documents
-    return [f"text {text}" if image is None else f"image {image}" for text, image in zip(texts, images, strict=True)]
+    documents = [_document(ids[index], sources[index]) for index in plain]
+    texts = documents if len({*documents}) >= LEAST_DOCUMENTS else [ids[index] for index in plain]
+    for index, text, content in zip(plain, texts, said(records, plain), strict=True):
+        names[index] = [f"text {text}", f"said {content}"]
+    return _together(names)
 
 
-def _together(names: Sequence[Sequence[str]]) -> list[str | None]:
-    """One name for all images that records link with each other; None where a record has none."""
+def _together(names: Sequence[Sequence[str]]) -> list[str]:
+    """One name for all that records link with each other, the first of one of them."""
     leader: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -167,7 +172,7 @@ def _together(names: Sequence[Sequence[str]]) -> list[str | None]:
     for first, *others in (each for each in names if len(each) > 1):
         for other in others:
             leader[find(other)] = find(first)
-    return [find(each[0]) if each else None for each in names]
+    return [find(first) for first, *_ in names]
 
 
 def _document(name: str, source: str) -> str:
@@ -252,7 +257,9 @@ def usable_first(
         else:
             good.append(record)
     if bad:
-        log.warning("%s: %d calibration records cannot be used and are left out, the first: %s", where, len(bad), bad[0])
+        log.warning(
+            "%s: %d calibration records cannot be used and are left out, the first: %s", where, len(bad), bad[0]
+        )
     return good
 
 

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 ARROW = "rows.arrow"
 # Files below this size are read anew in every run instead of being kept as Arrow.
 SMALL = 16 << 20
+TEXTS = 10_000  # records whose texts are held at once
 BATCH = 100  # rows that are held at once: they may have images in them
 TURN = pa.struct([("question", pa.string()), ("answer", pa.string()), ("images_at", pa.list_(pa.int32()))])
 COLUMNS = pa.schema(
@@ -97,6 +98,13 @@ class Conversations(Sequence[Record]):
         paths, keys = (self._rows.data.column(name).take(places).to_pylist() for name in ("images", "keys"))
         pairs = (zip(path, key, strict=True) for path, key in zip(paths, keys, strict=True))
         return [[key or str(self.image_root / path) for path, key in pair] for pair in pairs]
+
+    def turns(self, indices: np.ndarray) -> Iterator[list[tuple[str, str]]]:
+        """Questions and answers of records, not all in memory at once."""
+        for start in range(0, len(indices), TEXTS):
+            places = self._usable[indices[start : start + TEXTS]]
+            for turns in self._rows.data.column("turns").take(places).to_pylist():
+                yield [(turn["question"], turn["answer"]) for turn in turns]
 
     def _content(self, place: int, number: int) -> bytes:
         return self._rows.data.column("contents")[place][number].as_py()

@@ -202,6 +202,23 @@ def test_a_corpus_of_texts_is_no_document_and_leaves_images_to_training(tmp_path
     assert all(any(not record.images for record in part) for part in parts.values())
 
 
+def test_a_text_under_two_ids_is_in_one_split_and_has_one_role(tmp_path: Path) -> None:
+    once = prose(*(f"book{i // 5}/{i}" for i in range(200)))
+    again = [record | {"id": f"copy{i}/{i}"} for i, record in enumerate(once)]
+    for name, records in {
+        "books": [*once, *again],
+        "corpus": [r | {"id": str(i)} for i, r in enumerate(once + again)],
+    }.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        data = DataConfig(name="conversations", path=str(tmp_path / f"{name}.json"))
+        parts = [load_split(data, split) for split in ("train", "calibration", "minival")]
+        texts = [{record.turns[0].question for record in (part[i] for i in range(len(part)))} for part in parts]
+        assert sum(map(len, texts)) == 200 and all(texts)
+        some = [parts[0][i] for i in range(len(parts[0]))]
+        roles = [{record.turns[0].question for record in part} for part in split_folds(some)]
+        assert all(roles) and sum(map(len, roles)) == len(set().union(*roles))
+
+
 def test_records_of_several_images_share_none_with_another_split(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image><image>q"}, {"from": "gpt", "value": "a"}]
     pairs = [(i % 30, 30 + (7 * i) % 30) for i in range(60)]
