@@ -53,7 +53,7 @@ def report_bad(where: str, bad: Sequence[str], total: int, max_bad_fraction: flo
     found = f"{where}: {len(bad)} of {total} records cannot be used, the first: {bad[0]}"
     if len(bad) > max_bad_fraction * total or len(bad) == total:
         allowed = f"data.max_bad_fraction allows {max_bad_fraction:g}"
-        raise UserError(f"{found}; {allowed}; repair the data, do as is said, or raise it{hint}")
+        raise UserError(f"{found}; {allowed}; repair the data or raise it{hint}")
     log.warning("%s; they are left out", found)
 
 
