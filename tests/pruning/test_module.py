@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from efficientllava.data.records import Record, Turn
 from efficientllava.data.splits import split_folds
 from efficientllava.models.offload import Offload
 from efficientllava.pruning import two_stage
@@ -36,7 +37,7 @@ def collate(records: list[Any]) -> dict[str, Any]:
     return {**tensors, "ids": [record.id for record in records]}
 
 
-RECORDS = [SimpleNamespace(id=str(i), image=None, images=(), source="") for i in range(12)]
+RECORDS = [Record(str(i), None, (Turn(str(i), "a"),), False, "") for i in range(12)]
 
 
 def module(prune: PruneConfig = CONFIG, **options: Any) -> PruningModule:
