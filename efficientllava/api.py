@@ -85,7 +85,7 @@ def _with(config: Any, options: dict[str, Any], key: str) -> Any:
 
 def _pruning(options: dict[str, Any], key: str, calibration: CalibrationConfig, seed: int) -> PruneConfig:
     config = _with(WIDTHWISE, options, key)
-    config = replace(config, round_to=BLOCKS.get(config.round_to, config.round_to))
+    config = replace(config, round_to=BLOCKS.get(str(config.round_to), config.round_to))
     require_valid(RunConfig(seed=seed, prune=config, calibration=calibration), "")
     if config.method not in ("layerwise", "widthwise"):
         raise UserError(f"prune.method={config.method}: must be layerwise or widthwise; a search is a run of its own")

@@ -69,9 +69,10 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     from .estimate import expected, forecast
     from .estimate.memory import require_memory
     from .stages import evaluate, opening, prune, record, recover
-    from .stages.run import Made, clear
+    from .stages.run import Made, clear, require_apart
 
     quiet_libraries()
+    require_apart(settings, folder)
     processes.return_large_blocks()
     plan, device = forecast(settings), opening.device_of(settings)
     require_memory(plan, device)
@@ -81,11 +82,12 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     if settings.deploy.name != "none":
         opening.prepare(run)
     # As it is now: whoever replaces a file while the run is at work has another run.
-    keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)} if processes.rank() == 0 else {}
+    first, keys = processes.rank() == 0, dict[str, Any]()
+    keys |= {"run_key": run_key(settings), "settings_key": settings_key(settings)} if first else {}
     seed_everything(settings.seed, verbose=False)
     say(f"[bold]{settings.name}[/bold]  {run.base.path}  on {device}, seed {settings.seed}")
     with _stages(settings, folder) as tracking:
-        processes.on_first(lambda: clear(settings, folder))
+        processes.on_first(lambda: clear(settings, folder, keys["run_key"]))
         chain = [Made("base", run.base)]
         scored = evaluate.evaluate(run, chain[0])
         tracking.scores("base", scored[0].metrics)

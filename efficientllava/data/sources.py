@@ -20,6 +20,8 @@ from ..runtime import HUB, UserError, first_line, is_remote, local
 log = logging.getLogger(__name__)
 
 MOST = 1_000_000  # repetitions of a record in the training data
+# The training split of a published data set: files of the hub's libraries, or a folder of its own.
+TRAINED = re.compile(r"(.*/)?train(\w*-\d+-of-\d+\.parquet|\.parquet|(_\w+)?/[^/]+)")
 CHUNK = 1 << 24  # characters of a JSON list that are read at once
 FORMATS = (
     "give a JSON list of records, JSONL with the suffix .jsonl, parquet, or a JSON object of "
@@ -108,7 +110,7 @@ def parts_of(path: str, image_root: str | None = None, key: str = "data.path") -
         found = sorted(file.rglob("*.parquet"))
         if not found:
             raise UserError(f"{key}: {str(file)!r} holds no parquet file; {FORMATS}")
-        trained = [one for one in found if one.name.startswith("train")]
+        trained = [one for one in found if TRAINED.fullmatch(one.relative_to(file).as_posix())]
         if 0 < len(trained) < len(found):  # splits of a published data set
             log.warning("%s: %s: %d of %d files are those of the split 'train'", key, file, len(trained), len(found))
         return [Part(one) for one in trained or found]

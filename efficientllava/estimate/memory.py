@@ -322,7 +322,8 @@ def require_memory(plan: Forecast, device: str, tokens: int | None = None, writt
         verb = "holds at least" if tokens is None else "holds up to"
         parts = " + ".join(f"{part} {stage.parts[part] / 1e9:.1f}" for part in stage.certain)
         where = "this machine" if device == "cpu" else "the GPU"
-        _require(stage.least * shares, found, f"{name} {verb}", f" ({parts})", where, stage.fix)
+        together = 1 if name == "deploy" else shares  # one process deploys
+        _require(stage.least * together, found, f"{name} {verb}", f" ({parts})", where, stage.fix)
 
 
 def _require(needed: int, found: int, what: str, parts: str, where: str, fix: str) -> None:

@@ -86,7 +86,7 @@ def _open(name: str, benchmark: Benchmark, cfg: EvaluateConfig) -> tuple[list[Re
         image, *more = [cell for cell in cells if cell] or [None]
         turn = Turn(benchmark.prompt(row, cfg.protocol), _shown(row), sees_image=image is not None)
         records.append(Record(unique, image, (turn,), True, name, tuple(more), details))
-    if lost := missing_images(records):
+    if lost := missing_images(records[: cfg.limit]):
         raise UserError(f"{source.where}: {lost[min(lost)]}; complete the data")
     return records, "+".join(prints)
 

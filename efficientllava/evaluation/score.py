@@ -53,7 +53,7 @@ def as_record(row: Mapping[str, Any], aliases: Mapping[str, Sequence[str]] = ALI
     found = {
         key: places[key][name] for key, names in aliases.items() for name in reversed(names) if name in places[key]
     }
-    return flat | found | {"id": str(found["id"])}
+    return flat | found | {"id": str(row.get("id", found["id"]))}
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

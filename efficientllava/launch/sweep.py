@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ..runtime import (
     DEBUG,
+    RESULTS,
     TRACEBACKS,
     SweepRefused,
     UserError,
@@ -34,7 +35,9 @@ from ..runtime import (
     job_failed,
     keeping,
     lines_of,
+    peek_json,
     processes,
+    remove,
     state,
 )
 from ..settings.checks import check_sweep
@@ -53,22 +56,26 @@ class ReportSweep(Callback):
         """
         held, folder, listed = ExitStack(), _settle(config), jobs(config)
         trials = config.hydra.sweeper.get("n_trials")  # of a sweeper that makes up its jobs as it goes
-        planned = [[]] * trials if trials else listed
+        planned = [list(config.hydra.overrides.task)] * trials if trials else listed
         try:
             check_sweep(listed, lambda job: typed(compose(config_name, [*job]), job))
             if not config.dry_run:
                 require_own(folder, planned)
+                cache = Path(config.paths.cache_dir).expanduser()
+                held.enter_context(keeping.at_work(cache, clean=config.keep != "all"))
         except UserError as error:
             raise SweepRefused from error
         if not config.dry_run:
-            held.enter_context(keeping.at_work(Path(config.paths.cache_dir).expanduser(), clean=config.keep != "all"))
             state.write(folder, state.SWEEP, jobs=planned)
         at_end(partial(_close, folder, held))
 
     def on_job_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Note that a job of a sweep is at work."""
         if _in_sweep(config):
-            state.begin(Path(config.hydra.runtime.output_dir), list(config.hydra.overrides.task))
+            folder, words = Path(config.hydra.runtime.output_dir), list(config.hydra.overrides.task)
+            if (known := peek_json(folder / RESULTS).get("overrides")) and _content(known) != _content(words):
+                remove(folder / RESULTS)  # of the job that had this number before; this one may fail
+            state.begin(folder, words)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_kwargs: Any) -> None:
         """Note and print why a job of a sweep has failed; hand the failure of a single run over."""
@@ -107,22 +114,23 @@ def require_own(folder: Path, planned: Sequence[Sequence[str]]) -> None:
     Raises:
         UserError: Names one of those jobs.
     """
+    own = [_content(job) for job in planned]
+    for number, job in enumerate(state.read(folder, state.SWEEP).get("jobs", [])):
+        how, content = state.standing(folder / str(number)).state, _content(job)
+        if how == state.RUNNING and own[number : number + 1] != [content]:
+            raise UserError(
+                f"sweep.name: job {number} of {folder} is at work ({' '.join(job)}); wait until it has ended"
+            )
+        if how == state.DONE and content not in own:
+            raise UserError(
+                f"sweep.name: {folder} has jobs that this sweep does not have, such as {' '.join(job)}; give it "
+                "another sweep.name, or remove the folder"
+            )
 
-    def content(job: Sequence[str]) -> frozenset[str]:
-        return frozenset(word for word in job if key_of(word).partition(".")[0] not in HOW)
 
-    own = {content(job) for job in planned}
-    before = enumerate(state.read(folder, state.SWEEP).get("jobs", []))
-    others = [job for number, job in before if content(job) not in own and _kept(folder / str(number))]
-    if others:
-        raise UserError(
-            f"sweep.name: {folder} has jobs that this sweep does not have, such as {' '.join(others[0])}; give it "
-            "another sweep.name, or remove the folder"
-        )
-
-
-def _kept(folder: Path) -> bool:
-    return state.standing(folder).state in (state.RUNNING, state.DONE)
+def _content(job: Sequence[str]) -> frozenset[str]:
+    """What decides the numbers of a job, of which Hydra writes ``false`` as ``False``."""
+    return frozenset(word.lower() for word in job if key_of(word).partition(".")[0] not in HOW)
 
 
 def _in_sweep(config: DictConfig) -> bool:

@@ -20,7 +20,7 @@ from .student import parameter_groups, trainable, weights_of
 from .teacher import FINAL, Match, Teacher, TeacherSource, hidden_states
 
 RECENT = 20
-# Sums go backwards in these units: a power of two changes no bit of a result, and their gradients fit fp16's range.
+# Under 16-mixed, whose scaler would start far too high, sums go backwards in these units, which fit fp16's range.
 UNIT = 2.0**-12
 
 
@@ -142,8 +142,12 @@ class RecoveryModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Go backwards in units of `UNIT` where the loss is a sum."""
-        super().backward(loss * UNIT if self.cfg.parity is None else loss, *args, **kwargs)
+        """Go backwards, in small units where a sum would leave fp16's range."""
+        super().backward(loss * self._unit, *args, **kwargs)
+
+    @property
+    def _unit(self) -> float:
+        return UNIT if self.cfg.parity is None and self.trainer.precision == "16-mixed" else 1.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into the mean over all tokens of the global batch."""
@@ -155,7 +159,7 @@ class RecoveryModule(L.LightningModule):
         if self.cfg.parity is not None:
             return
         # Lightning divides by the micro-batches of a group and DDP by the processes; undo both.
-        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0) / UNIT
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0) / self._unit
         for parameter in trainable(self.student):
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)

@@ -278,9 +278,10 @@ def _noise(one: Any, other: Any) -> float:
         error = math.hypot(*(row.retained_spread / row.retained_count**0.5 for row in (one, other)))
         freedom = one.retained_count + other.retained_count - 2
         return (STUDENT[freedom - 1] if freedom <= len(STUDENT) else NORMAL) * error
-    # What is retained is such a share over that of the base, which all have in common.
-    shares = [min(max(row.retained * row.base, 0.0), 1.0) for row in (one, other)]
-    return NORMAL * math.sqrt(sum(share * (1 - share) for share in shares) / one.questions) / one.base
+    # What is retained is such a share over that of the base, which all have in common; points count as shares of its.
+    base = min(one.base, 1.0)
+    shares = [min(max(row.retained * base, 0.0), 1.0) for row in (one, other)]
+    return NORMAL * math.sqrt(sum(share * (1 - share) for share in shares) / one.questions) / base
 
 
 def _kept(row: Any) -> str:

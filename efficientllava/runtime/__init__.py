@@ -23,7 +23,19 @@ from .console import (
 )
 from .content import MEMO, Memo, digest, source_digest, stamp
 from .errors import ConfigError, NotFiniteError, UserError, disk_full, first_line, memory_full, one_line, require_finite
-from .files import Lines, as_umask, json_lines, put, remove, set_aside, sha256, whole_file, whole_folder, write_whole
+from .files import (
+    Lines,
+    as_umask,
+    json_lines,
+    put,
+    remove,
+    set_aside,
+    sha256,
+    sources_below,
+    whole_file,
+    whole_folder,
+    write_whole,
+)
 from .places import (
     ADAPTERS,
     BUILTIN,

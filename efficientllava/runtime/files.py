@@ -180,6 +180,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(listed.encode()).hexdigest()
 
 
+def sources_below(folder: str | Path | None) -> list[Path]:
+    """Python and YAML files of a folder that is the user's own; none without one."""
+    return sorted(f for f in Path(folder).expanduser().rglob("*") if f.suffix in (".py", ".yaml")) if folder else []
+
+
 def seal(folder: Path, sums: Mapping[str, str]) -> None:
     """Note digests of files of a folder, by name, in its file `SUMS`; several processes may do so at once."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())

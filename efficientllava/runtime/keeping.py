@@ -148,9 +148,10 @@ def at_work(cache: Path, clean: bool) -> Iterator[None]:
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / "at_work.lock").open("a+")  # network file systems share locks of readable files only
     except OSError as error:
         raise UserError(f"paths.cache_dir={cache}: {error.strerror}; give a folder of yours") from error
-    with (cache / "at_work.lock").open("a+") as handle:  # network file systems share locks of readable files only
+    with lock as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_SH)
         except OSError as error:

@@ -26,7 +26,8 @@ RUNTIME = ("gguf", "xllamacpp")  # what writes files for llama.cpp, and what run
 
 
 COUNTED = Rule(lambda value: bool(re.fullmatch("[1-9][0-9]*", str(value))), "a whole number >= 1")
-STRATEGIES = "auto|single_device|(ddp|fsdp|deepspeed)(_[a-z0-9_]+)?"
+# Those that start processes of their own, _spawn and _fork, cannot take a run with them.
+STRATEGIES = "auto|single_device|(ddp|fsdp|deepspeed)(_(?!spawn|fork|notebook)[a-z0-9_]+)?"
 
 
 # Arguments of Lightning's Trainer that are the user's, and what they may be; the others belong to the stages.
@@ -40,7 +41,7 @@ TRAINER: dict[str, Rule | None] = {
         "a number >= 1 or auto; CUDA_VISIBLE_DEVICES=1,3 in front of the command chooses GPUs",
     ),
     "strategy": Rule(
-        lambda value: not isinstance(value, str) or bool(re.fullmatch(STRATEGIES, value)),
+        lambda value: bool(re.fullmatch(STRATEGIES, value) if isinstance(value, str) else value),
         "auto, ddp, fsdp or one of their variants, or a node with _target_",
     ),
     "precision": rule("32-true | bf16-mixed | bf16-true | 16-mixed | 16-true"),
@@ -257,8 +258,8 @@ def check_sweep(jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]]
         raise ConfigError([line for key, line in idle.items() if key in pending])
 
 
-def _refused(key: str, value: Any, allowed: Rule | None) -> Iterator[str]:
-    if allowed and value not in (None, MISSING) and not allowed.allows(value):
+def _refused(key: str, value: Any, allowed: Rule | None, unset: Sequence[Any] = (None, MISSING)) -> Iterator[str]:
+    if allowed and value not in unset and not allowed.allows(value):
         yield f"{key}={value}: must be {allowed.text}"
 
 
@@ -276,7 +277,7 @@ def _conflicts(node: Any) -> Iterator[str]:
 
 def _trainer(trainer: Mapping[str, Any], planned: bool) -> Iterator[str]:
     for key, value in sorted(trainer.items()):
-        yield from _refused(f"trainer.{key}", value, TRAINER.get(key))
+        yield from _refused(f"trainer.{key}", value, TRAINER.get(key), unset=(MISSING,))
         if key not in TRAINER:
             yield (
                 f"trainer.{key}: is decided by the stages; remove it and use recover.steps, recover.epochs, recover."

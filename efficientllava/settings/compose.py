@@ -191,7 +191,10 @@ def _unknown(node: DictConfig, prefix: str = "") -> Iterator[str]:
 def quoted(value: object) -> str:
     """A value as it has to be typed: Hydra's grammar wants quotes around most signs, and letters beyond ASCII."""
     text = str(value)
-    return text if re.fullmatch(r"[\w./@%+:-]+", text, re.ASCII) else "'" + text.replace("'", "\\'") + "'"
+    other = re.fullmatch(r"null|true|false|[+-]?(inf|nan|\.?\d.*)", text, re.IGNORECASE)  # would be no text any more
+    if not other and re.fullmatch(r"[\w./@%+:-]+", text, re.ASCII):
+        return text
+    return "'" + re.sub(r"\\(?=\\*('|$))", r"\\\\", text).replace("'", "\\'") + "'"
 
 
 def key_of(override: str) -> str:

@@ -11,9 +11,10 @@ from ..checkpoint.folder import Checkpoint
 from ..data.records import image_stamps
 from ..record import CURVE, read_logs, write_curve
 from ..recovery.losses import describe
+from ..recovery.recover import RESUME_POINT
 from ..recovery.recover import recover as train
 from ..recovery.teacher import open_teacher, teacher_digest
-from ..runtime import digest, processes, say
+from ..runtime import digest, processes, remove, say
 from .run import Made, Run
 
 
@@ -30,6 +31,11 @@ def recover(run: Run, before: Made) -> Made:
 
     def compute(folder: Path, work: Path) -> dict[str, Any]:
         run.require_space(folder, run.expected.resume)
+        if (
+            processes.rank() == 0 and not (work / RESUME_POINT).exists()
+        ):  # of another training, whose steps are no part of it
+            for log in run.folder.glob("logs/**/metrics.csv"):
+                remove(log)
         stats = train(
             student.model,
             recovery,

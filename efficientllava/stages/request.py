@@ -43,6 +43,7 @@ from ..runtime import (
     set_aside,
     sha256,
     source_digest,
+    sources_below,
 )
 from ..settings import About, settings_of
 from ..settings.checks import RUNTIME, absent, problems
@@ -241,7 +242,8 @@ def _shown(settings: RunConfig) -> list[str]:
     from ..data.records import image_stamps
 
     config = settings.evaluate
-    places = [config.prose.path if PROSE in config.tasks else None, config.judge.prompts, config.lmms_eval.include_path]
+    places = [config.prose.path if PROSE in config.tasks else None, config.judge.prompts]
+    places += sources_below(config.lmms_eval.include_path)
     own = [sha256(place) for path in places if path and (place := Path(path).expanduser()).exists()]
     tasks = config.tasks if config.root else []
     return own + [digest(image_stamps(load(name, settings.data, config).records())) for name in tasks]

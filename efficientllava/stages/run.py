@@ -23,8 +23,7 @@ from ..models.forward import stock_inputs
 from ..models.offload import Disk, Offload
 from ..pruning.self_text import sequences
 from ..record import CURVE
-from ..runtime import Entry, Store, keeping, processes
-from ..runtime.files import remove
+from ..runtime import RESULTS, Entry, Store, UserError, is_remote, keeping, peek_json, processes, remove
 from ..settings.compose import instantiate
 from ..settings.schema import RunConfig, WandbConfig
 from . import inputs_of
@@ -35,12 +34,40 @@ GIVEN = {
     "pruned": ("pruned", "plan.json"),
     "searched": ("search.json", "search.png"),
     "recovered": ("recovered", CURVE),
+    "gguf": ("gguf",),
+    "evaluated": ("predictions", "samples.png"),  # which every run writes anew, from the cache where they are known
 }
 
 
-def clear(settings: RunConfig, folder: Path) -> None:
-    """Remove from a run's folder what another configuration has left there and this one does not make."""
-    own = [*made(settings), *(["searched"] if settings.prune.method == "auto" else [])]
+def require_apart(settings: RunConfig, folder: Path) -> None:
+    """Refuse a model, teacher or data that lie where a run puts its own, and would be gone when they are read.
+
+    Raises:
+        UserError: Names the first.
+    """
+    places = {"model": settings.model, "recover.teacher": settings.recover.teacher}
+    places |= {"data": settings.data, "calibration": settings.calibration}
+    taken = [folder.resolve() / name for names in GIVEN.values() for name in names]
+    for key, node in places.items():
+        path = None if node.path is None or is_remote(node.path) else Path(node.path).expanduser().resolve()
+        if path and any(path.is_relative_to(place) for place in taken):
+            raise UserError(
+                f"{key}.path={node.path}: lies in this run's own folder, where its results go; give the run another "
+                "folder, such as hydra.run.dir=outputs/next"
+            )
+
+
+def clear(settings: RunConfig, folder: Path, key: str) -> None:
+    """Remove from a run's folder what another run has left there, its results first, and this one does not make.
+
+    Args:
+        settings: The checked configuration.
+        folder: The run's folder.
+        key: This run's, see `efficientllava.stages.request.run_key`.
+    """
+    if peek_json(folder / RESULTS).get("run_key") != key:
+        remove(folder / RESULTS)
+    own = [*made(settings), *(["searched"] if settings.prune.method == "auto" else []), settings.deploy.name]
     for name in (name for stage, names in GIVEN.items() if stage not in own for name in names):
         remove(folder / name)
 

@@ -553,3 +553,12 @@ def test_of_a_published_data_set_the_split_for_training_is_taken(tmp_path, caplo
     assert "1 of 2 files are those of the split 'train'" in caplog.text
     (tmp_path / "train-00000-of-00001.parquet").unlink()
     assert [part.file.name for part in parts_of(str(tmp_path))] == ["test-00000-of-00001.parquet"]
+    for split in ("train", "test"):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        (tmp_path / "default" / split / "0000.parquet").touch()
+    assert [part.file for part in parts_of(str(tmp_path))] == [tmp_path / "default/train/0000.parquet"]
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("train_a", "mine"):
+        (own / f"{name}.parquet").touch()
+    assert len(parts_of(str(own))) == 2

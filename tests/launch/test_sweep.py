@@ -62,6 +62,10 @@ def test_a_folder_belongs_to_one_sweep_which_may_grow_and_drop_what_failed(tmp_p
     for other in (jobs(0.1), jobs(0.1, 0.3), jobs(0.1, 0.2, more=("data_frac=0.5",))):
         with pytest.raises(UserError, match=r"jobs that this sweep does not have, such as prune\.ratio=0\.[12] seed"):
             require_own(tmp_path, other)
+    state.begin(tmp_path / "1", jobs(0.2)[0])
+    require_own(tmp_path, jobs(0.1, 0.2, 0.3))
+    with pytest.raises(UserError, match=r"job 1 of .* is at work \(prune\.ratio=0\.2 seed=0\); wait"):
+        require_own(tmp_path, jobs(0.1, 0.15, 0.2))
 
 
 @pytest.mark.usefixtures("without_fresh_processes")

@@ -17,11 +17,12 @@ from PIL import Image
 from efficientllava import stages as inputs
 from efficientllava.data.records import image_contents, image_stamps
 from efficientllava.data.splits import draw, load_split
+from efficientllava.runtime import UserError
 from efficientllava.runtime.content import Memo, closure, digest
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
 from efficientllava.stages import asked, inputs_of, numbers, places, request
-from efficientllava.stages.run import clear
+from efficientllava.stages.run import clear, require_apart
 
 from ..runs import (
     composed,
@@ -243,16 +244,27 @@ def test_a_run_is_another_one_when_what_a_judge_is_asked_has_changed(tmp_path: P
 
 
 def test_what_another_configuration_has_left_in_a_folder_goes(tmp_path: Path):
-    for name in ("pruned", "recovered"):
+    for name in ("pruned", "recovered", "gguf", "predictions"):
         (tmp_path / name).mkdir()
-    for name in ("plan.json", "search.json", "search.png", "training.csv", "notes.txt"):
+    for name in ("plan.json", "search.json", "search.png", "training.csv", "samples.png", "notes.txt"):
         (tmp_path / name).touch()
+    (tmp_path / "results.json").write_text(json.dumps({"run_key": "own"}))
+    clear(typed(composed("prune=auto", "recover=sft")), tmp_path, "own")
+    assert (tmp_path / "results.json").exists()
     left = []
     for more in (["prune=auto", "recover=sft"], ["prune=layerwise", "recover=none"], ["prune=none", "recover=none"]):
-        clear(typed(composed(*more)), tmp_path)
+        clear(typed(composed(*more)), tmp_path, "another")
         left.append(sorted(path.name for path in tmp_path.iterdir()))
     assert len(left[0]) == 7
     assert left[1:] == [["notes.txt", "plan.json", "pruned"], ["notes.txt"]]
+
+
+@pytest.mark.parametrize("key", ["model.path", "recover.teacher.path", "data.path", "calibration.path"])
+def test_a_run_does_not_lie_on_what_it_reads(tmp_path: Path, key: str):
+    config = typed(composed("model=checkpoint", "model.path=x", "recover=kd_hidden", f"{key}={tmp_path}/run/pruned"))
+    with pytest.raises(UserError, match=rf"{key}=.*lies in this run's own folder"):
+        require_apart(config, tmp_path / "run")
+    require_apart(config, tmp_path / "another")
 
 
 @pytest.mark.parametrize("stage", ["prune", "recover"])

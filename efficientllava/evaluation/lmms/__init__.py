@@ -11,13 +11,12 @@ import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ...models.forward import FeatureCache
-from ...runtime import UserError, one_line
+from ...runtime import UserError, one_line, sources_below
 from ...settings.schema import EvaluateConfig
 
 Results = tuple[dict[str, dict[str, float]], dict[str, list[Any]]]
@@ -64,8 +63,7 @@ def prepare(config: EvaluateConfig) -> None:
 
 def facts(config: EvaluateConfig) -> list[str]:
     """What a score depends on beside the model: lmms-eval's version, the tasks, and the files of one's own tasks."""
-    folder = Path(config.lmms_eval.include_path).expanduser() if config.lmms_eval.include_path else None
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".py", ".yaml")) if folder else []
+    files = sources_below(config.lmms_eval.include_path)
     return [version("lmms-eval"), *config.lmms_eval.tasks, *(file.read_text(encoding="utf-8") for file in files)]
 
 
