@@ -24,6 +24,17 @@ from ..runtime import PROVENANCE, Memo, UserError, as_umask, is_id, processes, r
 from .folder import Checkpoint
 from .hub import LICENCE_KEYS, named
 
+# What a checkpoint consists of; anything else in its folder is the user's.
+OWN = (
+    "*.json",
+    "*.safetensors",
+    "README.md",
+    "*.jinja",
+    "additional_chat_templates",
+    "*.model",
+    "merges.txt",
+    "vocab.txt",
+)
 SHARD = "4GB"  # of weights per file; a file is copied to the host before it is written
 # The process that loads a uniform checkpoint never imports this package: it runs this text with ``python -I``.
 CHECK = """
@@ -118,9 +129,10 @@ def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | N
 
 
 def _others(folder: Path) -> list[str]:
-    """What a folder holds beside a checkpoint of this package, which has no folders."""
-    own = (folder / PROVENANCE).is_file()
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() or not own) if folder.is_dir() else []
+    """What a folder holds beside a checkpoint of this package."""
+    own = OWN if (folder / PROVENANCE).is_file() else ()
+    held = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path.name for path in held if not any(path.match(pattern) for pattern in own))
 
 
 def write(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import zip_longest
@@ -115,9 +115,9 @@ def _part(data: DataConfig, split: str) -> Sequence[Record]:
 def _division(records: Conversations) -> dict[str, np.ndarray]:
     """Indices of a file's records by split; records of one image or document are in one split, where it has ten."""
     codes: dict[str, int] = {}
-    groups = np.array([codes.setdefault(name, len(codes)) for name in groups_of(records)])
-    groups = groups if len(codes) >= LEAST else np.arange(len(records))
     held = min(HELD_OUT, len(records) // 10)
+    groups = np.array([codes.setdefault(name, len(codes)) for name in groups_of(records, held)])
+    groups = groups if len(codes) >= LEAST else np.arange(len(records))
     # What is larger than what is set aside is a corpus, and no document.
     corpora = [code for name, code in codes.items() if name.startswith("text ")]
     apart = np.isin(groups, corpora) & (np.bincount(groups)[groups] > held)
@@ -143,13 +143,20 @@ def _division(records: Conversations) -> dict[str, np.ndarray]:
     return {"train": np.flatnonzero(split_of[groups] == "train"), **found}
 
 
-def groups_of(records: Sequence[Record]) -> list[str]:
+def groups_of(records: Sequence[Record], most: int | None = None) -> list[str]:
     """What each record must share its role with: its images, with all that others show beside them, or its document.
 
     The document is what stands before the last "/" of an id, without the source's name and the number of a repeated id.
     Documents that share a whole conversation are one.
+
+    Args:
+        records: The records.
+        most: An image that more of them show beside others, such as a logo, does not bind them; None: every one does.
     """
     names = [[f"image {image}" for image in images] for images in image_names(records)]
+    shown = Counter(image for images in names for image in {*images})
+    if most is not None:
+        names = [[image for image in images if shown[image] <= most] or images[:1] for images in names]
     plain = [index for index, images in enumerate(names) if not images]
     ids, sources = column(records, "id").tolist(), column(records, "source").tolist()
     documents = [_document(ids[index], sources[index]) for index in plain]

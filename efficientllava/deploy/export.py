@@ -203,8 +203,9 @@ def remarks(made: dict[str, Any]) -> list[str]:
                 f"{kind}: {len(entry['fallback'])} tensors stay in {decoders.FALLBACK} and the file grows, since their "
                 f"rows are no multiple of {decoders.BLOCK}, such as {entry['fallback'][0]}; {', '.join(fixes)}"
             )
-    if "cosine" in made.get("mmproj", {}) and made["mmproj"]["cosine"] < check.SAME:
-        equal = all(each["text"]["greedy_equal"] for each in _agreements(made).values())
+    sees = made.get("mmproj", {}).get("cosine", 1.0) >= check.SAME
+    if not sees:
+        equal = all(each["text"]["greedy_equal"] for kind, each in _agreements(made).items() if kind in check.BOUNDS)
         lines.append(
             f"the installed runtime sees images otherwise than the model (cosine {made['mmproj']['cosine']:.3f}), do "
             f"not trust its answers about them; text side {'equal' if equal else 'not equal in its greedy answers'}; "
@@ -217,12 +218,12 @@ def remarks(made: dict[str, Any]) -> list[str]:
             if not group["lengths_equal"]:
                 lines.append(f"{kind}: in the runtime a prompt with an image has another number of tokens")
         resized = groups.get("resized")
-        if kind in check.BOUNDS and resized and not lines and resized["logprob_error"] > 10 * check.BOUNDS["f16"]:
+        if kind in check.BOUNDS and resized and sees and resized["logprob_error"] > 10 * check.BOUNDS["f16"]:
             lines.append(
                 f"images that have to be resized: the runtime fits them in otherwise (log-probabilities differ by "
                 f"{resized['logprob_error']:.2g}); give it squares of the tower's size"
             )
-    return lines
+    return [*dict.fromkeys(lines)]
 
 
 def _agreements(made: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -25,7 +25,7 @@ from ..settings.schema import GGUF_TYPES
 from . import ABSENT, flat, numbers
 
 log = logging.getLogger(__name__)
-DAMAGED = (UserError, YAMLError, OmegaConfBaseException)  # of a file that was cut off
+DAMAGED = (UserError, YAMLError, OmegaConfBaseException, UnicodeDecodeError)  # of a file that was cut off
 PLACES = (*HOW, "seed", "name", "dry_run")  # keys in which runs of one arm may differ
 BUDGET = ("prune.ratio", "prune.share", "prune.drop_layers")  # how much is removed
 AXES = (*BUDGET, "data_frac")  # what curves run along

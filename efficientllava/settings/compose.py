@@ -81,6 +81,7 @@ def register_schema() -> None:
         "sweep_digest": sweep_digest,
         # A dry run must not write into the folders of finished jobs.
         "sweeps_folder": lambda dry: "dry_runs" if dry else "sweeps",
+        "half": lambda samples: min(32, samples // 2),
         "command": lambda: " ".join(COMMAND),
         "annotated": annotated,
     }
@@ -156,10 +157,8 @@ def typed(config: DictConfig, overrides: Sequence[str] = ()) -> RunConfig:
     result.paths = PathsConfig(*map(os.path.expanduser, dataclasses.astuple(result.paths)))
     # A type of files for llama.cpp stands for the width that its blocks want.
     result.prune.round_to = BLOCKS.get(str(result.prune.round_to), result.prune.round_to)
-    told = {key_of(one) for one in overrides}
-    if "calibration.prose" not in told:  # an option's share of its own number of samples
-        result.calibration.prose = min(result.calibration.prose, result.calibration.samples // 2)
-    result.recover = own_length(result.recover, {key.removeprefix("recover.") for key in told})
+    told = {key_of(one).removeprefix("recover.") for one in overrides}
+    result.recover = own_length(result.recover, told)
     return result
 
 

@@ -73,9 +73,10 @@ def test_saving_replaces_a_checkpoint_and_leaves_nothing_else(loaded, tmp_path):
     target = tmp_path / "copy"
     target.mkdir()
     save(loaded, target)
-    (target / "stale").write_text("")
+    (target / "model-00009-of-00009.safetensors").write_text("")
+    (target / "additional_chat_templates").mkdir()
     save(loaded, target)
-    assert not (target / "stale").exists()
+    assert not list(target.glob("*00009*")) and not (target / "additional_chat_templates").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
@@ -86,6 +87,9 @@ def test_saving_loses_nothing_that_is_no_checkpoint(loaded, tmp_path, monkeypatc
         with pytest.raises(UserError, match=r"holds thesis\.txt, which would be lost; give a folder of its own"):
             save(loaded, folder)
     made = save(loaded, "made")
+    (made / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"holds notes\.txt, which would be lost"):
+        save(loaded, made)
     (made / "gguf").mkdir()
     with pytest.raises(UserError, match="holds gguf, which would be lost"):
         save(loaded, made)

@@ -233,3 +233,14 @@ def test_records_of_several_images_share_none_with_another_split(tmp_path: Path)
     seen = [{str(image) for record in load_split(data, split) for image in record.images}
             for split in ("train", "calibration", "minival")]  # fmt: skip
     assert all(seen) and not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
+
+
+def test_an_image_that_all_records_show_binds_none(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image><image>q"}, {"from": "gpt", "value": "a"}]
+    records = [{"id": f"m{i}", "images": [f"{i // 2}.png", "logo.png"], "conversations": turns} for i in range(100)]
+    (tmp_path / "logo.json").write_text(json.dumps(records))
+    data = DataConfig(name="conversations", path=str(tmp_path / "logo.json"))
+    parts = [load_split(data, split) for split in ("train", "calibration", "minival")]
+    assert [len(part) for part in parts] == [80, 10, 10]
+    seen = [{str(part[i].images[0]) for i in range(len(part))} for part in parts]
+    assert sum(map(len, seen)) == 50

@@ -116,7 +116,14 @@ def test_typed_gives_dataclasses():
 
 @pytest.mark.parametrize(
     ("more", "prose"),
-    [((), 32), (("calibration.samples=16",), 8), (("debug=default",), 0), (("calibration.prose=60",), 60)],
+    [
+        ((), 32),
+        (("calibration.samples=16",), 8),
+        (("calibration.samples=100",), 32),
+        (("debug=default",), 0),
+        (("calibration.prose=60",), 60),
+        (("calibration={samples: 32, prose: 30}",), 30),
+    ],
 )
 def test_an_option_s_prose_is_at_most_half_of_the_samples(more, prose):
     command = ("model=smol_llava", *more)
