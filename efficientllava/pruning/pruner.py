@@ -32,7 +32,7 @@ from .refit import SequentialPruner
 from .selection import Space, global_counts, imbalance
 from .solution import LayerError
 from .statistics import BlockInfluence
-from .stream import Calibration, CalibrationStream
+from .stream import CHOSEN, Calibration, CalibrationStream, written_weight
 from .surgery import check_plan, cut, rebuild
 from .two_stage import two_stage_plan
 
@@ -40,9 +40,6 @@ log = logging.getLogger(__name__)
 
 WORTH = 1.9  # a shape whose units cost more than this times the cheapest one's is not tried
 FEW = 4  # KV groups of a layer below which the loss of one everywhere is told
-# Share of written text in the costs that a shape per layer is chosen by. At 0, 0.05, 0.2 and 0.5 near text rose by
-# 0.33, 0.36, 0.45 and 0.55 nats and a novel by 0.72, 0.59, 0.53 and 0.52 (`experiments/real_weights`).
-CHOSEN = 0.05
 COARSE = 6  # splits between heads and channels that are tried before the best one's neighbours
 
 
@@ -310,7 +307,7 @@ class Verdict:
 
     Args:
         kl: Divergence of each record's answers from the dense model's, in nats per supervised token.
-        tokens: Supervised tokens of each record.
+        tokens: Supervised tokens of each record; of written text as many as give it a share of `CHOSEN`.
         loss: Cross-entropy of all supervised tokens, in nats per token.
     """
 
@@ -364,12 +361,15 @@ class Comparison:
                 kl = (known.exp() * (known - found)).sum(-1)
                 loss = nn.functional.nll_loss(found, wanted, reduction="none")
                 values.index_add_(0, owner, torch.stack([kl, loss, torch.ones_like(kl)], 1).double())
-            mine += [row for row in values.tolist() if row[2]]
+            written = float(batch in self._stream.calibration.written)
+            mine += [[*row, written] for row in values.tolist() if row[2]]
         everywhere = [row for part in gather(mine) for row in part]
-        kl, loss, tokens = torch.tensor(everywhere, dtype=torch.float64).view(-1, 3).unbind(1)
+        kl, loss, tokens, written = torch.tensor(everywhere, dtype=torch.float64).view(-1, 4).unbind(1)
+        made = float((tokens * written).sum())
+        weights = torch.where(written > 0, written_weight(CHOSEN, float(tokens.sum()) - made, made), 1.0)
         if not bool(torch.isfinite(kl).all() and torch.isfinite(loss).all()):
             raise UserError("calibration: a candidate's loss on the records that are compared on is not finite")
-        return Verdict(kl / tokens, tokens, float(loss.sum() / tokens.sum()))
+        return Verdict(kl / tokens, tokens * weights, float((loss * weights).sum() / (tokens * weights).sum()))
 
 
 def simplest(verdicts: Sequence[Verdict], simplicity: Sequence[float]) -> int:

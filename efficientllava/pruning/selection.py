@@ -316,8 +316,9 @@ def global_counts(
         _, layer, kind = heapq.heappop(heap)
         step = kept[layer][kind] % steps[kind] or steps[kind]
         price = space.price(layer, kind, kept[layer][kind], kept[layer][kind] - step)
-        if price - missing > missing:
-            continue  # overshoots by more than it closes
+        beyond = price - missing
+        if beyond > missing or (heap and beyond > TOLERANCE * space.total):
+            continue  # overshoots by more than it closes, or where something smaller may not
         kept[layer][kind] -= step
         missing -= price
         push(layer, kind)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.anatomy import Layer, decoder_of, layers_of
 from ..models.forward import Batch, Reached, segment_mask, supervised_positions
-from ..pruning.stream import CalibrationStream
+from ..pruning.stream import Calibration, CalibrationStream, written_weight
 from ..runtime import processes
 from ..runtime.errors import UserError
 from .evolution import Risk
@@ -68,6 +68,7 @@ class Evaluator:
         self.answers = [Answers(batch, kept, self._stream) for batch, kept in zip(stream.batches, columns, strict=True)]
         if not sum(answers.count for answers in self.answers):
             raise UserError("search: the samples have no answer to score; pass records with answers")
+        self._weights = self._weigh(stream.calibration)
         self._kept: dict[tuple[int, Policy], Tensor] = {}
         self._wanted: set[Policy] = set()
         self.restart()
@@ -90,12 +91,21 @@ class Evaluator:
                 hidden = self._stream.call(layer, position, batch, hidden)
             rows = answers.rows(hidden)
             answers.remember(rows)
-            sums += answers.measure(rows).cpu()
+            sums += self._weights[batch] * answers.measure(rows).cpu()
         return self._risk(sums, range(len(self.answers)))
 
+    def _weigh(self, calibration: Calibration) -> list[float]:
+        """What a token of each batch counts for: written text has its share of the whole."""
+        known = [(len(answers.targets), batch in calibration.written) for batch, answers in enumerate(self.answers)]
+        read, made = (sum(tokens for tokens, written in known if written is kind) for kind in (False, True))
+        weight = written_weight(calibration.written_share, read, made)
+        return [weight if written else 1.0 for _, written in known]
+
     def _risk(self, sums: Tensor, batches: Iterable[int]) -> Risk:
-        counts = [(len(self.answers[b].targets), self.answers[b].count) for b in batches]
-        tokens, answers = (max(sum(column), 1) for column in zip(*counts, strict=True))
+        counts = [
+            (self._weights[b] * len(self.answers[b].targets), self._weights[b] * self.answers[b].count) for b in batches
+        ]
+        tokens, answers = (sum(column) or 1.0 for column in zip(*counts, strict=True))
         loss, kl, wrong = sums.tolist()
         return Risk(loss / tokens, kl / tokens, wrong / answers)
 
@@ -127,7 +137,7 @@ class Evaluator:
         sums = {policy: torch.zeros(3, dtype=torch.float64) for policy in mine}
         for batch in chosen:
             for policy, values in self._walk(batch, mine):
-                sums[policy] = sums[policy].to(values.device) + values
+                sums[policy] = sums[policy].to(values.device) + self._weights[batch] * values
         found = {policy: self._risk(values, chosen) for policy, values in sums.items()}
         everywhere = {policy: risk for part in processes.gather(found) for policy, risk in part.items()}
         return [everywhere[policy] for policy in policies]

@@ -23,7 +23,7 @@ from ..pruning.plan import PruningPlan
 from ..pruning.pruner import PruneReport, apply_plan, block_influences
 from ..pruning.selection import Space, uniform_candidates
 from ..pruning.self_text import positions_of
-from ..pruning.stream import Beginning, Calibration, CalibrationStream, silent
+from ..pruning.stream import CHOSEN, Beginning, Calibration, CalibrationStream, silent
 from ..pruning.surgery import reinitialise
 from ..runtime import processes
 from ..runtime.console import Tick
@@ -147,7 +147,7 @@ class SearchModule(LightningModule):
 
         def part(*folds: int) -> Calibration:
             chosen = [i for i, fold in enumerate(self._folds) if fold in folds and (i < self._read or not self._shows)]
-            more: dict[str, Any] = {"written": self._written(chosen), "written_share": self._inputs.written_share}
+            more: dict[str, Any] = {"written": self._written(chosen), "written_share": CHOSEN}
             batches = [every[i] for i in chosen]
             return Calibration(batches, self._features, tick=self._tick, beginning=self._beginning, **more)
 

@@ -15,7 +15,7 @@ from efficientllava.pruning.importance import rank_units
 from efficientllava.pruning.plan import PruningPlan, plan_ratio, whole_layers
 from efficientllava.pruning.pruner import Comparison, PruneReport, Verdict, apply_plan, make_plan, simplest
 from efficientllava.pruning.selection import TOLERANCE
-from efficientllava.pruning.stream import Calibration
+from efficientllava.pruning.stream import CHOSEN, Calibration
 from efficientllava.runtime.errors import UserError
 from efficientllava.settings.schema import IMPORTANCES, PruneConfig
 
@@ -452,6 +452,18 @@ def test_divergence_and_loss_are_those_of_the_answers_of_the_batches_that_are_co
     losses = [float(answer_loss(other, batch, reduction="sum")) for batch in batches[1:]]
     assert found.loss == pytest.approx(sum(losses) / sum(tokens), rel=1e-4)
     assert comparison.dense.loss != pytest.approx(found.loss)
+
+
+@torch.no_grad()
+def test_what_the_model_has_written_has_its_share_of_a_comparison():
+    model, other, batches = make_model(seed=1), make_model(seed=2), make_batches()
+    dense, hidden = stream_of(model, batches).end(), stream_of(other, batches).end()
+    read, made, both = (
+        Comparison(stream_of(model, batches, compared=compared, written=(2,)), dense)(hidden)
+        for compared in ([1], [2], [1, 2])
+    )
+    for found, one, two in ((both.mean, read.mean, made.mean), (both.loss, read.loss, made.loss)):
+        assert found == pytest.approx((1 - CHOSEN) * one + CHOSEN * two, rel=1e-6)
 
 
 def test_within_one_standard_error_the_simpler_candidate_wins():

@@ -96,6 +96,18 @@ def evaluator(model: Any, batches: Sequence[Any], **options: Any) -> tuple[Evalu
     return Evaluator(model, table, stream_of(model, batches), **options), table
 
 
+def test_what_the_model_has_written_has_its_share_of_the_risk():
+    model, batches, policy = make_model(), make_batches(), (1,) * GENES
+
+    def risk(chosen: Sequence[int], **known: Any) -> Risk:
+        stream = stream_of(model, [batches[i] for i in chosen], **known)
+        return Evaluator(model, CutTable(model), stream).evaluate([policy])[0]
+
+    read, made, both = risk([0, 1]), risk([2]), risk([0, 1, 2], written=(2,), written_share=0.2)
+    assert both.loss == pytest.approx(0.8 * read.loss + 0.2 * made.loss, rel=1e-5)
+    assert both.kl == pytest.approx(0.8 * read.kl + 0.2 * made.kl, rel=1e-5)
+
+
 @torch.no_grad()
 def slow_risk(model: Any, dense: Any, batches: Sequence[Any]) -> tuple[float, float, float]:
     """Loss, divergence and error with a loop over tokens, by the models' own forward passes."""
