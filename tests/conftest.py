@@ -194,3 +194,10 @@ def without_fresh_processes() -> Iterator[None]:
 def without_num2words(monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolVLM's processor wants a package that it needs for videos alone."""
     monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", str)
+
+
+@pytest.fixture(autouse=True)
+def tracebacks_of_no_other_test(monkeypatch):
+    """A command that a test runs in this process turns tracebacks on for its own processes; the next test has none."""
+    for name in ("HYDRA_FULL_ERROR", "EFFICIENTLLAVA_TRACEBACKS"):
+        monkeypatch.setenv(name, "0")
