@@ -82,8 +82,9 @@ def execute(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> None
     if settings.deploy.name != "none":
         opening.prepare(run)
     # As it is now: whoever replaces a file while the run is at work has another run.
-    first, keys = processes.rank() == 0, dict[str, Any]()
-    keys |= {"run_key": run_key(settings), "settings_key": settings_key(settings)} if first else {}
+    keys: dict[str, Any] = {}
+    if processes.rank() == 0:
+        keys = {"run_key": run_key(settings), "settings_key": settings_key(settings)}
     seed_everything(settings.seed, verbose=False)
     say(f"[bold]{settings.name}[/bold]  {run.base.path}  on {device}, seed {settings.seed}")
     with _stages(settings, folder) as tracking:

@@ -154,8 +154,8 @@ def groups_of(records: Sequence[Record], most: int | None = None) -> list[str]:
         most: An image that more of them show beside others, such as a logo, does not bind them; None: every one does.
     """
     names = [[f"image {image}" for image in images] for images in image_names(records)]
-    shown = Counter(image for images in names for image in {*images})
     if most is not None:
+        shown = Counter(image for images in names for image in {*images})
         names = [[image for image in images if shown[image] <= most] or images[:1] for images in names]
     plain = [index for index, images in enumerate(names) if not images]
     ids, sources = column(records, "id").tolist(), column(records, "source").tolist()

@@ -31,11 +31,9 @@ def recover(run: Run, before: Made) -> Made:
 
     def compute(folder: Path, work: Path) -> dict[str, Any]:
         run.require_space(folder, run.expected.resume)
-        if (
-            processes.rank() == 0 and not (work / RESUME_POINT).exists()
-        ):  # of another training, whose steps are no part of it
+        if processes.rank() == 0 and not (work / RESUME_POINT).exists():
             for log in run.folder.glob("logs/**/metrics.csv"):
-                remove(log)
+                remove(log)  # of another training, whose steps are no part of this one's curve
         stats = train(
             student.model,
             recovery,
