@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .runtime import RESULTS, UserError, write_whole
+from .runtime import RESULTS, UserError, first_line, write_whole
 
 STAGES = ("base", "pruned", "recovered")
 PACKAGES = ("torch", "transformers", "lightning", "peft", "efficientllava")
@@ -261,10 +261,13 @@ def _rows(files: Sequence[Path]) -> Rows:
     merged: dict[int, dict[str, float]] = {}
     for file in files:
         rows: dict[int, dict[str, float]] = {}
-        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last line
-        for row in csv.DictReader(whole.splitlines()):
-            numbers = {name: float(value) for name, value in row.items() if value}
-            rows.setdefault(int(numbers["step"]), {}).update(numbers)
+        try:
+            whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")  # a kill may have cut the last line
+            for row in csv.DictReader(whole.splitlines()):
+                numbers = {name: float(value) for name, value in row.items() if value}
+                rows.setdefault(int(numbers["step"]), {}).update(numbers)
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            raise UserError(f"{file}: is damaged ({first_line(error)}); train again, or remove it") from error
         merged = {step: row for step, row in merged.items() if step < min(rows, default=step + 1)} | rows
     return [merged[step] for step in sorted(merged)]
 

@@ -5,6 +5,7 @@ First what all share: figures, colours, labels that stand beside their curves, h
 
 from __future__ import annotations
 
+import logging
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,12 @@ from matplotlib.ticker import LogLocator
 from pandas import DataFrame, concat
 
 from ..record import lower_is_better, read_curve
+from ..runtime import UserError
 from ..settings.schema import GGUF_TYPES
 from . import kept_shares
 from .runs import AXES, Arm, Column, columns, frame, score_scale
 
+log = logging.getLogger(__name__)
 MOST_ROWS = 40  # of a dot plot
 MOST_STRIPS = 20  # arms whose kept units are drawn
 MOST_TEXT = 10  # layers up to which values are written into the cells
@@ -334,7 +337,12 @@ def _training(arms: Sequence[Arm]) -> Iterator[Plot]:
     """A panel per recovery, since their losses are not of one kind."""
     logs = [DataFrame(columns=["recovery"])]
     for arm in arms:
-        curve = DataFrame(read_curve(arm.runs[0].folder), columns=["step", "recover/loss"]).set_axis(["x", "y"], axis=1)
+        try:
+            rows = read_curve(arm.runs[0].folder)
+        except UserError as error:
+            log.warning("%s; its curve is left out", error)
+            continue
+        curve = DataFrame(rows, columns=["step", "recover/loss"]).set_axis(["x", "y"], axis=1)
         curve = curve[curve.y.abs() < math.inf]
         if len(curve) > 1:
             recovery = str(arm.runs[0].config.get("recover.name", "recovery"))

@@ -220,7 +220,7 @@ def unfinished(folder: Path) -> list[Standing]:
     known = {entry.folder: entry for entry in state.standings(folder) if (entry.folder / state.JOB).exists()}
     begun = {file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")}
     found = []
-    for run in sorted({*known, *begun}, key=_in_order):
+    for run in sorted({*known, *begun} - state.dropped(folder), key=_in_order):
         entry = known.get(run) or _unnoted(run)
         if entry.state == state.FAILED or not (run / RESULTS).exists():
             typed = entry.overrides

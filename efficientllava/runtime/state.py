@@ -82,11 +82,18 @@ def standings(folder: Path) -> list[Standing]:
     Args:
         folder: The sweep's folder.
     """
-    places = {file.parent for name in (JOB, RESULTS) for file in folder.glob(f"*/{name}")}
+    places = {file.parent for name in (JOB, RESULTS) for file in folder.glob(f"*/{name}")} - dropped(folder)
     found = [standing(place) for place in sorted(places, key=lambda place: (len(place.name), place.name))]
     planned = {folder / str(number): tuple(words) for number, words in enumerate(read(folder, SWEEP).get("jobs", []))}
     rest = (place for place in planned if place not in places)
     return found + [Standing(place.name, WAITING, planned[place], "", None, place) for place in rest]
+
+
+def dropped(folder: Path) -> set[Path]:
+    """Folders of failed jobs that a sweep does not have any more."""
+    planned = len(read(folder, SWEEP).get("jobs", []))
+    numbered = (file.parent for file in folder.glob(f"*/{JOB}") if planned and file.parent.name.isdecimal())
+    return {place for place in numbered if int(place.name) >= planned and standing(place).state == FAILED}
 
 
 def standing(folder: Path) -> Standing:

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from efficientllava.record import read_curve, read_logs, write_curve
+from efficientllava.runtime import UserError
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
 from efficientllava.stages.run import make_logger, make_trainer
@@ -47,6 +49,14 @@ def test_a_line_that_a_kill_has_cut_is_no_number_and_a_training_has_its_own_logs
     write_curve([{"step": 1.0, "recover/loss": 9.0}], tmp_path / "training.csv")
     assert read_logs(tmp_path) == [{"epoch": 0.0, "recover/loss": 0.5, "step": 9.0}]
     assert read_curve(tmp_path) == [{"step": 1.0, "recover/loss": 9.0}]
+
+
+@pytest.mark.parametrize("damage", [b"step,recover/loss\n0,\xff\n", b"step,recover/loss\n0,x\n", b"loss\n1\n"])
+def test_a_damaged_curve_is_an_error_with_its_file(tmp_path: Path, damage: bytes):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "metrics.csv").write_bytes(damage)
+    with pytest.raises(UserError, match=r"metrics\.csv: is damaged"):
+        read_curve(tmp_path)
 
 
 def test_the_bar_names_what_is_answered(tmp_path: Path):

@@ -103,6 +103,13 @@ def test_every_plot_that_has_data_is_drawn_and_no_other(sweep):
     assert cells == ["88.9", "94.0", "82.9", "87.9", "88.9", "93.0"]
 
 
+def test_a_damaged_curve_is_told_and_left_out(sweep, caplog):
+    for number in (2, 3, 6, 7):
+        (sweep / str(number) / "logs" / "metrics.csv").write_bytes(b"step,recover/loss\n0,\xff\n")
+    assert "training_sft" not in [plot.name for plot in draw(arms_of(load_runs(sweep)), METRIC)]
+    assert "metrics.csv: is damaged" in caplog.text and "left out" in caplog.text
+
+
 def test_files_for_llama_cpp_have_plots_and_columns(sweep):
     for number in range(8):
         results = read(sweep / str(number))

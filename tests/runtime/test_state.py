@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from efficientllava.report.__main__ import summary, watch
+from efficientllava.report.runs import unfinished
 from efficientllava.runtime import state
 from efficientllava.runtime.errors import UserError
 
@@ -29,6 +30,19 @@ def test_a_sweep_is_read_from_its_folders(tmp_path):
     assert [job.overrides for job in jobs] == [(f"seed={n}",) for n in range(5)]
     assert jobs[1].reason == "out of memory" and "left no word" in jobs[3].reason
     assert summary(jobs).startswith("1 done, 2 failed, 1 running, 1 waiting")
+
+
+def test_a_failed_job_that_the_sweep_has_no_more_is_not_told(tmp_path):
+    for number in range(3):
+        state.begin(tmp_path / str(number), [f"seed={number}"])
+        state.end(tmp_path / str(number), None if number < 2 else "out of memory")
+        (tmp_path / str(number) / ".hydra").mkdir()
+        (tmp_path / str(number) / ".hydra" / "overrides.yaml").write_text(f"- seed={number}\n")
+    (tmp_path / "0" / "results.json").write_text("{}")
+    for planned, told in ((3, ["1", "2"]), (2, ["1"])):
+        state.write(tmp_path, state.SWEEP, jobs=[[f"seed={n}"] for n in range(planned)])
+        assert [job.name for job in state.standings(tmp_path)] == ["0", "1", "2"][:planned]
+        assert [job.folder.name for job in unfinished(tmp_path)] == told
 
 
 def test_time_left_counts_what_waits_over_what_runs(tmp_path):
