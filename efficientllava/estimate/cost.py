@@ -92,16 +92,16 @@ def device_of(kind: str, dtype: torch.dtype) -> Device:
         dtype: Type that models compute in.
     """
     if kind == "cpu":
-        return Device("one core, as measured here", "CPU", REACHED * _core_rate())
+        return Device("one core, as measured here", "CPU", REACHED * _core_rate(dtype))
     found = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     name = max((name for name in PEAKS if name in found), key=len, default=next(iter(PEAKS)))
     peak = PEAKS[name] * (SINGLE if dtype == torch.float32 else 1)
     return Device(f"{name}, {peak / 1e12:.0f} TFLOP/s", "GPU", REACHED * peak)
 
 
-def _core_rate() -> float:
+def _core_rate(dtype: torch.dtype) -> float:
     """Operations per second of a matrix product on one core."""
-    timer = Timer("one @ one", globals={"one": torch.ones(SIDE, SIDE)}, num_threads=1)
+    timer = Timer("one @ one", globals={"one": torch.ones(SIDE, SIDE, dtype=dtype)}, num_threads=1)
     return 2 * SIDE**3 / min(timer.timeit(1).median for _ in range(8))
 
 

@@ -373,7 +373,12 @@ class RunConfig:
         "where lower is better, as for a perplexity, give the sweeper's direction, or take a share: "
         "stages.recovered.retained.prose/perplexity",
     )
-    dry_run: bool = setting(False, "say what a run would make and need, and stop; reads no weights")
+    dry_run: bool = setting(
+        False,
+        "say what a run would make and need, and stop; reads no weights",
+        None,
+        When(lambda c: not c.pretrain, "a training from nothing has no dry run"),
+    )
     reuse: bool = setting(True, "take finished stages from the cache")
     keep: str = setting(
         "all",
