@@ -21,12 +21,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
-from .checkpoint.export import round_weights, save, weights_digest
+from .checkpoint.export import require_weights, round_weights, save, weights_digest
 from .checkpoint.folder import Checkpoint, load
 from .data.collator import Collator
 from .data.datamodule import RecoveryData
 from .data.records import Record, image_stamps
 from .data.splits import calibration_records, open_data
+from .models.chat import template_of
 from .models.forward import to_device
 from .pruning.memory import micro_batch
 from .pruning.module import chunked, with_roles
@@ -104,6 +105,7 @@ def _calibration(
     if not records:
         raise UserError("records: there are none; give some, or None for the embedded digits")
     model, processor = checkpoint.model, checkpoint.processor
+    require_weights(model)
     collate, device = Collator(processor), next(model.parameters()).device
     chunks, folds = chunked(records, micro_batch(prune, config.batch_size))
     batches = [to_device(collate(chunk), device) for chunk in chunks]
@@ -203,6 +205,7 @@ def recover(
 
     Raises:
         UserError: An unknown option or a value out of its range.
+        BaseException: Whatever ends a training half-way; the checkpoint's weights are gone then.
     """
     from lightning.pytorch import Trainer
 
@@ -214,35 +217,51 @@ def recover(
     require_trainable(recovery.records, config.train)
     settings = RunConfig(seed=seed, data_frac=data_frac, data=data, recover=config)
     with tempfile.TemporaryDirectory(prefix="efficientllava-") as scratch:
-        store, teacher = Store(Path(workdir or scratch), together=False), None
+        store, teacher = Store(_workdir(workdir or scratch), together=False), None
         work, targets = _places(store, checkpoint, recovery, settings)
         if config.taught:
             teacher = open_teacher(config.teacher, checkpoint.base, "cpu", targets, store.memo)
         with growing(work, store.memo):
-            stats = run_recovery(
-                checkpoint.model,
-                recovery,
-                config,
-                lambda **arguments: Trainer(
-                    logger=False, enable_model_summary=False, devices=1, plugins=environment(), **arguments
-                ),
-                work,
-                batch_size=data.batch_size,
-                global_batch_size=data.global_batch_size,
-                teacher=teacher,
-                original_layers=checkpoint.original_layers,
-                seed=seed,
-            )
+            try:
+                stats = run_recovery(
+                    checkpoint.model,
+                    recovery,
+                    config,
+                    lambda **arguments: Trainer(
+                        logger=False, enable_model_summary=False, devices=1, plugins=environment(), **arguments
+                    ),
+                    work,
+                    batch_size=data.batch_size,
+                    global_batch_size=data.global_batch_size,
+                    teacher=teacher,
+                    original_layers=checkpoint.original_layers,
+                    seed=seed,
+                )
+            except BaseException:
+                if checkpoint.model.training:  # half trained, with adapters: nobody is to take it for a checkpoint
+                    checkpoint.model.to("meta")
+                raise
             remove(work)
     round_weights(checkpoint.model, checkpoint.storage)
     checkpoint.provenance = checkpoint.after(checkpoint.model, stats.step).provenance
     return stats
 
 
+def _workdir(given: str | Path) -> Path:
+    folder = Path(given).expanduser()
+    if folder.is_file():
+        raise UserError(f"workdir={given}: is a file; give a folder")
+    return folder
+
+
 def _places(store: Store, checkpoint: Checkpoint, recovery: RecoveryData, settings: RunConfig) -> tuple[Path, Path]:
     """Where a recovery keeps what it goes on from, and a teacher's answers."""
     teacher = teacher_digest(settings.recover.teacher, checkpoint.base, store.memo) if settings.recover.taught else None
-    content = {"teacher": teacher, "files": open_data(settings)["recover"]}
+    processor: Any = checkpoint.processor
+    tokenizer = processor.tokenizer
+    read = [template_of(processor), tokenizer.get_vocab(), tokenizer.model_max_length]
+    content = {"teacher": teacher, "files": open_data(settings)["recover"], "computed_in": str(checkpoint.model.dtype)}
+    content |= {"processor": digest([*read, processor.image_processor.to_dict()])}
     targets = inputs_of("targets", settings, model=checkpoint.base["digest"], **content)
     content |= {"images": digest(image_stamps(recovery.records)), "original_layers": checkpoint.original_layers}
     own = inputs_of("recover", settings, model=weights_digest(checkpoint.model), **content)
@@ -268,6 +287,10 @@ def to_gguf(
     """
     from .deploy.export import deploy
 
+    require_weights(checkpoint.model)
     return deploy(
-        checkpoint, Path(folder), _with(DeployConfig(name="gguf"), options, "to_gguf"), dense and (lambda: dense)
+        checkpoint,
+        Path(folder).expanduser(),
+        _with(DeployConfig(name="gguf"), options, "to_gguf"),
+        dense and (lambda: dense),
     )

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 import efficientllava as ev
-from efficientllava.api import WIDTHWISE
+from efficientllava.api import KD_HIDDEN, WIDTHWISE, _places
 from efficientllava.checkpoint.export import round_weights
 from efficientllava.data.collator import Collator
+from efficientllava.data.datamodule import RecoveryData
 from efficientllava.data.splits import calibration_records
 from efficientllava.pruning.module import PruningModule
 from efficientllava.pruning.self_text import write_text
 from efficientllava.recovery.module import RecoveryModule
-from efficientllava.runtime.errors import UserError
-from efficientllava.settings.schema import CalibrationConfig, DataConfig, TeacherConfig, WeightsConfig
+from efficientllava.runtime import Store, UserError
+from efficientllava.settings.schema import CalibrationConfig, DataConfig, RunConfig, TeacherConfig, WeightsConfig
 from experiments.speed.rows import quiet_trainer
 
 from .runs import save_tiny
@@ -163,6 +164,30 @@ def test_a_folder_of_work_serves_recoveries_of_any_kind(tmp_path):
             ev.recover(checkpoint, DATA, workdir=workdir, **options)
             found.append(weights(checkpoint))
         assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_of_a_training_that_fails_nothing_is_taken_for_a_checkpoint(tmp_path):
+    broken = ev.load(save_tiny(tmp_path / "model", layers=1))
+    with pytest.raises(UserError, match="is nan at step"):
+        ev.recover(broken, DATA, steps=3, train="lora", lr=1e20, warmup=0.0, weights=WeightsConfig(sft=1))
+    for use in (
+        partial(ev.save, broken, tmp_path / "out"),
+        partial(ev.recover, broken, DATA),
+        partial(ev.plan, broken),
+    ):
+        with pytest.raises(UserError, match="no weights any more"):
+            use()
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_processor_says_and_what_computes_decide_what_a_recovery_goes_on_from(tmp_path):
+    folder, settings = save_tiny(tmp_path / "model", layers=1), RunConfig(data=DATA, recover=KD_HIDDEN)
+    store, found = Store(tmp_path / "work", together=False), []
+    for known in ({}, {}, {"system": "Say yes."}, {"dtype": "bfloat16"}):
+        opened = ev.load(folder, **known)
+        found.append(_places(store, opened, RecoveryData(DATA, opened.processor, 1.0, 0), settings))
+    assert found[0] == found[1]
+    assert len({place for places in found[1:] for place in places}) == 6
 
 
 def test_a_checkpoint_is_not_saved_over_a_file(checkpoint, tmp_path):

@@ -94,8 +94,19 @@ def round_weights(model: nn.Module, storage: torch.dtype) -> None:
 
 
 @torch.no_grad()
+def require_weights(model: nn.Module) -> None:
+    """Refuse a model whose weights are gone.
+
+    Raises:
+        UserError: They are.
+    """
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise UserError("the checkpoint has no weights any more, since its training has failed; load it again")
+
+
 def weights_digest(model: nn.Module) -> str:
     """Digest of the weights that a model has in memory."""
+    require_weights(model)
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -118,6 +129,7 @@ def save(checkpoint: Checkpoint, folder: str | Path, card: Mapping[str, Any] | N
     Raises:
         UserError: The target is a file, or holds something else.
     """
+    require_weights(checkpoint.model)
     folder = Path(folder).expanduser().absolute()
     if folder.is_file():
         raise UserError(f"{folder}: is a file; give a folder")

@@ -52,6 +52,7 @@ class Prompts:
         self._leads = not isinstance(processor, InternVLProcessor)
         self._encoded: dict[tuple[Any, ...], Encoded] = {}
         self._expansions: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self._distinct: dict[tuple[int, ...], tuple[int, ...]] = {}  # many sizes have the same tokens
         self.render([Turn("?", "")], 1, True)  # so that a faulty template is found at once
 
     def render(self, turns: Sequence[Turn], images: int, open_question: bool) -> str:
@@ -210,7 +211,8 @@ class Prompts:
             ids = [int(token) for token in out["input_ids"][0]]
             # The line breaks around an image are part of the text, whose tokens they may join.
             before, after = (len(self.tokenizer(gap, add_special_tokens=False)["input_ids"]) for gap in self._gaps)
-            self._expansions[key] = tuple(ids[before : len(ids) - after])
+            tokens = tuple(ids[before : len(ids) - after])
+            self._expansions[key] = self._distinct.setdefault(tokens, tokens)
         return self._expansions[key]
 
     def pixels(

@@ -300,7 +300,7 @@ def _source(image: Any) -> Any:
 
 def _said(raw: Row, name: str) -> tuple[list[str], list[Any]]:
     """Questions and answers by turns, tags included, and image paths that stand inside the messages."""
-    messages = raw.get("conversations", raw.get("messages"))
+    messages = _first(raw, "conversations", "messages")
     if not isinstance(messages, list) or not messages:
         raise BadRecordError(f"record {name!r}: neither 'conversations' nor 'messages' with at least one turn")
     images: list[Any] = []
@@ -309,10 +309,10 @@ def _said(raw: Row, name: str) -> tuple[list[str], list[Any]]:
     for message in messages:
         if not isinstance(message, dict):
             raise BadRecordError(f"record {name!r}: a turn is a {type(message).__name__} instead of an object")
-        role = message.get("from", message.get("role"))
+        role = _first(message, "from", "role")
         if not isinstance(role, str) or role not in ROLES:
             raise BadRecordError(f"record {name!r}: role {role!r} is not one of {', '.join(ROLES)}")
-        content = message.get("value", message.get("content"))
+        content = _first(message, "value", "content")
         roles.append(ROLES[role])
         asked = len(images)
         texts.append(_content(content, name, images))
@@ -323,6 +323,11 @@ def _said(raw: Row, name: str) -> tuple[list[str], list[Any]]:
     if len(roles) == start or roles[start:] != ["user", "assistant"] * ((len(roles) - start) // 2):
         raise BadRecordError(f"record {name!r}: roles do not alternate between a question and its answer")
     return texts[start:], images
+
+
+def _first(row: Row, *names: str) -> Any:
+    """What a row has under the first of several names; a table of both styles has null under the others."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _content(content: Any, name: str, images: list[Any]) -> str:

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     quiet_libraries()
     config = DeployConfig(name="gguf", **told)
     require_valid(config, "deploy.")
+    resolve(path)  # whether it is there, before anything is made
     local = Path(path).expanduser()
     out = out or (local if local.is_dir() else Path()) / "gguf"
     try:
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     if dense is None and config.measure and (origin := origin_of(local)):
         dense = origin[0]
     if dense:
-        resolve(dense)  # whether it is there, before anything is made
+        resolve(dense)
     made = deploy(load(path, "float32"), out, config, partial(load, dense, "float32") if dense else None)
     say(*tabulate_deployed({"deploy": made}), *remarks(made), f"everything lies in [bold]{out}[/bold]")
 

@@ -23,6 +23,8 @@ from .inputs import ImageSide, image_side, side, vocabulary
 from .runtime import speeds, version
 
 TEMPLATE = Path(__file__).with_name("README.md.jinja")
+# What is written beside the files, and what tells that from pages of other people's.
+SIGNS = {"README.md": " for llama.cpp\n\nArchitecture `", "Modelfile": "\nPARAMETER temperature 0\nPARAMETER num_ctx "}
 
 
 def describe(checkpoint: Any, config: DeployConfig) -> tuple[decoders.Decoder, dict[str, Any], ImageSide | None]:
@@ -152,6 +154,7 @@ def deploy(
     folder.mkdir(parents=True, exist_ok=True)
     both = dense is not None and config.measure
     require_space(folder, needed_bytes(checkpoint.model, config, both), "deploy=gguf", "export fewer deploy.types")
+    _require_own(folder)
     with tempfile.TemporaryDirectory(prefix=".made-", dir=folder) as scratch:  # what is refused leaves nothing
         place = Path(scratch)
         made = write(checkpoint, place, config)
@@ -166,6 +169,14 @@ def deploy(
         for file in place.iterdir():
             put(file, folder / file.name)
     return made
+
+
+def _require_own(folder: Path) -> None:
+    """Refuse a folder in which `tell` would write over a page or a recipe of somebody else's."""
+    for name, sign in SIGNS.items():
+        file = folder / name
+        if file.exists() and sign not in file.read_text("utf-8", errors="replace"):
+            raise UserError(f"{file}: is not of an export and would be lost; give a folder of its own, such as gguf")
 
 
 def _check(checkpoint: Any, folder: Path, made: dict[str, Any], paths: dict[str, Path], questions: Any) -> None:

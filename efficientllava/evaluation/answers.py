@@ -8,6 +8,7 @@ a killed evaluation goes on where it was; `efficientllava.evaluation.score` read
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from .divergence import FILE, Divergence
 from .generation import generate
 from .tasks import Task
 
+log = logging.getLogger(__name__)
 Line = dict[str, Any]
 
 
@@ -124,6 +126,7 @@ class EvaluationModule(LightningModule):
         self._file = Lines(work / f"answers-{processes.rank()}.jsonl") if work else None
         self._tokenizer, self._prompts = processor.tokenizer, GenerationCollator(processor)
         self._answers = Collator(processor, pack=False) if task.answer_loss else None
+        self._told = False
         self._base = safe_open(base / FILE, "pt") if base and task.divergence else None
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -154,6 +157,7 @@ class EvaluationModule(LightningModule):
         with torch.inference_mode(False):
             features = self._cache(shown)
         if "prompts" in batch:
+            self._look_for_context(shown)
             limit = self._cfg.max_new_tokens or self._task.max_new_tokens
             texts = generate(self.model, self._tokenizer, shown, features, limit, self._task.stop)
         if "answers" in batch:
@@ -163,6 +167,17 @@ class EvaluationModule(LightningModule):
         if self._file:
             self._file.append(lines)
         return lines
+
+    def _look_for_context(self, prompts: Batch) -> None:
+        """Tell, once, of a prompt that is longer than what the model was made for."""
+        lengths, context = prompts["attention_mask"].sum(1), int(self._tokenizer.model_max_length)
+        if not self._told and int(lengths.max()) > context:
+            longest = prompts["ids"][int(lengths.argmax())]
+            log.warning(
+                "%s: the prompt of %s has %d tokens, the model's context is %d; what it answers there means little",
+                *(self._task.name, longest, int(lengths.max()), context),
+            )
+            self._told = True
 
     def _known(self, answers: Batch, features: Tensor | None) -> list[dict[str, Any]]:
         """Of every reference answer its loss, its tokens and, where asked for, its divergence."""

@@ -29,6 +29,7 @@ from ..settings.schema import EvaluateConfig
 from .tasks import Benchmark, Join, Row, Scores, Task, lettered
 from .tasks import Record as Answered
 
+STORED = [datasets.Value(name) for name in ("binary", "large_binary")]  # columns of encoded images
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 Image = Path | StoredImage | None
 
@@ -84,7 +85,13 @@ def _open(name: str, benchmark: Benchmark, cfg: EvaluateConfig) -> tuple[list[Re
         details = {"id": id, **{name: row[name] for name in benchmark.columns}}
         details |= {"skipped": True} if benchmark.skip(row, cfg.protocol) else {}
         image, *more = [cell for cell in cells if cell] or [None]
-        turn = Turn(benchmark.prompt(row, cfg.protocol), _shown(row), sees_image=image is not None)
+        try:
+            question = benchmark.prompt(row, cfg.protocol)
+        except (TypeError, AttributeError, ValueError, KeyError, IndexError) as error:
+            raise UserError(
+                f"{source.where}: row {id!r} of {name} has no such question ({first_line(error)})"
+            ) from error
+        turn = Turn(question, _shown(row), sees_image=image is not None)
         records.append(Record(unique, image, (turn,), True, name, tuple(more), details))
     if lost := missing_images(records[: cfg.limit]):
         raise UserError(f"{source.where}: {lost[min(lost)]}; complete the data")
@@ -165,12 +172,17 @@ class Source:
         folders = (root / name for name in (self.benchmark.dataset.rpartition("/")[2], self.name))
         folder = next((found for found in folders if found.is_dir()), root)
         found = [path for path in sorted(folder.rglob("*")) if path.suffix in FORMATS]
-        own = [path for path in found if self.config and self._in_config(path.relative_to(folder))] or found
+        own = found
+        if self.config:  # files that name no configuration may be of this one, those of another one are not
+            bare = [path for path in found if path.parent in (folder, folder / "data")]
+            own = [path for path in found if self._in_config(path.relative_to(folder))] or bare
         files = [path for path in own if re.match(rf"{re.escape(split)}(?![a-zA-Z])", path.name)]
         if not files:
-            there = ", ".join(dict.fromkeys(re.split(r"[-.]", path.name)[0] for path in own)) or "no such file at all"
+            of = f" of {self.config}" if self.config else ""
+            named = (path.relative_to(folder).with_name(re.split(r"[-.]", path.name)[0]) for path in own or found)
+            there = ", ".join(dict.fromkeys(map(str, named))) or "no such file at all"
             raise UserError(
-                f"{self.where}: {folder} holds no rows of {self.name}, whose split is {split!r} "
+                f"{self.where}: {folder} holds no rows of {self.name}, whose split is {split!r}{of} "
                 f"({split}*.parquet, .jsonl or .json); there is: {there}"
             )
         kind = min((path.suffix for path in files), key=[*FORMATS].index)
@@ -207,8 +219,10 @@ def images_of(rows: datasets.Dataset, column: str, folder: Path) -> list[Image]:
     cells = rows.select_columns([column])
     kind = cells.features[column]
     # Without the metadata of `datasets`, as other writers leave it, an image is what it is stored as.
-    bare = (isinstance(kind, dict) and "bytes" in kind) or kind == datasets.Value("binary")
+    bare = (isinstance(kind, dict) and "bytes" in kind) or kind in STORED
     if not bare and not isinstance(kind, datasets.Image):
+        if (odd := next((cell for cell in cells[column] if cell and not isinstance(cell, str)), None)) is not None:
+            raise UserError(f"column {column!r}: holds a {type(odd).__name__} where an image or its path should be")
         return [folder / path if path else None for path in cells[column]]
     cells = cells.cast_column(column, datasets.Image(decode=False))
     present = cells.with_format("arrow")[:][column].is_valid().to_pylist()

@@ -191,6 +191,10 @@ def main(arguments: Sequence[str]) -> None:
         },
     )
     options = parser.parse_args(arguments)
+    read_from = [file.resolve() for file in (options.predictions, options.gold) if file]
+    for name in ("outcomes", "requests"):
+        if (written := getattr(options, name)) and written.resolve() in read_from:
+            raise UserError(f"--{name}: {written} is what is read; give it another name")
     records = read(options.predictions)
     _require_task(records, options.task)
     keys = ((row["id"], _asked(row), str(row.get("category"))) for row in records)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,11 @@ def _card(axes: Any, record: Record, answers: Mapping[str, Answer]) -> None:
         place = axes.inset_axes(edges)
         place.imshow(image, interpolation="nearest" if max(image.size) < NEAREST_BELOW else "antialiased")
         place.axis("off")
-    (turn,) = record.turns
+    turn = record.turns[0]
     left, step = CARD_HEIGHT + 0.12, 0.27
+    write = partial(axes.text, parse_math=False)  # people and models put $ where they like
     for number, line in enumerate(textwrap.wrap(turn.question, 40, max_lines=2, placeholder=" …")):
-        axes.text(left, 0.36 + 0.23 * number, line, size=12, color=INK, weight="bold")
+        write(left, 0.36 + 0.23 * number, line, size=12, color=INK, weight="bold")
     rows = [("reference", turn.answer, INK, "")]
     for stage, (answer, score) in answers.items():
         colour, mark = (INK, "") if score is None else (RIGHT, "✓") if score > HALF else (WRONG, "✗")
@@ -97,9 +99,9 @@ def _card(axes: Any, record: Record, answers: Mapping[str, Answer]) -> None:
     for number, (label, answer, colour, mark) in enumerate(reversed(rows)):
         y = CARD_HEIGHT - 0.24 - step * number
         text = textwrap.shorten(answer, 28, placeholder=" …") if answer.strip() else "(nothing)"
-        axes.text(left, y, label, size=10, color=FAINT)
-        axes.text(left + 0.92, y, mark, size=11, color=colour, weight="bold")
-        axes.text(left + 1.14, y, text, size=11, color=colour, weight="bold" if mark else "normal")
+        write(left, y, label, size=10, color=FAINT)
+        write(left + 0.92, y, mark, size=11, color=colour, weight="bold")
+        write(left + 1.14, y, text, size=11, color=colour, weight="bold" if mark else "normal")
 
 
 def draw_search(record: Mapping[str, Any], path: Path) -> None:

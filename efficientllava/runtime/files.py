@@ -43,8 +43,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         The file to write, in the same folder.
 
     Raises:
-        UserError: The file cannot be written (full disk, no permission).
+        UserError: The file cannot be written (full disk, no permission), or a folder has its name.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{threading.get_native_id()}.part")
     try:
         partial.unlink(missing_ok=True)

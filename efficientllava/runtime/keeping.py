@@ -21,6 +21,7 @@ from .files import aside, discard, remove
 from .store import TAKEN
 
 # Options of NFS and Lustre with which flock(2) is not told to the server.
+LOCK = ".lock"  # in the folder of a run or of a sweep
 LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
 KEPT = "kept"  # marks an entry of the cache that a run with keep=all has used
 LARGE = ("prune", "recover", "targets", "levels")  # folders of the cache that hold tensors
@@ -103,7 +104,7 @@ def alone_in(folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
         tell: Called with a line where somebody is.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -57,6 +57,21 @@ def require_apart(settings: RunConfig, folder: Path) -> None:
             )
 
 
+def require_own(folder: Path) -> None:
+    """Refuse a folder where no run has been, and that has what one would remove or write over.
+
+    Raises:
+        UserError: Names the first.
+    """
+    if not any((folder / name).exists() for name in (RESULTS, keeping.LOCK)):
+        for name in (*chain.from_iterable(GIVEN.values()), "logs"):
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder / name}: is of no run and would be lost; give the run another folder, such as "
+                    "hydra.run.dir=outputs/next"
+                )
+
+
 def clear(settings: RunConfig, folder: Path, key: str) -> None:
     """Remove from a run's folder what another run has left there, its results first, and this one does not make.
 

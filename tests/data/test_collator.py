@@ -233,3 +233,9 @@ def test_templates_that_cannot_be_followed_are_refused(processor: Any, template:
     processor.chat_template = template
     with pytest.raises(UserError, match=says):
         Collator(processor)([talk(("repeat red", "red"), ("repeat blue", "blue"), image=None)])
+
+
+def test_sizes_with_the_same_tokens_share_them(processor: Any) -> None:
+    prompts = GenerationCollator(processor).prompts
+    found = [prompts.expansion(Image.new("RGB", (8 + n, 8)), 1, "a") for n in range(20)]
+    assert len({id(tokens) for tokens in found}) == len({*found})

@@ -56,6 +56,13 @@ def test_llava_records(folder: Path, name: str) -> None:
     assert open_image(second) is None
 
 
+def test_a_table_of_both_styles_has_null_under_the_other_s_names(folder: Path) -> None:
+    said = [{"from": None, "role": "user", "value": None, "content": "hello"}]
+    said.append({"from": "gpt", "role": None, "value": "hi", "content": None})
+    (record,) = read_conversations(write(folder, [{"id": "y", "conversations": None, "messages": said}]))
+    assert record.turns == (Turn("hello", "hi"),)
+
+
 def test_hugging_face_messages(folder: Path) -> None:
     content = [{"type": "image"}, {"type": "text", "text": "what?"}]
     answer = {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}

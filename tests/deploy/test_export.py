@@ -106,6 +106,14 @@ def test_a_wrong_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["README.md", "Modelfile"])
+def test_pages_of_other_people_s_are_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("# Mine\n\nFROM ./my-model\n")
+    with pytest.raises(UserError, match=rf"{name}: is not of an export and would be lost"):
+        export.deploy(load("builtin:tiny_internvl"), tmp_path, DeployConfig(types=["f32"], check=False, measure=False))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and "Mine" in (tmp_path / name).read_text()
+
+
 @needs_runtime
 def test_what_the_runtime_refuses_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(64))

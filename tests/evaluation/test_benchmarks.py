@@ -5,15 +5,17 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from lightning.pytorch import Trainer
 from PIL import Image
 
 from efficientllava.data.records import open_image
 from efficientllava.evaluation import tasks
 from efficientllava.evaluation.answers import line
-from efficientllava.evaluation.rows import Source
+from efficientllava.evaluation.rows import Source, images_of
 from efficientllava.evaluation.score import as_record, main
 from efficientllava.evaluation.tasks import PROTOCOLS
 from efficientllava.evaluation.tasks.published import BENCHMARKS, COLUMNS
@@ -233,12 +235,43 @@ def test_several_files_of_a_split_are_read_in_order(tmp_path):
     assert len(load("pope", tmp_path).records()) == 6
 
 
+def test_another_configuration_s_rows_are_not_taken(tmp_path):
+    _, columns = tables()["scienceqa"]
+    write_table(tmp_path / "ScienceQA-IMG/test-00000-of-00001.parquet", columns)
+    with pytest.raises(UserError, match=r"split is 'test' of ScienceQA-FULL .*there is: ScienceQA-IMG/test"):
+        load("scienceqa", tmp_path).records()
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "told"), [("image", 5, "column 'image': holds a int"), ("question", None, "")]
+)
+def test_cells_of_another_type_are_told_in_one_line(tmp_path, column, cell, told):
+    _, columns = tables()["pope"]
+    count = len(columns["question"])
+    rows = [{name: cells[i] for name, cells in columns.items() if name != "image"} for i in range(count)]
+    (tmp_path / "test.jsonl").write_text(json_lines({**row, "image": "a.png", column: cell} for row in rows))
+    with pytest.raises(UserError, match=told or "has no such question"):
+        load("pope", tmp_path).records()
+
+
+def test_encoded_images_may_be_of_the_large_type(tmp_path):
+    table = pa.table({"image": pa.array([png(0)["bytes"], None], pa.large_binary())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", cache_dir=str(tmp_path / "c"))
+    first, second = images_of(rows, "image", tmp_path)
+    assert first() == png(0)["bytes"] and second is None
+
+
 def without(name, columns):
     return {key: cells for key, cells in columns.items() if key != name}
 
 
 BAD = {
-    "no such split": ("POPE/data/validation-0.parquet", lambda c: c, r"whose split is 'test' .*; there is: validation"),
+    "no such split": (
+        "POPE/data/validation-0.parquet",
+        lambda c: c,
+        r"whose split is 'test' .*; there is: data/validation",
+    ),
     "no files": ("POPE/data/notes.txt", None, "there is: no such file at all"),
     "a column is missing": (
         "POPE/data/test-0.parquet",

@@ -36,6 +36,16 @@ def test_limit_takes_the_first_questions(tiny):
     assert evaluate(model, processor, TASK, quiet_trainer(), replace(CFG, limit=5)).scores.metrics["n"] == 5
 
 
+def test_a_prompt_beyond_the_context_is_told_once(tiny, questions, monkeypatch, caplog):
+    model, processor = tiny
+    evaluate(model, processor, TASK, quiet_trainer(), CFG)
+    assert "context" not in caplog.text
+    monkeypatch.setattr(processor.tokenizer, "model_max_length", 16)
+    evaluate(model, processor, TASK, quiet_trainer(), CFG)
+    (told,) = (message for message in caplog.messages if "context" in message)
+    assert "digits_vqa: the prompt of " in told and "the model's context is 16" in told
+
+
 def test_a_trainer_told_to_stop_early_scores_what_was_answered(tiny):
     model, processor = tiny
     assert evaluate(model, processor, TASK, quiet_trainer(limit_predict_batches=1), CFG).scores.metrics["n"] == 7

@@ -62,6 +62,37 @@ def test_outcomes_go_into_a_folder_that_is_made(tmp_path, capsys):
     assert json.loads((tmp_path / "new/outcomes.jsonl").read_text())["score"] == 1
 
 
+def test_outcomes_take_no_place_of_the_predictions_nor_a_folder_s(tmp_path):
+    file = _lines(tmp_path / "answers.jsonl", _llava(7, "Yes", answer="yes", category="a"))
+    before = (tmp_path / "answers.jsonl").read_text()
+    with pytest.raises(UserError, match=r"--outcomes: .*answers\.jsonl is what is read"):
+        main([file, "--task=pope", f"--outcomes={file}"])
+    with pytest.raises(UserError, match="is a folder; give the name of a file"):
+        main([file, "--task=pope", f"--outcomes={tmp_path}"])
+    assert (tmp_path / "answers.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "told"),
+    [
+        ("docvqa", {"answer": None}, "'answer' is None; it must be a list"),
+        ("prose", {"answer": "a", "loss": 1.0, "tokens": 0}, "'tokens' above 0"),
+        ("prose", {"answer": "a", "loss": None, "tokens": 3}, "needs a number as 'loss'"),
+    ],
+)
+def test_what_is_no_number_and_no_reference_is_one_line(tmp_path, task, row, told):
+    file = _lines(tmp_path / "answers.jsonl", {"id": "1", "question": "?", "kind": "", "prediction": "a", **row})
+    with pytest.raises(UserError, match=told):
+        main([file, "--task", task])
+
+
+def test_references_may_be_numbers_and_lists_with_holes(tmp_path, capsys):
+    row = {"id": "1", "question": "?", "kind": "colour_by_digit", "prediction": "3", "answer": 3}
+    assert _run(capsys, _lines(tmp_path / "a.jsonl", row), "--task=digits_vqa")["metrics"]["accuracy"] == 1
+    row |= {"answer": [None, "3"]}
+    assert _run(capsys, _lines(tmp_path / "b.jsonl", row), "--task=docvqa")["metrics"]["anls"] == 1
+
+
 def test_llava_s_format_with_references_in_another_file(tmp_path, capsys):
     file = _lines(tmp_path / "answers.jsonl", _llava(7, "Yes"), _llava(8, "Yes"))
     references = [

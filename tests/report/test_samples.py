@@ -59,6 +59,13 @@ def test_fewer_questions_than_asked_for(tmp_path, records):
     assert Image.open(tmp_path / "few.png").width > 1000
 
 
+def test_conversations_and_dollars_are_drawn_as_they_are(tmp_path, records):
+    turns = (Turn(r"Is $\frac{1}{2}x$ \foo $\foo$ here?", r"$$x^2$$"), Turn("And now?", "no"))
+    record = Record("a", records[0].image, turns, False, "x")
+    draw_samples([record], {"base": [(r"$\begin{bmatrix}1\end{bmatrix}$", 0.0)]}, tmp_path / "one.png")
+    assert _count(tmp_path / "one.png", RED) > 20
+
+
 def test_a_folder_that_is_missing_is_a_user_error(tmp_path, records):
     with pytest.raises(UserError, match="cannot be written"):
         draw_samples(records, {"base": [("x", 0.0)] * len(records)}, tmp_path / "nowhere" / "samples.png")

@@ -384,6 +384,14 @@ def test_what_was_set_aside_is_one_and_goes_when_the_entry_is_whole(tmp_path):
             assert len(list(growing_folder.glob(".*.damaged"))) == left
 
 
+def test_a_file_takes_no_folder_s_place(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="mine: is a folder; give the name of a file"), whole_file(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+
+
 @pytest.mark.parametrize("umask", [0o027, 0o077])
 def test_every_file_that_is_written_whole_follows_the_umask(tmp_path, umask):
     before = os.umask(umask)

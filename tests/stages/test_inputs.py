@@ -22,7 +22,7 @@ from efficientllava.runtime.content import Memo, closure, digest
 from efficientllava.settings.compose import typed
 from efficientllava.settings.schema import RunConfig
 from efficientllava.stages import asked, inputs_of, numbers, places, request
-from efficientllava.stages.run import clear, require_apart
+from efficientllava.stages.run import clear, require_apart, require_own
 
 from ..runs import (
     composed,
@@ -257,6 +257,17 @@ def test_what_another_configuration_has_left_in_a_folder_goes(tmp_path: Path):
         left.append(sorted(path.name for path in tmp_path.iterdir()))
     assert len(left[0]) == 7
     assert left[1:] == [["notes.txt", "plan.json", "pruned"], ["notes.txt"]]
+
+
+@pytest.mark.parametrize("name", ["predictions", "gguf", "logs", "plan.json"])
+def test_a_folder_where_no_run_has_been_loses_nothing(tmp_path: Path, name: str):
+    (tmp_path / "notes.txt").touch()
+    require_own(tmp_path)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=rf"{name}: is of no run and would be lost"):
+        require_own(tmp_path)
+    (tmp_path / ".lock").touch()
+    require_own(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["model.path", "recover.teacher.path", "data.path", "calibration.path"])

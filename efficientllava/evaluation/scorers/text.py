@@ -106,7 +106,8 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
 def docvqa(record: Record, protocol: str) -> tuple[str, float]:
     """Mean ANLS; the protocols agree. Keys: ``answer`` (a text, or the list of accepted texts)."""
     answer = value(record, "answer")
-    return predicted(record), anls(predicted(record), [answer] if isinstance(answer, str) else answer)
+    answers = [answer] if isinstance(answer, str) else sequence(record, "answer")
+    return predicted(record), anls(predicted(record), [str(each) for each in answers if each is not None])
 
 
 def mathvista_extract(text: str, record: Record) -> str | None:

@@ -69,7 +69,7 @@ def score(records: Sequence[Answered]) -> Scores:
         ``n_image``, ``n_text``, ``n/<kind>``; groups without a question are left out.
     """
     outcomes = [
-        Outcome(item["id"], predicted(item), float(predicted(item).strip() == value(item, "answer")))
+        Outcome(item["id"], predicted(item), float(predicted(item).strip() == str(value(item, "answer"))))
         for item in records
     ]
     kinds = [value(item, "kind") for item in records]

@@ -113,5 +113,8 @@ def _means(records: Sequence[Answered]) -> dict[str, float]:
 
 
 def _ratio(records: Sequence[Answered], key: str) -> float:
-    """Sum of a key over the tokens of the records."""
-    return math.fsum(value(record, key) for record in records) / sum(value(record, "tokens") for record in records)
+    """Sum of a key over the tokens of the records; a `UserError` where one has no number."""
+    for record in records:
+        if not (isinstance(value(record, key), int | float) and value(record, "tokens")):
+            raise UserError(f"record {record['id']!r}: needs a number as {key!r}, and 'tokens' above 0")
+    return math.fsum(record[key] for record in records) / sum(record["tokens"] for record in records)
