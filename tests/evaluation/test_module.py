@@ -37,11 +37,11 @@ def test_limit_takes_the_first_questions(tiny):
 
 
 def test_a_prompt_beyond_the_context_is_told_once(tiny, questions, monkeypatch, caplog):
-    model, processor = tiny
-    evaluate(model, processor, TASK, quiet_trainer(), CFG)
+    (model, processor), generated = tiny, replace(TASK, answer_loss=False)
+    answer(model, processor, generated, quiet_trainer(), CFG)
     assert "context" not in caplog.text
     monkeypatch.setattr(processor.tokenizer, "model_max_length", 16)
-    evaluate(model, processor, TASK, quiet_trainer(), CFG)
+    answer(model, processor, generated, quiet_trainer(), CFG)
     (told,) = (message for message in caplog.messages if "context" in message)
     assert "digits_vqa: the prompt of " in told and "the model's context is 16" in told
 
