@@ -142,13 +142,14 @@ def _clean(settings: RunConfig, folder: Path, last: Any) -> None:
 
 def _work(settings: RunConfig, folder: Path, overrides: Sequence[str]) -> Path:
     """Run all stages, alone in the folder; returns it, or that of the first of several processes."""
-    processes.on_gpu(settings.trainer)  # refuses what is not there
-    processes.require_nodes(settings.trainer)
     from .stages.run import require_own
 
+    processes.on_gpu(settings.trainer)  # refuses what is not there
+    processes.require_nodes(settings.trainer)
+    alone = contextlib.nullcontext()
     if not processes.launched():
         require_own(folder)
-    alone = contextlib.nullcontext() if processes.launched() else keeping.alone_in(folder, say)
+        alone = keeping.alone_in(folder, say)
     with alone, keeping.at_work(Path(settings.paths.cache_dir), clean=settings.keep != "all"):
         # Another process may have been at work until now.
         if settings.reuse and not processes.launched() and finished(settings, folder):

@@ -93,7 +93,6 @@ def round_weights(model: nn.Module, storage: torch.dtype) -> None:
         require_finite(parameter, f"tensor {name}, stored as {str(storage).removeprefix('torch.')}")
 
 
-@torch.no_grad()
 def require_weights(model: nn.Module) -> None:
     """Refuse a model whose weights are gone.
 
@@ -104,6 +103,7 @@ def require_weights(model: nn.Module) -> None:
         raise UserError("the checkpoint has no weights any more, since its training has failed; load it again")
 
 
+@torch.no_grad()
 def weights_digest(model: nn.Module) -> str:
     """Digest of the weights that a model has in memory."""
     require_weights(model)

@@ -20,8 +20,8 @@ from .errors import UserError
 from .files import aside, discard, remove
 from .store import TAKEN
 
-# Options of NFS and Lustre with which flock(2) is not told to the server.
 LOCK = ".lock"  # in the folder of a run or of a sweep
+# Options of NFS and Lustre with which flock(2) is not told to the server.
 LOCAL_LOCKS = {"nolock", "local_lock=all", "local_lock=flock", "localflock", "noflock"}
 KEPT = "kept"  # marks an entry of the cache that a run with keep=all has used
 LARGE = ("prune", "recover", "targets", "levels")  # folders of the cache that hold tensors
